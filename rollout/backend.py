@@ -1,0 +1,77 @@
+"""What the bridge asks of whatever makes rollouts: the one interface between the gateway and a cluster of engines.
+
+Invariants:
+- No heavy imports: the bridge programs against this module without torch or Ray.
+- The gateway makes every call from one thread of its own, one call at a time.
+- A lease is an epoch: work is submitted under one, comes back under the same one, and the same request submitted again
+  under a higher epoch replaces the former. Epochs only grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from .types import RolloutRequest, Trajectory
+
+InFlightPolicy = Literal["finish", "keep", "recompute", "abort"]
+IN_FLIGHT_POLICIES: tuple[InFlightPolicy, ...] = ("finish", "keep", "recompute", "abort")
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """One finished sample, or one request that cannot be served.
+
+    Attributes:
+        epoch: the epoch the work was submitted under.
+        request_id: the request it belongs to.
+        trajectory: the sample; None when the whole request failed.
+        error: why the request cannot be served (the text of a RequestError); None for a sample.
+    """
+
+    epoch: int
+    request_id: str
+    trajectory: Trajectory | None = None
+    error: str | None = None
+
+
+class RolloutBackend(Protocol):
+    """A pool of engines that serve one weight version.
+
+    A backend may also have an attribute `in_flight_policies`, the policies its `commit_weights` honours for sequences in
+    flight; without it only `finish` is offered, which the gateway provides itself by letting the leased work end first.
+    """
+
+    @property
+    def version(self) -> int:
+        """The weight version that serves."""
+        ...
+
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
+        """Takes a whole batch under one epoch and returns at once. One call per batch, so that placement can be a
+        function of the batch alone. Raises ClusterError when nothing of it was taken."""
+        ...
+
+    def poll(self, timeout: float) -> list[Completed]:
+        """What finished since the last call, in any order; waits at most `timeout` seconds for the first; [] if none."""
+        ...
+
+    def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Every engine takes the version between two steps, or none does (ClusterError). A bfloat16 tensor comes as the
+        uint16 array of its bits. The arrays belong to the backend from here on."""
+        ...
+
+    def expected_weights(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor a version must hold; dtype names are NumPy's, and `bfloat16`."""
+        ...
+
+    def stats(self) -> dict[str, float | int | str]:
+        """Metrics of the engines, flat, at most 256 entries."""
+        ...
+
+    def close(self) -> None:
+        """Stops the engines and frees what they hold."""
+        ...
