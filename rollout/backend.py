@@ -41,8 +41,9 @@ class Completed:
 class RolloutBackend(Protocol):
     """A pool of engines that serve one weight version.
 
-    A backend may also have an attribute `in_flight_policies`, the policies its `commit_weights` honours for sequences in
-    flight; without it only `finish` is offered, which the gateway provides itself by letting the leased work end first.
+    The gateway provides the policy `finish` itself: it lets the leased work end, then commits. A backend that can commit
+    over sequences in flight says so with an attribute `in_flight_policies` and is then called with
+    `commit_weights(version, arrays, in_flight=policy)` for each policy but `finish`.
     """
 
     @property
