@@ -1,0 +1,24 @@
+"""Plain residual scaling and RMS norm."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Returns y_TD in the dtype of the weight."""
+    wide = x_TD.to(torch.promote_types(weight_D.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_D * wide.to(weight_D.dtype)
+
+
+def scale_residual(
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    hidden_scale_D: torch.Tensor,
+    hidden_bias_D: torch.Tensor,
+    residual_scale_D: torch.Tensor,
+    residual_bias_D: torch.Tensor,
+) -> torch.Tensor:
+    """Returns the new residual_TD in the residual's dtype."""
+    return (hidden_TD + hidden_bias_D) * hidden_scale_D + (residual_TD + residual_bias_D) * residual_scale_D

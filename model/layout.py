@@ -1,0 +1,234 @@
+"""TokenLayout: who sees whom, and who follows whom.
+
+Invariants:
+- Every forward pass, in training and in decoding, is a flat pack of T rows described by one `TokenLayout`. There is no
+  other way to call the network, so trainer, engine and scorer cannot disagree.
+- One rule answers who attends to whom (`sees`); one field answers who precedes whom (`parent_T`). Convolutions and the
+  delayed value follow parents, never neighbouring rows.
+- Positions fall by exactly one along parents. Rows of a sequence are contiguous; sequences are numbered 0..S-1 in order.
+
+Legend: T rows, S sequences, R rows of the longest sequence, L cached positions of the longest sequence, B block size,
+H hops along parents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+CLEAN = -1
+"""`block_T` of a row that is an ordinary token, not part of a mask block."""
+FROM_TAIL = -1
+"""`parent_T` of a row that continues from what the sequence's cache holds."""
+FROM_START = -2
+"""`parent_T` of the first row of a document: nothing precedes it."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """A flat pack of rows.
+
+    Attributes:
+        token_T: int64, token id of each row (the mask token for mask rows).
+        position_T: int64, position in the sequence; feeds RoPE.
+        sequence_T: int64, 0..S-1, non-decreasing.
+        parent_T: int64, row of the preceding token, or `FROM_TAIL`, or `FROM_START`.
+        limit_T: int64, last clean position the row attends to.
+        block_T: int64, mask block number (unique in the pack), or `CLEAN`.
+        start_S: int64, first position of each sequence that is *not* in its cache (0 without a cache).
+    """
+
+    token_T: torch.Tensor
+    position_T: torch.Tensor
+    sequence_T: torch.Tensor
+    parent_T: torch.Tensor
+    limit_T: torch.Tensor
+    block_T: torch.Tensor
+    start_S: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        """T."""
+        return self.token_T.shape[0]
+
+    @property
+    def sequences(self) -> int:
+        """S."""
+        return self.start_S.shape[0]
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout on another device."""
+        return TokenLayout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def sees(self) -> torch.Tensor:
+        """bool[T, T]: does row i attend to row j? The rule itself, for tests and small packs."""
+        i, j = slice(None), None
+        same = self.sequence_T[i, j] == self.sequence_T[j, i]
+        clean = self.position_T[j, i] <= self.limit_T[i, j]
+        block = self.block_T[j, i] == self.block_T[i, j]
+        return same & torch.where((self.block_T == CLEAN)[j, i], clean, block)
+
+    def ancestors(self, hops: int) -> torch.Tensor:
+        """int64[T, hops + 1]: rows reached by 0..hops steps along parents.
+
+        A negative entry `FROM_TAIL - k` (k >= 0) stands for the k-th cached token before the sequence's first row in
+        this pack, counted back from `start_S`; the smallest entry, `FROM_TAIL - hops`, also stands for "before the
+        document", where the network sees zeros.
+        """
+        nothing = FROM_TAIL - hops
+        tail = self.parent_T == FROM_TAIL
+        columns = [torch.arange(self.rows, device=self.token_T.device)]
+        for _ in range(hops):
+            row = columns[-1]
+            step = self.parent_T[row.clamp_min(0)]
+            entered = torch.where(tail[row.clamp_min(0)], FROM_TAIL, nothing)
+            inside = torch.where(step >= 0, step, entered)
+            column = torch.where(row >= 0, inside, (row - 1).clamp_min(nothing))
+            # A short cached prefix ends before the hops do.
+            before = self.start_S[self.sequence_T] + column - FROM_TAIL - 1 < 0
+            columns.append(torch.where((column < 0) & before, nothing, column))
+        return torch.stack(columns, dim=1)
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> TokenLayout:
+    return TokenLayout(**{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()})
+
+
+def causal(documents: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> TokenLayout:
+    """Clean rows only: AR training, scoring and prefill.
+
+    Args:
+        documents: token ids per sequence, each non-empty.
+        starts: how many positions of each sequence its cache already holds; none by default.
+    """
+    lengths = np.array([len(d) for d in documents], dtype=np.int64)
+    begin = np.zeros_like(lengths) if starts is None else np.asarray(starts, dtype=np.int64)
+    first = np.cumsum(lengths) - lengths
+    offset = np.arange(lengths.sum()) - np.repeat(first, lengths)
+    position = offset + np.repeat(begin, lengths)
+    parent = np.arange(lengths.sum()) - 1
+    parent[first] = np.where(begin > 0, FROM_TAIL, FROM_START)
+    return _tensors(
+        dict(
+            token_T=np.concatenate([np.asarray(d, dtype=np.int64) for d in documents]),
+            position_T=position,
+            sequence_T=np.repeat(np.arange(len(documents)), lengths),
+            parent_T=parent,
+            limit_T=position,
+            block_T=np.full(lengths.sum(), CLEAN),
+            start_S=begin,
+        )
+    )
+
+
+def diffusion(
+    documents: Sequence[Sequence[int]], cuts: Sequence[Sequence[int]], mask_token: int
+) -> tuple[TokenLayout, torch.Tensor]:
+    """Diffusion training: each document's clean rows, then one masked copy cut into blocks.
+
+    Args:
+        documents: token ids per sequence.
+        cuts: per document the ascending start positions of its blocks, first >= 1; a block ends where the next one
+            starts, the last one at the end of the document. A document without cuts has clean rows only.
+        mask_token: token id of every mask row.
+
+    Returns:
+        The layout, and target_T (int64): the token each row must predict; -100 where there is none. A clean row
+        predicts its successor, a mask row the token at its own position.
+    """
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in
+                                          ("token_T", "position_T", "sequence_T", "parent_T", "limit_T", "block_T")}
+    targets, row, block = [], 0, 0
+    for s, (document, starts) in enumerate(zip(documents, cuts, strict=True)):
+        clean = np.asarray(document, dtype=np.int64)
+        n = len(clean)
+        position = np.arange(n)
+        parent = row + position - 1
+        parent[0] = FROM_START
+        masked = np.arange(starts[0], n) if len(starts) else np.arange(0)
+        edges = np.asarray(starts, dtype=np.int64)
+        which = np.searchsorted(edges, masked, side="right") - 1
+        opening = edges[which] if len(edges) else masked
+        mask_row = row + n + np.arange(len(masked))
+        mask_parent = np.where(masked == opening, row + opening - 1, mask_row - 1)
+        parts["token_T"] += [clean, np.full(len(masked), mask_token)]
+        parts["position_T"] += [position, masked]
+        parts["sequence_T"].append(np.full(n + len(masked), s))
+        parts["parent_T"] += [parent, mask_parent]
+        parts["limit_T"] += [position, opening - 1]
+        parts["block_T"] += [np.full(n, CLEAN), block + which]
+        targets += [np.append(clean[1:], -100), clean[masked]]
+        row, block = row + n + len(masked), block + len(edges)
+    arrays = {name: np.concatenate(chunks) for name, chunks in parts.items()}
+    layout = _tensors({**arrays, "start_S": np.zeros(len(documents), dtype=np.int64)})
+    return layout, torch.from_numpy(np.concatenate(targets))
+
+
+@dataclass(frozen=True)
+class DecodeRows:
+    """What one sequence runs in a decode step, relative to its anchor.
+
+    Attributes:
+        clean: tokens `[anchor, d_1 .. d_m]` (pass B of `two_pass` has no anchor row: `[d_1 .. d_m]`).
+        start: position of the first clean row.
+        proposals: first positions of the mask blocks after the clean rows' start, as offsets from `start`: the block
+            at offset o begins at position start + o, sees clean positions below it, and its first parent is the clean
+            row at offset o - 1.
+        block_length: mask rows per block.
+    """
+
+    clean: Sequence[int]
+    start: int
+    proposals: tuple[int, ...]
+    block_length: int
+
+
+@lru_cache(maxsize=4096)
+def _template(clean: int, proposals: tuple[int, ...], block_length: int) -> np.ndarray:
+    """int64[4, rows]: position, parent, limit and block of one sequence's rows, relative to its start and first row."""
+    blocks = np.arange(len(proposals))
+    opening = np.repeat(np.asarray(proposals, dtype=np.int64), block_length)
+    slot = np.tile(np.arange(block_length), len(proposals))
+    line = np.arange(clean)
+    masks = np.arange(len(opening)) + clean
+    return np.stack(
+        [
+            np.concatenate([line, opening + slot]),
+            np.concatenate([line - 1, np.where(slot == 0, opening - 1, masks - 1)]),
+            np.concatenate([line, opening - 1]),
+            np.concatenate([np.full(clean, CLEAN), np.repeat(blocks, block_length)]),
+        ]
+    )
+
+
+def decode(sequences: Sequence[DecodeRows], mask_token: int) -> TokenLayout:
+    """One decode step: per sequence its verify rows, then one mask block per proposal.
+
+    Everything before `start` is in the cache; a sequence whose `start` is 0 opens its document here.
+    """
+    templates = [_template(len(s.clean), s.proposals, s.block_length) for s in sequences]
+    counts = np.array([t.shape[1] for t in templates])
+    first = np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.array([s.start for s in sequences])
+    blocks = np.array([len(s.proposals) for s in sequences])
+    position, parent, limit, block = np.concatenate(templates, axis=1)
+    start = np.repeat(starts, counts)
+    token = np.full(counts.sum(), mask_token)
+    clean = block == CLEAN
+    token[clean] = np.concatenate([np.asarray(s.clean, dtype=np.int64) for s in sequences])
+    opens = np.where(start > 0, FROM_TAIL, FROM_START)
+    return _tensors(
+        dict(
+            token_T=token,
+            position_T=position + start,
+            sequence_T=np.repeat(np.arange(len(sequences)), counts),
+            parent_T=np.where(parent < 0, opens, parent + first),
+            limit_T=limit + start,
+            block_T=np.where(clean, CLEAN, block + np.repeat(np.cumsum(blocks) - blocks, counts)),
+            start_S=starts,
+        )
+    )
