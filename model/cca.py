@@ -1,0 +1,183 @@
+"""Compressed convolutional attention over a token layout (arXiv 2510.04476).
+
+Invariants:
+- The convolutions and the delayed value follow parents through one index built per forward (`Plan`), never row order.
+- Parameter names are those of `transformers.ZayaForCausalLM`.
+
+Legend: T rows, S sequences, R rows of the longest sequence, L cached positions of the longest one, H query heads,
+G key heads, D head size, C = (H + G) * D channels, A = hops + 1 ancestors, W = G * D / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..kernels.attention import attend
+from ..kernels.cca import convolve, normalise
+from .layout import CLEAN, FROM_TAIL, TokenLayout
+from .state import SequenceState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Index tensors of one layout, shared by every layer.
+
+    Attributes:
+        row_SR: row of the pack at each padded place (0 where padding).
+        place_T: flat index into S * R of each row.
+        ancestor_TA: index into `[zero row, S * hops tail entries, T rows]`.
+        visible: bool[S, R, L + R] by layer type.
+        hops: tokens the convolutions look back.
+    """
+
+    row_SR: torch.Tensor
+    place_T: torch.Tensor
+    ancestor_TA: torch.Tensor
+    visible: dict[str, torch.Tensor]
+    hops: int
+
+    @classmethod
+    def of(cls, layout: TokenLayout, hops: int, cached: int, windows: dict[str, int | None]) -> Plan:
+        """Build the plan.
+
+        Args:
+            cached: L.
+            windows: sliding window by layer type; None sees everything.
+        """
+        device, sequences = layout.token_T.device, layout.sequences
+        counts = torch.bincount(layout.sequence_T, minlength=sequences)
+        first = counts.cumsum(0) - counts
+        longest = int(counts.max())
+        line = torch.arange(longest, device=device)
+        real_SR = line < counts[:, None]
+        row_SR = torch.where(real_SR, first[:, None] + line, 0)
+        place_T = layout.sequence_T * longest + torch.arange(layout.rows, device=device) - first[layout.sequence_T]
+
+        position, limit, block = (x[row_SR] for x in (layout.position_T, layout.limit_T, layout.block_T))
+        past = torch.arange(cached, device=device)
+        past_clean = (past < layout.start_S[:, None])[:, None] & (past <= limit[..., None])
+        fresh_clean = (block == CLEAN)[:, None] & (position[:, None] <= limit[..., None])
+        fresh_block = (block != CLEAN)[:, None] & (block[:, None] == block[..., None])
+        visible = {}
+        for kind, window in windows.items():
+            near_past = near_fresh = torch.ones((), dtype=torch.bool, device=device)
+            if window is not None:
+                near_past = past > position[..., None] - window
+                near_fresh = position[:, None] > position[..., None] - window
+            fresh = (fresh_clean & near_fresh | fresh_block) & real_SR[:, None]
+            visible[kind] = torch.cat([past_clean & near_past, fresh], dim=-1)
+
+        ancestor = layout.ancestors(hops)
+        back = FROM_TAIL - ancestor
+        tail = 1 + layout.sequence_T[:, None] * hops + back
+        ancestor_TA = torch.where(ancestor >= 0, ancestor + 1 + sequences * hops, torch.where(back < hops, tail, 0))
+        return cls(row_SR, place_T, ancestor_TA, visible, hops)
+
+
+class Projection(nn.Module):
+    """Hidden states to queries, keys and values (`self_attn.qkv_proj`)."""
+
+    def __init__(self, config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        q, kv, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
+        self.v_proj_current = nn.Linear(config.hidden_size, kv // 2, bias=bias)
+        self.v_proj_delayed = nn.Linear(config.hidden_size, kv // 2, bias=bias)
+        self.conv_qk_depthwise = nn.Conv1d(q + kv, q + kv, config.cca_time0, groups=q + kv)
+        self.conv_qk_grouped = nn.Conv1d(q + kv, q + kv, config.cca_time1, groups=self.heads + self.kv_heads)
+
+    def forward(
+        self, hidden_TD: torch.Tensor, plan: Plan, state: SequenceState | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns q_THD, k_TGD, v_TGD, and what the cache keeps: x_TC (q/k projections) and delayed_TW."""
+        q_TC, k_TC = self.q_proj(hidden_TD), self.k_proj(hidden_TD)
+        x_TC, delayed_TW = torch.cat([q_TC, k_TC], dim=-1), self.v_proj_delayed(hidden_TD)
+        x_TAC, previous_TW = self._ancestors(x_TC, delayed_TW, plan, state)
+        mixed_THD = convolve(
+            x_TAC,
+            self.conv_qk_depthwise.weight,
+            self.conv_qk_depthwise.bias,
+            self.conv_qk_grouped.weight,
+            self.conv_qk_grouped.bias,
+        ).unflatten(-1, (self.heads + self.kv_heads, self.head_dim))
+        group = self.heads // self.kv_heads
+        q_TGUD = q_TC.unflatten(-1, (self.kv_heads, group, self.head_dim))
+        mean_TGUD = (q_TGUD + k_TC.unflatten(-1, (self.kv_heads, 1, self.head_dim))) * 0.5
+        q_THD = mixed_THD[:, : self.heads] + mean_TGUD.flatten(1, 2)
+        k_TGD = mixed_THD[:, self.heads :] + mean_TGUD.mean(dim=2)
+        v_TGD = torch.cat([self.v_proj_current(hidden_TD), previous_TW], dim=-1).unflatten(-1, (-1, self.head_dim))
+        return q_THD, k_TGD, v_TGD, x_TC, delayed_TW
+
+    def _ancestors(
+        self, x_TC: torch.Tensor, delayed_TW: torch.Tensor, plan: Plan, state: SequenceState | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_TAC of each row and its ancestors, and the parent's delayed value."""
+        bias = self.v_proj_delayed.bias
+        zero_W = delayed_TW.new_zeros(1, delayed_TW.shape[1]) if bias is None else bias[None].to(delayed_TW.dtype)
+        if state is None:
+            empty = plan.row_SR.shape[0] * plan.hops
+            tail_NC, tail_NW = x_TC.new_zeros(1 + empty, x_TC.shape[1]), zero_W.expand(1 + empty, -1)
+        else:
+            tail_SHC, tail_SW = state.read_tail(self.layer)
+            tail_NC = torch.cat([x_TC.new_zeros(1, x_TC.shape[1]), tail_SHC.flatten(0, 1)])
+            tail_NW = torch.cat([zero_W, tail_SW.repeat_interleave(plan.hops, dim=0)])
+        x_TAC = torch.cat([tail_NC, x_TC])[plan.ancestor_TA]
+        return x_TAC, torch.cat([tail_NW, delayed_TW])[plan.ancestor_TA[:, 1]]
+
+
+class QKNorm(nn.Module):
+    """Per-key-head temperature of the normalised keys (`self_attn.qk_norm`)."""
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        self.temp = nn.Parameter(torch.ones(config.num_key_value_heads))
+
+    def forward(self, q_THD: torch.Tensor, k_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return normalise(q_THD), normalise(k_TGD) * self.temp[:, None]
+
+
+def rotate(x_THD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+    """Partial RoPE on the first P of D features (arXiv 2104.09864, half-split convention)."""
+    size = cos_TP.shape[-1]
+    turned, kept = x_THD[..., :size], x_THD[..., size:]
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos_TP[:, None] + torch.cat([-right, left], dim=-1) * sin_TP[:, None]
+    return torch.cat([turned, kept], dim=-1)
+
+
+class Attention(nn.Module):
+    """CCA attention of one layer (`self_attn`)."""
+
+    def __init__(self, config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.kind, self.scale = layer, config.layer_types[layer], config.head_dim**-0.5
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
+        )
+        self.qkv_proj = Projection(config, layer)
+        self.qk_norm = QKNorm(config)
+
+    def forward(
+        self,
+        hidden_TD: torch.Tensor,
+        plan: Plan,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        state: SequenceState | None,
+    ) -> torch.Tensor:
+        q, k, v, x, delayed = self.qkv_proj(hidden_TD, plan, state)
+        q, k = self.qk_norm(q, k)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (y.to(v.dtype) for y in (q, k, v))
+        k_SKGD, v_SKGD = k[plan.row_SR], v[plan.row_SR]
+        if state is not None:
+            past_k, past_v = state.read(self.layer)
+            k_SKGD, v_SKGD = torch.cat([past_k, k_SKGD], dim=1), torch.cat([past_v, v_SKGD], dim=1)
+            state.write(self.layer, k, v, x, delayed)
+        out_SRHD = attend(q[plan.row_SR], k_SKGD, v_SKGD, plan.visible[self.kind], self.scale)
+        return self.o_proj(out_SRHD.flatten(2).flatten(0, 1)[plan.place_T])

@@ -1,0 +1,152 @@
+"""A Hugging Face directory <-> a policy.
+
+Invariants:
+- The tensors on disk carry ZAYA's own names; either library reads what the other wrote.
+- A directory is written beside its place and renamed when complete: a half-written one is never found under its name.
+- Nothing is fetched: a policy is a shipped name or a directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, ZayaConfig
+
+from ..errors import CheckpointError, StorageError
+from .policy import Policy
+
+SHIPPED = Path(__file__).parent / "shipped"
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
+    """The directory of a shipped policy or of a path."""
+    for candidate in (Path(name_or_dir), SHIPPED / str(name_or_dir)):
+        if (candidate / "config.json").is_file():
+            return candidate
+    shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))) or "none"
+    raise CheckpointError(
+        "policy", f"{str(name_or_dir)!r} is no directory with a config.json", f"give one, or a shipped name ({shipped})"
+    )
+
+
+def read_config(directory: Path) -> ZayaConfig:
+    """The directory's `ZayaConfig`; CheckpointError for another architecture or a broken file."""
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError("policy", f"{path} is not JSON ({error})", "restore the file") from error
+    if raw.get("model_type") != "zaya":
+        raise CheckpointError(
+            "policy", f"{path} describes a {raw.get('model_type')!r} model", "use a ZAYA checkpoint (model_type 'zaya')"
+        )
+    return ZayaConfig.from_pretrained(directory)
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    tensors: dict[str, torch.Tensor] = {}
+    for name in files:
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError("policy", f"{path} is missing", "copy every file of the checkpoint")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError("policy", f"{path} is corrupt ({error})", "copy the file again") from error
+    return tensors
+
+
+def load_policy(
+    name_or_dir: str | os.PathLike[str], dtype: str = "float32", device: str | torch.device = "cpu"
+) -> Policy:
+    """Read a policy.
+
+    Args:
+        name_or_dir: a shipped policy's name or a Hugging Face directory of a ZAYA model, converted or not.
+        dtype: `float32`, `float64`, `bfloat16` or `float16`.
+
+    Raises:
+        CheckpointError: no such directory, another architecture, a missing, extra or misshapen tensor.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError("dtype", f"unknown dtype {dtype!r}", f"use one of {', '.join(DTYPES)}")
+    directory = resolve(name_or_dir)
+    config = read_config(directory)
+    tensors = _tensors(directory)
+    with torch.device("meta"):
+        policy = Policy(config)
+    wanted = policy.state_dict()
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
+    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
+        if names:
+            raise CheckpointError(
+                "policy",
+                f"{directory} {problem} {len(names)} tensor(s), first {min(names)!r}",
+                "export the whole model again with save_pretrained",
+            )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                "policy",
+                f"{name} in {directory} has shape {tuple(tensor.shape)}, config.json asks {tuple(wanted[name].shape)}",
+                "use the config.json that was saved with the weights",
+            )
+    policy = Policy(config)
+    policy.load_state_dict(tensors, strict=False)
+    policy = policy.to(device=device, dtype=DTYPES[dtype])
+    if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        policy.tokenizer = AutoTokenizer.from_pretrained(directory)
+    return policy.requires_grad_(False).eval()
+
+
+def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | None = None) -> Path:
+    """Write a policy as a Hugging Face directory that `transformers.AutoModelForCausalLM` loads.
+
+    Args:
+        dtype: dtype of the tensors on disk; the policy's own by default. The router's balancing biases stay float32.
+    """
+    target = Path(directory)
+    staging = target.with_name(f".{target.name}.partial")
+    save_as = DTYPES[dtype] if dtype else policy.dtype
+    tensors = {
+        name: tensor.detach().cpu().to(tensor.dtype if name.endswith("balancing_biases") else save_as).contiguous()
+        for name, tensor in policy.state_dict().items()
+        if not (name == "lm_head.weight" and policy.config.tie_word_embeddings)
+    }
+    config = policy.config
+    config.diffusion = {"block_size": policy.block_size, "mask_token_id": policy.mask_token_id} \
+        if policy.converted else getattr(config, "diffusion", None)
+    config.architectures, config.dtype = ["ZayaForCausalLM"], str(save_as).removeprefix("torch.")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(staging)
+        if policy.tokenizer is not None:
+            policy.tokenizer.save_pretrained(staging)
+        if target.exists():
+            for path in staging.iterdir():
+                os.replace(path, target / path.name)
+            staging.rmdir()
+        else:
+            os.replace(staging, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise StorageError(f"{target}: the policy could not be written ({error}); free space or choose another place") \
+            from error
+    return target

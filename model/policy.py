@@ -1,0 +1,172 @@
+"""The ZAYA network over a token layout.
+
+Invariants:
+- One forward serves training, scoring and decoding; the layout says what differs.
+- Parameter and buffer names are those of `transformers.ZayaForCausalLM`, so a state dict of either loads in the other.
+- The residual stream stays in float32 (or wider, for a float64 policy).
+
+Legend: T rows, D hidden, V vocabulary, L layers, E router classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ZayaConfig
+from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
+
+from ..kernels.residual import scale_residual
+from .cca import Attention, Plan
+from .experts import MixtureOfExperts, RMSNorm
+from .layout import TokenLayout
+from .state import SequenceState
+
+
+@dataclass
+class Routing:
+    """Filled by a forward pass on request: expert_T and router probabilities probs_TE of each layer."""
+
+    expert_LT: list[torch.Tensor]
+    probs_LTE: list[torch.Tensor]
+
+
+class ResidualScale(nn.Module):
+    """Learned scale and bias of a branch and of the residual stream."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.hidden_states_scale, self.residual_scale = (nn.Parameter(torch.ones(size)) for _ in range(2))
+        self.hidden_states_bias, self.residual_bias = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+
+    def forward(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        return scale_residual(
+            hidden_TD,
+            residual_TD,
+            self.hidden_states_scale,
+            self.hidden_states_bias,
+            self.residual_scale,
+            self.residual_bias,
+        )
+
+
+class Layer(nn.Module):
+    """Attention, then experts, each on a scaled residual."""
+
+    def __init__(self, config: ZayaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MixtureOfExperts(config, layer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_residual_scale = ResidualScale(config.hidden_size)
+        self.post_mlp_residual_scale = ResidualScale(config.hidden_size)
+
+    def forward(
+        self,
+        residual_TD: torch.Tensor,
+        router_TP: torch.Tensor | None,
+        plan: Plan,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        state: SequenceState | None,
+        routing: Routing | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attended_TD = self.self_attn(self.input_layernorm(residual_TD), plan, rope, state)
+        residual_TD = self.post_attention_residual_scale(attended_TD, residual_TD)
+        mixed_TD, router_TP, expert_T, probs_TE = self.mlp(self.post_attention_layernorm(residual_TD), router_TP)
+        if routing is not None:
+            routing.expert_LT.append(expert_T)
+            routing.probs_LTE.append(probs_TE)
+        return self.post_mlp_residual_scale(mixed_TD, residual_TD), router_TP
+
+
+class Trunk(nn.Module):
+    """Everything between token ids and final hidden states (`model`)."""
+
+    def __init__(self, config: ZayaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = ZayaRotaryEmbedding(config)
+        self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
+        self.input_hidden_states_bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+
+class Policy(nn.Module):
+    """A ZAYA policy: AR rows give p, mask rows give q.
+
+    Attributes:
+        config: the checkpoint's `ZayaConfig`, with its `diffusion` section.
+        block_size: mask rows of a block the policy was converted for.
+        mask_token_id: the token id of mask rows.
+        tokenizer: the checkpoint's tokenizer, or None.
+        hops: tokens the CCA convolutions look back.
+    """
+
+    def __init__(self, config: ZayaConfig) -> None:
+        super().__init__()
+        self.config = config
+        diffusion: dict[str, Any] = getattr(config, "diffusion", None) or {}
+        self.block_size: int = diffusion.get("block_size", 16)
+        self.mask_token_id: int = diffusion.get("mask_token_id", config.vocab_size - 1)
+        self.converted = bool(diffusion)
+        self.tokenizer: Any = None
+        self.hops = config.cca_time0 + config.cca_time1 - 2
+        self.windows = {kind: config.sliding_window if kind == "hybrid_sliding" else None
+                        for kind in set(config.layer_types)}
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        eos = self.config.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def forward(
+        self, layout: TokenLayout, state: SequenceState | None = None, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits."""
+        plan = Plan.of(layout, self.hops, 0 if state is None else state.longest, self.windows)
+        trunk = self.model
+        hidden_TD = trunk.embed_tokens(layout.token_T)
+        hidden_TD = (hidden_TD + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale
+        ropes = {kind: tuple(x[0] for x in trunk.rotary_emb(hidden_TD, layout.position_T[None], kind))
+                 for kind in self.windows}
+        residual_TD = hidden_TD.to(torch.promote_types(self.dtype, torch.float32))
+        router_TP = None
+        for kind, layer in zip(self.config.layer_types, trunk.layers, strict=True):
+            residual_TD, router_TP = layer(residual_TD, router_TP, plan, ropes[kind], state, routing)
+        return trunk.norm(residual_TD)
+
+    def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """logits_RV of the given rows."""
+        return self.lm_head(hidden_RD)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> Policy:
+        """Fresh weights for training from nothing: normal projections, unit scales and key temperatures."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith(("scale", "norm.weight", "layernorm.weight", "temp")):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, std, generator=generator)
+        return self
