@@ -2,7 +2,8 @@
 
 Invariants:
 - No heavy imports: the bridge programs against this module without torch or Ray.
-- The gateway makes every call from one thread of its own, one call at a time.
+- The gateway makes one call at a time: `expected_weights` once before it starts, all others from one thread of its own.
+  It never calls `close`: who made a backend ends it.
 - A lease is an epoch: work is submitted under one, comes back under the same one, and the same request submitted again
   under a higher epoch replaces the former. Epochs only grow.
 """

@@ -1,0 +1,130 @@
+"""A small in-process backend for tests of the bridge: the engine is absent, everything else is real.
+
+A sample is a function of (weights, prompt, seed, sample number), so that a test can say what must arrive. Run as a script
+it serves a gateway in a process of its own, to be killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from blockroll.errors import ClusterError
+from blockroll.rollout.backend import Completed
+from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, Trajectory
+from blockroll.trainer_bridge.gateway import Gateway
+
+EXPECTED: dict[str, tuple[str, tuple[int, ...]]] = {
+    "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)), "none": ("float32", (0, 4))}
+
+
+def request(name: str, samples: int = 1, prompt: Sequence[int] = (1, 2, 3), seed: int = 7, **params: object) -> RolloutRequest:
+    return RolloutRequest(id=name, prompt_tokens=tuple(prompt), samples=samples, seed=seed,
+                          params=SamplingParams(**{"max_tokens": 20, **params}))  # type: ignore[arg-type]
+
+
+def make_trajectory(asked: RolloutRequest, sample: int, version: int = 0) -> Trajectory:
+    """What the backend generates for this sample."""
+    text = repr((asked.prompt_tokens, asked.seed, sample, version)).encode()
+    rng = np.random.default_rng(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    count = int(rng.integers(1, asked.params.max_tokens + 1))
+    logprobs = -rng.random(count, np.float32)
+    steps = tuple(StepTrace(len(asked.prompt_tokens) - 1 + i, 0, 0, -1, 0, 1) for i in range(count))
+    rows = len(asked.prompt_tokens) + count - 1
+    return Trajectory(
+        request_id=asked.id, sample=sample, prompt_tokens=asked.prompt_tokens, tokens=rng.integers(0, 32, count).tolist(),
+        logprobs=logprobs, behavior_logprobs=logprobs * np.float32(0.5), versions=np.full(count, version, np.int32),
+        from_draft=rng.random(count) < 0.5, finish_reason="length", forwards=count, trace=steps,
+        support_logmass=logprobs.copy() if asked.params.top_k else None,
+        routed_experts=rng.integers(0, 16, (rows, 2)).astype(np.int16) if asked.params.routed_experts else None)
+
+
+def assert_same(a: Trajectory, b: Trajectory) -> None:
+    """Equal in every field, arrays bit for bit."""
+    for name in Trajectory.__slots__:
+        x, y = getattr(a, name), getattr(b, name)
+        if isinstance(x, np.ndarray):
+            assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes(), name
+        else:
+            assert x == y and type(x) is type(y), name
+
+
+def weights(seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"embed.weight": rng.random((32, 8), np.float32), "scale": np.array(seed + 0.5, np.float32),
+            "half": rng.random((3, 5)).astype(np.float16), "none": np.zeros((0, 4), np.float32)}
+
+
+class ToyBackend:
+    """Finishes `rate` samples per second, in a scrambled order; refuses prompts longer than `longest`."""
+
+    def __init__(self, rate: float = 1e9, longest: int = 64, repeat: bool = False, expected: Mapping[
+            str, tuple[str, tuple[int, ...]]] = EXPECTED) -> None:
+        self.version, self.rate, self.longest, self.repeat = 0, rate, longest, repeat
+        self.expected = dict(expected)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.batches: list[tuple[int, list[str]]] = []
+        self.broken = ""
+        self._work: deque[tuple[int, RolloutRequest, int]] = deque()
+        self._allowance, self._last = 0.0, time.monotonic()
+        self.in_flight_at_commit = -1
+
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
+        if self.broken:
+            raise ClusterError(self.broken)
+        self.batches.append((epoch, [r.id for r in batch]))
+        for asked in batch:
+            self._work.extend((epoch, asked, i) for i in reversed(range(asked.samples)))
+
+    def poll(self, timeout: float) -> list[Completed]:
+        time.sleep(min(timeout, 0.002))
+        now = time.monotonic()
+        self._allowance = min(self._allowance + (now - self._last) * self.rate, 64.0)
+        self._last = now
+        found = []
+        while self._work and self._allowance >= 1.0:
+            self._allowance -= 1.0
+            self._work.rotate(5)
+            epoch, asked, sample = self._work.popleft()
+            if len(asked.prompt_tokens) > self.longest:
+                self._work = deque(w for w in self._work if w[1].id != asked.id)
+                found.append(Completed(epoch, asked.id, error=f"prompt_tokens: {len(asked.prompt_tokens)} tokens are more than "
+                                                              f"{self.longest}; shorten the prompt"))
+                continue
+            found += [Completed(epoch, asked.id, make_trajectory(asked, sample, self.version))] * (1 + self.repeat)
+        return found
+
+    def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+        if self.broken:
+            raise ClusterError(self.broken)
+        self.in_flight_at_commit = len(self._work)
+        self.arrays, self.version = dict(arrays), version
+
+    def expected_weights(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        return self.expected
+
+    def stats(self) -> dict[str, float | int | str]:
+        return {"queued": len(self._work), "rate": self.rate}
+
+    def close(self) -> None:
+        self._work.clear()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("address")
+    parser.add_argument("ledger")
+    parser.add_argument("--rate", type=float, default=1e9)
+    args = parser.parse_args()
+    with Gateway(ToyBackend(rate=args.rate), args.address, args.ledger) as gateway:
+        print(gateway.address, flush=True)
+        gateway.wait()
+
+
+if __name__ == "__main__":
+    main()

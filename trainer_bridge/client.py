@@ -1,0 +1,256 @@
+"""The trainer's end of the bridge: requests in, each trajectory once, weights back.
+
+Invariants:
+- Imports neither torch, Ray, an engine nor SQLite.
+- Within the life of a client every trajectory is handed out once: connections may break and gateways may die and come
+  back in between.
+- A trajectory is acknowledged after the caller came back for something else (see RolloutClient), so one that a killed
+  trainer was still working on is delivered to its next life.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from ..errors import InvalidInput, RequestError, TransportError
+from ..rollout.types import RolloutRequest, Trajectory, order_by_id
+from .connection import Connection, RequestRefused
+from .control import ControlPlane
+from .delivery import FAILURE, Deliveries, Figures, Item, open_item
+from .transport import ClientKeys, CurveKeys
+
+__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]
+
+OnError = Literal["raise", "skip"]
+_CLOSE_S = 5.0
+
+
+class RolloutClient:
+    """A trainer's connection to a gateway; made by `connect`. One thread at a time. A context manager.
+
+    Acknowledgement: with ack="auto" what was handed out is acknowledged at the caller's next call of `submit`, `generate`
+    or `push_weights`, at the next item of `results`, and on leaving the context without an exception. With ack="manual"
+    only `acknowledge` does it, for a trainer that first makes its own checkpoint. After a crash, connect with the same
+    client_id and submit the same requests: what was not acknowledged comes (again), what was is refused by name.
+    """
+
+    def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
+                 ack: Literal["auto", "manual"] = "auto") -> None:
+        self.client_id = client_id or f"client-{uuid.uuid4().hex[:12]}"
+        if ack not in ("auto", "manual"):
+            raise InvalidInput("ack", f"unknown mode {ack!r}", "use 'auto' or 'manual'")
+        if len(self.client_id.encode("utf-8", "replace")) > 100 or not self.client_id.isprintable():
+            raise InvalidInput("client_id", f"{self.client_id[:120]!r} is too long or not printable", "use at most 100 bytes")
+        self.address, self._keys, self._timeout, self._auto = address, keys, timeout, ack == "auto"
+        self._handed: list[tuple[str, int]] = []
+        self._control: ControlPlane | None = None
+        self._closed = False
+        self._connection = Connection(address, self.client_id, keys=keys, control=False, timeout=timeout)
+        self._deliveries = Deliveries(self._connection)
+        try:
+            self._deliveries.drive(lambda: True)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @property
+    def delivery(self) -> dict[str, int]:
+        """Samples in this client's life: `requested`, `unique` (handed out), `duplicates` (dropped here), `failed`, and
+        `missing` = requested - unique - failed."""
+        d = self._deliveries
+        return {"requested": d.requested, "unique": d.unique, "duplicates": d.duplicates, "failed": d.failed,
+                "missing": d.requested - d.unique - d.failed}
+
+    @property
+    def version(self) -> int:
+        """The weight version that served when the gateway last spoke."""
+        return self._connection.version
+
+    def submit(self, requests: Iterable[RolloutRequest]) -> None:
+        """Hands one batch to the gateway; returns when every request is in its ledger.
+
+        The batch is dispatched as one. A request that is in flight already is left as it is. Raises RequestError for an
+        id that was used with other content or answered before, StorageError when the gateway cannot record.
+        """
+        self._enter()
+        name = self._deliveries.enqueue(list(requests))
+        self._deliveries.drive(lambda: self._deliveries.recorded(name))
+
+    def results(self, timeout: float | None = None, *, on_error: OnError = "raise") -> Iterator[Trajectory]:
+        """Each trajectory of the submitted requests once, as it arrives; ends when nothing is outstanding.
+
+        Raises TransportError when none arrives for `timeout` seconds (None: as long as the gateway answers), and
+        RequestRefused for a request that cannot be served, unless on_error is "skip"; call again to go on after either.
+        """
+        d = self._deliveries
+        while True:
+            self._enter()
+            d.drive(lambda: bool(d.inbox) or not d.outstanding, timeout)
+            if not d.inbox:
+                return
+            item = d.take()
+            if isinstance(item, RequestRefused):
+                self._hand(item.request_id, FAILURE)
+                if on_error == "raise":
+                    raise item
+                continue
+            trajectory = open_item(item)
+            self._hand(*trajectory.key)
+            yield trajectory
+
+    def generate(self, requests: Iterable[RolloutRequest], timeout: float | None = None, *,
+                 on_error: OnError = "raise") -> list[Trajectory]:
+        """Submits one batch and waits for all its samples, ordered by (id, sample) whatever order they arrived in.
+
+        Raises RequestRefused for the first request that cannot be served, after all others are done; those stay to be had
+        from `results`. With on_error="skip" the others are returned. `timeout` as in `results`.
+        """
+        self._enter()
+        d, batch = self._deliveries, list(requests)
+        wanted = {r.id for r in batch}
+        if len(wanted) != len(batch):
+            raise RequestError("id", "two requests of one call share an id", "give each request its own")
+        d.enqueue(batch)
+        for name in wanted:
+            if d.tracks[name].taken:
+                raise RequestError("id", f"{name!r} was handed out in part by results()", "go on with results()")
+        found: list[tuple[Item, Trajectory]] = []
+        aside: list[Item | RequestRefused] = []
+        refused: dict[str, RequestRefused] = {}
+
+        def done() -> bool:
+            while d.inbox:
+                item = d.take()
+                if item.request_id not in wanted:
+                    aside.append(item)
+                elif isinstance(item, RequestRefused):
+                    refused[item.request_id] = item
+                else:
+                    found.append((item, open_item(item)))
+            return all(d.tracks[name].complete for name in wanted)
+
+        try:
+            d.drive(done, timeout)
+        except BaseException:
+            d.inbox.extendleft(reversed([*aside, *refused.values(), *(item for item, _ in found)]))
+            raise
+        for name in wanted:
+            if d.tracks[name].elsewhere:
+                refused.setdefault(name, RequestRefused(
+                    name, f"{d.tracks[name].elsewhere} samples were acknowledged in an earlier life of this client"))
+        for name in refused:
+            self._hand(name, FAILURE)
+        served = [] if refused and on_error == "raise" else [p for p in found if p[0].request_id not in refused]
+        if len(served) < len(found):
+            aside += [item for item, _ in found if not served or item.request_id in refused]
+        d.inbox.extendleft(reversed(aside))
+        if refused and on_error == "raise":
+            raise refused[min(refused)]
+        trajectories = order_by_id([trajectory for _, trajectory in served])
+        for trajectory in trajectories:
+            self._hand(*trajectory.key)
+        return trajectories
+
+    def acknowledge(self, trajectories: Iterable[Trajectory]) -> None:
+        """With ack="manual": these are safe with the trainer and never delivered again. Returns when that is recorded."""
+        keys = {t.key for t in trajectories}
+        self._deliveries.tell([k for k in self._handed if k in keys])
+        self._handed = [k for k in self._handed if k not in keys]
+        self._connection.begin()
+        self._deliveries.drive(lambda: not self._deliveries.acknowledging)
+
+    def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
+                     in_flight: str = "finish") -> int:
+        """Makes NumPy arrays or torch tensors the weights that serve; returns the serving version when every engine has it.
+
+        Args:
+            version: the serving version + 1, or any greater one with `allow_gap`. One that was committed already with the
+                same content is left as it is.
+            in_flight: what happens to sequences in flight at the commit: `finish`, or what else the cluster offers.
+
+        Raises TransportError (wrong tensors, version or digest; no control key; no gateway) or ClusterError (an engine
+        could not take it): the old version then serves.
+        """
+        if type(version) is not int or version < 1:
+            raise InvalidInput("version", f"{version!r} is not a positive integer", "count versions from 1")
+        self._enter()
+        self._deliveries.drive(lambda: not self._deliveries.acknowledging)
+        serving = self._plane().push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
+        self._connection.version = serving
+        return serving
+
+    def status(self) -> Figures:
+        """Figures of the gateway: `version`, `in_flight`, `requested`, `unique`, `duplicates`, `missing`, `failed`,
+        `acknowledged`, `stale`, `sessions`, `malformed`, `notice`, and the engines' own as `engine.NAME`."""
+        self._connection.begin()
+        return self._deliveries.status()
+
+    def shutdown_gateway(self) -> None:
+        """Stops the gateway; what is unfinished or not acknowledged stays in its ledger."""
+        self._plane().shutdown()
+
+    def close(self, *, acknowledge: bool = True) -> None:
+        """Acknowledges what was handed out (ack="auto") and frees the sockets; safe to call twice.
+
+        A gateway that is away is not waited for: what could not be acknowledged is delivered to the next life.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        d = self._deliveries
+        try:
+            if acknowledge and self._auto:
+                d.tell(self._handed)
+            if acknowledge and d.acknowledging:
+                end = time.monotonic() + _CLOSE_S
+                self._connection.begin()
+                d.drive(lambda: time.monotonic() > end or not d.acknowledging, reopen=False)
+        finally:
+            self._connection.close()
+            if self._control is not None:
+                self._control.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(acknowledge=error is None)
+
+    def _enter(self) -> None:
+        """The caller is back: what it was handed before is its own now."""
+        if self._closed:
+            raise TransportError("this client is closed; connect again with the same client_id")
+        self._connection.begin()
+        if self._auto:
+            self._deliveries.tell(self._handed)
+            self._handed = []
+
+    def _hand(self, request_id: str, sample: int) -> None:
+        self._deliveries.hand(request_id, sample)
+        self._handed.append((request_id, sample))
+
+    def _plane(self) -> ControlPlane:
+        if self._control is None:
+            self._control = ControlPlane(self.address, self.client_id, self._keys, self._timeout)
+        return self._control
+
+
+def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
+            ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
+    """Connects to a gateway; returns when it has answered.
+
+    Args:
+        address: what the gateway calls its `address`, `tcp://HOST:PORT` or `ipc://PATH`; beyond loopback only with `keys`.
+        client_id: the trainer's stable name: unfinished work belongs to it and survives both sides' restarts. A random
+            one by default, which cannot be resumed. One live connection per client_id.
+        keys: the gateway's public key, this client's pair, and a pair for the control plane where weights are pushed.
+        timeout: seconds without a word from the gateway after which waiting ends with TransportError.
+        ack: when trajectories are acknowledged; see RolloutClient.
+
+    Raises TransportError when the gateway cannot be reached, does not admit the key, or speaks another protocol.
+    """
+    return RolloutClient(address, client_id=client_id, keys=keys, timeout=timeout, ack=ack)

@@ -1,0 +1,229 @@
+"""The service's end of the bridge: one thread that owns the socket and the ledger, one that talks to the cluster.
+
+Invariants:
+- A request is acknowledged after the ledger has it, a trajectory is sent after the ledger has it, and sent again in every
+  new session of its client until the client acknowledges it.
+- A batch reaches the cluster whole, in one call, under one epoch; outputs of another epoch are refused by the ledger.
+- Memory is bounded: payloads stay in the ledger until the client's credit asks for them, at most `max_in_flight` samples
+  are with the cluster (one batch may exceed it), and a peer that does not read is forgotten.
+- A full disk or a cluster without engines stops the work that needs it, is told to clients as a notice, and is retried.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from ..errors import StorageError
+from ..rollout.backend import Completed, RolloutBackend
+from .dispatch import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
+from .ledger import Ledger
+from .messages import TO_GATEWAY
+from .pushes import PushDesk
+from .sessions import Figures, Sessions
+from .transport import Router, ServerKeys
+
+RETRY_S, FULL_S, IDLE_S = 0.5, 0.02, 0.25
+BURST = 64
+"""Messages read before the other work has its turn."""
+
+
+class Gateway:
+    """Serves a cluster to trainers.
+
+    Args:
+        cluster: the backend; it is not closed by the gateway.
+        address: `tcp://HOST:PORT` (port `*` for any free one) or `ipc://PATH`; beyond loopback only with `keys`.
+        ledger_path: SQLite file of the ledger; made if missing, resumed if not.
+        keys: the gateway's CURVE pair and the public keys it admits.
+        max_in_flight: samples leased to the cluster at once.
+        max_ledger_bytes: size the ledger may reach; None for what the disk holds.
+        lease_seconds: lease work again, under a new epoch, when it has not come back for so long; None never.
+        push_idle_seconds: a weight push without a chunk for so long gives way to another one.
+    """
+
+    def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *, keys: ServerKeys | None = None,
+                 max_in_flight: int = 4096, max_ledger_bytes: int | None = None, lease_seconds: float | None = None,
+                 push_idle_seconds: float = 60.0) -> None:
+        self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
+        self._max_in_flight, self._max_bytes = max_in_flight, max_ledger_bytes
+        self._lease_seconds, self._push_idle = lease_seconds, push_idle_seconds
+        self._unrecorded: list[Completed] = []
+        self._leases: dict[int, float] = {}
+        self._revoked: set[int] = set()
+        self._trouble: dict[str, str] = {}
+        self._retry: dict[str, float] = {}
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> Self:
+        """Opens the ledger, binds, serves. Raises StorageError, TransportError or ClusterError when one cannot be had."""
+        expected = dict(self._cluster.expected_weights())
+        policies = tuple(getattr(self._cluster, "in_flight_policies", ("finish",)))
+        self._ledger = Ledger(self._path, max_bytes=self._max_bytes)
+        try:
+            self._router = Router(self._bind, self._keys, TO_GATEWAY)
+        except BaseException:
+            self._ledger.close()
+            raise
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        self._driver = BackendDriver(self._cluster, self._wake)
+        self._sessions = Sessions(self._router, self._ledger, lambda: self._driver.version, self._notice, self._figures)
+        self._sessions.desk = PushDesk(expected, policies, self._driver, self._ledger, self._sessions.reply, self._push_idle)
+        self._thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
+        self._thread.start()
+        return self
+
+    @property
+    def address(self) -> str:
+        """The address clients connect to, with the port that was bound."""
+        return self._router.address
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the gateway ends (a Shutdown, or a failure, which is raised); whether it did."""
+        assert self._thread is not None, "wait() before start()"
+        self._thread.join(timeout)
+        if self._error is not None:
+            raise self._error
+        return not self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Ends serving; unfinished and unacknowledged work stays in the ledger. Raises what made the gateway fail."""
+        self._stopping = True
+        if self._thread is not None:
+            self._wake()
+            self.wait()
+
+    def __enter__(self) -> Self:
+        return self if self._thread is not None else self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._router.socket, zmq.POLLIN)
+        poller.register(self._wake_in.fileno(), zmq.POLLIN)
+        try:
+            waiting = False
+            while not self._stopping:
+                poller.poll(int(1000 * (FULL_S if waiting else IDLE_S)))
+                waiting = self._turn()
+        except BaseException as error:  # noqa: BLE001 - kept for wait() and stop(), which raise it to the gateway's owner
+            self._error = error
+            self._sessions.fail(f"the gateway failed: {type(error).__name__}: {error}")
+        finally:
+            self._driver.stop(30.0)
+            self._router.close(0.5)
+            self._ledger.close()
+            with self._lock:
+                self._wake_in.close()
+                self._wake_out.close()
+
+    def _turn(self) -> bool:
+        """One round of everything there is to do; whether something waits for a full peer or the disk."""
+        try:
+            self._wake_in.recv(4096)
+        except BlockingIOError:
+            pass
+        for _ in range(BURST):
+            inbound = self._router.receive()
+            if inbound is None:
+                break
+            self._sessions.receive(inbound)
+        now = time.monotonic()
+        waiting = self._collect(now)
+        self._expire(now)
+        self._dispatch(now)
+        self._stopping = self._stopping or self._sessions.shutdown
+        try:
+            waiting |= self._sessions.work(now)
+            self._trouble.pop("send", None)
+        except StorageError as error:
+            self._failed("send", error, now)
+        return waiting
+
+    def _collect(self, now: float) -> bool:
+        """Takes what the cluster has to say; outputs the disk refused are kept and tried again."""
+        while not self._driver.events.empty():
+            event = self._driver.events.get()
+            if isinstance(event, Outputs):
+                self._unrecorded.extend(event.completed)
+            elif isinstance(event, CommitEnded):
+                self._sessions.desk.ended(event)
+            elif isinstance(event, WorkRefused):
+                self._revoked.add(event.epoch)
+                self._trouble["cluster"], self._retry["dispatch"] = event.why, now + RETRY_S
+            elif isinstance(event, Crashed):
+                raise event.error
+        if self._unrecorded and now >= self._retry.get("record", 0.0):
+            try:
+                self._sessions.mark(self._ledger.record(self._unrecorded))
+            except StorageError as error:
+                self._failed("record", error, now)
+            else:
+                self._unrecorded.clear()
+                self._trouble.pop("record", None)
+        return bool(self._unrecorded)
+
+    def _dispatch(self, now: float) -> None:
+        """Leases queued batches while there is room; what stays queued is in the ledger alone."""
+        if now < self._retry.get("dispatch", 0.0) or self._unrecorded:
+            return
+        try:
+            for epoch in sorted(self._revoked):
+                self._ledger.release(epoch)
+                self._revoked.remove(epoch)
+                self._leases.pop(epoch, None)
+            while self._driver.in_flight < self._max_in_flight:
+                leased = self._ledger.lease(self._max_in_flight - self._driver.in_flight, self._driver.in_flight == 0)
+                if leased is None:
+                    break
+                self._leases[leased[0]] = now
+                self._driver.submit(*leased)
+                self._trouble.pop("cluster", None)
+            self._trouble.pop("dispatch", None)
+        except StorageError as error:
+            self._failed("dispatch", error, now)
+
+    def _expire(self, now: float) -> None:
+        self._sessions.desk.expire(now)
+        if not self._driver.in_flight:
+            self._leases.clear()
+        if self._lease_seconds is not None:
+            self._revoked.update(e for e, since in self._leases.items() if now - since > self._lease_seconds)
+
+    def _failed(self, what: str, error: StorageError, now: float) -> None:
+        self._trouble[what], self._retry[what] = str(error), now + RETRY_S
+
+    def _wake(self) -> None:
+        with self._lock:
+            if self._wake_out.fileno() >= 0:
+                try:
+                    self._wake_out.send(b"!")
+                except BlockingIOError:
+                    pass  # the pipe is full of wake-ups already
+
+    def _notice(self) -> str:
+        """What keeps the service from working, in one line of at most 1000 characters."""
+        return "; ".join(filter(None, [*self._trouble.values(), self._sessions.trouble, self._driver.notice]))[:1000]
+
+    def _figures(self) -> Figures:
+        counters = self._ledger.counters
+        return {
+            "version": self._driver.version, "in_flight": self._driver.in_flight, "sessions": len(self._sessions),
+            "requested": counters.requested, "unique": counters.unique, "duplicates": counters.duplicates,
+            "missing": counters.missing, "failed": counters.failed, "acknowledged": counters.acknowledged,
+            "stale": counters.stale, "malformed": self._sessions.malformed, "notice": self._notice(),
+            **{f"engine.{name}": value for name, value in self._driver.stats.items()},
+        }

@@ -1,0 +1,279 @@
+"""The two ends of a connection: sockets that bound their memory, know their peer and notice when it is gone.
+
+Invariants:
+- Outside loopback and ipc a socket is bound or connected with CURVE keys or not at all; a server admits listed keys only.
+- Every queue and every frame has a limit; a full queue is told to the caller, never dropped from.
+- No message is lost silently: a send to a peer that is gone says so, a lost connection or a failed handshake is observed.
+- The control plane has keys of its own: a data key cannot push weights, a control key cannot take trajectories.
+
+Delivery across connections is not this module's business: the ledger keeps what is unacknowledged, clients submit again.
+A peer that passed the allow-list can still make libzmq buffer one endless multi-part message: list only keys you trust.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from ..errors import InvalidInput, StorageError, TransportError
+from .codec import Buffer
+from .messages import MAX_FRAMES
+
+HANDSHAKE_MS, HEARTBEAT_MS, DEAD_MS = 5_000, 2_000, 10_000
+QUEUE = 64
+_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_MONITORED = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+              | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+Sent = Literal["sent", "full", "gone"]
+
+
+@dataclass(frozen=True)
+class CurveKeys:
+    """A CURVE key pair, Z85 text of 40 characters each."""
+
+    public: str
+    secret: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _check_key("public", self.public)
+        _check_key("secret", self.secret)
+
+    @classmethod
+    def generate(cls) -> CurveKeys:
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> CurveKeys:
+        """Keys written by `save`. Raises InvalidInput for a file that does not hold a pair."""
+        try:
+            lines = Path(path).read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidInput("keys", f"{path} cannot be read ({error})", "name a file written by CurveKeys.save") from error
+        if len(lines) != 2:
+            raise InvalidInput("keys", f"{path} holds {len(lines)} words", "name a file written by CurveKeys.save")
+        return cls(*lines)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the pair, readable by its owner alone; an existing file is never overwritten."""
+        try:
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w") as file:
+                file.write(f"{self.public}\n{self.secret}\n")
+        except OSError as error:
+            raise StorageError(f"cannot write keys to {path}: {error.strerror}; name a new file in a writable folder") from error
+
+
+@dataclass(frozen=True)
+class ClientKeys:
+    """What a client needs to be admitted: the gateway's public key, its own pair, and a pair for the control plane."""
+
+    server: str
+    data: CurveKeys
+    control: CurveKeys | None = None
+
+    def __post_init__(self) -> None:
+        _check_key("server", self.server)
+
+
+@dataclass(frozen=True)
+class ServerKeys:
+    """The gateway's pair and the public keys it admits, for data and for control."""
+
+    own: CurveKeys
+    data: frozenset[str]
+    control: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", frozenset(self.data))
+        object.__setattr__(self, "control", frozenset(self.control))
+        for key in self.data | self.control:
+            _check_key("allowed key", key)
+        if self.data & self.control:
+            raise InvalidInput("control", "a key is listed for data and for control", "use separate keys")
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """pyzmq's credentials provider: is this raw public key listed?"""
+        return zmq.utils.z85.encode(key).decode() in self.data | self.control
+
+
+def _check_key(name: str, value: str) -> None:
+    if not isinstance(value, str) or not _KEY.fullmatch(value):
+        raise InvalidInput(name, "not a CURVE key of 40 Z85 characters", "make pairs with CurveKeys.generate()")
+
+
+def is_local(address: str) -> bool:
+    """Whether only this machine can reach the address: ipc, inproc, or TCP on a loopback address."""
+    scheme, _, rest = address.partition("://")
+    if scheme in ("ipc", "inproc"):
+        return bool(rest)
+    host = rest.rpartition(":")[0].strip("[]")
+    if scheme != "tcp" or ";" in rest:
+        return False
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_address(address: str, has_keys: bool) -> None:
+    """Raises TransportError for an address of another kind, or one that needs keys and has none."""
+    if not re.fullmatch(r"(tcp://[^;\s]+:(\d+|\*)|ipc://\S+|inproc://\S+)", address):
+        raise TransportError(f"address: {address!r} is not an address of the bridge; use tcp://HOST:PORT or ipc://PATH")
+    if not is_local(address) and not has_keys:
+        raise TransportError(f"address: {address} can be reached from other machines and no CURVE keys are given; "
+                             "give keys, or use tcp://127.0.0.1:PORT or ipc://PATH")
+
+
+def _bound(socket: zmq.Socket[bytes], address: str, max_frame: int) -> None:
+    for option, value in (
+            (zmq.SNDHWM, QUEUE), (zmq.RCVHWM, QUEUE), (zmq.MAXMSGSIZE, max_frame), (zmq.LINGER, 0),
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS), (zmq.HEARTBEAT_IVL, HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, DEAD_MS),
+            (zmq.HEARTBEAT_TTL, DEAD_MS), (zmq.IPV6, int("[" in address))):
+        socket.setsockopt(option, value)
+
+
+class Link:
+    """A client's connection to a gateway: one DEALER and its monitor. One thread at a time."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str, server: str | None, own: CurveKeys | None,
+                 max_frame: int) -> None:
+        check_address(address, own is not None)
+        self.address, self.lost, self.connected, self.failed_handshakes = address, False, False, 0
+        self._socket = context.socket(zmq.DEALER)
+        _bound(self._socket, address, max_frame)
+        for option, value in ((zmq.IMMEDIATE, 1), (zmq.RECONNECT_IVL, 100), (zmq.RECONNECT_IVL_MAX, 2_000)):
+            self._socket.setsockopt(option, value)
+        self._socket.setsockopt(zmq.ROUTING_ID, b"c" + os.urandom(15))
+        if own is not None and server is not None:
+            self._socket.curve_serverkey = server.encode()
+            self._socket.curve_publickey, self._socket.curve_secretkey = own.public.encode(), own.secret.encode()
+        self._monitor = self._socket.get_monitor_socket(_MONITORED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._socket.connect(address)
+
+    def send(self, frames: Sequence[Buffer], wait: float) -> bool:
+        """Queues a message; False when the queue stayed full, or nobody was connected, for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=True)
+                return True
+            except zmq.Again:
+                self.observe()
+                left = deadline - time.monotonic()
+                if self.lost or left <= 0:
+                    return False
+                self._socket.poll(int(min(left, 0.1) * 1000) + 1, zmq.POLLOUT)
+
+    def receive(self, wait: float) -> list[list[bytes]]:
+        """Messages that are there, after waiting `wait` seconds for the first."""
+        self._poller.poll(int(wait * 1000))
+        self.observe()
+        found: list[list[bytes]] = []
+        while len(found) < QUEUE:
+            try:
+                found.append(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+        return found
+
+    def observe(self) -> None:
+        """Reads the monitor. Raises TransportError when the gateway does not admit this key."""
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                raise TransportError(f"gateway {self.address} does not admit this client's key; "
+                                     "add its public key to the gateway's allow-list")
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.connected, self.failed_handshakes = True, 0
+            elif event == zmq.EVENT_DISCONNECTED:
+                self.lost = self.lost or self.connected
+            else:
+                self.failed_handshakes += 1
+
+    def close(self, linger: float = 0.0) -> None:
+        """Closes; what is queued has `linger` seconds to leave."""
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(int(linger * 1000))
+
+
+@dataclass(frozen=True)
+class Inbound:
+    """A message at the gateway: whose connection it came by, under which public key (empty without CURVE)."""
+
+    peer: bytes
+    key: str
+    frames: list[memoryview]
+
+
+class Router:
+    """The gateway's socket: ROUTER with ROUTER_MANDATORY and a ZAP allow-list. One thread at a time."""
+
+    def __init__(self, address: str, keys: ServerKeys | None, max_frame: int) -> None:
+        check_address(address, keys is not None)
+        self.keys = keys
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._auth = None
+        self.socket = self._context.socket(zmq.ROUTER)
+        _bound(self.socket, address, max_frame)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if keys is not None:
+            from zmq.auth.thread import ThreadAuthenticator
+
+            self._auth = ThreadAuthenticator(self._context)
+            self._auth.start()
+            self._auth.configure_curve_callback("*", credentials_provider=keys)
+            self.socket.zap_domain = b"blockroll"
+            self.socket.curve_server = True
+            self.socket.curve_publickey, self.socket.curve_secretkey = keys.own.public.encode(), keys.own.secret.encode()
+        try:
+            self.socket.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise TransportError(f"address: cannot bind {address} ({error.strerror}); "
+                                 "choose a free port of this machine") from error
+        self.address = cast(bytes, self.socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode()
+
+    def receive(self) -> Inbound | None:
+        """The next message; None when there is none. One with too many frames comes without any."""
+        try:
+            frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        peer = frames[0].bytes
+        key = str(frames[-1].get("User-Id")) if self.keys is not None else ""
+        if len(frames) - 1 > MAX_FRAMES:
+            frames = frames[:1]
+        return Inbound(peer, key, [f.buffer for f in frames[1:]])
+
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> Sent:
+        """Queues a message for a peer, or says why not; never drops one."""
+        try:
+            self.socket.send_multipart([peer, *frames], zmq.NOBLOCK)
+            return "sent"
+        except zmq.Again:
+            return "full"
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return "gone"
+
+    def close(self, linger: float = 0.0) -> None:
+        """Closes the socket; what is queued has `linger` seconds to leave."""
+        self.socket.close(int(linger * 1000))
+        if self._auth is not None:
+            self._auth.stop()
+        self._context.term()
