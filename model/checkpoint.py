@@ -123,11 +123,14 @@ def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | 
     target = Path(directory)
     staging = target.with_name(f".{target.name}.partial")
     save_as = DTYPES[dtype] if dtype else policy.dtype
-    tensors = {
-        name: tensor.detach().cpu().to(tensor.dtype if name.endswith("balancing_biases") else save_as).contiguous()
-        for name, tensor in policy.state_dict().items()
-        if not (name == "lm_head.weight" and policy.config.tie_word_embeddings)
-    }
+    tensors = {}
+    for name, tensor in policy.state_dict().items():
+        if name.endswith("balancing_biases"):
+            # transformers (5.17-5.23) resets the skip expert's bias to -1 on load. The choice of an expert only knows
+            # differences of biases, so all are shifted until the skip expert's is -1.
+            tensors[name] = (tensor - tensor[-1] - 1.0).cpu().contiguous()
+        elif not (name == "lm_head.weight" and policy.config.tie_word_embeddings):
+            tensors[name] = tensor.detach().cpu().to(save_as).contiguous()
     config = policy.config
     config.diffusion = {"block_size": policy.block_size, "mask_token_id": policy.mask_token_id} \
         if policy.converted else getattr(config, "diffusion", None)

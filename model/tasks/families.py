@@ -1,0 +1,144 @@
+"""One class per reasoning-gym family: how its question is written, and which steps compute its answer.
+
+Invariants:
+- The question holds all the task's information; the steps are computed from the task's metadata alone.
+- Every step is a computation the next one needs. There is no filler: a text that says nothing is easy to draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+Metadata = Mapping[str, Any]
+
+
+class Family(Protocol):
+    """A reasoning-gym data set and its way of working."""
+
+    @property
+    def name(self) -> str:
+        """The data set's name in reasoning-gym."""
+
+    @property
+    def difficulty(self) -> Mapping[str, int]:
+        """Options of the data set."""
+
+    def question(self, metadata: Metadata) -> str:
+        """The question in few words."""
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        """The worked steps."""
+
+
+@dataclass(frozen=True)
+class ChainSum:
+    """Sums and differences from left to right, one partial result per step."""
+
+    name: str = "chain_sum"
+    difficulty: Mapping[str, int] = field(
+        default_factory=lambda: dict(min_terms=3, max_terms=5, min_digits=2, max_digits=3)
+    )
+
+    def question(self, metadata: Metadata) -> str:
+        return metadata["expression"].replace(" ", "")
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        first, *rest = metadata["expression"].split()
+        total, steps = int(first), []
+        for sign, term in zip(rest[::2], rest[1::2], strict=True):
+            result = total + int(term) if sign == "+" else total - int(term)
+            steps.append(f"{total}{sign}{term}={result}")
+            total = result
+        return steps
+
+
+@dataclass(frozen=True)
+class Gcd:
+    """Greatest common divisor by Euclid's algorithm."""
+
+    name: str = "gcd"
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_value=10, max_value=400))
+
+    def question(self, metadata: Metadata) -> str:
+        return "gcd " + " ".join(map(str, metadata["numbers"]))
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        a, b = metadata["numbers"]
+        steps = []
+        while b:
+            steps.append(f"{a}%{b}={a % b}")
+            a, b = b, a % b
+        return steps
+
+
+@dataclass(frozen=True)
+class Products:
+    """A product by partial products of the second factor's digits."""
+
+    name: str = "products"
+    difficulty: Mapping[str, int] = field(
+        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+    )
+
+    def question(self, metadata: Metadata) -> str:
+        return metadata["expression"].replace(" ", "")
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        left, right = metadata["expression"].replace(" ", "").split("*")
+        total, steps = 0, []
+        for place, digit in enumerate(reversed(right)):
+            part = int(left) * int(digit) * 10**place
+            steps.append(f"{left}*{int(digit) * 10**place}={part}")
+            if place:
+                steps.append(f"{total}+{part}={total + part}")
+            total += part
+        return steps
+
+
+@dataclass(frozen=True)
+class BaseConversion:
+    """A number from one base to another: Horner's rule to decimal, then repeated division."""
+
+    name: str = "base_conversion"
+    difficulty: Mapping[str, int] = field(
+        default_factory=lambda: dict(min_base=2, max_base=9, min_value=20, max_value=500)
+    )
+
+    def question(self, metadata: Metadata) -> str:
+        return f"{metadata['source_repr']} base {metadata['source_base']} to {metadata['target_base']}"
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        source, target = metadata["source_base"], metadata["target_base"]
+        value, *digits = (int(d) for d in metadata["source_repr"])
+        steps = []
+        for digit in digits:
+            steps.append(f"{value}*{source}+{digit}={value * source + digit}")
+            value = value * source + digit
+        while value:
+            steps.append(f"{value}={value // target}*{target}+{value % target}")
+            value //= target
+        return steps
+
+
+@dataclass(frozen=True)
+class CountBits:
+    """Ones in a number's binary form: repeated halving with a running count."""
+
+    name: str = "count_bits"
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_n=100, max_n=9999))
+
+    def question(self, metadata: Metadata) -> str:
+        return f"bits {metadata['number']}"
+
+    def steps(self, metadata: Metadata) -> list[str]:
+        value, count, steps = metadata["number"], 0, []
+        while value:
+            count += value % 2
+            steps.append(f"{value // 2} {value % 2} {count}")
+            value //= 2
+        return steps
+
+
+FAMILIES: Mapping[str, Family] = {f.name: f for f in (ChainSum(), Gcd(), Products(), BaseConversion(), CountBits())}

@@ -1,0 +1,117 @@
+"""Tasks, their disjoint splits, and their verifier.
+
+Invariants:
+- A task is a function of its id, `family:index`; nothing else has to be stored to make it again.
+- A task's split is a function of its question's text, so no question is ever in two splits, whatever the seeds.
+- The verdict is reasoning-gym's own verifier's, and only full marks count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import reasoning_gym
+
+from ...errors import DataError
+from .families import FAMILIES
+
+Split = Literal["train", "rl", "heldout"]
+SPLITS: dict[Split, range] = {"train": range(0, 80), "rl": range(80, 90), "heldout": range(90, 100)}
+"""Percentiles of the question's hash that belong to each split."""
+
+_INDICES = 10**9
+_SEED = 20_011
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question with its worked solution.
+
+    Attributes:
+        prompt: the question, up to and including the mark after which the steps begin.
+        completion: steps, answer mark and answer (no end-of-sequence token).
+        entry: reasoning-gym's entry, which its verifier wants.
+    """
+
+    id: str
+    family: str
+    prompt: str
+    completion: str
+    answer: str
+    entry: dict[str, Any] = field(repr=False, compare=False)
+
+
+def families() -> tuple[str, ...]:
+    """Names of all families."""
+    return tuple(FAMILIES)
+
+
+@lru_cache(maxsize=None)
+def _dataset(family: str) -> Any:
+    return reasoning_gym.create_dataset(family, size=_INDICES, seed=_SEED, **FAMILIES[family].difficulty)
+
+
+def task_from_id(task_id: str) -> Task:
+    """The task of an id `family:index`; DataError for anything else."""
+    family, _, index = task_id.partition(":")
+    if family not in FAMILIES or not index.isdecimal() or int(index) >= _INDICES:
+        raise DataError("task id", f"{task_id!r} names no task", f"use family:index with a family of {families()}")
+    entry = _dataset(family)[int(index)]
+    writer = FAMILIES[family]
+    steps = ";".join(writer.steps(entry["metadata"]))
+    return Task(
+        id=task_id,
+        family=family,
+        prompt=f"Q:{writer.question(entry['metadata'])}\nS:",
+        completion=f"{steps}\nA:{entry['answer']}",
+        answer=entry["answer"],
+        entry=entry,
+    )
+
+
+def split_of(prompt: str) -> Split:
+    """The split a question belongs to."""
+    percentile = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") % 100
+    return next(name for name, share in SPLITS.items() if percentile in share)
+
+
+def make_tasks(split: Split, count: int, seed: int = 0, only: Sequence[str] | None = None) -> list[Task]:
+    """`count` tasks of one split, families in turn, no question twice.
+
+    Args:
+        seed: other seeds draw other tasks of the same split.
+        only: families to draw from; all by default.
+    """
+    if split not in SPLITS:
+        raise DataError("split", f"unknown split {split!r}", f"use one of {', '.join(SPLITS)}")
+    chosen = tuple(only) if only else families()
+    if unknown := set(chosen) - set(FAMILIES):
+        raise DataError("families", f"unknown families {sorted(unknown)}", f"use some of {', '.join(families())}")
+    draws = {family: random.Random(f"{split}/{family}/{seed}") for family in chosen}
+    tasks: list[Task] = []
+    seen: set[str] = set()
+    attempts = 0
+    while len(tasks) < count:
+        family = chosen[len(tasks) % len(chosen)]
+        task = task_from_id(f"{family}:{draws[family].randrange(_INDICES)}")
+        attempts += 1
+        if split_of(task.prompt) == split and task.prompt not in seen:
+            seen.add(task.prompt)
+            tasks.append(task)
+            attempts = 0
+        elif attempts > 20_000:
+            raise DataError("count", f"family {family} has no {count} different tasks in {split}", "ask for fewer")
+    return tasks
+
+
+def score(task: Task, completion: str) -> float:
+    """1.0 if the answer after the last `A:` is right, else 0.0; any text is accepted."""
+    _, mark, answer = completion.rpartition("A:")
+    if not mark or not answer.strip():
+        return 0.0
+    return float(_dataset(task.family).score_answer(answer=answer.strip(), entry=task.entry) == 1.0)
