@@ -181,8 +181,8 @@ def _stack_distributions(parts: Sequence[tuple[torch.Tensor, torch.Tensor | None
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one step commits. Row k of sequence s is the token at position anchor + 1 + k; rows past accepted_S are padding
-    (-1, False, and 0 in the logarithms).
+    """What one step commits. Row k of sequence s is the token at position anchor + 1 + k; rows past accepted_S are
+    padding (-1, False, and 0 in the logarithms).
 
     Attributes:
         accepted_S: int64, a in 0 .. count; a + 1 tokens are committed.

@@ -2,8 +2,8 @@
 
 Invariants:
 - A row's result depends on that row alone, and on its own parameters.
-- Temperature 0 is temperature 1 cut to the most probable token, so `processed log p = full log p - support_logmass` holds
-  for every kept token at every temperature.
+- Temperature 0 is temperature 1 cut to the most probable token, so `logp = full_logp - support_logmass` holds for every
+  kept token at every temperature.
 - Ties go to the lower token id, in the greedy choice and at the edge of every cut.
 - Arithmetic in float32, or in float64 for float64 logits; half-precision logits are widened first.
 
@@ -55,8 +55,11 @@ def full_logprobs(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tens
 
 
 def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    """Which tokens survive the cut-offs. top-p counts the probabilities left by top-k, renormalised; min-p compares with
-    the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0. Returns bool[..., V], never all False."""
+    """Which tokens survive the cut-offs. top-p counts the probabilities left by top-k, renormalised; min-p compares
+    with the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0.
+
+    Returns: bool[..., V], never all False.
+    """
     scaled = scaled.detach()
     value = _descending(scaled)
     rank = torch.arange(scaled.shape[-1], device=scaled.device)

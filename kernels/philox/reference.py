@@ -3,7 +3,7 @@
 Invariants:
 - Bit for bit the generator of Random123 and of Triton's `tl.philox`; integer arithmetic only, so equal on every device.
 - A draw depends on its own key and counter, never on its place in a batch.
-- CPU tensors are computed through NumPy (a third of torch's cost per small call); the arithmetic is one function for both.
+- CPU tensors are computed through NumPy (a third of torch's cost per small call) by the same function.
 
 Legend: R = rows, V = vocabulary, W = ceil(V / 4).
 """
@@ -33,8 +33,8 @@ class Purpose(IntEnum):
 
 
 def _rounds(k0: Any, k1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple[Any, Any, Any, Any]:
-    """Ten rounds on int64 arrays or tensors. A product wraps at 64 bits, which keeps both of its 32-bit halves right; c1
-    and c3 keep their upper half until the mask of the next round, which also clears the sign bits the shift drags in."""
+    """Ten rounds on int64 arrays or tensors. A product wraps at 64 bits, which keeps both of its 32-bit halves right.
+    c1 and c3 keep their upper half until the next round's mask, which also clears the sign bits the shift drags in."""
     for _ in range(10):
         product_0, product_2 = c0 * _A, c2 * _B
         c0 = ((product_2 >> 32) ^ c1 ^ k0) & _LOW
@@ -91,20 +91,28 @@ def gumbel(
     shape = seed_R.shape
     seed_N1, position_N1 = seed_R.reshape(-1, 1), position_R.reshape(-1, 1)
     block_W = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=seed_R.device)
-    if seed_R.device.type == "cpu":
-        g_NV = torch.empty(seed_N1.shape[0], vocab_size, dtype=dtype)
-        step = max(1, _BLOCK_COUNTERS // len(block_W))
-        for i in range(0, seed_N1.shape[0], step):
-            rows = slice(i, i + step)
-            g_NV[rows] = torch.from_numpy(_gumbel_rows(seed_N1[rows], position_N1[rows], block_W, purpose))[:, :vocab_size]
-        return g_NV.reshape(*shape, vocab_size)
-    zero = torch.zeros(1, dtype=torch.int64, device=seed_R.device)
-    words = philox_4x32(seed_N1 & _LOW, (seed_N1 >> 32) & _LOW, position_N1, zero + int(purpose), block_W, zero)
-    u_NV = (torch.stack(words, -1).flatten(-2)[..., :vocab_size].to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(u_NV)).to(dtype).reshape(*shape, vocab_size)
+    if seed_R.device.type != "cpu":
+        g_NV = _gumbel_torch(seed_N1, position_N1, block_W, purpose)[:, :vocab_size]
+        return g_NV.to(dtype).reshape(*shape, vocab_size)
+    g_NV = torch.empty(len(seed_N1), vocab_size, dtype=dtype)
+    step = max(1, _BLOCK_COUNTERS // len(block_W))
+    for i in range(0, len(seed_N1), step):
+        rows = slice(i, i + step)
+        g_NV[rows] = torch.from_numpy(_gumbel_numpy(seed_N1[rows], position_N1[rows], block_W, purpose))[:, :vocab_size]
+    return g_NV.reshape(*shape, vocab_size)
 
 
-def _gumbel_rows(seed_N1: torch.Tensor, position_N1: torch.Tensor, block_W: torch.Tensor, purpose: int) -> np.ndarray:
+def _gumbel_torch(
+    seed_N1: torch.Tensor, position_N1: torch.Tensor, block_W: torch.Tensor, purpose: int
+) -> torch.Tensor:
+    """float64[N, 4W] on any device."""
+    zero = torch.zeros(1, dtype=torch.int64, device=seed_N1.device)
+    words = _rounds(seed_N1 & _LOW, (seed_N1 >> 32) & _LOW, position_N1, zero + int(purpose), block_W, zero)
+    u_NV = (torch.stack(words, -1).flatten(-2).to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(u_NV))
+
+
+def _gumbel_numpy(seed_N1: torch.Tensor, position_N1: torch.Tensor, block_W: torch.Tensor, purpose: int) -> np.ndarray:
     """float64[N, 4W] on a CPU, in place where it can be."""
     seed, zero = seed_N1.numpy(), np.zeros(1, dtype=np.int64)
     words = _rounds(seed & _LOW, (seed >> 32) & _LOW, position_N1.numpy(), zero + int(purpose), block_W.numpy(), zero)

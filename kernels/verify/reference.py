@@ -61,8 +61,8 @@ def residual_weights(logp_SV: torch.Tensor, logq_SV: torch.Tensor, drafted_S: to
 
     Args:
         drafted_S: bool, whether this row had a draft (which then was rejected); logq_SV is not read where it had none.
-    Returns: max(p - q, 0) where drafted, p elsewhere, and p where the difference has no mass at all (p and q equal to the
-    last bit: a rejection there is rounding).
+    Returns: max(p - q, 0) where drafted, p elsewhere, and p where the difference has no mass at all (p and q are equal
+    to the last bit: a rejection there is rounding).
     """
     p_SV = logp_SV.exp()
     residual_SV = (p_SV - logq_SV.exp()).clamp_(min=0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from blockroll.kernels.philox import Purpose, gumbel, philox_4x32, uniform
-from blockroll.kernels.philox.reference import _rounds
+from blockroll.kernels.philox.reference import _gumbel_numpy, _gumbel_torch, _rounds
 
 # Known answers published with Random123 (philox4x32, 10 rounds): counter, key, output.
 KNOWN = [
@@ -80,9 +81,20 @@ def test_gumbel_rows_do_not_depend_on_the_batch() -> None:
     for vocab_size in (11, 9001):  # the second is computed in several blocks
         whole = gumbel(seed, position, vocab_size, Purpose.NOISE)
         for i in (0, 41, 69):
-            assert torch.equal(whole[i : i + 1], gumbel(seed[i : i + 1], position[i : i + 1], vocab_size, Purpose.NOISE))
+            assert torch.equal(
+                whole[i : i + 1], gumbel(seed[i : i + 1], position[i : i + 1], vocab_size, Purpose.NOISE)
+            )
         grid = gumbel(seed[:2, None], position[None, :3], vocab_size, Purpose.NOISE)
         assert torch.equal(grid[1, 2:3], gumbel(seed[1:2], position[2:3], vocab_size, Purpose.NOISE))
+
+
+def test_gumbel_by_torch_equals_gumbel_by_numpy() -> None:
+    seed, position = torch.arange(20)[:, None] + 2**40, torch.arange(20)[:, None]
+    by_torch = _gumbel_torch(seed, position, torch.arange(9), Purpose.NOISE)
+    by_numpy = torch.from_numpy(_gumbel_numpy(seed, position, torch.arange(9), Purpose.NOISE))
+    assert by_torch.shape == (20, 36)
+    torch.testing.assert_close(by_torch, by_numpy, atol=1e-13, rtol=1e-13)
+    assert torch.equal(by_torch.float(), by_numpy.float())
 
 
 def test_gumbel_has_the_moments_of_gumbel_noise() -> None:

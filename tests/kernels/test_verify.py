@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from blockroll.kernels.verify import (
     count_accepted,
     count_matching,
@@ -17,7 +18,7 @@ INF = torch.inf
 
 def test_draw_maps_u_to_the_cumulative_intervals_and_skips_weight_zero() -> None:
     weight = torch.tensor([0.0, 1.0, 0.0, 3.0, 0.0])
-    u = torch.tensor([2.0**-33, 0.2499, 0.2501, 0.5, 1 - 2.0**-33], dtype=torch.float64)
+    u = torch.tensor([2.0**-33, 0.2499, 0.25, 0.5, 1 - 2.0**-33], dtype=torch.float64)
     assert draw(weight.expand(5, 5).contiguous(), u).tolist() == [1, 1, 3, 3, 3]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from blockroll.rollout.processing import full_logprobs, process, processed
 
 
@@ -57,8 +58,12 @@ def test_ties_keep_the_lower_tokens() -> None:
     got = process(logits, *columns((1.0, 2, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (0.0, 0, 1.0, 0.0)))
     kept = (got > -torch.inf).tolist()
     assert kept == [[v < 2 for v in range(6)], [v < 3 for v in range(6)], [v < 1 for v in range(6)]]
+    four = process(torch.zeros(1, 4), *columns((1.0, 0, 0.5, 0.0)))  # two quarters reach one half exactly
+    assert (four > -torch.inf).tolist() == [[True, True, False, False]]
     mixed = torch.tensor([[0.0, 5.0, 0.0, 5.0, 0.0, 0.0]])
-    assert (process(mixed, *columns((1.0, 3, 1.0, 0.0))) > -torch.inf).tolist() == [[True, True, False, True] + [False] * 2]
+    assert (process(mixed, *columns((1.0, 3, 1.0, 0.0))) > -torch.inf).tolist() == [
+        [True, True, False, True] + [False] * 2
+    ]
 
 
 def test_top_p_counts_the_mass_that_top_k_left() -> None:

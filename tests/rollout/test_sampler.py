@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+
 from blockroll.kernels.philox import Purpose
 from blockroll.rollout import sampler as sampler_module
 from blockroll.rollout.processing import process
@@ -32,8 +33,8 @@ def target(row: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def chi_square(tokens: torch.Tensor, expected: torch.Tensor) -> float:
-    """Pearson's statistic per degree of freedom; infinite when an impossible token appears. At N = 200,000 and 7 degrees
-    of freedom, 6 is passed by chance once in ten million runs."""
+    """Pearson's statistic per degree of freedom; infinite when an impossible token appears. With 7 degrees of freedom,
+    6 is passed by chance once in two million runs."""
     counts = torch.bincount(tokens, minlength=len(expected)).to(F64)
     possible = expected > 0
     if counts[~possible].sum() > 0:
@@ -171,8 +172,8 @@ Q_TABLE = 0.7 * P_TABLE + Q_TABLE
 def decode(
     params: list[SamplingParams], seeds: list[int], widths: list[int], length: int = LENGTH
 ) -> tuple[list[list[int]], float]:
-    """Sequences of a first-order table model; the M of step i is widths[i % len]. Returns tokens and drafts accepted per
-    step. q sees the token before its block only, and is right about it only in the first slot, like a draft."""
+    """Sequences of the table policy; M of step i is widths[i % len(widths)]. q knows the anchor but not the drafts
+    between, as a mask block does. Returns tokens and drafts accepted per step."""
     rows = SamplerRows.make(params, seeds)
     tokens = [[s % WIDE] for s in range(len(params))]
     anchor = torch.zeros(len(params), dtype=torch.int64)
@@ -278,7 +279,8 @@ def test_padding_may_hold_anything() -> None:
 
 
 def test_log_probabilities_of_committed_tokens() -> None:
-    p, q, anchor = logits(34, 30, 6, WIDE), logits(34, 30, 6, WIDE)[:, :5] + logits(35, 30, 5, WIDE, spread=0.5), torch.arange(30)
+    p, anchor = logits(34, 30, 6, WIDE), torch.arange(30)
+    q = p[:, :5] + logits(35, 30, 5, WIDE, spread=0.5)
     for name in ("ar", "lossless", "coupled", "mixed"):
         for kind in TABLE_PARAMS:
             params = SamplingParams(sampler=name, mix_weight=0.6, **kind)
@@ -294,10 +296,10 @@ def test_log_probabilities_of_committed_tokens() -> None:
                     if name == "mixed" and r < drafts.count_S[s]:
                         q_row = q[s, r].to(F64).index_fill(0, torch.tensor(WIDE - 1), -INF)
                         row = 0.6 * row + 0.4 * q_row
-                    inside = target(row, params)
+                    cut = target(row, params)
                     full = torch.softmax(row / (params.temperature or 1), -1)
-                    assert verdict.behavior_logprob_SR[s, r].item() == pytest.approx(inside[token].log().item(), abs=4e-6)
-                    mass = full[inside > 0].sum().log().item()
+                    assert verdict.behavior_logprob_SR[s, r].item() == pytest.approx(cut[token].log().item(), abs=4e-6)
+                    mass = full[cut > 0].sum().log().item()
                     assert verdict.support_logmass_SR[s, r].item() == pytest.approx(mass, abs=4e-6)
                     seen += r > 0
             assert seen > 10 or name == "ar"
