@@ -1,0 +1,169 @@
+"""Configuration files: YAML read once, at the edge, into frozen objects.
+
+Invariants:
+- What is not a field of the configuration is an error, and so is a value of another type: nothing is guessed.
+- Every error names the file, the dotted key, the value and what would be right, in one line.
+
+Stands below `model`: the configurations of conversion, cluster and trainer derive from `Config`. Decoding does not
+need pydantic, so nothing on the decode path imports this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from .errors import ConfigError, InvalidInput
+
+
+class Config(BaseModel):
+    """A frozen section of a configuration file; derived values are properties of the subclass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_yaml(path: str | os.PathLike[str], config: type[ConfigT]) -> ConfigT:
+    """Reads the file at `path` as a `config`.
+
+    Raises:
+        ConfigError: the file is missing or is not YAML; a key is unknown, missing or given twice; or a value is of the
+            wrong type or out of range.
+    """
+    name = os.fspath(path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.load(file, _Loader)
+    except OSError as error:
+        raise ConfigError(name, f"cannot be read ({error.strerror})", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(name, f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        where = f"{name} line {error.problem_mark.line + 1}" if error.problem_mark else name
+        raise ConfigError(where, _one_line(error.problem or "not YAML"), "correct the YAML there") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(name, f"is not YAML ({_one_line(error)})", "correct the YAML") from error
+    return parse(data, config, name)
+
+
+def parse(data: Any, config: type[ConfigT], name: str) -> ConfigT:
+    """Builds a `config` from plain data (as YAML or JSON gives it); `name` is what errors call its source.
+
+    Raises:
+        ConfigError: as `load_yaml`.
+    """
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ConfigError(name, f"holds a {type(data).__name__}, not keys and values", "write `key: value` lines")
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(name, f"holds something that is not plain data ({error})",
+                          "use numbers, text, lists and mappings") from error
+    try:
+        # pydantic's strict mode over JSON: no "3" for 3 and no true for 1, yet lists become tuples.
+        return config.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise _explain(error, config, name) from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain scalars as in YAML 1.2 (`1e-4` is a number, `on` and `2026-01-01` are text), and no key twice."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(problem="a key must be a word", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key `{key.value}` is given twice",
+                                                        problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", [*"tTfF"]),
+    ("int", "[-+]?(?:0|[1-9][0-9]*)", [*"-+0123456789"]),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", "<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _explain(error: ValidationError, config: type[BaseModel], name: str) -> ConfigError:
+    # A misspelt key is also a missing one: name the misspelling.
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    first = problems[0]
+    key = _dotted(first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    kind, value = first["type"], _shown(first.get("input"))
+    if kind == "extra_forbidden":
+        known = sorted(_keys_beside(config, first["loc"]))
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        remedy = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(known) or 'none'}"
+        return ConfigError(key, f"unknown key in {name}", remedy + more)
+    if kind == "missing":
+        return ConfigError(key, f"missing in {name}", "add it" + more)
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidInput):
+        field = f"{key}.{cause.field}" if key else cause.field
+        return ConfigError(field, f"{cause.problem} in {name}", cause.remedy + more)
+    if not key:
+        return ConfigError(name, _requirement(first), "correct the file" + more)
+    return ConfigError(key, f"{value} in {name} cannot be used", _requirement(first) + more)
+
+
+def _requirement(problem: ErrorDetails) -> str:
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    text = re.sub(r"^Input should be an object$", "it should be a section of keys and values", text)
+    return _one_line(re.sub(r"^Input should", "it should", text))
+
+
+def _keys_beside(config: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields where the unknown key `location[-1]` was found."""
+    models = [config]
+    for part in location[:-1]:
+        found: list[type[BaseModel]] = []
+        for model in models:
+            # A part that is no field is an index, a mapping's key or the tag of a union: the models stay in reach.
+            field = model.model_fields.get(part) if isinstance(part, str) else None
+            found += _models_in(field.annotation) if field else [model]
+        models = found
+    return {field for model in models for field in model.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+
+
+def _shown(value: Any) -> str:
+    text = _one_line(json.dumps(value, default=repr))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())

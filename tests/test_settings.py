@@ -1,0 +1,99 @@
+"""Configuration files: every mistake names the file, the key, the value and the remedy, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from blockroll.errors import ConfigError, InvalidInput
+from blockroll.settings import Config, load_yaml
+
+
+class Optimizer(Config):
+    learning_rate: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.95)
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _small(cls, value: float) -> float:
+        if value > 1:
+            raise ValueError("a learning rate above 1 diverges")
+        return value
+
+
+class Run(Config):
+    steps: int = Field(gt=0)
+    name: str = "run"
+    sampler: Literal["ar", "lossless"] = "ar"
+    optimizer: Optimizer = Optimizer()
+    stages: list[Optimizer] | None = None
+
+    @model_validator(mode="after")
+    def _whole_blocks(self) -> Run:
+        if self.steps == 7:
+            raise InvalidInput("steps", "7 is not even", "use 8")
+        return self
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "run.yaml"
+
+
+def test_reads_nested_sections_and_is_frozen(file: Path) -> None:
+    file.write_text("steps: 3\noptimizer: {learning_rate: 1e-4, betas: [0.5, 1]}\nname: on\n")
+    run = load_yaml(file, Run)
+    assert (run.steps, run.name, run.optimizer.learning_rate, run.optimizer.betas) == (3, "on", 1e-4, (0.5, 1.0))
+    with pytest.raises(ValidationError):
+        run.steps = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: three", 'steps: "three" in FILE cannot be used; it should be a valid integer'),
+        ("steps: '3'", 'steps: "3" in FILE cannot be used; it should be a valid integer'),
+        ("steps: true", "steps: true in FILE cannot be used; it should be a valid integer"),
+        ("steps: 010", 'steps: "010" in FILE cannot be used; it should be a valid integer'),
+        ("steps: 0", "steps: 0 in FILE cannot be used; it should be greater than 0"),
+        ("name: x", "steps: missing in FILE; add it"),
+        ("", "steps: missing in FILE; add it"),
+        ("stepz: 3", "stepz: unknown key in FILE; did you mean `steps`? (and 1 more)"),
+        ("steps: 1\nzzz: 3", "zzz: unknown key in FILE; known keys here: name, optimizer, sampler, stages, steps"),
+        ("steps: 1\noptimizer: {lerning_rate: 1.0}",
+         "optimizer.lerning_rate: unknown key in FILE; did you mean `learning_rate`?"),
+        ("steps: 1\nstages:\n- betas: []\n- beta: []",
+         "stages[1].beta: unknown key in FILE; did you mean `betas`?"),
+        ("steps: 1\noptimizer: 3",
+         "optimizer: 3 in FILE cannot be used; it should be a section of keys and values"),
+        ("steps: 1\noptimizer: {learning_rate: 3}",
+         "optimizer.learning_rate: 3 in FILE cannot be used; a learning rate above 1 diverges"),
+        ("steps: 1\nsampler: best", "sampler: \"best\" in FILE cannot be used; it should be 'ar' or 'lossless'"),
+        ("steps: 7", "steps: 7 is not even in FILE; use 8"),
+        ("steps: 1\nsteps: 2", "FILE line 2: key `steps` is given twice; correct the YAML there"),
+        ("steps: 1\n? [a]\n: b", "FILE line 2: a key must be a word; correct the YAML there"),
+        ("- 1", "FILE: holds a list, not keys and values; write `key: value` lines"),
+    ],
+)
+def test_mistakes(file: Path, text: str, expected: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(file, Run)
+    assert str(caught.value) == expected.replace("FILE", str(file))
+
+
+@pytest.mark.parametrize("data", [b"a: [", b"\tx: 1", b"\xff\xfe\xfd", b"a: &b [*b]", b"a: !!python/none 1"])
+def test_what_is_not_plain_yaml_is_one_line(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(file, Run)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read \\(No such file or directory\\); check the path"):
+        load_yaml(tmp_path / "none.yaml", Run)
