@@ -126,14 +126,14 @@ def causal(documents: Sequence[Sequence[int]], starts: Sequence[int] | None = No
 
 
 def diffusion(
-    documents: Sequence[Sequence[int]], cuts: Sequence[Sequence[int]], mask_token: int
+    documents: Sequence[Sequence[int]], blocks: Sequence[Sequence[tuple[int, int]]], mask_token: int
 ) -> tuple[TokenLayout, torch.Tensor]:
-    """Diffusion training: each document's clean rows, then one masked copy cut into blocks.
+    """Diffusion training: each document's clean rows, then mask blocks anywhere over a masked copy.
 
     Args:
         documents: token ids per sequence.
-        cuts: per document the ascending start positions of its blocks, first >= 1; a block ends where the next one
-            starts, the last one at the end of the document. A document without cuts has clean rows only.
+        blocks: per document the (start, length) of its mask blocks, 1 <= start <= len(document). Blocks may overlap, and
+            may run past the document's end, as they do in decoding: cutting them there would tell the answer's length.
         mask_token: token id of every mask row.
 
     Returns:
@@ -143,26 +143,25 @@ def diffusion(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in
                                           ("token_T", "position_T", "sequence_T", "parent_T", "limit_T", "block_T")}
     targets, row, block = [], 0, 0
-    for s, (document, starts) in enumerate(zip(documents, cuts, strict=True)):
+    for s, (document, spans) in enumerate(zip(documents, blocks, strict=True)):
         clean = np.asarray(document, dtype=np.int64)
         n = len(clean)
         position = np.arange(n)
         parent = row + position - 1
         parent[0] = FROM_START
-        masked = np.arange(starts[0], n) if len(starts) else np.arange(0)
-        edges = np.asarray(starts, dtype=np.int64)
-        which = np.searchsorted(edges, masked, side="right") - 1
-        opening = edges[which] if len(edges) else masked
-        mask_row = row + n + np.arange(len(masked))
-        mask_parent = np.where(masked == opening, row + opening - 1, mask_row - 1)
-        parts["token_T"] += [clean, np.full(len(masked), mask_token)]
+        start, length = np.asarray(spans, dtype=np.int64).reshape(-1, 2).T
+        opening = np.repeat(start, length)
+        masks = len(opening)
+        slot = np.arange(masks) - np.repeat(np.cumsum(length) - length, length)
+        masked = opening + slot
+        parts["token_T"] += [clean, np.full(masks, mask_token)]
         parts["position_T"] += [position, masked]
-        parts["sequence_T"].append(np.full(n + len(masked), s))
-        parts["parent_T"] += [parent, mask_parent]
+        parts["sequence_T"].append(np.full(n + masks, s))
+        parts["parent_T"] += [parent, np.where(slot == 0, row + opening - 1, row + n + np.arange(masks) - 1)]
         parts["limit_T"] += [position, opening - 1]
-        parts["block_T"] += [np.full(n, CLEAN), block + which]
-        targets += [np.append(clean[1:], -100), clean[masked]]
-        row, block = row + n + len(masked), block + len(edges)
+        parts["block_T"] += [np.full(n, CLEAN), block + np.repeat(np.arange(len(start)), length)]
+        targets += [np.append(clean[1:], -100), np.where(masked < n, clean[np.minimum(masked, n - 1)], -100)]
+        row, block = row + n + masks, block + len(start)
     arrays = {name: np.concatenate(chunks) for name, chunks in parts.items()}
     layout = _tensors({**arrays, "start_S": np.zeros(len(documents), dtype=np.int64)})
     return layout, torch.from_numpy(np.concatenate(targets))

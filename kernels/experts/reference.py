@@ -26,15 +26,14 @@ def route_top1(
     experts = gate_up_E2FD.shape[0]
     order_T = torch.argsort(expert_T, stable=True)
     counts = torch.bincount(expert_T, minlength=experts + 1).tolist()
-    chunks, begin = [], 0
-    sorted_TD = x_TD[order_T]
-    for expert, count in enumerate(counts[:experts]):
-        if count:
-            gate, up = F.linear(sorted_TD[begin : begin + count], gate_up_E2FD[expert]).chunk(2, dim=-1)
+    chunks = []
+    *grouped, skipped_TD = x_TD[order_T].split(counts)
+    for expert, rows_TD in enumerate(grouped):
+        if len(rows_TD):
+            gate, up = F.linear(rows_TD, gate_up_E2FD[expert]).chunk(2, dim=-1)
             chunks.append(F.linear(activation(gate) * up, down_EDF[expert]))
-        begin += count
-    if counts[experts]:
-        chunks.append(x_TD.new_zeros(counts[experts], x_TD.shape[1]))
+    if len(skipped_TD):
+        chunks.append(torch.zeros_like(skipped_TD))
     dtype = torch.promote_types(chunks[0].dtype, chunks[-1].dtype)
     sorted_out_TD = torch.cat([c.to(dtype) for c in chunks]) * weight_T[order_T, None]
     return torch.empty_like(sorted_out_TD).index_copy(0, order_T, sorted_out_TD)
