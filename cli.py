@@ -1,7 +1,206 @@
-"""`blockroll COMMAND`: arguments in, one call into the package, one line out when something is wrong."""
+"""`blockroll COMMAND`: arguments in, one call into the package, one line out when something is wrong.
+
+Invariants:
+- What a user can cause ends as one line on stderr and exit status 2; a full disk too, wherever it is met. What is a
+  bug of ours keeps its traceback and exits with 1. Ctrl-C exits with 130.
+- Nothing heavy is imported before a command runs, so `--help` answers at once.
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import BlockrollError, InvalidInput
+from .files import storage_error
+
+app = typer.Typer(
+    name="blockroll",
+    help="Rollouts for reinforcement learning of language models, decoded block by block, exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+PolicyOption = Annotated[
+    str, typer.Option("--policy", metavar="NAME_OR_DIR", help="A shipped policy, or a directory with a ZAYA model.")
+]
+InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"blockroll {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def grpo(config: ConfigArgument) -> None:
+    """Train a policy with GRPO on rollouts of this machine.
+
+    Starts a cluster of engines and a trainer that talks to it over the bridge; writes metrics.jsonl, summary.json
+    and report.png to the run's directory.
+
+    \b
+    Example:
+      blockroll grpo configs/grpo/quickstart.yaml
+    """
+    from .trainer_bridge import grpo as trainer
+
+    trainer.run(config)
+
+
+@app.command()
+def convert(config: ConfigArgument) -> None:
+    """Convert an autoregressive ZAYA policy to block diffusion.
+
+    Trains through the stages of CONFIG (an autoregressive parent first, where none is given) and writes a policy
+    directory with its training log and figures.
+
+    \b
+    Example:
+      blockroll convert configs/conversion/tiny-reasoner.yaml
+    """
+    from .model import conversion
+
+    conversion.run(config)
+
+
+@app.command()
+def generate(
+    policy: PolicyOption,
+    input: InputOption,
+    output: OutputOption,
+    sampler: Annotated[
+        str, typer.Option(metavar="ar|lossless|coupled|mixed", help="How tokens are drawn.")
+    ] = "lossless",
+    mix_weight: Annotated[float, typer.Option(help="mixed: weight of p's logits.")] = 0.5,
+    schedule: Annotated[
+        str, typer.Option(metavar="auto|ar|two_pass|fused", help="What a step runs; auto: ar or fused, by sampler.")
+    ] = "auto",
+    levels: Annotated[str, typer.Option(help="fused: acceptance lengths drafted for, 0 among them.")] = "0,4,8",
+    block_size: Annotated[int, typer.Option(help="Mask rows of a block, 2 to 64.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="1.0 keeps every token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
+    min_p: Annotated[float, typer.Option(help="0 keeps every token.")] = 0.0,
+    n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
+    seed: Annotated[int, typer.Option(help="With a line's id, the seed of a line that has none of its own.")] = 0,
+    batch: Annotated[int, typer.Option(help="Most samples decoded at once.")] = 32,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Sample completions for the prompts of a file.
+
+    Input lines: {"id", "prompt" or "prompt_tokens", "seed" optional}. Output lines, one per sample, in the input's
+    order: {"id", "sample", "prompt_tokens", "tokens", "text", "logprobs", "behavior_logprobs", "versions",
+    "finish_reason", "forwards"}.
+
+    \b
+    Example:
+      echo '{"id": "a", "prompt_tokens": [1, 20, 30]}' > prompts.jsonl
+      blockroll generate --policy tiny-reasoner --input prompts.jsonl --output out.jsonl --n 4 --max-tokens 64
+    """
+    from .rollout import offline
+    from .rollout.types import SamplingParams
+
+    params = SamplingParams(
+        sampler=sampler,  # type: ignore[arg-type]  # validated by the class
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, mix_weight=mix_weight, max_tokens=max_tokens,
+    )
+    offline.generate_file(
+        policy, input, output, params=params, schedule=schedule, levels=_integers("levels", levels),
+        block_size=block_size, n=n, seed=seed, batch=batch, dtype=dtype,
+    )
+
+
+@app.command()
+def score(
+    policy: PolicyOption,
+    input: InputOption,
+    output: OutputOption,
+    temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 scores at 1.")] = 1.0,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Recompute the log-probabilities of sampled tokens by one causal pass.
+
+    Input lines hold "prompt_tokens" and "tokens", as `blockroll generate` writes them. Output lines repeat them, with
+    "logprobs": log p of each token at the temperature, over the full vocabulary.
+
+    \b
+    Example:
+      blockroll score --policy tiny-reasoner --input out.jsonl --output scores.jsonl
+    """
+    from .rollout import offline
+
+    offline.score_file(policy, input, output, temperature=temperature, dtype=dtype)
+
+
+@bench.command("decode")
+def bench_decode(
+    policy: PolicyOption,
+    batch: Annotated[str, typer.Option(help="Samples decoded at once, one or several.")] = "1,8",
+    samplers: Annotated[str, typer.Option(help="Samplers to measure; ar is always measured.")] = "ar,lossless",
+    peer: Annotated[str | None, typer.Option(metavar="transformers", help="An engine to compare with.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the rows there.")] = None,
+) -> None:
+    """Measure decoding: tokens per second, tokens per forward, and the ratio to autoregressive decoding.
+
+    Engines, samplers and schedules are measured in turn within one run. Rows: {"engine", "sampler", "schedule",
+    "batch", "context", "temperature", "tokens_per_s" (median), "tokens_per_forward", "ratio_to_ar"}.
+
+    \b
+    Example:
+      blockroll bench decode --policy tiny-reasoner --batch 1,8 --samplers ar,lossless --peer transformers \\
+        --json decode.json
+    """
+    from .rollout import bench as benchmark
+
+    benchmark.bench_decode(
+        policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), peer=peer, output=json
+    )
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _integers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise InvalidInput(name, f"{text!r} is not a list of whole numbers", "write them like 0,4,8") from None
+
 
 def main() -> None:
-    raise SystemExit("no command yet")
+    """Runs the command line; does not return."""
+    try:
+        app()
+    except Exception as error:
+        # An error raised inside a Ray task arrives wrapped, with the task's traceback in its text.
+        cause = getattr(error, "cause", None)
+        known = next((e for e in (error, cause) if isinstance(e, BlockrollError)), None) or storage_error(error)
+        if known is None:
+            raise
+        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+        sys.exit(2)
