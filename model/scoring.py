@@ -1,0 +1,69 @@
+"""Log-probabilities of given tokens by one causal pass: what a trainer recomputes, from nothing but the tokens.
+
+Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..errors import RequestError
+from .layout import causal
+from .policy import Policy
+
+
+@torch.inference_mode()
+def score(
+    policy: Policy,
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float = 1.0,
+    rows: int = 8192,
+) -> list[np.ndarray]:
+    """log p of each completion token at `temperature` over the full vocabulary (0: at 1), float32[N] per sequence.
+
+    Args:
+        sequences: pairs (prompt tokens, completion tokens), each prompt with at least one token.
+        rows: most rows per pass; sequences are packed up to it.
+
+    Raises:
+        RequestError: an empty prompt, a token outside the vocabulary, or more tokens than the policy's maximum.
+    """
+    limit, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
+    for i, (prompt, tokens) in enumerate(sequences):
+        if not len(prompt):
+            raise RequestError("prompt_tokens", f"sequence {i} has an empty prompt", "give at least one token")
+        if len(prompt) + len(tokens) > limit:
+            raise RequestError("tokens", f"sequence {i} has {len(prompt) + len(tokens)} tokens, more than {limit}",
+                               "score it with a policy of a longer context")  # fmt: skip
+        if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
+            raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
+                               "use the policy's own tokenizer")  # fmt: skip
+    scores: list[np.ndarray] = []
+    pack: list[tuple[Sequence[int], Sequence[int]]] = []
+    held = 0
+    for pair in sequences:
+        length = len(pair[0]) + len(pair[1])
+        if pack and held + length > rows:
+            scores += _score_pack(policy, pack, temperature)
+            pack, held = [], 0
+        pack.append(pair)
+        held += length
+    return scores + (_score_pack(policy, pack, temperature) if pack else [])
+
+
+def _score_pack(
+    policy: Policy, pack: list[tuple[Sequence[int], Sequence[int]]], temperature: float
+) -> list[np.ndarray]:
+    layout = causal([[*prompt, *tokens] for prompt, tokens in pack]).to(policy.device)
+    hidden_TD = policy(layout)
+    counts = [len(tokens) for _, tokens in pack]
+    ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])
+    rows = np.concatenate([np.arange(end - n - 1, end - 1) for end, n in zip(ends, counts, strict=True)])
+    index = torch.from_numpy(rows).to(policy.device)
+    logits_NV = policy.head(hidden_TD[index])
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / (temperature or 1.0)
+    logp_N = wide_NV.log_softmax(-1).gather(1, layout.token_T[index + 1][:, None])[:, 0]
+    return np.split(logp_N.float().cpu().numpy(), np.cumsum(counts)[:-1])

@@ -1,0 +1,180 @@
+"""Paged K/V and the CCA tail of every running sequence.
+
+Invariants:
+- A page belongs to one sequence, or is shared read-only by several: only pages wholly before a fork are shared.
+- Nothing is rolled back: rows past a sequence's length are overwritten by the next step. The tail is a ring over
+  positions, longer than the clean rows of a decode step, so a rejected row never overwrites a committed one in reach.
+
+Legend: S sequences, L cached positions of the longest, H hops, G key heads, D head size, C q/k projection channels,
+W width of the delayed value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..model.layout import CLEAN, TokenLayout
+from ..model.policy import Policy
+
+
+@dataclass(slots=True)
+class Held:
+    """What one sequence holds in the cache: its pages in order, its tail slot, and how many positions are valid."""
+
+    slot: int
+    pages: list[int] = field(default_factory=list)
+    length: int = 0
+
+
+class PagedCache:
+    """Pools of pages and tail slots.
+
+    Args:
+        pages, page_size: size of the K/V pool, in pages and in positions per page.
+        slots: sequences held at once.
+        decode_rows: most clean rows of one decode step.
+    """
+
+    def __init__(self, policy: Policy, pages: int, page_size: int, slots: int, decode_rows: int) -> None:
+        config = policy.config
+        self.page_size, self.hops, self.ring = page_size, policy.hops, decode_rows + policy.hops
+        layers, kv = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
+        channels = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        options = dict(dtype=policy.dtype, device=policy.device)
+        # Zeros, not empty memory: a masked key is multiplied by 0, and 0 * NaN is not 0.
+        self.k, self.v = (torch.zeros(layers, pages * page_size, *kv, **options) for _ in range(2))
+        self.x = torch.zeros(layers, slots * self.ring, channels, **options)
+        self.delayed = torch.zeros(layers, slots * self.ring, kv[0] * kv[1] // 2, **options)
+        self.total_pages = pages
+        self._free = list(range(pages))[::-1]
+        self._slots = list(range(slots))[::-1]
+        self._users = np.zeros(pages, dtype=np.int64)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages nobody holds."""
+        return len(self._free)
+
+    @property
+    def free_slots(self) -> int:
+        """Tail slots nobody holds."""
+        return len(self._slots)
+
+    def pages_for(self, positions: int) -> int:
+        """Pages that hold so many positions."""
+        return -(-positions // self.page_size)
+
+    def open(self) -> Held:
+        """Room for a new sequence; the caller has seen that a slot is free."""
+        return Held(self._slots.pop())
+
+    def reserve(self, held: Held, positions: int) -> bool:
+        """Make room for positions 0..positions-1; False, and nothing changes, when the pool has too few pages."""
+        missing = self.pages_for(positions) - len(held.pages)
+        if missing > len(self._free):
+            return False
+        for _ in range(missing):
+            page = self._free.pop()
+            self._users[page] = 1
+            held.pages.append(page)
+        return True
+
+    def fork(self, held: Held) -> Held | None:
+        """A second sequence with the same past: full pages are shared, the last partial one and the tail are copied.
+        None when a slot or a page is lacking."""
+        full, rest = divmod(held.length, self.page_size)
+        if not self._slots or (rest and not self._free):
+            return None
+        copy = Held(self._slots.pop(), held.pages[:full], held.length)
+        self._users[copy.pages] += 1
+        if rest:
+            self.reserve(copy, held.length)
+            for pool in (self.k, self.v):
+                source, target = (page * self.page_size for page in (held.pages[full], copy.pages[full]))
+                pool[:, target : target + rest] = pool[:, source : source + rest]
+        for pool in (self.x, self.delayed):
+            source, target = held.slot * self.ring, copy.slot * self.ring
+            pool[:, target : target + self.ring] = pool[:, source : source + self.ring]
+        return copy
+
+    def release(self, held: Held) -> None:
+        """Give everything back."""
+        for page in held.pages:
+            self._users[page] -= 1
+            if not self._users[page]:
+                self._free.append(page)
+        self._slots.append(held.slot)
+        held.pages, held.length = [], 0
+
+    def view(self, sequences: Sequence[Held], layout: TokenLayout) -> CacheView:
+        """The state of one forward pass over `layout`, whose sequence s is `sequences[s]`."""
+        return CacheView(self, sequences, layout)
+
+
+class CacheView:
+    """`model.state.SequenceState` of one layout: where its sequences' past lies and where its clean rows go."""
+
+    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout) -> None:
+        self._cache = cache
+        size, ring = cache.page_size, cache.ring
+        starts = layout.start_S.cpu().numpy()
+        self._longest = int(starts.max())
+        width = max(len(held.pages) for held in sequences)
+        table = np.zeros((len(sequences), width), dtype=np.int64)
+        for row, held in zip(table, sequences, strict=True):
+            row[: len(held.pages)] = held.pages
+        past = np.arange(self._longest)
+        read_SL = table[:, past // size] * size + past % size
+
+        slots = np.array([held.slot for held in sequences])
+        back = starts[:, None] - 1 - np.arange(cache.hops)
+        tail_SH = slots[:, None] * ring + back % ring
+
+        sequence, position = layout.sequence_T.cpu().numpy(), layout.position_T.cpu().numpy()
+        clean = np.flatnonzero(layout.block_T.cpu().numpy() == CLEAN)
+        end = np.zeros(len(sequences), dtype=np.int64)
+        np.maximum.at(end, sequence[clean], position[clean])
+        # A chunk longer than the ring keeps its last rows only.
+        kept = clean[position[clean] > end[sequence[clean]] - ring]
+        device = layout.token_T.device
+
+        def move(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self._read = move(read_SL.ravel())
+        self._tail = move(tail_SH.ravel())
+        self._rows = move(clean)
+        self._write = move(table[sequence[clean], position[clean] // size] * size + position[clean] % size)
+        self._tail_rows = move(kept)
+        self._tail_write = move(slots[sequence[kept]] * ring + position[kept] % ring)
+        self._shape = (len(sequences), -1)
+
+    @property
+    def longest(self) -> int:
+        """L."""
+        return self._longest
+
+    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_SLGD, v_SLGD."""
+        shape = (self._shape[0], self._longest)
+        k, v = (pool[layer].index_select(0, self._read) for pool in (self._cache.k, self._cache.v))
+        return k.unflatten(0, shape), v.unflatten(0, shape)
+
+    def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_SHC and the nearest delayed_SW."""
+        shape = (self._shape[0], self._cache.hops)
+        x = self._cache.x[layer].index_select(0, self._tail).unflatten(0, shape)
+        return x, self._cache.delayed[layer].index_select(0, self._tail).unflatten(0, shape)[:, 0]
+
+    def write(
+        self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
+    ) -> None:
+        """Keep the clean rows."""
+        self._cache.k[layer].index_copy_(0, self._write, k_TGD.index_select(0, self._rows))
+        self._cache.v[layer].index_copy_(0, self._write, v_TGD.index_select(0, self._rows))
+        self._cache.x[layer].index_copy_(0, self._tail_write, x_TC.index_select(0, self._tail_rows))
+        self._cache.delayed[layer].index_copy_(0, self._tail_write, delayed_TW.index_select(0, self._tail_rows))

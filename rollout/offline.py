@@ -1,0 +1,295 @@
+"""Files in, files out: completions for a file of prompts, and scores for a file of samples.
+
+Invariants:
+- Every input line is checked before any token is computed, and an error names the file, the line and the field.
+- Output lines come in the input's order, and the output appears under its name only when all of them are in it.
+- A prompt's samples depend on its id, its seed and the command's options, not on its neighbours or on the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import DataError, InvalidInput
+from ..files import read_jsonl, whole_file
+from ..model.checkpoint import load_policy
+from ..model.policy import Policy
+from ..model.scoring import score
+from ..model.tokenizer import encode_prompt
+from .engine import Engine, EngineConfig, Schedule
+from .types import MAX_SEED, RolloutRequest, SamplingParams, Trajectory
+
+SCHEDULES = ("auto", "ar", "two_pass", "fused")
+_TOKENS_PER_SCORING_PASS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of an input file: where it stands and what it holds."""
+
+    place: str
+    record: dict[str, Any]
+
+    def error(self, field: str, problem: str, remedy: str) -> DataError:
+        return DataError(f"{self.place}: {field}", problem, remedy)
+
+    def tokens(self, field: str, policy: Policy) -> tuple[int, ...]:
+        """The token ids in `field`, each one of the policy's."""
+        ids = self.record.get(field)
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise self.error(field, "not a list of whole numbers", "give token ids")
+        vocabulary = policy.config.vocab_size
+        for token in ids:
+            if not 0 <= token < vocabulary:
+                raise self.error(field, f"token id {token} is not in the policy's vocabulary",
+                                 f"use ids from 0 to {vocabulary - 1}")
+        return tuple(ids)
+
+
+def generate_file(
+    policy_name: str | os.PathLike[str],
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    params: SamplingParams,
+    schedule: str = "auto",
+    levels: Sequence[int] = (0, 4, 8),
+    block_size: int = 16,
+    n: int = 1,
+    seed: int = 0,
+    batch: int = 32,
+    dtype: str = "float32",
+) -> None:
+    """Samples `n` completions for each prompt of `input` and writes one line per sample to `output`.
+
+    Args:
+        schedule: `ar`, `two_pass`, `fused`, or `auto`: `ar` for the sampler `ar`, else `fused`.
+        levels: acceptance lengths that `fused` drafts for.
+        seed: a line without a seed of its own gets one made from this number and its id.
+        batch: most samples decoded at once.
+
+    Raises:
+        InvalidInput: an option, or a line of the input, cannot be used.
+        StorageError: the output could not be written whole.
+    """
+    config = _engine_config(params.sampler, schedule, tuple(levels), block_size, batch)
+    policy = load_policy(policy_name, dtype=dtype)
+    ids, requests = _requests(input, policy, params, n, seed)
+    engine = Engine(policy, config)
+    order = [(request.id, sample) for request in requests for sample in range(n)]
+    waiting: dict[tuple[str, int], Trajectory] = {}
+    written = 0
+
+    with _whole_text(output) as file, _Meter("generate", len(order)) as meter:
+
+        def finished(trajectory: Trajectory) -> None:
+            nonlocal written
+            meter.advance(len(trajectory.tokens), trajectory.forwards)
+            waiting[trajectory.key] = trajectory
+            while written < len(order) and order[written] in waiting:
+                done = waiting.pop(order[written])
+                file.write(_dump(_sample_line(ids[done.request_id], done, policy)))
+                written += 1
+
+        engine.generate(requests, on_finish=finished)
+    assert not waiting and written == len(order)
+
+
+def score_file(
+    policy_name: str | os.PathLike[str],
+    input: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    temperature: float = 1.0,
+    dtype: str = "float32",
+) -> None:
+    """Writes for each line of `input` the log-probabilities of its `tokens` after its `prompt_tokens`.
+
+    Output lines hold `id` and `sample` where the input does, `prompt_tokens`, `tokens` and `logprobs`.
+
+    Args:
+        temperature: logits are divided by it; 0 scores at 1, as a trajectory's `logprobs` do.
+
+    Raises:
+        InvalidInput: an option, or a line of the input, cannot be used.
+        StorageError: the output could not be written whole.
+    """
+    SamplingParams(temperature=temperature)
+    policy = load_policy(policy_name, dtype=dtype)
+    lines = list(_lines(input))
+    sequences = []
+    for line in lines:
+        prompt, tokens = line.tokens("prompt_tokens", policy), line.tokens("tokens", policy)
+        if not prompt:
+            raise line.error("prompt_tokens", "empty", "give at least one token, to predict the first one from")
+        _check_length(line, "tokens", len(prompt) + len(tokens), policy)
+        sequences.append((prompt, tokens))
+
+    with _whole_text(output) as file, _Meter("score", len(lines)) as meter:
+        for chunk in _passes([len(prompt) + len(tokens) for prompt, tokens in sequences]):
+            for index, logprobs in zip(chunk, score(policy, [sequences[i] for i in chunk], temperature), strict=True):
+                record = lines[index].record
+                kept = {key: record[key] for key in ("id", "sample", "prompt_tokens", "tokens") if key in record}
+                file.write(_dump(kept | {"logprobs": logprobs.tolist()}))
+                meter.advance(len(sequences[index][1]), 0)
+
+
+def _engine_config(
+    sampler: str, schedule: str, levels: tuple[int, ...], block_size: int, batch: int
+) -> EngineConfig:
+    if schedule not in SCHEDULES:
+        raise InvalidInput("schedule", f"unknown schedule {schedule!r}", f"use one of {', '.join(SCHEDULES)}")
+    for name, value, lowest, highest in (("block_size", block_size, 2, 64), ("batch", batch, 1, 4096)):
+        if not lowest <= value <= highest:
+            raise InvalidInput(name, f"{value} is outside {lowest}..{highest}", "use a number in that range")
+    if schedule == "auto":
+        schedule = "ar" if sampler == "ar" else "fused"
+    return EngineConfig(schedule=Schedule(kind=schedule, levels=levels), block_size=block_size, max_batch=batch)
+
+
+def _requests(
+    path: str | os.PathLike[str], policy: Policy, params: SamplingParams, n: int, seed: int
+) -> tuple[dict[str, str | int], list[RolloutRequest]]:
+    """The requests of a file, and each one's id as the file has it (text or a number)."""
+    ids: dict[str, str | int] = {}
+    requests = []
+    for line in _lines(path):
+        name = line.record.get("id")
+        if name is None:
+            raise line.error("id", "missing", "name each line; ids come back with the samples")
+        if type(name) not in (str, int) or name == "":
+            raise line.error("id", f"{json.dumps(name)} is not a name", "use text or a whole number")
+        if str(name) in ids:
+            raise line.error("id", f"{name!r} stands on an earlier line too", "give each line an id of its own")
+        own = line.record.get("seed")
+        if own is None:
+            own = _seed_of(seed, str(name))
+        if type(own) is not int or not 0 <= own <= MAX_SEED:
+            raise line.error("seed", f"{json.dumps(own)} is not a seed", "use a whole number from 0 to 2**63-1")
+        ids[str(name)] = name
+        tokens = _prompt_tokens(line, policy)
+        requests.append(RolloutRequest(str(name), tokens, params=params, seed=own, samples=n))
+    return ids, requests
+
+
+def _prompt_tokens(line: _Line, policy: Policy) -> tuple[int, ...]:
+    given = [field for field in ("prompt", "prompt_tokens") if line.record.get(field) is not None]
+    if len(given) != 1:
+        raise line.error("prompt", "given twice, as text and as tokens" if given else "missing",
+                         "give one of prompt and prompt_tokens")
+    field = given[0]
+    if field == "prompt_tokens":
+        tokens = line.tokens(field, policy)
+    else:
+        text = line.record[field]
+        if not isinstance(text, str):
+            raise line.error(field, f"{json.dumps(text)[:40]} is not text", "give text, or token ids as prompt_tokens")
+        if policy.tokenizer is None:
+            raise line.error(field, "this policy's directory has no tokenizer", "give token ids as prompt_tokens")
+        tokens = tuple(encode_prompt(policy.tokenizer, text)) if text else ()
+    if not tokens:
+        raise line.error(field, "empty", "give at least one token")
+    _check_length(line, field, len(tokens) + 1, policy)
+    return tokens
+
+
+def _check_length(line: _Line, field: str, length: int, policy: Policy) -> None:
+    longest = policy.config.max_position_embeddings
+    if length > longest:
+        raise line.error(field, f"{length} tokens with what follows the prompt", f"this policy's maximum is {longest}")
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """A seed for the line called `name`: lines differ, and moving one changes nothing."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()) & MAX_SEED
+
+
+def _sample_line(name: str | int, sample: Trajectory, policy: Policy) -> dict[str, Any]:
+    text = None
+    if policy.tokenizer is not None:
+        text = policy.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+    return {
+        "id": name,
+        "sample": sample.sample,
+        "prompt_tokens": list(sample.prompt_tokens),
+        "tokens": [int(token) for token in sample.tokens],
+        "text": text,
+        "logprobs": sample.logprobs.tolist(),
+        "behavior_logprobs": sample.behavior_logprobs.tolist(),
+        "versions": sample.versions.tolist(),
+        "finish_reason": sample.finish_reason,
+        "forwards": sample.forwards,
+    }
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[_Line]:
+    empty = True
+    for number, record in read_jsonl(path):
+        empty = False
+        yield _Line(f"{os.fspath(path)} line {number}", record)
+    if empty:
+        raise DataError(os.fspath(path), "holds no lines", "write one JSON object per line")
+
+
+def _passes(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Consecutive indices, as many as one scoring pass should hold."""
+    chunk: list[int] = []
+    held = 0
+    for index, length in enumerate(lengths):
+        if chunk and held + length > _TOKENS_PER_SCORING_PASS:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(index)
+        held += length
+    if chunk:
+        yield chunk
+
+
+def _dump(record: dict[str, Any]) -> str:
+    # Python writes the shortest digits that read back as the same number.
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+@contextmanager
+def _whole_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    with whole_file(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        yield file
+
+
+class _Meter:
+    """A live bar on stderr: samples, tokens per second and, where forwards are counted, tokens per forward."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self._progress = Progress(
+            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(), console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(title, total=total, rates="")
+        self._tokens = self._forwards = 0
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> _Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, tokens: int, forwards: int) -> None:
+        self._tokens += tokens
+        self._forwards += forwards
+        rates = f"{self._tokens / max(time.perf_counter() - self._start, 1e-9):,.0f} tokens/s"
+        if self._forwards:
+            rates += f"  {self._tokens / self._forwards:.2f} tokens/forward"
+        self._progress.update(self._task, advance=1, rates=rates)

@@ -1,0 +1,119 @@
+"""One sample being made: its tokens, its record, its drafts and its place in the cache.
+
+Invariants: `record` entries and generated tokens have the same length; a preempted sample keeps its drafts, so that
+preemption changes neither its tokens nor their distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .cache import Held
+from .drafts import Drafts
+from .sampler import sample_seed
+from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
+
+
+@dataclass
+class Sample:
+    """Sample number `number` of `request`.
+
+    Attributes:
+        tokens: prompt and generated tokens.
+        limit: most tokens `tokens` may reach.
+        held: its place in the cache; None while it waits.
+        drafts, draft_index: the batch of drafts its own drafts are row `draft_index` of; None when it has none.
+        draft_start, draft_length: the mask block those drafts came from.
+    """
+
+    request: RolloutRequest
+    number: int
+    limit: int
+    tokens: list[int]
+    stops: frozenset[int]
+    arrival: int
+    seed: int = 0
+    held: Held | None = None
+    drafts: Drafts | None = None
+    draft_index: int = 0
+    draft_count: int = 0
+    draft_start: int = -1
+    draft_length: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    behavior: list[float] = field(default_factory=list)
+    support: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    from_draft: list[bool] = field(default_factory=list)
+    trace: list[StepTrace] = field(default_factory=list)
+    experts: np.ndarray | None = None
+    forwards: int = 0
+    finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.seed = sample_seed(self.request.seed, self.number)
+
+    @property
+    def anchor(self) -> int:
+        """Position of the last committed token."""
+        return len(self.tokens) - 1
+
+    @property
+    def prefilled(self) -> bool:
+        """Everything before the anchor is in the cache."""
+        return self.held is not None and self.held.length == self.anchor
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self.limit - len(self.tokens)
+
+    def commit(
+        self,
+        tokens: list[int],
+        logprobs: list[float],
+        behavior: list[float],
+        support: list[float],
+        from_draft: list[bool],
+        version: int,
+    ) -> None:
+        """Take one step's tokens, up to the first that ends the sample."""
+        count = min(len(tokens), self.remaining)
+        stop = next((i for i, token in enumerate(tokens[:count]) if token in self.stops), None)
+        if stop is not None:
+            count, self.finish = stop + 1, "stop"
+        elif count == self.remaining:
+            self.finish = "length"
+        self.tokens += tokens[:count]
+        self.logprobs += logprobs[:count]
+        self.behavior += behavior[:count]
+        self.support += support[:count]
+        self.from_draft += from_draft[:count]
+        self.versions += [version] * count
+
+    def record_experts(self, position: int, expert_RL: np.ndarray) -> None:
+        """Keep the experts of clean rows at `position` and after."""
+        assert self.experts is not None
+        self.experts[position : position + len(expert_RL)] = expert_RL[: max(len(self.experts) - position, 0)]
+
+    def trajectory(self) -> Trajectory:
+        """The finished sample."""
+        assert self.finish is not None
+        params, prompt = self.request.params, len(self.request.prompt_tokens)
+        cut = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        return Trajectory(
+            request_id=self.request.id,
+            sample=self.number,
+            prompt_tokens=self.request.prompt_tokens,
+            tokens=self.tokens[prompt:],
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            behavior_logprobs=np.array(self.behavior, dtype=np.float32),
+            versions=np.array(self.versions, dtype=np.int32),
+            from_draft=np.array(self.from_draft, dtype=bool),
+            finish_reason=self.finish,
+            forwards=self.forwards,
+            trace=tuple(self.trace),
+            support_logmass=np.array(self.support, dtype=np.float32) if cut else None,
+            routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
+        )
