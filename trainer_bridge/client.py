@@ -157,10 +157,10 @@ class RolloutClient:
 
     def acknowledge(self, trajectories: Iterable[Trajectory]) -> None:
         """With ack="manual": these are safe with the trainer and never delivered again. Returns when that is recorded."""
+        self._begin()
         keys = {t.key for t in trajectories}
         self._deliveries.tell([k for k in self._handed if k in keys])
         self._handed = [k for k in self._handed if k not in keys]
-        self._connection.begin()
         self._deliveries.drive(lambda: not self._deliveries.acknowledging)
 
     def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
@@ -186,11 +186,12 @@ class RolloutClient:
     def status(self) -> Figures:
         """Figures of the gateway: `version`, `in_flight`, `requested`, `unique`, `duplicates`, `missing`, `failed`,
         `acknowledged`, `stale`, `sessions`, `malformed`, `notice`, and the engines' own as `engine.NAME`."""
-        self._connection.begin()
+        self._begin()
         return self._deliveries.status()
 
     def shutdown_gateway(self) -> None:
         """Stops the gateway; what is unfinished or not acknowledged stays in its ledger."""
+        self._begin()
         self._plane().shutdown()
 
     def close(self, *, acknowledge: bool = True) -> None:
@@ -222,12 +223,15 @@ class RolloutClient:
 
     def _enter(self) -> None:
         """The caller is back: what it was handed before is its own now."""
-        if self._closed:
-            raise TransportError("this client is closed; connect again with the same client_id")
-        self._connection.begin()
+        self._begin()
         if self._auto:
             self._deliveries.tell(self._handed)
             self._handed = []
+
+    def _begin(self) -> None:
+        if self._closed:
+            raise TransportError("this client is closed; connect again with the same client_id")
+        self._connection.begin()
 
     def _hand(self, request_id: str, sample: int) -> None:
         self._deliveries.hand(request_id, sample)

@@ -51,7 +51,7 @@ class Connection:
     """
 
     def __init__(self, address: str, client_id: str, *, keys: ClientKeys | None, control: bool, timeout: float) -> None:
-        self.address, self.version, self.notice = address, 0, ""
+        self.address, self.version, self.ledger, self.notice = address, 0, "", ""
         self._client_id, self._keys, self._control, self._timeout = client_id, keys, control, timeout
         self._own = None if keys is None else keys.control if control else keys.data
         if keys is not None and self._own is None:
@@ -59,6 +59,7 @@ class Connection:
                                  "give ClientKeys(control=...)")
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: Link | None = None
+        self._early: list[list[bytes]] = []
         self._opened = self._pinged = self._heard = 0.0
         self.begin()
 
@@ -70,14 +71,17 @@ class Connection:
         """Starts the clock of `timeout`: the caller was busy elsewhere, the gateway was not silent."""
         self._heard = time.monotonic()
 
-    def open(self, credit: int) -> None:
-        """Opens a session. Raises TransportError when the gateway does not answer in time or refuses."""
+    def open(self, credit: int = 0, cursor: int = 0) -> None:
+        """Opens a session; `cursor` counts for the ledger the last one was with.
+
+        Raises TransportError when the gateway does not answer in time or refuses, SessionLost when the connection breaks.
+        """
         self.drop()
         time.sleep(max(0.0, self._opened + SESSION_S - time.monotonic()))
         self._opened = time.monotonic()
         server = None if self._keys is None else self._keys.server
         link = self._link = Link(self._context, self.address, server, self._own, TO_CLIENT)
-        hello = encode(Hello(self._client_id, self._control, credit))
+        hello = encode(Hello(self._client_id, self._control, credit, self.ledger, cursor))
         try:
             while not link.send(hello, PING_S):
                 self._check(link)
@@ -85,10 +89,12 @@ class Connection:
                     raise SessionLost
             deadline = time.monotonic() + SILENCE_S
             while time.monotonic() < deadline:
-                for frames in link.receive(PING_S):
-                    message = decode(frames)
+                arrived = link.receive(PING_S)
+                if arrived:
+                    message = decode(arrived[0])
                     if isinstance(message, Welcome):
-                        self._heard, self.version = time.monotonic(), message.version
+                        self._heard, self.version, self._early = time.monotonic(), message.version, arrived[1:]
+                        self.ledger = message.ledger
                         return
                     if isinstance(message, Refused):
                         raise refusal(message)
@@ -109,11 +115,12 @@ class Connection:
         """Messages of this session, after at most `wait` seconds; [] is ordinary."""
         if self._link is None:
             raise SessionLost
-        frames_list, now = self._link.receive(wait), time.monotonic()
+        early, self._early = self._early, []
+        arrived, now = early + self._link.receive(0.0 if early else wait), time.monotonic()
         if self._link.lost:
             raise SessionLost
         found = []
-        for frames in frames_list:
+        for frames in arrived:
             self._heard = now
             message = decode(frames)
             if isinstance(message, Reset):
@@ -133,7 +140,7 @@ class Connection:
 
     def drop(self, linger: float = 0.0) -> None:
         """Ends the session here, without a word."""
-        link, self._link = self._link, None
+        link, self._link, self._early = self._link, None, []
         if link is not None:
             link.close(linger)
 

@@ -81,7 +81,7 @@ class ControlPlane:
     def _open(self) -> None:
         if not self._connection.is_open:
             self._inbox.clear()
-            self._connection.open(0)
+            self._connection.open()
 
     def _next(self) -> Message:
         while not self._inbox:

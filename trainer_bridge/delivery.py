@@ -110,7 +110,7 @@ class Deliveries:
         self._batches: dict[str, _Batch] = {}
         self._acks: deque[tuple[str, int]] = deque()
         self._acks_out: dict[int, tuple[tuple[str, int], ...]] = {}
-        self._held = self._received = self._granted = self._number = self._session = 0
+        self._cursor = self._held = self._received = self._granted = self._number = self._session = 0
         self._status: tuple[int, Figures] = (0, {})
         self._moved = 0.0
         self._refusal: BlockrollError | None = None
@@ -158,24 +158,19 @@ class Deliveries:
         Raises TransportError when the gateway is silent too long or nothing arrives for `timeout` seconds, and what the
         gateway refused.
         """
-        self._moved = time.monotonic()
+        self._moved, wait = time.monotonic(), 0.0
         while True:
             try:
                 if not self.connection.is_open:
                     if not reopen:
                         return
                     self._open()
-                self._flush()
-                if done():
+                self._exchange(wait)
+                if self._refusal is None and done():
                     return
-                for message in self.connection.receive(_WAIT_S if timeout is None else min(_WAIT_S, timeout)):
-                    self._handle(message)
+                wait = _WAIT_S if timeout is None else min(_WAIT_S, timeout)
             except SessionLost:
                 self.connection.drop()
-            except BaseException:
-                # What this session had received and not handled would be lost with it; the next one is sent it again.
-                self.connection.drop()
-                raise
             if self._refusal is not None:
                 error, self._refusal = self._refusal, None
                 raise error
@@ -216,6 +211,17 @@ class Deliveries:
         self.drive(answered)
         return self._status[1]
 
+    def _exchange(self, wait: float) -> None:
+        self._flush()
+        try:
+            for message in self.connection.receive(wait):
+                self._handle(message)
+        except BaseException:
+            # What this session received and nobody handled ends with it; the next one is sent it again.
+            self.connection.drop()
+            raise
+        self._flush()
+
     def _open(self) -> None:
         for keys in reversed(self._acks_out.values()):
             self._acks.extendleft(reversed(keys))
@@ -227,7 +233,10 @@ class Deliveries:
             self._split(batch)
         self._received, self._granted = 0, max(WINDOW - self._held, 0)
         self._session += 1
-        self.connection.open(self._granted)
+        ledger = self.connection.ledger
+        self.connection.open(self._granted, self._cursor)
+        if self.connection.ledger != ledger:
+            self._cursor = 0
 
     def _split(self, batch: _Batch) -> None:
         """Cuts what is unfinished of a batch into parts that fit a message, none of them sent."""
@@ -269,8 +278,10 @@ class Deliveries:
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Delivery):
+            self._cursor = message.number
             self._delivered(message)
         elif isinstance(message, Failure):
+            self._cursor = message.number
             self._received += len(message.error.encode())
             if not self._track(message.request_id).failed:
                 self._fail(message.request_id, message.error)
@@ -348,7 +359,7 @@ class Deliveries:
             self._end_batch(track.batch)
 
     def _end_batch(self, name: str) -> None:
-        if not self._batches[name].open and self.recorded(name):
+        if name in self._batches and not self._batches[name].open and self.recorded(name):
             del self._batches[name]
 
     def _confirm(self, request_id: str, sample: int) -> None:

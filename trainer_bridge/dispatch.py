@@ -52,7 +52,6 @@ class WorkRefused:
     """The backend took nothing of this lease."""
 
     epoch: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ Event = Outputs | WorkRefused | CommitEnded | Crashed
 
 
 class BackendDriver:
-    """Runs a backend from one thread. `version`, `stats`, `notice` and `in_flight` are snapshots anyone may read.
+    """Runs a backend from one thread. `version`, `stats`, `in_flight` and `notices` are snapshots anyone may read.
 
     Args:
         wake: called, from the driver's thread, after an event was put into `events`.
@@ -82,7 +81,8 @@ class BackendDriver:
 
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.version, self.stats, self.notice = backend.version, backend.stats(), ""
+        self.version, self.stats = backend.version, backend.stats()
+        self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
         self._commands: queue.SimpleQueue[Work | Commit | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int]] = {}
@@ -97,6 +97,10 @@ class BackendDriver:
     def in_flight(self) -> int:
         """Samples submitted and not yet returned."""
         return self._samples
+
+    def notices(self) -> list[str]:
+        """What the backend cannot do at present, one line each."""
+        return sorted({**self._trouble}.values())
 
     def submit(self, epoch: int, batch: Sequence[RolloutRequest]) -> None:
         """Hands a leased batch on; from any thread, at once."""
@@ -150,11 +154,13 @@ class BackendDriver:
     def _submit(self, work: Work) -> None:
         try:
             self._backend.submit(work.batch, work.epoch)
+            self._trouble.pop("submit", None)
         except ClusterError as error:
+            self._trouble["submit"] = str(error)
             with self._lock:
                 for request in work.batch:
                     self._forget(request.id, work.epoch)
-            self._tell(WorkRefused(work.epoch, str(error)))
+            self._tell(WorkRefused(work.epoch))
 
     def _commit(self, commit: Commit) -> None:
         try:
@@ -174,10 +180,10 @@ class BackendDriver:
             if time.monotonic() - self._refreshed > STATS_S:
                 self._refresh()
         except ClusterError as error:
-            self.notice = str(error)
+            self._trouble["poll"] = str(error)
             self._stop.wait(IDLE_S)
             return
-        self.notice = ""
+        self._trouble.pop("poll", None)
         if completed:
             with self._lock:
                 for item in completed:

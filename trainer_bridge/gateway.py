@@ -163,7 +163,7 @@ class Gateway:
                 self._sessions.desk.ended(event)
             elif isinstance(event, WorkRefused):
                 self._revoked.add(event.epoch)
-                self._trouble["cluster"], self._retry["dispatch"] = event.why, now + RETRY_S
+                self._retry["dispatch"] = now + RETRY_S
             elif isinstance(event, Crashed):
                 raise event.error
         if self._unrecorded and now >= self._retry.get("record", 0.0):
@@ -191,7 +191,6 @@ class Gateway:
                     break
                 self._leases[leased[0]] = now
                 self._driver.submit(*leased)
-                self._trouble.pop("cluster", None)
             self._trouble.pop("dispatch", None)
         except StorageError as error:
             self._failed("dispatch", error, now)
@@ -216,7 +215,7 @@ class Gateway:
 
     def _notice(self) -> str:
         """What keeps the service from working, in one line of at most 1000 characters."""
-        return "; ".join(filter(None, [*self._trouble.values(), self._sessions.trouble, self._driver.notice]))[:1000]
+        return "; ".join(filter(None, [*self._trouble.values(), self._sessions.trouble, *self._driver.notices()]))[:1000]
 
     def _figures(self) -> Figures:
         counters = self._ledger.counters

@@ -68,13 +68,16 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """C: opens a session. `control` asks for the control plane; `credit` as in Credit."""
+    """C: opens a session. `control` asks for the control plane; `credit` as in Credit. Of the ledger named `ledger`, this
+    life of the client has everything up to number `cursor`."""
 
     client: str
     control: bool
     credit: int
+    ledger: str
+    cursor: int
     KIND = 1
-    SCHEMA = (_NAME, Flag(), _COUNT)
+    SCHEMA = (_NAME, Flag(), _COUNT, Text(128), _COUNT)
 
 
 @dataclass(frozen=True)
@@ -159,24 +162,27 @@ class Credit(Message):
 
 @dataclass(frozen=True)
 class Delivery(Message):
-    """G: one trajectory (`blobs[0]`, a trajectory record), sent again in each session until acknowledged."""
+    """G: one trajectory (`blobs[0]`, its record), number `number` of the ledger; numbers grow within a session. Sent to each
+    life of the client until acknowledged."""
 
+    number: int
     request_id: str
     sample: int
     blobs: tuple[bytes, ...]
     KIND = 13
-    SCHEMA = (_ID, _SAMPLE)
+    SCHEMA = (_COUNT, _ID, _SAMPLE)
     BLOBS = Blobs(1, MAX_TRAJECTORY)
 
 
 @dataclass(frozen=True)
 class Failure(Message):
-    """G: the request cannot be served; sent again in each session until acknowledged as sample -1."""
+    """G: the request cannot be served; otherwise like Delivery, acknowledged as sample -1."""
 
+    number: int
     request_id: str
     error: str
     KIND = 14
-    SCHEMA = (_ID, _TEXT)
+    SCHEMA = (_COUNT, _ID, _TEXT)
 
 
 @dataclass(frozen=True)

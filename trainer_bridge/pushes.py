@@ -26,6 +26,7 @@ REPORT_EVERY = 4
 class _Stage:
     push: str
     peer: bytes
+    client: str
     in_flight: str
     manifest: Manifest
     stager: WeightStager | None
@@ -42,11 +43,11 @@ class PushDesk:
         self._stage: _Stage | None = None
         self._committing: _Stage | None = None
 
-    def handle(self, peer: bytes, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
+    def handle(self, peer: bytes, client: str, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
         """One message of a push; what is wrong with it is told to the peer."""
         try:
             if isinstance(message, PushBegin):
-                self._begin(peer, message)
+                self._begin(peer, client, message)
             elif isinstance(message, PushAbort):
                 if self._stage is not None and self._stage.push == message.push:
                     self._stage = None
@@ -79,12 +80,12 @@ class PushDesk:
         if self._stage is not None and now - self._stage.touched > self._idle:
             self._stage = None
 
-    def _begin(self, peer: bytes, message: PushBegin) -> None:
+    def _begin(self, peer: bytes, client: str, message: PushBegin) -> None:
         if message.in_flight not in self._policies:
             raise TransportError(f"in_flight: this cluster does not offer {message.in_flight!r}; "
                                  f"use one of {', '.join(self._policies)}")
         manifest, serving = Manifest.decode(message.manifest[0]), self._driver.version
-        stage = _Stage(message.push, peer, message.in_flight, manifest, None, time.monotonic())
+        stage = _Stage(message.push, peer, client, message.in_flight, manifest, None, time.monotonic())
         running = self._committing
         if running is not None:
             if running.manifest.digest != manifest.digest:
@@ -100,9 +101,10 @@ class PushDesk:
         if manifest.parent not in (ANY_PARENT, serving):
             raise TransportError(f"weight version {manifest.version} follows {manifest.parent}, but {serving} serves; "
                                  f"push version {serving + 1}, or allow a gap")
-        if self._stage is not None and self._stage.peer != peer and time.monotonic() - self._stage.touched < self._idle:
-            raise TransportError(f"weight version {self._stage.manifest.version} is being pushed over another connection; "
-                                 "push again when it is done")
+        other = self._stage
+        if other is not None and other.client != client and time.monotonic() - other.touched < self._idle:
+            raise TransportError(f"weight version {other.manifest.version} is being pushed by client {other.client!r}; "
+                                 "push again when that is done")
         stage.stager = WeightStager(manifest, self._expected)
         self._stage = stage
         self._reply(peer, PushState(message.push, 0, False, serving))

@@ -111,7 +111,7 @@ class Sessions:
             figures = tuple((k[:128], v[:256] if isinstance(v, str) else v) for k, v in self._figures().items())
             self.reply(session.peer, Status(message.number, figures[:MAX_STATS]))
         elif session.control and isinstance(message, PushBegin | PushChunk | PushCommit | PushAbort):
-            self.desk.handle(session.peer, message)
+            self.desk.handle(session.peer, session.client, message)
         elif session.control and isinstance(message, Shutdown):
             self.shutdown = True
             self.reply(session.peer, Stopping())
@@ -189,7 +189,8 @@ class Sessions:
                 if other.peer != inbound.peer:
                     self._refuse(other.peer, f"another connection took over client id {hello.client!r}; give each client its own")
                 self._drop(other)
-        session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit)
+        cursor = hello.cursor if hello.ledger == self._ledger.ledger_id else 0
+        session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
         self._open[inbound.peer] = session
         self.reply(inbound.peer, Welcome(self._ledger.ledger_id, self._version()))
 
@@ -225,9 +226,9 @@ class Sessions:
                 if session.sent >= session.granted:
                     return True
                 if row.sample == FAILURE:
-                    message: Message = Failure(row.request_id, row.payload.decode("utf-8", "replace"))
+                    message: Message = Failure(row.seq, row.request_id, row.payload.decode("utf-8", "replace"))
                 else:
-                    message = Delivery(row.request_id, row.sample, (row.payload,))
+                    message = Delivery(row.seq, row.request_id, row.sample, (row.payload,))
                 result = self._router.send(session.peer, encode(message))
                 if result == "full":
                     return False

@@ -30,6 +30,7 @@ from .messages import MAX_FRAMES
 
 HANDSHAKE_MS, HEARTBEAT_MS, DEAD_MS = 5_000, 2_000, 10_000
 QUEUE = 64
+_DOMAIN = "blockroll"
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _MONITORED = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
               | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
@@ -102,8 +103,8 @@ class ServerKeys:
             raise InvalidInput("control", "a key is listed for data and for control", "use separate keys")
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """pyzmq's credentials provider: is this raw public key listed?"""
-        return zmq.utils.z85.encode(key).decode() in self.data | self.control
+        """What pyzmq asks at each handshake: is this public key (Z85) listed?"""
+        return key.decode("ascii", "replace") in self.data | self.control
 
 
 def _check_key(name: str, value: str) -> None:
@@ -190,12 +191,15 @@ class Link:
         return found
 
     def observe(self) -> None:
-        """Reads the monitor. Raises TransportError when the gateway does not admit this key."""
+        """Reads the monitor. Raises TransportError when the gateway does not admit this key or has other security."""
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise TransportError(f"gateway {self.address} does not admit this client's key; "
                                      "add its public key to the gateway's allow-list")
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                raise TransportError(f"{self.address} breaks off the handshake: one side has CURVE keys and the other has "
+                                     "none, or it is no gateway; give both sides keys or neither")
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.failed_handshakes = True, 0
             elif event == zmq.EVENT_DISCONNECTED:
@@ -234,9 +238,9 @@ class Router:
             from zmq.auth.thread import ThreadAuthenticator
 
             self._auth = ThreadAuthenticator(self._context)
+            self._auth.configure_curve_callback(_DOMAIN, credentials_provider=keys)
             self._auth.start()
-            self._auth.configure_curve_callback("*", credentials_provider=keys)
-            self.socket.zap_domain = b"blockroll"
+            self.socket.zap_domain = _DOMAIN.encode()
             self.socket.curve_server = True
             self.socket.curve_publickey, self.socket.curve_secretkey = keys.own.public.encode(), keys.own.secret.encode()
         try:
