@@ -57,7 +57,26 @@ def objective(
     mask_rows = torch.nonzero(~clean_T & (target_T >= 0))[:, 0]
     if not len(mask_rows):
         return Losses(ar, ar.item(), 0.0, 0.0)
+    drafted, ce, overlap = draft_loss(policy, hidden_TD, layout, target_T, ar_rows, logits_RV, mask_rows, draft)
+    return Losses((alpha * ar + drafted) / (1 + alpha), ar.item(), ce, overlap)
 
+
+def draft_loss(
+    policy: Policy,
+    hidden_TD: torch.Tensor,
+    layout: TokenLayout,
+    target_T: torch.Tensor,
+    ar_rows: torch.Tensor,
+    logits_RV: torch.Tensor,
+    mask_rows: torch.Tensor,
+    draft: DraftLoss,
+) -> tuple[torch.Tensor, float, float]:
+    """L_draft of the mask rows, their mean cross-entropy (nats) and their mean overlap with p.
+
+    Args:
+        ar_rows: clean rows whose logits `logits_RV` are; every mask row's predecessor position is among them.
+        mask_rows: rows to train, each with a target.
+    """
     logq_MV = policy.head(hidden_TD[mask_rows]).float().log_softmax(-1)
     ce_M = F.nll_loss(logq_MV, target_T[mask_rows], reduction="none")
     # The clean row that predicts the same position as mask row i is the one at position_i - 1 of its sequence.
@@ -71,6 +90,4 @@ def objective(
     if draft.kl:
         loss_M = loss_M + draft.kl * (torch.xlogy(p_MV, p_MV) - p_MV * logq_MV).sum(-1)
     weight_M = draft.slot_decay ** (layout.position_T - layout.limit_T - 1)[mask_rows].float()
-    drafted = (loss_M * weight_M).sum() / weight_M.sum()
-    total = (alpha * ar + drafted) / (1 + alpha)
-    return Losses(total, ar.item(), ce_M.mean().item(), 1.0 - tv_M.mean().item())
+    return (loss_M * weight_M).sum() / weight_M.sum(), ce_M.mean().item(), 1.0 - tv_M.mean().item()
