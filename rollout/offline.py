@@ -14,9 +14,9 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,7 +27,8 @@ from ..model.checkpoint import load_policy
 from ..model.policy import Policy
 from ..model.scoring import score
 from ..model.tokenizer import encode_prompt
-from .engine import Engine, EngineConfig, Schedule
+from .engine import Engine, EngineConfig
+from .schedule import Schedule, ScheduleKind
 from .types import MAX_SEED, RolloutRequest, SamplingParams, Trajectory
 
 SCHEDULES = ("auto", "ar", "two_pass", "fused")
@@ -83,26 +84,25 @@ def generate_file(
         InvalidInput: an option, or a line of the input, cannot be used.
         StorageError: the output could not be written whole.
     """
+    if n < 1:
+        raise InvalidInput("n", f"{n} is less than 1", "ask for at least one sample")
+    if not 0 <= seed <= MAX_SEED:
+        raise InvalidInput("seed", f"{seed} is outside 0..2**63-1", "use a 63-bit seed")
     config = _engine_config(params.sampler, schedule, tuple(levels), block_size, batch)
     policy = load_policy(policy_name, dtype=dtype)
     ids, requests = _requests(input, policy, params, n, seed)
-    engine = Engine(policy, config)
+    engine = Engine(policy, replace(config, pages=_pages(requests, policy, config)))
     order = [(request.id, sample) for request in requests for sample in range(n)]
     waiting: dict[tuple[str, int], Trajectory] = {}
     written = 0
-
     with _whole_text(output) as file, _Meter("generate", len(order)) as meter:
-
-        def finished(trajectory: Trajectory) -> None:
-            nonlocal written
-            meter.advance(len(trajectory.tokens), trajectory.forwards)
-            waiting[trajectory.key] = trajectory
+        for sample in _serve(engine, requests, 2 * batch):
+            meter.advance(len(sample.tokens), sample.forwards)
+            waiting[sample.key] = sample
             while written < len(order) and order[written] in waiting:
                 done = waiting.pop(order[written])
                 file.write(_dump(_sample_line(ids[done.request_id], done, policy)))
                 written += 1
-
-        engine.generate(requests, on_finish=finished)
     assert not waiting and written == len(order)
 
 
@@ -133,7 +133,10 @@ def score_file(
         prompt, tokens = line.tokens("prompt_tokens", policy), line.tokens("tokens", policy)
         if not prompt:
             raise line.error("prompt_tokens", "empty", "give at least one token, to predict the first one from")
-        _check_length(line, "tokens", len(prompt) + len(tokens), policy)
+        longest, length = policy.config.max_position_embeddings, len(prompt) + len(tokens)
+        if length > longest:
+            raise line.error("tokens", f"{length} tokens with the prompt, and this policy's maximum is {longest}",
+                             "score shorter samples, or use the policy that made them")
         sequences.append((prompt, tokens))
 
     with _whole_text(output) as file, _Meter("score", len(lines)) as meter:
@@ -150,12 +153,35 @@ def _engine_config(
 ) -> EngineConfig:
     if schedule not in SCHEDULES:
         raise InvalidInput("schedule", f"unknown schedule {schedule!r}", f"use one of {', '.join(SCHEDULES)}")
-    for name, value, lowest, highest in (("block_size", block_size, 2, 64), ("batch", batch, 1, 4096)):
-        if not lowest <= value <= highest:
-            raise InvalidInput(name, f"{value} is outside {lowest}..{highest}", "use a number in that range")
+    if batch < 1:
+        raise InvalidInput("batch", f"{batch} is less than 1", "decode at least one sample at once")
     if schedule == "auto":
         schedule = "ar" if sampler == "ar" else "fused"
-    return EngineConfig(schedule=Schedule(kind=schedule, levels=levels), block_size=block_size, max_batch=batch)
+    kind = cast(ScheduleKind, schedule)
+    return EngineConfig(schedule=Schedule(kind=kind, levels=levels), block_size=block_size, max_batch=batch)
+
+
+def _pages(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
+    """Pages for as many of the longest samples as run at once, so that none waits for another's."""
+    longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
+    longest = min(longest, policy.config.max_position_embeddings)
+    together = min(config.max_batch, sum(request.samples for request in requests))
+    return (together + 1) * -(-longest // config.page_size)
+
+
+def _serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:
+    """Trajectories as they finish. The engine holds about `ahead` samples, however long the file is."""
+    left = iter(requests)
+    held = 0
+    while True:
+        while held < ahead and (request := next(left, None)) is not None:
+            engine.add(request)
+            held += request.samples
+        if not engine.has_work:
+            return
+        for sample in engine.step():
+            held -= 1
+            yield sample
 
 
 def _requests(
@@ -200,14 +226,11 @@ def _prompt_tokens(line: _Line, policy: Policy) -> tuple[int, ...]:
         tokens = tuple(encode_prompt(policy.tokenizer, text)) if text else ()
     if not tokens:
         raise line.error(field, "empty", "give at least one token")
-    _check_length(line, field, len(tokens) + 1, policy)
-    return tokens
-
-
-def _check_length(line: _Line, field: str, length: int, policy: Policy) -> None:
     longest = policy.config.max_position_embeddings
-    if length > longest:
-        raise line.error(field, f"{length} tokens with what follows the prompt", f"this policy's maximum is {longest}")
+    if len(tokens) >= longest:
+        raise line.error(field, f"{len(tokens)} tokens, and this policy's maximum is {longest}, one to follow included",
+                         f"shorten it to {longest - 1}")
+    return tokens
 
 
 def _seed_of(seed: int, name: str) -> int:
