@@ -81,7 +81,7 @@ def parse(data: Any, config: type[ConfigT], name: str) -> ConfigT:
 class _Loader(yaml.SafeLoader):
     """Plain scalars as in YAML 1.2 (`1e-4` is a number, `on` and `2026-01-01` are text), and no key twice."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - as the base class declares it
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: set[str] = set()
