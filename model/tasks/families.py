@@ -38,7 +38,7 @@ class ChainSum:
 
     name: str = "chain_sum"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=3, max_terms=5, min_digits=2, max_digits=3)
+        default_factory=lambda: dict(min_terms=3, max_terms=4, min_digits=2, max_digits=2)
     )
 
     def question(self, metadata: Metadata) -> str:
@@ -59,7 +59,7 @@ class Gcd:
     """Greatest common divisor by Euclid's algorithm."""
 
     name: str = "gcd"
-    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_value=10, max_value=400))
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_value=10, max_value=150))
 
     def question(self, metadata: Metadata) -> str:
         return "gcd " + " ".join(map(str, metadata["numbers"]))
@@ -79,7 +79,7 @@ class Products:
 
     name: str = "products"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)
+        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)
     )
 
     def question(self, metadata: Metadata) -> str:
@@ -103,7 +103,7 @@ class BaseConversion:
 
     name: str = "base_conversion"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_base=2, max_base=9, min_value=20, max_value=500)
+        default_factory=lambda: dict(min_base=2, max_base=9, min_value=10, max_value=150)
     )
 
     def question(self, metadata: Metadata) -> str:
@@ -127,7 +127,7 @@ class CountBits:
     """Ones in a number's binary form: repeated halving with a running count."""
 
     name: str = "count_bits"
-    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_n=100, max_n=9999))
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_n=10, max_n=4000))
 
     def question(self, metadata: Metadata) -> str:
         return f"bits {metadata['number']}"
