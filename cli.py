@@ -75,15 +75,16 @@ def convert(config: ConfigArgument) -> None:
     """Convert an autoregressive ZAYA policy to block diffusion.
 
     Trains through the stages of CONFIG (an autoregressive parent first, where none is given) and writes a policy
-    directory with its training log and figures.
+    directory, and beside it the training log and the figures measured on held-out tasks. An interrupted run goes on
+    from where it was.
 
     \b
     Example:
       blockroll convert configs/conversion/tiny-reasoner.yaml
     """
-    from .model import conversion
+    from .rollout import evaluation
 
-    conversion.run(config)
+    evaluation.convert(config)
 
 
 @app.command()

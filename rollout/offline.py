@@ -11,15 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO, cast
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import DataError, InvalidInput
 from ..files import read_jsonl, whole_file
@@ -28,6 +24,7 @@ from ..model.policy import Policy
 from ..model.scoring import score
 from ..model.tokenizer import encode_prompt
 from .engine import Engine, EngineConfig
+from .progress import Meter
 from .schedule import Schedule, ScheduleKind
 from .types import MAX_SEED, RolloutRequest, SamplingParams, Trajectory
 
@@ -95,8 +92,8 @@ def generate_file(
     order = [(request.id, sample) for request in requests for sample in range(n)]
     waiting: dict[tuple[str, int], Trajectory] = {}
     written = 0
-    with _whole_text(output) as file, _Meter("generate", len(order)) as meter:
-        for sample in _serve(engine, requests, 2 * batch):
+    with _whole_text(output) as file, Meter("generate", len(order)) as meter:
+        for sample in serve(engine, requests, 2 * batch):
             meter.advance(len(sample.tokens), sample.forwards)
             waiting[sample.key] = sample
             while written < len(order) and order[written] in waiting:
@@ -139,7 +136,7 @@ def score_file(
                              "score shorter samples, or use the policy that made them")
         sequences.append((prompt, tokens))
 
-    with _whole_text(output) as file, _Meter("score", len(lines)) as meter:
+    with _whole_text(output) as file, Meter("score", len(lines)) as meter:
         for chunk in _passes([len(prompt) + len(tokens) for prompt, tokens in sequences]):
             for index, logprobs in zip(chunk, score(policy, [sequences[i] for i in chunk], temperature), strict=True):
                 record = lines[index].record
@@ -169,7 +166,7 @@ def _pages(requests: Sequence[RolloutRequest], policy: Policy, config: EngineCon
     return (together + 1) * -(-longest // config.page_size)
 
 
-def _serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:
+def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:
     """Trajectories as they finish. The engine holds about `ahead` samples, however long the file is."""
     left = iter(requests)
     held = 0
@@ -288,31 +285,3 @@ def _dump(record: dict[str, Any]) -> str:
 def _whole_text(path: str | os.PathLike[str]) -> Iterator[TextIO]:
     with whole_file(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
         yield file
-
-
-class _Meter:
-    """A live bar on stderr: samples, tokens per second and, where forwards are counted, tokens per forward."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self._progress = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
-            TimeRemainingColumn(), console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task(title, total=total, rates="")
-        self._tokens = self._forwards = 0
-        self._start = time.perf_counter()
-
-    def __enter__(self) -> _Meter:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, tokens: int, forwards: int) -> None:
-        self._tokens += tokens
-        self._forwards += forwards
-        rates = f"{self._tokens / max(time.perf_counter() - self._start, 1e-9):,.0f} tokens/s"
-        if self._forwards:
-            rates += f"  {self._tokens / self._forwards:.2f} tokens/forward"
-        self._progress.update(self._task, advance=1, rates=rates)

@@ -1,0 +1,69 @@
+"""Live display of long work on stderr; where that is no terminal, its last state once at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Meter:
+    """Samples done, tokens per second and, where forwards are counted, tokens per forward, over a `with` block.
+
+    Args:
+        total: samples expected.
+    """
+
+    def __init__(self, title: str, total: int) -> None:
+        self._progress = Progress(
+            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(), console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task(title, total=total, rates="")
+        self._tokens = self._forwards = 0
+        self._start = time.perf_counter()
+
+    def __enter__(self) -> Meter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, tokens: int, forwards: int) -> None:
+        """One more sample, with its tokens and the decode forwards it took."""
+        self._tokens += tokens
+        self._forwards += forwards
+        rates = f"{self._tokens / max(time.perf_counter() - self._start, 1e-9):,.0f} tokens/s"
+        if self._forwards:
+            rates += f"  {self._tokens / self._forwards:.2f} tokens/forward"
+        self._progress.update(self._task, advance=1, rates=rates)
+
+
+class TrainingMeter:
+    """The stages of a conversion, one bar each: speed, losses, overlap of p and q. Call it with each reported row."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=Console(stderr=True),
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> TrainingMeter:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        name = row["stage"]
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=row["of"], figures="")
+        figures = f"{row['tokens_per_s']:,} tokens/s  AR {row['ar_loss']:.3f}"
+        if row["draft_loss"]:
+            figures += f"  draft {row['draft_loss']:.3f}  overlap {row['overlap']:.2f}"
+        self._progress.update(self._tasks[name], completed=min(row["tokens"], row["of"]), figures=figures)
