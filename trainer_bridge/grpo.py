@@ -9,6 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import time
@@ -24,7 +25,7 @@ from ..model.checkpoint import load_policy, save_policy
 from ..model.policy import Policy
 from ..model.tasks import Task, make_tasks, score
 from ..model.tokenizer import encode_prompt
-from ..rollout.types import RolloutRequest, SamplingParams, Trajectory
+from ..rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
 from ..settings import load_yaml
 from .client import RolloutClient, connect
 from .grpo_config import GrpoConfig
@@ -132,6 +133,7 @@ class Trainer:
             "clip_fraction": sum(f.clipped for f in figures) / count,
             "draft_overlap": sum(f.overlap * f.tokens for f in figures) / count,
             "gradient_norm": norm,
+            "trajectories_digest": digest(trajectories),
             "seconds": {"rollout": rolled - began, "train": trained - rolled, "push": pushed - trained},
         }
 
@@ -193,6 +195,17 @@ class Trainer:
 
     def _seed(self, name: str) -> int:
         return random.Random(f"{self.config.seed}/{name}").getrandbits(62)
+
+
+def digest(trajectories: Sequence[Trajectory]) -> str:
+    """Hash of every token and log-probability, in the order of ids: equal runs have equal digests."""
+    state = hashlib.blake2b(digest_size=16)
+    for trajectory in order_by_id(trajectories):
+        state.update(repr(trajectory.key).encode())
+        state.update(np.asarray(trajectory.tokens, dtype=np.int64).tobytes())
+        state.update(trajectory.logprobs.tobytes())
+        state.update(trajectory.behavior_logprobs.tobytes())
+    return state.hexdigest()
 
 
 def _packs(batch: Sequence[tuple[Trajectory, float]], rows: int) -> list[list[tuple[Trajectory, float]]]:
