@@ -20,7 +20,9 @@ from ..errors import InvalidInput, RequestError, TransportError
 from ..rollout.types import RolloutRequest, Trajectory, order_by_id
 from .connection import Connection, RequestRefused
 from .control import ControlPlane
-from .delivery import FAILURE, Deliveries, Figures, Item, open_item
+from .delivery import Deliveries, Figures
+from .records import FAILURE
+from .tracks import Item
 from .transport import ClientKeys, CurveKeys
 
 __all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]
@@ -61,9 +63,9 @@ class RolloutClient:
     def delivery(self) -> dict[str, int]:
         """Samples in this client's life: `requested`, `unique` (handed out), `duplicates` (dropped here), `failed`, and
         `missing` = requested - unique - failed."""
-        d = self._deliveries
-        return {"requested": d.requested, "unique": d.unique, "duplicates": d.duplicates, "failed": d.failed,
-                "missing": d.requested - d.unique - d.failed}
+        book = self._deliveries.book
+        return {"requested": book.requested, "unique": book.unique, "duplicates": book.duplicates,
+                "failed": book.failed, "missing": book.requested - book.unique - book.failed}
 
     @property
     def version(self) -> int:
@@ -77,8 +79,9 @@ class RolloutClient:
         id that was used with other content or answered before, StorageError when the gateway cannot record.
         """
         self._enter()
-        name = self._deliveries.enqueue(list(requests))
-        self._deliveries.drive(lambda: self._deliveries.recorded(name))
+        book = self._deliveries.book
+        name = book.enqueue(list(requests))
+        self._deliveries.drive(lambda: book.recorded(name))
 
     def results(self, timeout: float | None = None, *, on_error: OnError = "raise") -> Iterator[Trajectory]:
         """Each trajectory of the submitted requests once, as it arrives; ends when nothing is outstanding.
@@ -86,19 +89,19 @@ class RolloutClient:
         Raises TransportError when none arrives for `timeout` seconds (None: as long as the gateway answers), and
         RequestRefused for a request that cannot be served, unless on_error is "skip"; call again to go on after either.
         """
-        d = self._deliveries
+        book = self._deliveries.book
         while True:
             self._enter()
-            d.drive(lambda: bool(d.inbox) or not d.outstanding, timeout)
-            if not d.inbox:
+            self._deliveries.drive(lambda: bool(book.inbox) or not book.outstanding, timeout)
+            if not book.inbox:
                 return
-            item = d.take()
+            item = book.take()
             if isinstance(item, RequestRefused):
                 self._hand(item.request_id, FAILURE)
                 if on_error == "raise":
                     raise item
                 continue
-            trajectory = open_item(item)
+            trajectory = item.open()
             self._hand(*trajectory.key)
             yield trajectory
 
@@ -110,44 +113,44 @@ class RolloutClient:
         from `results`. With on_error="skip" the others are returned. `timeout` as in `results`.
         """
         self._enter()
-        d, batch = self._deliveries, list(requests)
+        book, batch = self._deliveries.book, list(requests)
         wanted = {r.id for r in batch}
         if len(wanted) != len(batch):
             raise RequestError("id", "two requests of one call share an id", "give each request its own")
-        d.enqueue(batch)
+        book.enqueue(batch)
         for name in wanted:
-            if d.tracks[name].taken:
+            if book.tracks[name].taken:
                 raise RequestError("id", f"{name!r} was handed out in part by results()", "go on with results()")
         found: list[tuple[Item, Trajectory]] = []
         aside: list[Item | RequestRefused] = []
         refused: dict[str, RequestRefused] = {}
 
         def done() -> bool:
-            while d.inbox:
-                item = d.take()
+            while book.inbox:
+                item = book.take()
                 if item.request_id not in wanted:
                     aside.append(item)
                 elif isinstance(item, RequestRefused):
                     refused[item.request_id] = item
                 else:
-                    found.append((item, open_item(item)))
-            return all(d.tracks[name].complete for name in wanted)
+                    found.append((item, item.open()))
+            return all(book.tracks[name].complete for name in wanted)
 
         try:
-            d.drive(done, timeout)
+            self._deliveries.drive(done, timeout)
         except BaseException:
-            d.inbox.extendleft(reversed([*aside, *refused.values(), *(item for item, _ in found)]))
+            book.inbox.extendleft(reversed([*aside, *refused.values(), *(item for item, _ in found)]))
             raise
         for name in wanted:
-            if d.tracks[name].elsewhere:
+            if book.tracks[name].elsewhere:
                 refused.setdefault(name, RequestRefused(
-                    name, f"{d.tracks[name].elsewhere} samples were acknowledged in an earlier life of this client"))
+                    name, f"{book.tracks[name].elsewhere} samples were acknowledged in an earlier life of this client"))
         for name in refused:
             self._hand(name, FAILURE)
         served = [] if refused and on_error == "raise" else [p for p in found if p[0].request_id not in refused]
         if len(served) < len(found):
             aside += [item for item, _ in found if not served or item.request_id in refused]
-        d.inbox.extendleft(reversed(aside))
+        book.inbox.extendleft(reversed(aside))
         if refused and on_error == "raise":
             raise refused[min(refused)]
         trajectories = order_by_id([trajectory for _, trajectory in served])
@@ -159,7 +162,7 @@ class RolloutClient:
         """With ack="manual": these are safe with the trainer and never delivered again. Returns when that is recorded."""
         self._begin()
         keys = {t.key for t in trajectories}
-        self._deliveries.tell([k for k in self._handed if k in keys])
+        self._deliveries.acknowledge([k for k in self._handed if k in keys])
         self._handed = [k for k in self._handed if k not in keys]
         self._deliveries.drive(lambda: not self._deliveries.acknowledging)
 
@@ -205,7 +208,7 @@ class RolloutClient:
         d = self._deliveries
         try:
             if acknowledge and self._auto:
-                d.tell(self._handed)
+                d.acknowledge(self._handed)
             if acknowledge and d.acknowledging:
                 end = time.monotonic() + _CLOSE_S
                 self._connection.begin()
@@ -225,7 +228,7 @@ class RolloutClient:
         """The caller is back: what it was handed before is its own now."""
         self._begin()
         if self._auto:
-            self._deliveries.tell(self._handed)
+            self._deliveries.acknowledge(self._handed)
             self._handed = []
 
     def _begin(self) -> None:
@@ -234,7 +237,7 @@ class RolloutClient:
         self._connection.begin()
 
     def _hand(self, request_id: str, sample: int) -> None:
-        self._deliveries.hand(request_id, sample)
+        self._deliveries.book.hand(request_id, sample)
         self._handed.append((request_id, sample))
 
     def _plane(self) -> ControlPlane:

@@ -25,11 +25,9 @@ from typing import Any
 from ..errors import RequestError, StorageError, TransportError
 from ..rollout.backend import Completed
 from ..rollout.types import RolloutRequest
-from .records import decode_request, encode_trajectory, request_digest
+from .records import FAILURE, decode_request, encode_trajectory, request_digest
 
 STAGED, QUEUED, LEASED, DONE, FAILED = range(5)
-FAILURE = -1
-"""Sample number under which the failure of a whole request is recorded."""
 _FORMAT = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;

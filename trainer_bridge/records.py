@@ -19,6 +19,8 @@ from ..errors import RequestError, TransportError
 from ..rollout.types import SAMPLERS, RolloutRequest, SamplingParams, StepTrace, Trajectory
 from .codec import Buffer, Choice, Field, Flag, Float, Int, Row, Text, read_record, refuse, write_record
 
+FAILURE = -1
+"""Sample number that stands for the failure of a whole request."""
 MAX_ID = 256
 MAX_SAMPLES = 1 << 16
 MAX_TOKENS = 1 << 20

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..errors import StorageError, TransportError
-from .ledger import FAILURE, Ledger
+from .ledger import Ledger
 from .messages import (
     MAX_STATS,
     Ack,
@@ -44,7 +44,7 @@ from .messages import (
     encode,
 )
 from .pushes import PushDesk
-from .records import decode_request
+from .records import FAILURE, decode_request
 from .transport import Inbound, Router
 
 MAX_SESSIONS, MAX_OUTBOX, MAX_ACKS_WAITING = 1024, 256, 64

@@ -6,6 +6,9 @@ Invariants:
 - No message is lost silently: a send to a peer that is gone says so, a lost connection or a failed handshake is observed.
 - The control plane has keys of its own: a data key cannot push weights, a control key cannot take trajectories.
 
+A dead link shows through TCP keepalive and user timeout here, through Ping and Pong above. ZMTP's own heartbeats stay off:
+in libzmq 4.3 they abort the process (`Assertion failed: !_io_error`, zeromq/libzmq#4364) when a peer whose messages wait
+behind a full queue disconnects, so any peer could end a gateway.
 Delivery across connections is not this module's business: the ledger keeps what is unacknowledged, clients submit again.
 A peer that passed the allow-list can still make libzmq buffer one endless multi-part message: list only keys you trust.
 """
@@ -28,7 +31,7 @@ from ..errors import InvalidInput, StorageError, TransportError
 from .codec import Buffer
 from .messages import MAX_FRAMES
 
-HANDSHAKE_MS, HEARTBEAT_MS, DEAD_MS = 5_000, 2_000, 10_000
+HANDSHAKE_MS, DEAD_MS = 5_000, 15_000
 QUEUE = 64
 _DOMAIN = "blockroll"
 _KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -138,8 +141,9 @@ def check_address(address: str, has_keys: bool) -> None:
 def _bound(socket: zmq.Socket[bytes], address: str, max_frame: int) -> None:
     for option, value in (
             (zmq.SNDHWM, QUEUE), (zmq.RCVHWM, QUEUE), (zmq.MAXMSGSIZE, max_frame), (zmq.LINGER, 0),
-            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS), (zmq.HEARTBEAT_IVL, HEARTBEAT_MS), (zmq.HEARTBEAT_TIMEOUT, DEAD_MS),
-            (zmq.HEARTBEAT_TTL, DEAD_MS), (zmq.IPV6, int("[" in address))):
+            (zmq.HANDSHAKE_IVL, HANDSHAKE_MS), (zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 10),
+            (zmq.TCP_KEEPALIVE_INTVL, 5), (zmq.TCP_KEEPALIVE_CNT, 3), (zmq.TCP_MAXRT, DEAD_MS),
+            (zmq.IPV6, int("[" in address))):
         socket.setsockopt(option, value)
 
 

@@ -17,8 +17,8 @@ from bridge_parts import assert_same, make_trajectory, request
 from blockroll.errors import StorageError, TransportError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import RolloutRequest
-from blockroll.trainer_bridge.ledger import FAILURE, Ledger
-from blockroll.trainer_bridge.records import decode_trajectory, encode_request
+from blockroll.trainer_bridge.ledger import Ledger
+from blockroll.trainer_bridge.records import FAILURE, decode_trajectory, encode_request
 
 ROOM = 10**6
 
@@ -231,7 +231,7 @@ sys.path.insert(0, sys.argv[2])
 from bridge_parts import make_trajectory, request
 from blockroll.rollout.backend import Completed
 from blockroll.trainer_bridge.ledger import Ledger
-from blockroll.trainer_bridge.records import encode_request
+from blockroll.trainer_bridge.records import FAILURE, encode_request
 ledger = Ledger(sys.argv[1])
 for i in range(10**6):
     asked = request(f"r{i}", 2)

@@ -179,7 +179,7 @@ def test_many_trajectories_flow_within_a_small_window(serve: Callable[..., Gatew
         seen = set()
         for trajectory in client.results():
             seen.add(trajectory.key)
-            assert client._deliveries._held < 20_000 + 10_000
+            assert client._deliveries.book.held < 20_000 + 10_000
         assert len(seen) == 160
         assert client.delivery["missing"] == 0
 
