@@ -99,13 +99,10 @@ class Projection(nn.Module):
         q_TC, k_TC = self.q_proj(hidden_TD), self.k_proj(hidden_TD)
         x_TC, delayed_TW = torch.cat([q_TC, k_TC], dim=-1), self.v_proj_delayed(hidden_TD)
         x_TAC, previous_TW = self._ancestors(x_TC, delayed_TW, plan, state)
-        mixed_THD = convolve(
-            x_TAC,
-            self.conv_qk_depthwise.weight,
-            self.conv_qk_depthwise.bias,
-            self.conv_qk_grouped.weight,
-            self.conv_qk_grouped.bias,
-        ).unflatten(-1, (self.heads + self.kv_heads, self.head_dim))
+        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+        assert depthwise.bias is not None and grouped.bias is not None
+        mixed_TC = convolve(x_TAC, depthwise.weight, depthwise.bias, grouped.weight, grouped.bias)
+        mixed_THD = mixed_TC.unflatten(-1, (self.heads + self.kv_heads, self.head_dim))
         group = self.heads // self.kv_heads
         q_TGUD = q_TC.unflatten(-1, (self.kv_heads, group, self.head_dim))
         mean_TGUD = (q_TGUD + k_TC.unflatten(-1, (self.kv_heads, 1, self.head_dim))) * 0.5

@@ -44,11 +44,14 @@ class PagedCache:
         self.page_size, self.hops, self.ring = page_size, policy.hops, decode_rows + policy.hops
         layers, kv = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
         channels = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-        options = dict(dtype=policy.dtype, device=policy.device)
+
+        def pool(*shape: int) -> torch.Tensor:
+            return torch.zeros(layers, *shape, dtype=policy.dtype, device=policy.device)
+
         # Zeros, not empty memory: a masked key is multiplied by 0, and 0 * NaN is not 0.
-        self.k, self.v = (torch.zeros(layers, pages * page_size, *kv, **options) for _ in range(2))
-        self.x = torch.zeros(layers, slots * self.ring, channels, **options)
-        self.delayed = torch.zeros(layers, slots * self.ring, kv[0] * kv[1] // 2, **options)
+        self.k, self.v = (pool(pages * page_size, *kv) for _ in range(2))
+        self.x = pool(slots * self.ring, channels)
+        self.delayed = pool(slots * self.ring, kv[0] * kv[1] // 2)
         self.total_pages = pages
         self._free = list(range(pages))[::-1]
         self._slots = list(range(slots))[::-1]

@@ -142,7 +142,9 @@ class RayCluster:
         self._work[self._actors[work.actor].run.remote(work.batch, work.epoch)] = work
 
     def _spawn(self) -> Any:
-        actor = RolloutActor.remote(self._policy, self._config, self._dtype)
+        actor: Any = RolloutActor.remote(  # type: ignore[attr-defined]  # Ray's decorator is untyped
+            self._policy, self._config, self._dtype
+        )
         if self._weights is not None:
             actor.stage.remote(self._version, dict(self._weights))
             actor.commit.remote(self._version)

@@ -227,18 +227,13 @@ class Engine:
         width = drafts.token_SM.shape[1]
         second = [d for d, count in enumerate(counts) if count]
         if second:
-            tokens = drafts.token_SM.tolist()
-            for d in second:
-                decoding[d].held.length += 1  # the anchor is cached now
-            again = [(decoding[d], 0) for d in second]
-            plans_b = [DecodeRows(tokens[d][: counts[d]], decoding[d].anchor + 1, (), 0) for d in second]
-            after = self._forward(again, plans_b)
+            drafted = drafts.token_SM.tolist()
+            plans_b = [DecodeRows(drafted[d][: counts[d]], decoding[d].anchor + 1, (), 0) for d in second]
+            after = self._forward([(decoding[d], 0) for d in second], plans_b)
             logits = self._logits(after, after.first_S, width)
             rest = logits.new_zeros(len(decoding), width, logits.shape[-1])
             rest[second] = logits
             p_logits.append(rest)
-            for d in second:
-                decoding[d].held.length -= 1
         verdict = verify(rows, torch.cat(p_logits, dim=1), drafts, anchor_D)
         for d, (sample, a) in enumerate(zip(decoding, verdict.accepted_S.tolist(), strict=True)):
             sample.draft_start, sample.draft_length = sample.anchor + 1, counts[d]

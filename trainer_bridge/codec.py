@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import numpy as np
 
 from ..errors import TransportError

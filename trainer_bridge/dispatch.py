@@ -142,7 +142,7 @@ class BackendDriver:
                         self._submit(work)
                     held.clear()
                 self._collect()
-        except BaseException as error:  # noqa: BLE001 - handed to the gateway, which ends and raises it
+        except BaseException as error:
             self._tell(Crashed(error))
 
     def _take(self, busy: bool) -> Work | Commit | None:

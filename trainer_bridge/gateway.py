@@ -119,7 +119,7 @@ class Gateway:
             while not self._stopping:
                 poller.poll(int(1000 * (FULL_S if waiting else IDLE_S)))
                 waiting = self._turn()
-        except BaseException as error:  # noqa: BLE001 - kept for wait() and stop(), which raise it to the gateway's owner
+        except BaseException as error:
             self._error = error
             self._sessions.fail(f"the gateway failed: {type(error).__name__}: {error}")
         finally:

@@ -249,4 +249,4 @@ def _hash(data: Buffer = b"") -> Any:
 
 def _bytes(array: np.ndarray) -> memoryview:
     """The memory of a contiguous array as flat bytes."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data

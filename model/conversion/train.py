@@ -19,6 +19,7 @@ from transformers import ZayaConfig
 
 from ...files import append_jsonl
 from ..checkpoint import load_policy, save_policy
+from ..experts import Router
 from ..layout import causal, diffusion
 from ..policy import Policy, Routing
 from ..tasks import make_tasks
@@ -160,7 +161,8 @@ def train_step(
 @torch.no_grad()
 def balance(policy: Policy, routing: Routing, rate: float) -> None:
     """Move the balancing biases of the real experts towards an even load; the skip expert's stays."""
-    for layer, expert_T in zip(policy.model.layers, routing.expert_LT, strict=True):
-        biases = layer.mlp.gate.balancing_biases
+    routers = [module for module in policy.modules() if isinstance(module, Router)]
+    for router, expert_T in zip(routers, routing.expert_LT, strict=True):
+        biases = router.balancing_biases
         load = torch.bincount(expert_T, minlength=len(biases)).float()[:-1]
         biases[:-1] += rate * torch.sign(load.mean() - load)

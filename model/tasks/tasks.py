@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import reasoning_gym
@@ -51,7 +51,7 @@ def families() -> tuple[str, ...]:
     return tuple(FAMILIES)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _dataset(family: str) -> Any:
     return reasoning_gym.create_dataset(family, size=_INDICES, seed=_SEED, **FAMILIES[family].difficulty)
 

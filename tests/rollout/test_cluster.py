@@ -66,7 +66,7 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     bad = RolloutRequest("bad", tuple(range(4, 40)) * 10)
     cluster.submit([*requests("b", 2), bad], epoch=2)
     done = collect(cluster, 5)
-    assert [c.error for c in done if c.request_id == "bad"][0].startswith("prompt_tokens")
+    assert next(c.error for c in done if c.request_id == "bad").startswith("prompt_tokens")
     assert sum(c.trajectory is not None for c in done) == 4
 
 
