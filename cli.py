@@ -164,11 +164,15 @@ def bench_decode(
     samplers: Annotated[str, typer.Option(help="Samplers to measure; ar is always measured.")] = "ar,lossless",
     peer: Annotated[str | None, typer.Option(metavar="transformers", help="An engine to compare with.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the rows there.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Measured rounds; figures are medians over them.")] = 5,
 ) -> None:
     """Measure decoding: tokens per second, tokens per forward, and the ratio to autoregressive decoding.
 
-    Engines, samplers and schedules are measured in turn within one run. Rows: {"engine", "sampler", "schedule",
-    "batch", "context", "temperature", "tokens_per_s" (median), "tokens_per_forward", "ratio_to_ar"}.
+    All are measured in turn within one run, prefill included, next to a check of what was decoded. Rows of the JSON:
+    {"engine", "sampler", "schedule", "batch", "context", "temperature", "tokens_per_s" (median), "tokens_per_forward",
+    "ratio_to_ar", ...}.
 
     \b
     Example:
@@ -178,7 +182,8 @@ def bench_decode(
     from .rollout import bench as benchmark
 
     benchmark.bench_decode(
-        policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), peer=peer, output=json
+        policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), peer=peer, output=json,
+        temperature=temperature, max_tokens=max_tokens, rounds=rounds,
     )
 
 

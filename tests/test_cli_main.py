@@ -133,3 +133,17 @@ def test_bad_options_of_generate(
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith(f"error: {said}")
     assert not output.exists()
+
+
+@pytest.mark.parametrize("command", ["grpo", "convert"])
+def test_configs_name_key_and_file(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("outputt: x\n")
+    assert run_main(monkeypatch, command, str(config)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: outputt: unknown key in {config}; did you mean `output`?")
+    assert err.count("\n") == 1
+    assert run_main(monkeypatch, command, str(tmp_path / "none.yaml")) == 2
+    assert "cannot be read (No such file or directory)" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ZayaConfig, ZayaForCausalLM
 
 import blockroll
@@ -229,6 +231,18 @@ def test_scores_of_nothing_and_of_a_full_length(policy: Path, tmp_path: Path) ->
     empty, full = read(tmp_path / "o")
     assert empty == {"prompt_tokens": [1, 5], "tokens": [], "logprobs": []}
     assert len(full["logprobs"]) == LONGEST - 1
+
+
+def test_missing_tensor(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = shutil.copytree(policy, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    source = write(tmp_path / "in.jsonl", PROMPTS)
+    assert run("generate", "--policy", broken, "--input", source, "--output", tmp_path / "o") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: policy: {broken} lacks 1 tensor(s), first 'model.norm.weight'; ")
+    assert error.count("\n") == 1
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""`blockroll bench decode`: rows that say what was measured, next to a check of what was decoded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ZayaConfig, ZayaForCausalLM
+
+from blockroll import cli
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory written by transformers: no tokenizer, never converted, weights that sampling can tell apart."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+    torch.manual_seed(0)
+    model = ZayaForCausalLM(ZayaConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=2, moe_intermediate_size=16, router_hidden_size=8, max_position_embeddings=128,
+        rope_parameters={"hybrid": rope, "hybrid_sliding": rope}, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    directory = tmp_path_factory.mktemp("policy") / "random"
+    model.save_pretrained(directory)
+    return directory
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
+    monkeypatch.setattr(sys, "argv", ["blockroll", "bench", "decode", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    options = ["--batch", "1,3", "--samplers", "lossless", "--peer", "transformers", "--json", path]
+    assert run(monkeypatch, "--policy", policy, *options, "--rounds", 2, "--max-tokens", 12) == 0
+    rows = json.loads(path.read_text())
+    assert [(row["batch"], row["engine"], row["sampler"], row["schedule"]) for row in rows] == [
+        (batch, *contestant)
+        for batch in (1, 3)
+        for contestant in [("blockroll", "ar", "ar"), ("blockroll", "lossless", "fused"), ("transformers", "ar", "ar")]
+    ]
+    for row in rows:
+        assert (row["context"], row["temperature"], row["rounds"]) == (32, 1.0, 2)
+        assert row["tokens_per_s"] > 0
+        if row["sampler"] == "ar":
+            assert row["tokens_per_forward"] == 1.0
+        if row["engine"] == "blockroll":
+            assert row["max_logprob_error"] <= 1e-5
+        else:
+            assert row["greedy_tokens_equal"]
+    ar, lossless, _ = rows[:3]
+    assert ar["ratio_to_ar"] == 1.0
+    assert lossless["ratio_to_ar"] == pytest.approx(lossless["tokens_per_s"] / ar["tokens_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers"),
+        (["--samplers", "best"], "sampler: unknown sampler 'best'"),
+        (["--batch", "0"], "batch: 0 is less than 1"),
+        (["--batch", ""], "batch: 0 is less than 1"),
+        (["--batch", "x"], "batch: 'x' is not a list of whole numbers"),
+    ],
+)
+def test_bad_options(
+    policy: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--policy", policy, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}")
+    assert error.count("\n") == 1
