@@ -58,7 +58,7 @@ class RolloutBackend(Protocol):
         ...
 
     def poll(self, timeout: float) -> list[Completed]:
-        """What finished since the last call, in any order; waits at most `timeout` seconds for the first; [] if none."""
+        """What finished since the last call, in any order; waits up to `timeout` seconds for the first; [] if none."""
         ...
 
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:

@@ -40,13 +40,14 @@ class RolloutClient:
     client_id and submit the same requests: what was not acknowledged comes (again), what was is refused by name.
     """
 
-    def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
-                 ack: Literal["auto", "manual"] = "auto") -> None:
+    def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,
+                 timeout: float = 30.0, ack: Literal["auto", "manual"] = "auto") -> None:
         self.client_id = client_id or f"client-{uuid.uuid4().hex[:12]}"
         if ack not in ("auto", "manual"):
             raise InvalidInput("ack", f"unknown mode {ack!r}", "use 'auto' or 'manual'")
         if len(self.client_id.encode("utf-8", "replace")) > 100 or not self.client_id.isprintable():
-            raise InvalidInput("client_id", f"{self.client_id[:120]!r} is too long or not printable", "use at most 100 bytes")
+            raise InvalidInput("client_id", f"{self.client_id[:120]!r} is too long or not printable",
+                               "use at most 100 bytes")
         self.address, self._keys, self._timeout, self._auto = address, keys, timeout, ack == "auto"
         self._handed: list[tuple[str, int]] = []
         self._control: ControlPlane | None = None
@@ -159,7 +160,7 @@ class RolloutClient:
         return trajectories
 
     def acknowledge(self, trajectories: Iterable[Trajectory]) -> None:
-        """With ack="manual": these are safe with the trainer and never delivered again. Returns when that is recorded."""
+        """With ack="manual": these are safe with the trainer and never delivered again; waits until recorded."""
         self._begin()
         keys = {t.key for t in trajectories}
         self._deliveries.acknowledge([k for k in self._handed if k in keys])
@@ -168,7 +169,7 @@ class RolloutClient:
 
     def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
                      in_flight: str = "finish") -> int:
-        """Makes NumPy arrays or torch tensors the weights that serve; returns the serving version when every engine has it.
+        """Makes NumPy arrays or torch tensors the weights that serve; returns the version when every engine has it.
 
         Args:
             version: the serving version + 1, or any greater one with `allow_gap`. One that was committed already with the
@@ -221,7 +222,8 @@ class RolloutClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.close(acknowledge=error is None)
 
     def _enter(self) -> None:

@@ -220,7 +220,7 @@ def read_header(data: Buffer) -> tuple[int, list[Any]]:
 
 
 def write_record(kind: int, fields: Sequence[Any], arrays: Sequence[np.ndarray | None]) -> bytes:
-    """A self-contained record: length of header, header `[fields, [dtype, shape] or nil per array]`, raw array bytes."""
+    """A self-contained record: header length, header `[fields, [dtype, shape] or nil per array]`, raw array bytes."""
     specs: list[Any] = []
     bodies: list[bytes] = []
     for array in arrays:

@@ -74,7 +74,7 @@ class Connection:
     def open(self, credit: int = 0, cursor: int = 0) -> None:
         """Opens a session; `cursor` counts for the ledger the last one was with.
 
-        Raises TransportError when the gateway does not answer in time or refuses, SessionLost when the connection breaks.
+        Raises TransportError when the gateway does not answer in time or refuses, SessionLost when it breaks.
         """
         self.drop()
         time.sleep(max(0.0, self._opened + SESSION_S - time.monotonic()))
@@ -151,9 +151,9 @@ class Connection:
 
     def _check(self, link: Link) -> None:
         if link.failed_handshakes >= _HANDSHAKES:
-            raise TransportError(f"gateway {self.address} breaks off every handshake; check that it is a blockroll gateway, "
-                                 "that both sides use CURVE keys or neither does, and its public key")
+            raise TransportError(f"gateway {self.address} breaks off every handshake; check that it is a blockroll "
+                                 "gateway, that both sides use CURVE keys or neither does, and its public key")
         silent = time.monotonic() - self._heard
         if silent > self._timeout:
-            raise TransportError(f"gateway {self.address} has not answered for {silent:.0f} s; check that it runs and can be "
-                                 "reached, then connect again with the same client_id to go on")
+            raise TransportError(f"gateway {self.address} has not answered for {silent:.0f} s; check that it runs and "
+                                 "can be reached, then connect again with the same client_id to go on")

@@ -143,6 +143,7 @@ class BackendDriver:
                     held.clear()
                 self._collect()
         except BaseException as error:
+            # Handed to the gateway, which ends and raises it to its owner.
             self._tell(Crashed(error))
 
     def _take(self, busy: bool) -> Work | Commit | None:

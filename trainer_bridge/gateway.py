@@ -14,6 +14,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -48,9 +49,9 @@ class Gateway:
         push_idle_seconds: a weight push without a chunk for so long gives way to another one.
     """
 
-    def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *, keys: ServerKeys | None = None,
-                 max_in_flight: int = 4096, max_ledger_bytes: int | None = None, lease_seconds: float | None = None,
-                 push_idle_seconds: float = 60.0) -> None:
+    def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *,
+                 keys: ServerKeys | None = None, max_in_flight: int = 4096, max_ledger_bytes: int | None = None,
+                 lease_seconds: float | None = None, push_idle_seconds: float = 60.0) -> None:
         self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
         self._max_in_flight, self._max_bytes = max_in_flight, max_ledger_bytes
         self._lease_seconds, self._push_idle = lease_seconds, push_idle_seconds
@@ -65,7 +66,7 @@ class Gateway:
         self._lock = threading.Lock()
 
     def start(self) -> Self:
-        """Opens the ledger, binds, serves. Raises StorageError, TransportError or ClusterError when one cannot be had."""
+        """Opens the ledger, binds, serves. Raises StorageError, TransportError or ClusterError."""
         expected = dict(self._cluster.expected_weights())
         policies = tuple(getattr(self._cluster, "in_flight_policies", ("finish",)))
         self._ledger = Ledger(self._path, max_bytes=self._max_bytes)
@@ -79,7 +80,8 @@ class Gateway:
         self._wake_out.setblocking(False)
         self._driver = BackendDriver(self._cluster, self._wake)
         self._sessions = Sessions(self._router, self._ledger, lambda: self._driver.version, self._notice, self._figures)
-        self._sessions.desk = PushDesk(expected, policies, self._driver, self._ledger, self._sessions.reply, self._push_idle)
+        self._sessions.desk = PushDesk(expected, policies, self._driver, self._ledger, self._sessions.reply,
+                                       self._push_idle)
         self._thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
         self._thread.start()
         return self
@@ -107,7 +109,8 @@ class Gateway:
     def __enter__(self) -> Self:
         return self if self._thread is not None else self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self.stop()
 
     def _run(self) -> None:
@@ -120,6 +123,7 @@ class Gateway:
                 poller.poll(int(1000 * (FULL_S if waiting else IDLE_S)))
                 waiting = self._turn()
         except BaseException as error:
+            # Kept for wait() and stop(), which raise it to the gateway's owner.
             self._error = error
             self._sessions.fail(f"the gateway failed: {type(error).__name__}: {error}")
         finally:
@@ -132,10 +136,8 @@ class Gateway:
 
     def _turn(self) -> bool:
         """One round of everything there is to do; whether something waits for a full peer or the disk."""
-        try:
+        with suppress(BlockingIOError):
             self._wake_in.recv(4096)
-        except BlockingIOError:
-            pass
         for _ in range(BURST):
             inbound = self._router.receive()
             if inbound is None:
@@ -206,12 +208,10 @@ class Gateway:
         self._trouble[what], self._retry[what] = str(error), now + RETRY_S
 
     def _wake(self) -> None:
-        with self._lock:
+        # A pipe that is full is full of wake-ups already.
+        with self._lock, suppress(BlockingIOError):
             if self._wake_out.fileno() >= 0:
-                try:
-                    self._wake_out.send(b"!")
-                except BlockingIOError:
-                    pass  # the pipe is full of wake-ups already
+                self._wake_out.send(b"!")
 
     def _notice(self) -> str:
         """What keeps the service from working, in one line of at most 1000 characters."""

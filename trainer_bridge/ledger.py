@@ -95,13 +95,13 @@ class Ledger:
 
     def _open(self, max_bytes: int | None) -> None:
         run = self._db.execute
-        # Held from the first read on and released by the kernel when the process dies: no second gateway, no stale lock.
+        # Held from the first read on, released by the kernel when the process dies: no second gateway, no stale lock.
         run("PRAGMA locking_mode=EXCLUSIVE")
         run("PRAGMA journal_mode=WAL")
         run("PRAGMA synchronous=FULL")
         self._db.executescript(_SCHEMA)
-        run("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('ledger', ?), ('epoch', 0), ('duplicates', 0), ('stale', 0)",
-            (_FORMAT, uuid.uuid4().hex))
+        run("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('ledger', ?), ('epoch', 0), ('duplicates', 0), "
+            "('stale', 0)", (_FORMAT, uuid.uuid4().hex))
         if self._meta("format") != _FORMAT:
             raise StorageError(f"{self.path} has ledger format {self._meta('format')}, this version writes {_FORMAT}; "
                                "finish it with the version that wrote it, or name a new file")
@@ -111,7 +111,7 @@ class Ledger:
         self.ledger_id: str = self._meta("ledger")
         self._epoch: int = self._meta("epoch")
         row = run("SELECT COALESCE(SUM(samples), 0), COALESCE(SUM(recorded), 0), COALESCE(SUM(acked), 0), "
-                  "COALESCE(SUM(CASE state WHEN ? THEN samples - recorded ELSE 0 END), 0) FROM requests WHERE state > ?",
+                  "COALESCE(SUM(CASE state WHEN ? THEN samples - recorded END), 0) FROM requests WHERE state > ?",
                   (FAILED, STAGED)).fetchone()
         self.counters = Counters(requested=row[0], unique=row[1], acknowledged=row[2], failed=row[3],
                                  duplicates=self._meta("duplicates"), stale=self._meta("stale"))
@@ -144,7 +144,8 @@ class Ledger:
                         (request.id, client, batch, place, digest, request.samples, STAGED, payload))
                 elif row[0] != client or row[1] != digest:
                     what = "belongs to another client" if row[0] != client else "was already used with other content"
-                    refused.append((i, str(RequestError("id", f"{request.id!r} {what}", "give each new request a new id"))))
+                    why = RequestError("id", f"{request.id!r} {what}", "give each new request a new id")
+                    refused.append((i, str(why)))
                 elif row[2] == STAGED:
                     self._db.execute("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
                 else:
@@ -152,10 +153,10 @@ class Ledger:
                     if row[2] == FAILED:
                         self._repeat_failure(client, request.id)
             if final:
-                staged = (client, batch, STAGED)
-                added = self._value("SELECT COALESCE(SUM(samples), 0) FROM requests WHERE client=? AND batch=? AND state=?",
-                                    *staged)
-                self._db.execute("UPDATE requests SET state=? WHERE client=? AND batch=? AND state=?", (QUEUED, *staged))
+                which, staged = "FROM requests WHERE client=? AND batch=? AND state=?", (client, batch, STAGED)
+                added = self._value(f"SELECT COALESCE(SUM(samples), 0) {which}", *staged)
+                self._db.execute("UPDATE requests SET state=? WHERE client=? AND batch=? AND state=?",
+                                 (QUEUED, *staged))
         if final:
             self.counters.requested += added
         return acked, refused
@@ -177,7 +178,8 @@ class Ledger:
         epoch = self._epoch + 1
         with self._transaction():
             self._db.execute("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
-            self._db.executemany("UPDATE requests SET state=?, epoch=? WHERE id=?", [(LEASED, epoch, r[0]) for r in rows])
+            self._db.executemany("UPDATE requests SET state=?, epoch=? WHERE id=?",
+                                 [(LEASED, epoch, r[0]) for r in rows])
         self._epoch = epoch
         return epoch, [decode_request(r[1]) for r in rows]
 
@@ -200,10 +202,10 @@ class Ledger:
                 row = self._db.execute("SELECT client, samples, state, epoch, recorded FROM requests WHERE id=?",
                                        (item.request_id,)).fetchone()
                 key = (item.request_id, place)
-                if row is None or row[3] != item.epoch or row[2] not in (LEASED, DONE) or not FAILURE <= key[1] < row[1]:
+                client, samples, state, epoch, recorded = row or ("", 0, STAGED, 0, 0)
+                if state not in (LEASED, DONE) or epoch != item.epoch or not FAILURE <= place < samples:
                     stale += 1
                     continue
-                client, samples, state, _, recorded = row
                 if self._db.execute("SELECT 1 FROM trajectories WHERE request_id=? AND sample=?", key).fetchone():
                     duplicates += 1
                     continue
@@ -217,8 +219,9 @@ class Ledger:
                     state = DONE if recorded == samples else LEASED
                 self._db.execute("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
                                  (*key, client, payload))
-                self._db.execute("UPDATE requests SET state=?, recorded=?, payload=CASE ? WHEN ? THEN payload END WHERE id=?",
-                                 (state, recorded, state, LEASED, item.request_id))
+                self._db.execute(
+                    "UPDATE requests SET state=?, recorded=?, payload=CASE ? WHEN ? THEN payload END WHERE id=?",
+                    (state, recorded, state, LEASED, item.request_id))
                 clients.add(client)
             if duplicates or stale:
                 self._db.execute("UPDATE meta SET value=value+? WHERE key='duplicates'", (duplicates,))
@@ -232,8 +235,8 @@ class Ledger:
     def pending(self, client: str, after: int, limit: int = 16) -> list[Pending]:
         """Unacknowledged outputs of a client's requests with seq > after, oldest first."""
         with self._guard():
-            rows = self._db.execute("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND acked=0 "
-                                    "AND seq>? ORDER BY seq LIMIT ?", (client, after, limit)).fetchall()
+            rows = self._db.execute("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
+                                    "acked=0 AND seq>? ORDER BY seq LIMIT ?", (client, after, limit)).fetchall()
         return [Pending(*row) for row in rows]
 
     def acknowledge(self, client: str, keys: Sequence[tuple[str, int]]) -> int:

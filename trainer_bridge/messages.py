@@ -68,8 +68,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Hello(Message):
-    """C: opens a session. `control` asks for the control plane; `credit` as in Credit. Of the ledger named `ledger`, this
-    life of the client has everything up to number `cursor`."""
+    """C: opens a session. `control` asks for the control plane; `credit` as in Credit. This life of the client has
+    everything up to number `cursor` of the ledger named `ledger`."""
 
     client: str
     control: bool
@@ -99,7 +99,7 @@ class Reset(Message):
 
 @dataclass(frozen=True)
 class Refused(Message):
-    """G: what `about` names (a batch, a push, or the session when empty) is refused for good, for the reason in `text`."""
+    """G: what `about` names (a batch, a push, the session when empty) is refused for good; `text` says why."""
 
     about: str
     error: str
@@ -162,8 +162,8 @@ class Credit(Message):
 
 @dataclass(frozen=True)
 class Delivery(Message):
-    """G: one trajectory (`blobs[0]`, its record), number `number` of the ledger; numbers grow within a session. Sent to each
-    life of the client until acknowledged."""
+    """G: one trajectory (`blobs[0]`, its record), number `number` of the ledger; numbers grow within a session. Sent to
+    each life of the client until acknowledged."""
 
     number: int
     request_id: str

@@ -36,8 +36,8 @@ class _Stage:
 class PushDesk:
     """Takes pushes of any control session; `reply(peer, message)` answers."""
 
-    def __init__(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], policies: tuple[str, ...], driver: BackendDriver,
-                 ledger: Ledger, reply: Callable[[bytes, Message], None], idle: float) -> None:
+    def __init__(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], policies: tuple[str, ...],
+                 driver: BackendDriver, ledger: Ledger, reply: Callable[[bytes, Message], None], idle: float) -> None:
         self._expected, self._policies, self._driver, self._ledger = expected, policies, driver, ledger
         self._reply, self._idle = reply, idle
         self._stage: _Stage | None = None
@@ -89,13 +89,14 @@ class PushDesk:
         running = self._committing
         if running is not None:
             if running.manifest.digest != manifest.digest:
-                raise TransportError(f"weight version {running.manifest.version} is being committed; push again after it")
+                raise TransportError(f"weight version {running.manifest.version} is being committed; "
+                                     "push again after it")
             running.push, running.peer = message.push, peer
             return
         if manifest.version <= serving:
             if self._ledger.committed(manifest.version) != manifest.digest:
-                raise TransportError(f"weight version {manifest.version} is not newer than {serving}, which serves, and has "
-                                     f"other content; push version {serving + 1}")
+                raise TransportError(f"weight version {manifest.version} is not newer than {serving}, which serves, and "
+                                     f"has other content; push version {serving + 1}")
             self._reply(peer, PushState(message.push, 0, True, serving))
             return
         if manifest.parent not in (ANY_PARENT, serving):

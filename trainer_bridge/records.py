@@ -57,7 +57,8 @@ def encode_request(request: RolloutRequest) -> bytes:
         header = _REQUEST_FIELDS.pack([request.id, request.seed, request.samples, *values], "request")
         return write_record(_REQUEST, header, [_ids(request.prompt_tokens), _ids(request.params.stop_token_ids)])
     except (TransportError, OverflowError, TypeError) as error:
-        raise RequestError(f"request {request.id[:MAX_ID]!r}", str(error), "keep within the limits of a message") from None
+        raise RequestError(f"request {request.id[:MAX_ID]!r}", str(error),
+                           "keep within the limits of a message") from None
 
 
 def decode_request(data: Buffer) -> RolloutRequest:

@@ -171,7 +171,8 @@ class Sessions:
         keys = self._router.keys
         if keys is not None and inbound.key not in (keys.control if hello.control else keys.data):
             plane = "control" if hello.control else "data"
-            self._refuse(inbound.peer, f"this key is not allowed on the {plane} plane; list it there, or use the other key")
+            self._refuse(inbound.peer, f"this key is not allowed on the {plane} plane; "
+                                       "list it there, or use the other key")
             return
         if len(self._open) >= MAX_SESSIONS:
             self._refuse(inbound.peer, f"{MAX_SESSIONS} sessions are open; close some clients")
@@ -187,7 +188,8 @@ class Sessions:
                 return
             for other in [s for s in self._open.values() if s.client == hello.client and not s.control]:
                 if other.peer != inbound.peer:
-                    self._refuse(other.peer, f"another connection took over client id {hello.client!r}; give each client its own")
+                    self._refuse(other.peer, f"another connection took over client id {hello.client!r}; "
+                                             "give each client its own")
                 self._drop(other)
         cursor = hello.cursor if hello.ledger == self._ledger.ledger_id else 0
         session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
@@ -197,7 +199,8 @@ class Sessions:
     def _submit(self, session: Session, message: Submit) -> None:
         try:
             requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
-            acked, refused = self._ledger.record_requests(session.client, message.batch, message.index, requests, message.final)
+            acked, refused = self._ledger.record_requests(
+                session.client, message.batch, message.index, requests, message.final)
         except TransportError as error:
             self.malformed += 1
             self.reply(session.peer, Refused(message.batch, "transport", str(error)[:1000]))

@@ -62,7 +62,8 @@ class CurveKeys:
         try:
             lines = Path(path).read_text().split()
         except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput("keys", f"{path} cannot be read ({error})", "name a file written by CurveKeys.save") from error
+            raise InvalidInput("keys", f"{path} cannot be read ({error})",
+                               "name a file written by CurveKeys.save") from error
         if len(lines) != 2:
             raise InvalidInput("keys", f"{path} holds {len(lines)} words", "name a file written by CurveKeys.save")
         return cls(*lines)
@@ -74,7 +75,8 @@ class CurveKeys:
             with os.fdopen(handle, "w") as file:
                 file.write(f"{self.public}\n{self.secret}\n")
         except OSError as error:
-            raise StorageError(f"cannot write keys to {path}: {error.strerror}; name a new file in a writable folder") from error
+            raise StorageError(f"cannot write keys to {path}: {error.strerror}; "
+                               "name a new file in a writable folder") from error
 
 
 @dataclass(frozen=True)
@@ -202,8 +204,8 @@ class Link:
                 raise TransportError(f"gateway {self.address} does not admit this client's key; "
                                      "add its public key to the gateway's allow-list")
             if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                raise TransportError(f"{self.address} breaks off the handshake: one side has CURVE keys and the other has "
-                                     "none, or it is no gateway; give both sides keys or neither")
+                raise TransportError(f"{self.address} breaks off the handshake: one side has CURVE keys and the other "
+                                     "has none, or it is no gateway; give both sides keys or neither")
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.connected, self.failed_handshakes = True, 0
             elif event == zmq.EVENT_DISCONNECTED:
@@ -246,7 +248,8 @@ class Router:
             self._auth.start()
             self.socket.zap_domain = _DOMAIN.encode()
             self.socket.curve_server = True
-            self.socket.curve_publickey, self.socket.curve_secretkey = keys.own.public.encode(), keys.own.secret.encode()
+            self.socket.curve_publickey = keys.own.public.encode()
+            self.socket.curve_secretkey = keys.own.secret.encode()
         try:
             self.socket.bind(address)
         except zmq.ZMQError as error:

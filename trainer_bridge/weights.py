@@ -90,9 +90,10 @@ class Manifest:
         except UnicodeDecodeError:
             raise refuse("manifest", "names that are not UTF-8") from None
         ends = np.cumsum(ndims.astype(np.int64))
+        shapes = (tuple(dims[end - ndim:end].tolist()) for end, ndim in zip(ends, ndims))
         return cls(version, parent, tuple(
-            TensorSpec(name, WEIGHT_DTYPES[dtypes[i]], tuple(dims[ends[i] - ndims[i]:ends[i]].tolist()), digests[i].tobytes())
-            for i, name in enumerate(names)))
+            TensorSpec(name, WEIGHT_DTYPES[dtype], shape, digest.tobytes())
+            for name, dtype, shape, digest in zip(names, dtypes, shapes, digests)))
 
     @cached_property
     def digest(self) -> bytes:
@@ -139,7 +140,8 @@ def as_array(name: str, tensor: Any) -> tuple[str, np.ndarray]:
 
 def _numpy(name: str, tensor: Any, dtype: str) -> np.ndarray:
     if dtype not in WEIGHT_DTYPES:
-        raise InvalidInput(f"tensors[{name!r}]", f"dtype {dtype} does not travel", f"use one of {', '.join(WEIGHT_DTYPES)}")
+        raise InvalidInput(f"tensors[{name!r}]", f"dtype {dtype} does not travel",
+                           f"use one of {', '.join(WEIGHT_DTYPES)}")
     return tensor.numpy()
 
 
@@ -178,13 +180,13 @@ class WeightStager:
             raise refuse("manifest", "a tensor is named twice")
         for what, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
             if names:
-                raise TransportError(f"weight version {manifest.version} {what} {len(names)} tensors, {min(names)!r} first; "
-                                     "push exactly the serving policy's tensors")
+                raise TransportError(f"weight version {manifest.version} {what} {len(names)} tensors, {min(names)!r} "
+                                     "first; push exactly the serving policy's tensors")
         for name, (dtype, shape) in found.items():
             want = expected[name]
             if (dtype, shape) != (want[0], tuple(want[1])):
-                raise TransportError(f"weight version {manifest.version}: {name!r} is {dtype}{list(shape)}, the serving "
-                                     f"policy has {want[0]}{list(want[1])}; push the same dtypes and shapes")
+                raise TransportError(f"weight version {manifest.version}: {name!r} is {dtype}{list(shape)}, the "
+                                     f"serving policy has {want[0]}{list(want[1])}; push the same dtypes and shapes")
         self.manifest, self.received = manifest, 0
         self._index = self._offset = 0
         self._failed = False
@@ -192,7 +194,7 @@ class WeightStager:
         self._begin()
 
     def add(self, index: int, offset: int, data: Buffer) -> None:
-        """The next chunk. Raises TransportError for a gap, a repeat, an overrun or a wrong digest; the stage is then dead."""
+        """The next chunk. Raises TransportError for a gap, a repeat, an overrun or a wrong digest: the stage is dead."""
         try:
             self._add(index, offset, data)
         except TransportError:
@@ -204,7 +206,8 @@ class WeightStager:
         if self._failed:
             raise refuse("weights", "the stage failed before")
         if (index, offset) != (self._index, self._offset) or index >= len(self.manifest.tensors) or not len(data):
-            raise refuse("weights", f"chunk at {index}:{offset} of {len(data)} bytes, expected {self._index}:{self._offset}")
+            raise refuse("weights", f"chunk at {index}:{offset} of {len(data)} bytes, "
+                                    f"expected {self._index}:{self._offset}")
         spec = self.manifest.tensors[index]
         end = offset + len(data)
         if end > spec.size:
@@ -239,8 +242,8 @@ class WeightStager:
     def _end(self) -> None:
         spec = self.manifest.tensors[self._index]
         if self._hash.digest() != spec.digest:
-            raise TransportError(f"weight version {self.manifest.version}: the bytes of {spec.name!r} do not have the digest "
-                                 "of the manifest; push the version again")
+            raise TransportError(f"weight version {self.manifest.version}: the bytes of {spec.name!r} do not have the "
+                                 "digest of the manifest; push the version again")
 
 
 def _hash(data: Buffer = b"") -> Any:

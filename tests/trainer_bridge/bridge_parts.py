@@ -20,10 +20,12 @@ from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, T
 from blockroll.trainer_bridge.gateway import Gateway
 
 EXPECTED: dict[str, tuple[str, tuple[int, ...]]] = {
-    "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)), "none": ("float32", (0, 4))}
+    "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)),
+    "none": ("float32", (0, 4))}
 
 
-def request(name: str, samples: int = 1, prompt: Sequence[int] = (1, 2, 3), seed: int = 7, **params: object) -> RolloutRequest:
+def request(name: str, samples: int = 1, prompt: Sequence[int] = (1, 2, 3), seed: int = 7,
+            **params: object) -> RolloutRequest:
     return RolloutRequest(id=name, prompt_tokens=tuple(prompt), samples=samples, seed=seed,
                           params=SamplingParams(**{"max_tokens": 20, **params}))  # type: ignore[arg-type]
 
@@ -37,10 +39,10 @@ def make_trajectory(asked: RolloutRequest, sample: int, version: int = 0) -> Tra
     steps = tuple(StepTrace(len(asked.prompt_tokens) - 1 + i, 0, 0, -1, 0, 1) for i in range(count))
     rows = len(asked.prompt_tokens) + count - 1
     return Trajectory(
-        request_id=asked.id, sample=sample, prompt_tokens=asked.prompt_tokens, tokens=rng.integers(0, 32, count).tolist(),
-        logprobs=logprobs, behavior_logprobs=logprobs * np.float32(0.5), versions=np.full(count, version, np.int32),
-        from_draft=rng.random(count) < 0.5, finish_reason="length", forwards=count, trace=steps,
-        support_logmass=logprobs.copy() if asked.params.top_k else None,
+        request_id=asked.id, sample=sample, prompt_tokens=asked.prompt_tokens,
+        tokens=rng.integers(0, 32, count).tolist(), logprobs=logprobs, behavior_logprobs=logprobs * np.float32(0.5),
+        versions=np.full(count, version, np.int32), from_draft=rng.random(count) < 0.5, finish_reason="length",
+        forwards=count, trace=steps, support_logmass=logprobs.copy() if asked.params.top_k else None,
         routed_experts=rng.integers(0, 16, (rows, 2)).astype(np.int16) if asked.params.routed_experts else None)
 
 
@@ -93,8 +95,8 @@ class ToyBackend:
             epoch, asked, sample = self._work.popleft()
             if len(asked.prompt_tokens) > self.longest:
                 self._work = deque(w for w in self._work if w[1].id != asked.id)
-                found.append(Completed(epoch, asked.id, error=f"prompt_tokens: {len(asked.prompt_tokens)} tokens are more than "
-                                                              f"{self.longest}; shorten the prompt"))
+                why = f"prompt_tokens: {len(asked.prompt_tokens)} tokens are more than {self.longest}; shorten the prompt"
+                found.append(Completed(epoch, asked.id, error=why))
                 continue
             found += [Completed(epoch, asked.id, make_trajectory(asked, sample, self.version))] * (1 + self.repeat)
         return found

@@ -157,7 +157,8 @@ def test_versions_follow_each_other_and_repeats_change_nothing(serve: Serve) -> 
 def test_what_does_not_fit_leaves_the_old_version(serve: Serve) -> None:
     backend = ToyBackend()
     with connect(serve(backend).address) as client:
-        for tensors in ({}, {"scale": np.float32(1)}, {**weights(), "extra": np.zeros(1)}, {**weights(), "scale": np.float64(1)}):
+        for tensors in ({}, {"scale": np.float32(1)}, {**weights(), "extra": np.zeros(1)},
+                        {**weights(), "scale": np.float64(1)}):
             with pytest.raises((TransportError, InvalidInput)):
                 client.push_weights(1, tensors)
         backend.broken = "engine 1 is dead"
@@ -210,7 +211,8 @@ def control(address: str, name: str = "p") -> ControlPlane:
 
 
 def begin(plane: ControlPlane, push: str, version: int = 1, seed: int = 1) -> None:
-    plane._connection.send(messages.PushBegin(push, "finish", (make_manifest(version, version - 1, weights(seed)).encode(),)))
+    manifest = make_manifest(version, version - 1, weights(seed))
+    plane._connection.send(messages.PushBegin(push, "finish", (manifest.encode(),)))
 
 
 def test_wrong_bytes_on_the_wire_leave_the_old_version(serve: Serve) -> None:

@@ -150,7 +150,8 @@ class Cable:
         with contextlib.suppress(OSError):
             while True:
                 near = self._server.accept()[0]
-                threading.Thread(target=self._carry, args=(near, socket.create_connection(self._target)), daemon=True).start()
+                far = socket.create_connection(self._target)
+                threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
 
     def _carry(self, near: socket.socket, far: socket.socket) -> None:
         carried = 0

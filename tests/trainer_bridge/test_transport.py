@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,8 @@ def test_what_counts_as_this_machine(address: str, local: bool) -> None:
             check_address(address, has_keys=False)
 
 
-@pytest.mark.parametrize("address", ["", "tcp://", "127.0.0.1:5", "tcp://127.0.0.1", "udp://127.0.0.1:5", "tcp://a:5;b:6", "ws://a:1"])
+@pytest.mark.parametrize("address", [
+    "", "tcp://", "127.0.0.1:5", "tcp://127.0.0.1", "udp://127.0.0.1:5", "tcp://a:5;b:6", "ws://a:1"])
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(TransportError, match="is not an address"):
         check_address(address, has_keys=True)
@@ -157,6 +163,47 @@ def test_hostile_peers_do_not_disturb_others(serve: Callable[..., Gateway]) -> N
         assert client.status()["malformed"] == 4
 
 
+def test_garbage_on_the_port_is_shaken_off(serve: Callable[..., Gateway]) -> None:
+    gateway = serve(ToyBackend(), keys=SERVER_KEYS)
+    where = ("127.0.0.1", int(gateway.address.rpartition(":")[2]))
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00"
+    for bad in (b"", b"GET / HTTP/1.1\r\n\r\n", os.urandom(1000), greeting, greeting + b"NULL".ljust(52, b"\0"),
+                greeting + b"CURVE".ljust(52, b"\0") + os.urandom(300), b"\xff" * 64):
+        with socket.create_connection(where, timeout=5) as rude:
+            rude.sendall(bad)
+            rude.settimeout(0.1)
+            with suppress(OSError):
+                rude.recv(1000)
+    with connect(gateway.address, keys=TRAINER) as client:
+        assert client.generate([request("a")])[0].key == ("a", 0)
+
+
+FLOODED = """
+import time, zmq
+from blockroll.trainer_bridge.transport import Router
+router = Router("tcp://127.0.0.1:*", None, 1000)
+with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+    peer.linger, peer.sndhwm, peer.rcvhwm, peer.rcvbuf = 0, 0, 1, 4096
+    peer.connect(router.address)
+    for _ in range(100_000):
+        peer.send(b"x" * 100)
+    while (first := router.receive()) is None:
+        time.sleep(0.01)
+    for _ in range(100):
+        router.send(first.peer, [b"y" * 10_000])
+    time.sleep(0.3)
+time.sleep(2.5)
+print("alive", flush=True)
+router.close()
+"""
+
+
+def test_a_flooding_peer_that_resets_its_connection_does_not_end_the_process() -> None:
+    """With ZMTP heartbeats every two seconds libzmq aborts here."""
+    done = subprocess.run([sys.executable, "-c", FLOODED], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("alive\n", 0), done.stderr
+
+
 def test_a_peer_that_never_reads_is_forgotten(serve: Callable[..., Gateway]) -> None:
     gateway = serve(ToyBackend())
     with connect(gateway.address) as client, zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
@@ -171,7 +218,8 @@ def test_a_peer_that_never_reads_is_forgotten(serve: Callable[..., Gateway]) -> 
             assert time.monotonic() < deadline
 
 
-def test_many_trajectories_flow_within_a_small_window(serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_trajectories_flow_within_a_small_window(
+        serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blockroll.trainer_bridge.delivery.WINDOW", 20_000)
     gateway = serve(ToyBackend(), max_in_flight=16)
     with connect(gateway.address) as client:
@@ -187,7 +235,7 @@ def test_many_trajectories_flow_within_a_small_window(serve: Callable[..., Gatew
 def test_trajectories_are_what_the_backend_made(serve: Callable[..., Gateway]) -> None:
     from bridge_parts import assert_same
 
-    with connect(serve(ToyBackend(), "ipc://@blockroll-test").address) as client:
+    with connect(serve(ToyBackend(), f"ipc://@blockroll-{os.getpid()}").address) as client:
         asked = request("a", 3, routed_experts=True, top_k=4)
         for trajectory in client.generate([asked]):
             assert_same(trajectory, make_trajectory(asked, trajectory.sample))
