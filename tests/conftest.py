@@ -1,0 +1,29 @@
+"""Makes `random_zaya` importable, and random policies whose logits really depend on their context."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockroll.model.policy import Policy
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from random_zaya import randomise, zaya_config
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_policy():
+    """make_policy(dtype=, seed=, sharpness=, **config): a random policy."""
+
+    def make(dtype: torch.dtype = torch.float64, seed: int = 0, sharpness: float = 1.0, **changes) -> Policy:
+        policy = Policy(zaya_config(**changes))
+        randomise(policy, seed, sharpness)
+        return policy.to(dtype).requires_grad_(False).eval()
+
+    return make

@@ -1,0 +1,220 @@
+"""The engine: exact tokens, exact log-probabilities, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from blockroll.errors import RequestError
+from blockroll.model.layout import CLEAN, causal, diffusion
+from blockroll.model.policy import Routing
+from blockroll.model.scoring import score
+from blockroll.rollout import processing
+from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+SCHEDULES = [
+    Schedule("ar"),
+    Schedule("two_pass"),
+    Schedule("two_pass", drafts=3),
+    Schedule("fused"),
+    Schedule("fused", levels=(0,)),
+    Schedule("fused", levels=(0, 2, 7)),
+    Schedule("fused", drafts=5, levels=(0, 1, 3)),
+]
+MODES = {
+    "alone": dict(max_batch=1),
+    "batch": dict(max_batch=7, prefill_rows=5),
+    "preempted": dict(max_batch=8, pages=9, page_size=8),
+}
+CUTS = [dict(), dict(top_p=0.8), dict(top_k=5), dict(top_k=9, top_p=0.9, min_p=0.02)]
+
+
+def prompt(i):
+    draw = torch.Generator().manual_seed(i)
+    return tuple(torch.randint(4, 40, (1 + (i * 5) % 23,), generator=draw).tolist())
+
+
+def requests(sampler, count=12, **params):
+    """Groups of two; cut-offs change from request to request."""
+    return [
+        RolloutRequest(
+            f"r{i:02d}", prompt(i), SamplingParams(sampler=sampler, max_tokens=22, **CUTS[i % 4], **params), i, 2
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    """float64: a test of tokens must not depend on the order of a sum."""
+    return make_policy(sharpness=0.6)
+
+
+@pytest.fixture(scope="module")
+def reference(policy):
+    engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
+    return {t: [s.tokens for s in engine.generate(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
+
+
+def test_the_reference_is_worth_comparing_with(reference):
+    """Samples of a group differ, and so do samples at two temperatures: the policy is neither flat nor one token."""
+    hot = reference[1.0]
+    assert sum(a != b for a, b in zip(hot[::2], hot[1::2], strict=True)) >= 10
+    assert sum(a != b for a, b in zip(hot, reference[0.7], strict=True)) >= 20
+    assert len({token for tokens in hot for token in tokens}) > 25
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("block_size", [4, 8, 16])
+def test_coupled_gives_the_tokens_of_ar(policy, reference, block_size, mode):
+    """24 (prompt, seed) pairs times 3 modes, 3 block sizes, schedules and temperatures in turn."""
+    for number, schedule in enumerate(SCHEDULES):
+        temperature = (0.0, 0.7, 1.0)[(number + block_size) % 3]
+        engine = Engine(policy, EngineConfig(schedule, block_size=block_size, **MODES[mode]))
+        tokens = [s.tokens for s in engine.generate(requests("coupled", temperature=temperature))]
+        assert tokens == reference[temperature], (schedule, temperature)
+        assert engine.cache.free_pages == engine.cache.total_pages
+        assert (engine.scheduler.preemptions > 0) == (mode == "preempted")
+
+
+def test_coupled_inside_a_mixed_batch(policy, reference):
+    """Neighbours with other samplers change nothing."""
+    others = [
+        RolloutRequest(f"x{i}{name}", prompt(i + 50), SamplingParams(sampler=name, max_tokens=30), i)
+        for i, name in itertools.product(range(4), ("ar", "lossless", "mixed"))
+    ]
+    mine = requests("coupled", temperature=1.0)
+    mingled = [r for pair in itertools.zip_longest(others, mine) for r in pair if r is not None]
+    done = Engine(policy, EngineConfig(max_batch=9)).generate(mingled)
+    assert [s.tokens for s in done if s.request_id.startswith("r")] == reference[1.0]
+
+
+def test_lossless_does_not_notice_preemption(policy):
+    """Drafts outlive preemption, so the tokens stay the same under a fixed schedule."""
+    runs = []
+    for mode in ("batch", "preempted"):
+        runs.append(Engine(policy, EngineConfig(**MODES[mode])).generate(requests("lossless")))
+    assert [s.tokens for s in runs[0]] == [s.tokens for s in runs[1]]
+
+
+@pytest.mark.parametrize("sampler", ["ar", "lossless", "coupled", "mixed"])
+@pytest.mark.parametrize("schedule", [Schedule("fused", levels=(0, 3)), Schedule("two_pass")], ids=lambda s: s.kind)
+def test_logprobs_are_those_of_one_causal_pass(make_policy, sampler, schedule):
+    policy = make_policy(torch.float32, sharpness=0.6)
+    for temperature in (0.0, 0.7, 1.0):
+        samples = Engine(policy, EngineConfig(schedule, block_size=8)).generate(
+            requests(sampler, temperature=temperature)
+        )
+        scores = score(policy, [(s.prompt_tokens, s.tokens) for s in samples], temperature)
+        for sample, expected in zip(samples, scores, strict=True):
+            assert np.abs(sample.logprobs - expected).max() <= 1e-5
+            behavior = recompute_behavior(policy, sample, CUTS[int(sample.request_id[1:]) % 4], sampler, temperature)
+            assert np.abs(sample.behavior_logprobs - behavior).max() <= 2e-5
+
+
+@torch.no_grad()
+def recompute_behavior(policy, sample, cuts, sampler, temperature):
+    """log-probability of each token under what it was sampled from, from whole-sequence passes and the decode trace."""
+    start, text = len(sample.prompt_tokens), [*sample.prompt_tokens, *sample.tokens]
+    p = policy.head(policy(causal([text])))[start - 1 : -1]
+    target = p.clone()
+    if sampler == "mixed":
+        steps = [step for step in sample.trace if step.drafted]
+        blocks = [(step.draft_start, step.draft_length) for step in steps]
+        layout, _ = diffusion([text], [blocks], policy.mask_token_id)
+        q = policy.head(policy(layout)[layout.block_T != CLEAN])
+        q[:, policy.mask_token_id] = -torch.inf
+        offsets = np.cumsum([0, *(length for _, length in blocks)])
+        for step, offset in zip(steps, offsets, strict=False):
+            for position in range(step.anchor + 1, min(step.anchor + 1 + step.drafted, len(text))):
+                if position - step.anchor <= step.accepted + 1:
+                    row = q[offset + position - step.draft_start]
+                    target[position - start] = 0.5 * p[position - start] + 0.5 * row
+    n = len(sample.tokens)
+    full = dict(top_k=0, top_p=1.0, min_p=0.0) | cuts
+    params = {name: torch.full((n,), value) for name, value in full.items()}
+    logp = processing.process(target, torch.full((n,), temperature), **params)
+    return logp.gather(1, torch.tensor(sample.tokens)[:, None])[:, 0].numpy()
+
+
+def test_routed_experts_are_those_of_one_causal_pass(policy):
+    params = SamplingParams(sampler="coupled", max_tokens=20, routed_experts=True)
+    for sample in Engine(policy, EngineConfig(max_batch=3, prefill_rows=4)).generate(
+        [RolloutRequest(f"e{i}", prompt(i), params, i) for i in range(6)]
+    ):
+        routing = Routing([], [])
+        with torch.no_grad():
+            policy(causal([[*sample.prompt_tokens, *sample.tokens][:-1]]), routing=routing)
+        assert np.array_equal(sample.routed_experts, torch.stack(routing.expert_LT, dim=1).numpy())
+
+
+def test_stop_tokens_and_limits(policy):
+    free = Engine(policy).generate(
+        [RolloutRequest("a", prompt(3), SamplingParams(sampler="coupled", max_tokens=40, ignore_eos=True), 5)]
+    )[0]
+    assert (free.finish_reason, len(free.tokens)) == ("length", 40)
+    stop = free.tokens[11]
+    params = SamplingParams(sampler="coupled", max_tokens=40, ignore_eos=True, stop_token_ids=(stop,))
+    ended = Engine(policy).generate([RolloutRequest("a", prompt(3), params, 5)])[0]
+    assert ended.finish_reason == "stop"
+    assert ended.tokens == free.tokens[: free.tokens.index(stop) + 1]
+    long = SamplingParams(max_tokens=10_000, ignore_eos=True)
+    assert len(Engine(policy).generate([RolloutRequest("b", prompt(3), long)])[0].tokens) == 160 - len(prompt(3))
+
+
+def test_a_prompt_is_prefilled_once_for_its_group(policy):
+    engine, rows = Engine(policy, EngineConfig(max_batch=8, prefill_rows=64)), []
+    forward = policy.forward
+    policy.forward = lambda layout, *args, **kw: rows.append(layout.rows) or forward(layout, *args, **kw)
+    try:
+        params = SamplingParams(sampler="ar", max_tokens=4, ignore_eos=True)
+        engine.generate([RolloutRequest("g", tuple(range(4, 39)), params, samples=8)])
+    finally:
+        del policy.forward
+    assert sum(rows) == 34 + 8 * 4
+
+
+def test_weights_change_between_two_steps(policy, make_policy):
+    other = make_policy(seed=9, sharpness=0.6)
+    mine = make_policy(sharpness=0.6)
+    engine = Engine(mine)
+    engine.add(RolloutRequest("w", prompt(1), SamplingParams(max_tokens=60, ignore_eos=True)))
+    engine.step()
+    engine.step()
+    engine.load_weights(other.state_dict(), 1, in_flight="recompute")
+    done = []
+    while engine.has_work:
+        done += engine.step()
+    versions = done[0].versions
+    assert versions[0] == 0
+    assert versions[-1] == 1
+    assert (np.diff(versions) >= 0).all()
+    changed = int((versions == 0).sum())
+    expected = score(other, [(done[0].prompt_tokens, done[0].tokens)])[0]
+    assert np.abs(done[0].logprobs - expected)[changed:].max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (RolloutRequest("x", (5,) * 160), "prompt_tokens"),
+        (RolloutRequest("x", (5, 40)), "prompt_tokens"),
+        (RolloutRequest("x", (5,) * 60, SamplingParams(max_tokens=99)), "max_tokens"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(policy, request_, field):
+    with pytest.raises(RequestError, match=field):
+        Engine(policy, EngineConfig(pages=4, page_size=16)).add(request_)
+
+
+def test_bad_parameters_name_their_field():
+    for field, value in dict(sampler="best", temperature=-1, top_p=0.0, top_k=-1, min_p=1.0, mix_weight=2).items():
+        with pytest.raises(RequestError, match=field):
+            SamplingParams(**{field: value})
+    with pytest.raises(RequestError, match="schedule"):
+        Schedule("fastest")
