@@ -75,16 +75,16 @@ def convert(config: ConfigArgument) -> None:
     """Convert an autoregressive ZAYA policy to block diffusion.
 
     Trains through the stages of CONFIG (an autoregressive parent first, where none is given) and writes a policy
-    directory, and beside it the training log and the figures measured on held-out tasks. An interrupted run goes on
-    from where it was.
+    directory with its recipe, training log, the figures measured on held-out tasks and a card. An interrupted run goes
+    on from where it was; a finished one is only measured again.
 
     \b
     Example:
       blockroll convert configs/conversion/tiny-reasoner.yaml
     """
-    from .rollout import evaluation
+    from .rollout import convert as conversion
 
-    evaluation.convert(config)
+    conversion.convert(config)
 
 
 @app.command()
@@ -166,7 +166,7 @@ def bench_decode(
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the rows there.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Measured rounds; figures are medians over them.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
 ) -> None:
     """Measure decoding: tokens per second, tokens per forward, and the ratio to autoregressive decoding.
 

@@ -18,7 +18,7 @@ class Meter:
 
     def __init__(self, title: str, total: int) -> None:
         self._progress = Progress(
-            TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"),
             TimeRemainingColumn(), console=Console(stderr=True),
         )
         self._task = self._progress.add_task(title, total=total, rates="")
@@ -47,7 +47,7 @@ class TrainingMeter:
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=Console(stderr=True),
         )
         self._tasks: dict[str, Any] = {}
