@@ -1,12 +1,14 @@
 """`blockroll bench decode`: how fast this machine decodes, and whether what it decoded is right.
 
 Invariants:
-- Everything compared runs in one process, in turn, on the same prompts: a round is one batch through every contestant,
-  and a figure is the median over rounds. The first round warms up and is not counted.
+- Everything compared runs in one process with one torch thread, in turn, on the same prompts: a round is one batch
+  through every contestant, and a figure is the median over three rounds or more. The first round warms up and is not
+  counted.
 - A batch is served to its end without refilling, prefill included, on both sides. Tokens count up to the one that ends
   a sample.
-- Each of our rows carries the largest difference between its log-probabilities and a recomputation in the same run; a
-  peer's row says whether its greedy tokens are ours.
+- Each of our rows carries the largest difference between its log-probabilities and a recomputation in the same run, and
+  `coupled` whether its tokens were those of `ar`; a peer's row says whether its greedy tokens are ours.
+- All prompts have one length: nobody pads, so no side is slowed by how the other would.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,11 +38,13 @@ from ..model.scoring import score
 from ..model.tasks import make_tasks
 from ..model.tokenizer import encode_prompt
 from .engine import Engine, EngineConfig
+from .machine import describe
 from .progress import Meter
 from .schedule import Schedule
-from .types import RolloutRequest, SamplingParams
+from .types import RolloutRequest, SamplingParams, Trajectory
 
 PEERS = ("transformers",)
+LEAST_ROUNDS = 3
 _RANDOM_PROMPT = 32
 
 Prompts = Sequence[tuple[int, ...]]
@@ -74,12 +79,14 @@ def bench_decode(
 
     Args:
         peer: `transformers`, or None.
-        rounds: measured rounds, after one that warms up.
+        max_tokens: most tokens per sample, on every side.
+        rounds: measured rounds, at least 3, after one that warms up.
 
     Returns:
         Rows with `engine`, `sampler`, `schedule`, `levels`, `batch`, `context` (prompt tokens), `temperature`,
         `tokens_per_s` (median), `tokens_per_forward` (per sequence, prefill not counted), `ratio_to_ar` (to our own
-        `ar` at the same batch), `rounds`, and the check.
+        `ar` at the same batch), `max_tokens`, `rounds`, the check, and `machine`: processor, cores, threads, versions
+        and date.
 
     Raises:
         InvalidInput: an unknown sampler or peer, or a number out of range.
@@ -88,9 +95,10 @@ def bench_decode(
         SamplingParams(sampler=name, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
     if peer is not None and peer not in PEERS:
         raise InvalidInput("peer", f"unknown peer {peer!r}", f"use one of {', '.join(PEERS)}")
-    for field_name, smallest in (("batch", min(batches, default=0)), ("rounds", rounds)):
-        if smallest < 1:
-            raise InvalidInput(field_name, f"{smallest} is less than 1", "use positive numbers")
+    if (smallest := min(batches, default=0)) < 1:
+        raise InvalidInput("batch", f"{smallest} is less than 1", "use positive numbers")
+    if rounds < LEAST_ROUNDS:
+        raise InvalidInput("rounds", f"{rounds} is less than {LEAST_ROUNDS}", "a median of fewer says little")
     order = list(dict.fromkeys(["ar", *samplers]))
     policy = load_policy(policy_name)
     prompts = _prompts(policy, max(batches) * (rounds + 1))
@@ -98,7 +106,8 @@ def bench_decode(
 
     rows: list[dict[str, Any]] = []
     steps = len(batches) * (rounds + 1) * (len(order) + (other is not None))
-    with Meter("bench decode", steps) as meter:
+    with _one_thread(), Meter("bench decode", steps) as meter:
+        machine = describe()
         for batch in batches:
             contestants = [_ours(policy, sampler, batch, temperature, max_tokens) for sampler in order]
             if other is not None:
@@ -115,11 +124,23 @@ def bench_decode(
                         contestant.tokens += tokens
                         contestant.forwards += forwards
             reference = statistics.median(contestants[0].rates)
-            rows += [_row(contestant, batch, len(prompts[0]), temperature, reference) for contestant in contestants]
+            common = {"batch": batch, "context": len(prompts[0]), "temperature": temperature, "max_tokens": max_tokens}
+            rows += [_row(contestant, reference) | common | {"machine": machine} for contestant in contestants]
     if output is not None:
         write_json(output, rows)
     Console().print(_table(rows))
     return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One torch thread, as an engine's process has; threads that wait for each other blur every comparison."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _prompts(policy: Policy, count: int) -> list[tuple[int, ...]]:
@@ -143,7 +164,7 @@ def _ours(policy: Policy, sampler: str, batch: int, temperature: float, max_toke
     schedule = Schedule("ar") if sampler == "ar" else Schedule("fused", levels=(0, 4, 8))
     engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=batch))
     params = SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
-    check = {"max_logprob_error": 0.0}
+    check: dict[str, Any] = {"max_logprob_error": 0.0}
 
     def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
         requests = [RolloutRequest(f"{seed}/{i}", p, params, seed=1000 * seed + i) for i, p in enumerate(prompts)]
@@ -152,9 +173,20 @@ def _ours(policy: Policy, sampler: str, batch: int, temperature: float, max_toke
             again = score(policy, [(sample.prompt_tokens, sample.tokens) for sample in samples], temperature)
             errors = [np.abs(sample.logprobs - logprobs).max() for sample, logprobs in zip(samples, again, strict=True)]
             check["max_logprob_error"] = float(max(errors))
+            if sampler == "coupled":
+                check["tokens_equal_ar"] = _tokens(samples) == _tokens(_sample_ar(policy, requests))
         return sum(len(sample.tokens) for sample in samples), sum(sample.forwards for sample in samples)
 
     return _Contestant("blockroll", sampler, schedule, decode, check)
+
+
+def _sample_ar(policy: Policy, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+    engine = Engine(policy, EngineConfig(schedule=Schedule("ar"), max_batch=len(requests)))
+    return engine.generate([replace(request, params=replace(request.params, sampler="ar")) for request in requests])
+
+
+def _tokens(samples: Sequence[Trajectory]) -> list[list[int]]:
+    return [sample.tokens for sample in samples]
 
 
 def _transformers(
@@ -190,7 +222,7 @@ def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[: stop + 1]
 
 
-def _row(contestant: _Contestant, batch: int, context: int, temperature: float, reference: float) -> dict[str, Any]:
+def _row(contestant: _Contestant, reference: float) -> dict[str, Any]:
     rate = statistics.median(contestant.rates)
     schedule = contestant.schedule
     return {
@@ -198,9 +230,6 @@ def _row(contestant: _Contestant, batch: int, context: int, temperature: float, 
         "sampler": contestant.sampler,
         "schedule": schedule.kind,
         "levels": list(schedule.levels) if schedule.kind == "fused" else [],
-        "batch": batch,
-        "context": context,
-        "temperature": temperature,
         "tokens_per_s": rate,
         "tokens_per_forward": contestant.tokens / contestant.forwards,
         "ratio_to_ar": rate / reference,
@@ -220,6 +249,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             check = "greedy equal" if row["greedy_tokens_equal"] else "greedy differs"
         else:
             check = f"logp ± {row['max_logprob_error']:.0e}"
+            if "tokens_equal_ar" in row:
+                check += ", = ar" if row["tokens_equal_ar"] else ", NOT ar"
         table.add_row(
             row["engine"], row["sampler"], row["schedule"], str(row["batch"]), f"{row['tokens_per_s']:,.0f}",
             f"{row['tokens_per_forward']:.2f}", f"{row['ratio_to_ar']:.2f}", check,

@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
 def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "decode.json"
     options = ["--batch", "1,3", "--samplers", "lossless", "--peer", "transformers", "--json", path]
-    assert run(monkeypatch, "--policy", policy, *options, "--rounds", 2, "--max-tokens", 12) == 0
+    assert run(monkeypatch, "--policy", policy, *options, "--rounds", 3, "--max-tokens", 12) == 0
     rows = json.loads(path.read_text())
     assert [(row["batch"], row["engine"], row["sampler"], row["schedule"]) for row in rows] == [
         (batch, *contestant)
@@ -49,7 +49,7 @@ def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         for contestant in [("blockroll", "ar", "ar"), ("blockroll", "lossless", "fused"), ("transformers", "ar", "ar")]
     ]
     for row in rows:
-        assert (row["context"], row["temperature"], row["rounds"]) == (32, 1.0, 2)
+        assert (row["context"], row["temperature"], row["rounds"]) == (32, 1.0, 3)
         assert row["tokens_per_s"] > 0
         if row["sampler"] == "ar":
             assert row["tokens_per_forward"] == 1.0
@@ -69,6 +69,7 @@ def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         (["--samplers", "best"], "sampler: unknown sampler 'best'"),
         (["--batch", "0"], "batch: 0 is less than 1"),
         (["--batch", ""], "batch: 0 is less than 1"),
+        (["--rounds", "2"], "rounds: 2 is less than 3"),
         (["--batch", "x"], "batch: 'x' is not a list of whole numbers"),
     ],
 )
