@@ -1,0 +1,177 @@
+"""The joint distribution of the next three tokens, through the whole engine, against exact enumeration.
+
+The checks are shown to see what they are for: each rule is broken once, and the statistic must explode.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from blockroll.model.layout import CLEAN, causal, diffusion
+from blockroll.rollout import engine as engine_module
+from blockroll.rollout import sampler as sampler_module
+from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+VOCABULARY, PROMPT, LENGTH, TEMPERATURE = 6, (4, 5, 1), 3, 0.8
+FUSED = Schedule("fused", levels=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    return make_policy(
+        torch.float32, seed=3, sharpness=0.5, vocab_size=VOCABULARY, num_hidden_layers=1, layer_types=None,
+        sliding_window=None, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, moe_intermediate_size=16,
+    )  # fmt: skip
+
+
+def sample(policy, sampler, count, schedule=FUSED, more=1):
+    """Counts of the 6 ** 3 outcomes. `more` tokens are asked for, so that the third may come from a draft too."""
+    params = SamplingParams(sampler=sampler, temperature=TEMPERATURE, max_tokens=LENGTH + more, ignore_eos=True)
+    engine = Engine(policy, EngineConfig(schedule, block_size=4, max_batch=2048, pages=5000, page_size=8))
+    outcomes = np.zeros(VOCABULARY**LENGTH, dtype=np.int64)
+    drafted = 0
+    weights = VOCABULARY ** np.arange(LENGTH)[::-1]
+    group = 4096
+    for i in range(-(-count // group)):
+        engine.add(RolloutRequest(f"{i}", PROMPT, params, seed=i, samples=group))
+        while engine.has_work:
+            for done in engine.step():
+                outcomes[int(np.dot(done.tokens[:LENGTH], weights))] += 1
+                drafted += int(done.from_draft[:LENGTH].sum())
+    assert drafted > 0.2 * count, "drafts must take part"
+    return outcomes
+
+
+@torch.no_grad()
+def p_of(policy, texts):
+    """log p after each text, at the temperature."""
+    rows = np.cumsum([len(t) for t in texts]) - 1
+    logits = policy.head(policy(causal(texts))[rows])
+    return (logits.double() / TEMPERATURE).log_softmax(-1).numpy()
+
+
+def exact_p(policy):
+    """Probability of each outcome under p."""
+    probabilities = []
+    texts = [[*PROMPT, *o] for n in range(LENGTH) for o in itertools.product(range(VOCABULARY), repeat=n)]
+    table = dict(zip(map(tuple, texts), p_of(policy, texts), strict=True))
+    for outcome in itertools.product(range(VOCABULARY), repeat=LENGTH):
+        prefix, total = tuple(PROMPT), 0.0
+        for token in outcome:
+            total += table[prefix][token]
+            prefix = (*prefix, token)
+        probabilities.append(np.exp(total))
+    return np.array(probabilities)
+
+
+@torch.no_grad()
+def exact_mixed(policy, w=0.5):
+    """Under `two_pass` every one of the first three tokens that is drafted comes from the block after the prompt while all
+    before it were accepted; a rejected one opens a new block. So the target at a position depends on where the block
+    began, and the sum runs over where each outcome's first rejection fell."""
+    size = 4
+
+    def mask_rows(prefix):
+        layout, _ = diffusion([list(prefix)], [[(len(prefix), size)]], policy.mask_token_id)
+        q = policy.head(policy(layout)[layout.block_T != CLEAN]).double()
+        q[:, policy.mask_token_id] = -torch.inf
+        return q
+
+    def p_row(prefix):
+        return policy.head(policy(causal([list(prefix)]))[-1:])[0].double()
+
+    totals = np.zeros(VOCABULARY**LENGTH)
+
+    def walk(prefix, start, slots, mass):
+        """All continuations of `prefix`, whose current block began at `start` with mask rows `slots`."""
+        made = len(prefix) - len(PROMPT)
+        if made == LENGTH:
+            index = 0
+            for token in prefix[len(PROMPT) :]:
+                index = index * VOCABULARY + token
+            totals[index] += mass
+            return
+        slot = len(prefix) - start
+        q = (slots[slot] / TEMPERATURE).softmax(-1)
+        m = ((w * p_row(prefix) + (1 - w) * slots[slot]) / TEMPERATURE).softmax(-1)
+        for token in range(VOCABULARY):
+            accepted = torch.minimum(q[token], m[token]).item()
+            rejected = (m[token] - torch.minimum(q[token], m[token])).item()
+            longer = (*prefix, token)
+            if accepted:
+                walk(longer, start, slots, mass * accepted)
+            if rejected:
+                walk(longer, len(longer), mask_rows(longer), mass * rejected)
+
+    walk(tuple(PROMPT), len(PROMPT), mask_rows(PROMPT), 1.0)
+    return totals
+
+
+def chi_square(outcomes, probabilities):
+    """Pearson's statistic per degree of freedom; outcomes expected fewer than 10 times are pooled."""
+    expected = probabilities * outcomes.sum()
+    rare = expected < 10
+    observed = np.append(outcomes[~rare], outcomes[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    keep = expected > 0
+    return float((((observed - expected)[keep]) ** 2 / expected[keep]).sum() / (keep.sum() - 1))
+
+
+# For about 200 degrees of freedom the statistic has mean 1 and standard deviation 0.1.
+GOOD, BROKEN = 1.5, 3.0
+COUNTS = pytest.mark.parametrize("count", [40_000, pytest.param(200_000, marks=pytest.mark.slow)])
+
+
+@pytest.mark.parametrize("schedule", [FUSED, Schedule("two_pass")], ids=lambda s: s.kind)
+@COUNTS
+def test_lossless_is_p(policy, schedule, count):
+    probabilities = exact_p(policy)
+    assert probabilities.sum() == pytest.approx(1.0)
+    assert chi_square(sample(policy, "lossless", count, schedule), probabilities) < GOOD
+
+
+@COUNTS
+def test_mixed_is_its_own_distribution(policy, count):
+    probabilities = exact_mixed(policy)
+    assert probabilities.sum() == pytest.approx(1.0)
+    # The last blocks of `two_pass` are as short as the tokens that are left; with 4 more all of these are whole.
+    outcomes = sample(policy, "mixed", count, Schedule("two_pass"), more=4)
+    assert chi_square(outcomes, probabilities) < GOOD
+    assert chi_square(outcomes, exact_p(policy)) > BROKEN
+
+
+def test_the_check_sees_a_broken_residual(policy, monkeypatch):
+    monkeypatch.setattr(sampler_module, "residual_weights", lambda p, q, *rest: p)
+    assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
+
+
+def test_the_check_sees_a_missing_level_shift(policy, monkeypatch):
+    """Acceptance judges drafts by the q of another slot than they were drawn from."""
+    draft = engine_module.draft
+
+    def shifted(rows, logits, *rest):
+        made = draft(rows, logits, *rest)
+        if made.logq_SMV is not None and made.logq_SMV.shape[1] > 1:
+            object.__setattr__(made, "logq_SMV", made.logq_SMV.roll(1, dims=1))
+        return made
+
+    monkeypatch.setattr(engine_module, "draft", shifted)
+    assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
+
+
+def test_the_check_sees_q_at_another_temperature(policy, monkeypatch):
+    draft = engine_module.draft
+
+    def cold(rows, logits, *rest):
+        made = draft(rows, logits, *rest)
+        object.__setattr__(made, "logq_SMV", (made.logq_SMV * TEMPERATURE).log_softmax(-1))
+        return made
+
+    monkeypatch.setattr(engine_module, "draft", cold)
+    assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
