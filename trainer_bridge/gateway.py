@@ -30,7 +30,7 @@ from .pushes import PushDesk
 from .sessions import Figures, Sessions
 from .transport import Router, ServerKeys
 
-RETRY_S, FULL_S, IDLE_S = 0.5, 0.02, 0.25
+RETRY_S, FULL_S, IDLE_S, FAREWELL_S = 0.5, 0.02, 0.25, 0.5
 BURST = 64
 """Messages read before the other work has its turn."""
 
@@ -128,7 +128,10 @@ class Gateway:
             self._sessions.fail(f"the gateway failed: {type(error).__name__}: {error}")
         finally:
             self._driver.stop(30.0)
-            self._router.close(0.5)
+            if self._error is not None:
+                # A peer that still sends resets the closed connection, and a reset discards what it has not read yet.
+                time.sleep(FAREWELL_S)
+            self._router.close(5.0)
             self._ledger.close()
             with self._lock:
                 self._wake_in.close()

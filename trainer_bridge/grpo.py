@@ -171,7 +171,8 @@ class Trainer:
         """`updates_per_step` optimiser steps over the trajectories, whole groups together."""
         options, figures, norm = self.config.optimizer, [], 0.0
         for group in self._optimizer.param_groups:
-            group["lr"] = options.learning_rate * min(1.0, step / (options.warmup_steps + 1))
+            warm, left = step / (options.warmup_steps + 1), 1 - (step - 1) / self.config.steps
+            group["lr"] = options.learning_rate * min(1.0, warm) * left
         pairs = [(t, float(a)) for t, a in zip(trajectories, advantage, strict=True)]
         size = -(-len(pairs) // options.updates_per_step)
         for number in range(0, len(pairs), size):

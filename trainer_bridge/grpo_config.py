@@ -46,7 +46,7 @@ class Optimizer(Config):
     """AdamW."""
 
     learning_rate: float = Field(2e-4, gt=0)
-    warmup_steps: int = Field(2, ge=0)
+    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; then linear decay to zero at the last step")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     updates_per_step: int = Field(2, ge=1, description="optimiser steps over one batch of trajectories")
     pack_rows: int = Field(4096, ge=64, description="clean tokens per forward; bounds memory")
