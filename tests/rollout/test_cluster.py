@@ -93,4 +93,4 @@ def test_weights_are_taken_by_all_or_none(cluster, policy_dir):
 
 
 def _actor_processes():
-    return [p.pid for p in psutil.process_iter(["cmdline"]) if "ray::RolloutActor" in " ".join(p.info["cmdline"] or ())]
+    return [p.pid for p in psutil.Process().children(recursive=True) if "ray::RolloutActor" in " ".join(p.cmdline())]
