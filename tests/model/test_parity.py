@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from random_zaya import randomise, zaya_config
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ZayaConfig, ZayaForCausalLM
 
 import blockroll
@@ -16,7 +16,6 @@ from blockroll.errors import CheckpointError
 from blockroll.model.layout import DecodeRows, causal, decode
 from blockroll.model.policy import Policy, Routing
 from blockroll.rollout.cache import PagedCache
-
 
 SHAPES = {
     "plain": dict(layer_types=None, sliding_window=None, tie_word_embeddings=True),
