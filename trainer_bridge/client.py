@@ -57,7 +57,7 @@ class RolloutClient:
         try:
             self._deliveries.drive(lambda: True)
         except BaseException:
-            self._connection.close()
+            self._connection.drop()
             raise
 
     @property
@@ -215,7 +215,7 @@ class RolloutClient:
                 self._connection.begin()
                 d.drive(lambda: time.monotonic() > end or not d.acknowledging, reopen=False)
         finally:
-            self._connection.close()
+            self._connection.drop()
             if self._control is not None:
                 self._control.close()
 

@@ -57,7 +57,8 @@ class Connection:
         if keys is not None and self._own is None:
             raise TransportError(f"pushing weights to {address} or stopping it needs a control key; "
                                  "give ClientKeys(control=...)")
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # The process's own context, never terminated: a client nobody closed must not hang the interpreter's exit.
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._link: Link | None = None
         self._early: list[list[bytes]] = []
         self._opened = self._pinged = self._heard = 0.0
@@ -117,7 +118,7 @@ class Connection:
             raise SessionLost
         early, self._early = self._early, []
         arrived, now = early + self._link.receive(0.0 if early else wait), time.monotonic()
-        if self._link.lost:
+        if self._link.lost and not arrived:
             raise SessionLost
         found = []
         for frames in arrived:
@@ -143,11 +144,6 @@ class Connection:
         link, self._link, self._early = self._link, None, []
         if link is not None:
             link.close(linger)
-
-    def close(self, linger: float = 0.0) -> None:
-        """Ends the session and frees the sockets."""
-        self.drop(linger)
-        self._context.term()
 
     def _check(self, link: Link) -> None:
         if link.failed_handshakes >= _HANDSHAKES:

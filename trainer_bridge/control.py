@@ -76,7 +76,7 @@ class ControlPlane:
 
     def close(self) -> None:
         """Frees the sockets."""
-        self._connection.close()
+        self._connection.drop()
 
     def _open(self) -> None:
         if not self._connection.is_open:

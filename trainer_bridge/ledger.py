@@ -83,7 +83,7 @@ class Ledger:
     def __init__(self, path: str | Path, *, max_bytes: int | None = None) -> None:
         self.path = Path(path)
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=2.0)
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0.5)
         except sqlite3.Error as error:
             raise self._storage(error) from error
         try:

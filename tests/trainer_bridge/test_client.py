@@ -175,6 +175,20 @@ def test_bad_options(bad: dict[str, Any]) -> None:
         connect("tcp://127.0.0.1:1", **bad)
 
 
+def test_a_client_nobody_closed_does_not_hang_the_exit(serve: Serve) -> None:
+    code = """
+import gc, sys
+from blockroll import connect
+holder = {"client": connect(sys.argv[1])}
+holder["self"] = holder
+del holder
+gc.collect()
+kept = connect(sys.argv[1])
+"""
+    address = serve(ToyBackend()).address
+    subprocess.run([sys.executable, "-c", code, address], check=True, timeout=20)
+
+
 def test_closed_client_says_so(serve: Serve) -> None:
     client = connect(serve(ToyBackend()).address)
     client.close()

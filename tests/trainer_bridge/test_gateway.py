@@ -44,8 +44,8 @@ def test_leased_work_is_bounded(serve: Serve) -> None:
     with connect(serve(backend, max_in_flight=10).address) as client:
         for i in range(8):
             client.submit([request(f"r{i}", 4)])
-        until(lambda: client.status()["in_flight"] == 8)
-        assert len(backend.batches) == 2
+        until(lambda: len(backend.batches) == 2)
+        assert client.status()["in_flight"] == 8
         backend.rate = 1e9
         assert len(list(client.results())) == 32
 
@@ -68,8 +68,10 @@ def test_lost_lease_is_given_again_and_its_late_output_refused(serve: Serve) -> 
     backend = Forgetful()
     with connect(serve(backend, lease_seconds=0.3).address) as client:
         assert len(client.generate([request("a", 3)])) == 3
-        until(lambda: client.status()["stale"] == 3)
-    assert [epoch for epoch, _ in backend.batches] == [1, 2]
+        until(lambda: int(client.status()["stale"]) >= 3)
+        assert client.status()["unique"] == 3
+    epochs = [epoch for epoch, _ in backend.batches]
+    assert epochs == list(range(1, len(epochs) + 1))
 
 
 def test_cluster_without_engines_is_a_notice_and_outlived(serve: Serve) -> None:
@@ -170,14 +172,16 @@ def test_what_does_not_fit_leaves_the_old_version(serve: Serve) -> None:
 
 
 def test_finish_waits_for_what_is_in_flight_and_holds_what_comes_later(serve: Serve) -> None:
-    backend = ToyBackend(rate=100.0)
+    backend = ToyBackend(rate=0.0)
     gateway = serve(backend)
     with connect(gateway.address) as client, connect(gateway.address) as other:
-        client.submit([request(f"r{i}") for i in range(60)])
+        client.submit([request(f"r{i}") for i in range(20)])
+        until(lambda: bool(backend.batches))
         pusher = threading.Thread(target=other.push_weights, args=(1, weights()))
         pusher.start()
         until(lambda: gateway._sessions.desk._committing is not None)
         client.submit([request("late")])
+        backend.rate = 1e9
         versions = {t.request_id: int(t.versions[0]) for t in client.results()}
         pusher.join(10)
         assert not pusher.is_alive()
@@ -195,13 +199,15 @@ def test_other_policies_go_to_a_backend_that_offers_them(serve: Serve) -> None:
             super().commit_weights(version, arrays)
             self.used = in_flight
 
-    backend = Keeping(rate=50.0)
+    backend = Keeping(rate=0.0)
     with connect(serve(backend).address) as client:
         client.submit([request(f"r{i}") for i in range(30)])
+        until(lambda: bool(backend.batches))
         client.push_weights(1, weights(), in_flight="keep")
         assert backend.used == "keep"
-        assert backend.in_flight_at_commit > 0
-        assert {int(t.versions[0]) for t in client.results()} >= {1}
+        assert backend.in_flight_at_commit == 30
+        backend.rate = 1e9
+        assert {int(t.versions[0]) for t in client.results()} == {1}
 
 
 def control(address: str, name: str = "p") -> ControlPlane:

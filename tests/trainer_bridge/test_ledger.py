@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bridge_parts import assert_same, make_trajectory, request
@@ -114,6 +115,15 @@ def test_a_failed_request_is_answered_once_per_submission(ledger: Ledger) -> Non
     assert (ledger.counters.failed, ledger.counters.missing) == (2, 0)
     record(ledger, a, batch="again")
     assert [(p.sample, p.payload) for p in ledger.pending("t", 0)] == [(FAILURE, b"too long")]
+
+
+def test_a_write_that_breaks_off_leaves_nothing(ledger: Ledger) -> None:
+    pairs: Any = [(request("a"), encode_request(request("a"))), (None, b"")]
+    with pytest.raises(AttributeError):
+        ledger.record_requests("t", "b", 0, pairs, True)
+    assert ledger.lease(ROOM) is None
+    assert ledger.counters.requested == 0
+    assert record(ledger, request("a", prompt=[9])) == ([0], [])
 
 
 def test_malformed_output_of_an_engine_fails_its_request_alone(ledger: Ledger) -> None:

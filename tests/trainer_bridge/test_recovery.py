@@ -243,7 +243,7 @@ def test_stopped_gateway_is_waited_for(served: Callable[[float], Served]) -> Non
     gateway = served(1e9)
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
         os.kill(gateway.process.pid, signal.SIGSTOP)
-        timer = threading.Timer(2.0, lambda: os.kill(gateway.process.pid, signal.SIGCONT))
+        timer = threading.Timer(1.2, lambda: os.kill(gateway.process.pid, signal.SIGCONT))
         timer.start()
         assert len(client.generate([request("a", 2)])) == 2
         timer.join()

@@ -82,12 +82,15 @@ def test_admitted_keys_do_everything(serve: Callable[..., Gateway]) -> None:
         assert client.status()["version"] == 1
 
 
-@pytest.mark.parametrize("keys", [
-    ClientKeys(SERVER.public, STRANGER), ClientKeys(SERVER.public, CONTROL), ClientKeys(STRANGER.public, DATA), None])
-def test_other_keys_are_refused_within_seconds(serve: Callable[..., Gateway], keys: ClientKeys | None) -> None:
+@pytest.mark.parametrize("keys, why", [
+    (ClientKeys(SERVER.public, STRANGER), "does not admit this client's key"),
+    (ClientKeys(SERVER.public, CONTROL), "not allowed on the data plane"),
+    (ClientKeys(STRANGER.public, DATA), "breaks off every handshake"), (None, "one side has CURVE keys")])
+def test_other_keys_are_refused_within_seconds(
+        serve: Callable[..., Gateway], keys: ClientKeys | None, why: str) -> None:
     gateway = serve(ToyBackend(), keys=SERVER_KEYS)
     since = time.monotonic()
-    with pytest.raises(TransportError, match="does not admit|not allowed|breaks off"):
+    with pytest.raises(TransportError, match=why):
         connect(gateway.address, keys=keys, timeout=20.0)
     assert time.monotonic() - since < 6.0
 
@@ -128,7 +131,7 @@ def test_silence_ends_in_an_error_in_time() -> None:
         for address in (f"tcp://127.0.0.1:{port}", "tcp://127.0.0.1:1"):
             since = time.monotonic()
             with pytest.raises(TransportError, match="has not answered"):
-                connect(address, timeout=1.0)
+                connect(address, timeout=0.6)
             assert time.monotonic() - since < 4.0
 
 
