@@ -232,12 +232,17 @@ class Ledger:
         self.counters.stale += stale
         return clients
 
-    def pending(self, client: str, after: int, limit: int = 16) -> list[Pending]:
-        """Unacknowledged outputs of a client's requests with seq > after, oldest first."""
+    def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
+        """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`."""
+        found: list[Pending] = []
         with self._guard():
-            rows = self._db.execute("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
-                                    "acked=0 AND seq>? ORDER BY seq LIMIT ?", (client, after, limit)).fetchall()
-        return [Pending(*row) for row in rows]
+            for row in self._db.execute("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
+                                        "acked=0 AND seq>? ORDER BY seq", (client, after)):
+                found.append(Pending(*row))
+                max_bytes -= len(found[-1].payload)
+                if max_bytes <= 0:
+                    break
+        return found
 
     def acknowledge(self, client: str, keys: Sequence[tuple[str, int]]) -> int:
         """Frees the payloads of these (request id, sample); returns how many were not acknowledged before."""
