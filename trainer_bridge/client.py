@@ -34,10 +34,11 @@ _CLOSE_S = 5.0
 class RolloutClient:
     """A trainer's connection to a gateway; made by `connect`. One thread at a time. A context manager.
 
-    Acknowledgement: with ack="auto" what was handed out is acknowledged, without waiting for the gateway, at the caller's next call of `submit`, `generate`
-    or `push_weights`, at the next item of `results`, and on leaving the context without an exception. With ack="manual"
-    only `acknowledge` does it, for a trainer that first makes its own checkpoint. After a crash, connect with the same
-    client_id and submit the same requests: what was not acknowledged comes (again), what was is refused by name.
+    Acknowledgement: with ack="auto" what was handed out is acknowledged, without waiting for the gateway's receipt, at the
+    caller's next call of `submit`, `generate` or `push_weights`, at the next item of `results`, and on leaving the
+    context without an exception. With ack="manual" only `acknowledge` does it, for a trainer that first makes its own
+    checkpoint. After a crash, connect with the same client_id and submit the same requests: what was not acknowledged
+    comes (again), what was is refused by name.
     """
 
     def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,

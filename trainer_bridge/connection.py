@@ -84,11 +84,11 @@ class Connection:
         link = self._link = Link(self._context, self.address, server, self._own, TO_CLIENT)
         hello = encode(Hello(self._client_id, self._control, credit, self.ledger, cursor))
         try:
+            deadline = time.monotonic() + SILENCE_S
             while not link.send(hello, PING_S):
                 self._check(link)
-                if link.lost:
+                if link.lost or time.monotonic() > deadline:
                     raise SessionLost
-            deadline = time.monotonic() + SILENCE_S
             while time.monotonic() < deadline:
                 arrived = link.receive(PING_S)
                 if arrived:

@@ -143,6 +143,7 @@ class Cable:
         self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self.cut_after: int | None = None
+        self.swallow = False
         self.cuts = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -154,15 +155,17 @@ class Cable:
                 threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
 
     def _carry(self, near: socket.socket, far: socket.socket) -> None:
-        carried = 0
+        carried, deaf = 0, False
         self._pairs.append((near, far))
         with contextlib.suppress(OSError), near, far:
             while True:
                 for source in select.select([near, far], [], [])[0]:
                     data = source.recv(65536)
-                    carried += len(data)
+                    carried, deaf = carried + len(data), deaf or self.swallow
                     if not data:
                         return
+                    if deaf:
+                        continue
                     if self.cut_after is not None and carried > self.cut_after:
                         self.cuts += 1
                         (far if source is near else near).send(data[:len(data) // 2])
@@ -197,6 +200,24 @@ def test_line_cut_in_mid_message(cable: Callable[..., Cable]) -> None:
         assert [t.key for t in found] == [(r.id, i) for r in asked for i in range(4)]
         assert client.delivery["missing"] == 0
     assert line.cuts >= 2
+
+
+def test_line_that_swallows_everything_is_left_for_another(
+        cable: Callable[..., Cable], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 1.0)
+    monkeypatch.setattr("blockroll.trainer_bridge.connection.PING_S", 0.2)
+    line = cable(ToyBackend(rate=100.0))
+    with connect(line.address, client_id="trainer", timeout=20) as client:
+        client.submit([request(f"r{i}") for i in range(60)])
+        stream = client.results()
+        seen = [next(stream).key]
+        line.swallow = True
+        timer = threading.Timer(1.5, lambda: setattr(line, "swallow", False))
+        timer.start()
+        seen += [t.key for t in stream]
+        timer.join()
+        assert sorted(seen) == sorted((f"r{i}", 0) for i in range(60))
+        assert client.delivery["missing"] == 0
 
 
 def test_line_cut_in_mid_push(cable: Callable[..., Cable]) -> None:
