@@ -3,12 +3,15 @@
 Invariants:
 - The question holds all the task's information; the steps are computed from the task's metadata alone.
 - Every step is a computation the next one needs. There is no filler: a text that says nothing is easy to draft.
+- Sums, differences and products by a digit are worked in columns, from the units up: `47+85:12,13=132` says 7+5=12, then
+  4+8+1=13, hence 132. A column below zero borrows: `42-17:-5,2=25`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Protocol
 
 Metadata = Mapping[str, Any]
@@ -32,9 +35,27 @@ class Family(Protocol):
         """The worked steps."""
 
 
+def carry(columns: Iterable[int]) -> str:
+    """The columns' values, units first, each with what the one before it carried or borrowed."""
+    written, carried = [], 0
+    for column in columns:
+        written.append(column + carried)
+        carried = written[-1] // 10
+    return ",".join(map(str, written))
+
+
+def add(total: int, term: int) -> tuple[str, int]:
+    """The step that adds two signed numbers, and their sum. The larger magnitude stands first; the result has the sign."""
+    large, small = sorted((abs(total), abs(term)), reverse=True)
+    sign = 1 if (total < 0) == (term < 0) or not total or not term else -1
+    pairs = zip_longest(reversed(str(large)), reversed(str(small)), fillvalue="0")
+    columns = carry(int(a) + sign * int(b) for a, b in pairs)
+    return f"{large}{'+' if sign > 0 else '-'}{small}:{columns}={total + term}", total + term
+
+
 @dataclass(frozen=True)
 class ChainSum:
-    """Sums and differences from left to right, one partial result per step."""
+    """Sums and differences from left to right, one partial result per step, in columns."""
 
     name: str = "chain_sum"
     difficulty: Mapping[str, int] = field(
@@ -48,9 +69,8 @@ class ChainSum:
         first, *rest = metadata["expression"].split()
         total, steps = int(first), []
         for sign, term in zip(rest[::2], rest[1::2], strict=True):
-            result = total + int(term) if sign == "+" else total - int(term)
-            steps.append(f"{total}{sign}{term}={result}")
-            total = result
+            step, total = add(total, int(term) if sign == "+" else -int(term))
+            steps.append(step)
         return steps
 
 
@@ -75,7 +95,7 @@ class Gcd:
 
 @dataclass(frozen=True)
 class Products:
-    """A product by partial products of the second factor's digits."""
+    """A product by partial products of the second factor's digits, in columns."""
 
     name: str = "products"
     difficulty: Mapping[str, int] = field(
@@ -90,10 +110,13 @@ class Products:
         total, steps = 0, []
         for place, digit in enumerate(reversed(right)):
             part = int(left) * int(digit) * 10**place
-            steps.append(f"{left}*{int(digit) * 10**place}={part}")
+            columns = carry(int(d) * int(digit) for d in reversed(left))
+            steps.append(f"{left}*{int(digit) * 10**place}:{columns}={part}")
             if place:
-                steps.append(f"{total}+{part}={total + part}")
-            total += part
+                step, total = add(total, part)
+                steps.append(step)
+            else:
+                total = part
         return steps
 
 
