@@ -59,7 +59,7 @@ class ChainSum:
 
     name: str = "chain_sum"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=3, max_terms=4, min_digits=2, max_digits=2)
+        default_factory=lambda: dict(min_terms=3, max_terms=5, min_digits=2, max_digits=2)
     )
 
     def question(self, metadata: Metadata) -> str:
@@ -99,7 +99,7 @@ class Products:
 
     name: str = "products"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=1, max_digits=2)
+        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=1, max_digits=3)
     )
 
     def question(self, metadata: Metadata) -> str:
@@ -126,7 +126,7 @@ class BaseConversion:
 
     name: str = "base_conversion"
     difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_base=2, max_base=9, min_value=10, max_value=150)
+        default_factory=lambda: dict(min_base=2, max_base=9, min_value=10, max_value=300)
     )
 
     def question(self, metadata: Metadata) -> str:
