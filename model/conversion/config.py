@@ -48,7 +48,7 @@ class DraftLoss(Config):
 class Stage(Config):
     """One stretch of training.
 
-    `ar` trains clean rows alone; `diffusion` trains the doubled pack: (alpha * CE_AR + L_draft) / (1 + alpha).
+    `ar` trains clean rows alone; `diffusion` trains the doubled pack: (alpha * L_AR + L_draft) / (1 + alpha).
     """
 
     name: str
@@ -61,6 +61,10 @@ class Stage(Config):
     weight_decay: float = Field(0.05, ge=0)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     alpha: float = Field(1.0, ge=0, description="weight of the AR loss beside the draft loss")
+    ar_target: Literal["data", "parent"] = Field(
+        "data", description="what clean rows learn: the data's next token (cross-entropy), or p as it was when the stage "
+        "began (KL divergence), which converts a policy without changing what it says"
+    )  # fmt: skip
     draft: DraftLoss = DraftLoss()
     block_length: tuple[int, int] = Field((16, 16), description="shortest and longest mask block")
     random_offset: bool = Field(True, description="the first block of a document has a random length")
@@ -72,6 +76,8 @@ class Stage(Config):
         low, high = self.block_length
         if not 2 <= low <= high <= 64:
             raise ValueError("block_length must be two numbers with 2 <= shortest <= longest <= 64")
+        if self.ar_target == "parent" and self.kind == "ar":
+            raise ValueError("ar_target: parent holds p where it is, so an `ar` stage would learn nothing; use data")
         return self
 
 

@@ -1,6 +1,7 @@
 """The training objective over one pack.
 
-    L = (alpha * CE_AR + L_draft) / (1 + alpha)
+    L = (alpha * L_AR + L_draft) / (1 + alpha)
+    L_AR = mean over clean rows of  CE(target),  or of  KL(p_parent || p)  where a parent is given
     L_draft = mean over mask rows of  w_slot * (ce * CE + tv * TV(p, q) + kl * KL(p || q))
 
 p at a mask row's position is the AR distribution of the clean row before it, without gradient. Sources: TiDAR
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from ..layout import CLEAN, TokenLayout
+from ..layout import CLEAN, TokenLayout, causal
 from ..policy import Policy, Routing
 from .config import DraftLoss
 
@@ -41,24 +42,39 @@ def objective(
     alpha: float,
     draft: DraftLoss,
     routing: Routing | None = None,
+    parent: Policy | None = None,
 ) -> Losses:
     """Losses of one pack.
 
     Args:
         target_T: as `layout.diffusion` or a shifted causal pack gives it; -100 where there is no target.
         prompts: prompt length of each sequence; its tokens carry no loss.
+        parent: the policy whose p the clean rows are to keep; None learns the targets.
     """
     hidden_TD = policy(layout, routing=routing)
     prompt_T = torch.tensor(prompts)[layout.sequence_T]
     clean_T = layout.block_T == CLEAN
     ar_rows = torch.nonzero(clean_T & (target_T >= 0) & (layout.position_T >= prompt_T - 1))[:, 0]
     logits_RV = policy.head(hidden_TD[ar_rows]).float()
-    ar = F.cross_entropy(logits_RV, target_T[ar_rows])
+    ce = F.cross_entropy(logits_RV, target_T[ar_rows])
+    ar = ce if parent is None else kept(parent, layout, clean_T, ar_rows, logits_RV)
     mask_rows = torch.nonzero(~clean_T & (target_T >= 0))[:, 0]
     if not len(mask_rows):
-        return Losses(ar, ar.item(), 0.0, 0.0)
-    drafted, ce, overlap = draft_loss(policy, hidden_TD, layout, target_T, ar_rows, logits_RV, mask_rows, draft)
-    return Losses((alpha * ar + drafted) / (1 + alpha), ar.item(), ce, overlap)
+        return Losses(ar, ce.item(), 0.0, 0.0)
+    drafted, draft_ce, overlap = draft_loss(policy, hidden_TD, layout, target_T, ar_rows, logits_RV, mask_rows, draft)
+    return Losses((alpha * ar + drafted) / (1 + alpha), ce.item(), draft_ce, overlap)
+
+
+def kept(
+    parent: Policy, layout: TokenLayout, clean_T: torch.Tensor, ar_rows: torch.Tensor, logits_RV: torch.Tensor
+) -> torch.Tensor:
+    """Mean KL(p_parent || p) of the clean rows `ar_rows`, whose logits under the policy are `logits_RV`."""
+    texts = [layout.token_T[clean_T & (layout.sequence_T == s)].tolist() for s in range(layout.sequences)]
+    among_clean = clean_T.cumsum(0)[ar_rows] - 1
+    with torch.no_grad():
+        hidden_TD = parent(causal(texts).to(layout.token_T.device))
+        logp_RV = parent.head(hidden_TD[among_clean]).float().log_softmax(-1)
+    return F.kl_div(logits_RV.log_softmax(-1), logp_RV, reduction="batchmean", log_target=True)
 
 
 def draft_loss(

@@ -6,6 +6,7 @@ interrupted one goes on from its last checkpoint; the log has one line per repor
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -88,6 +89,7 @@ def run(config: ConversionConfig, report: Report = lambda _: None) -> Policy:
 
 def train_stage(policy: Policy, stage: Stage, config: ConversionConfig, output: Path, report: Report) -> None:
     """Train one stage in place, resuming from its checkpoint if there is one."""
+    parent = copy.deepcopy(policy).requires_grad_(False).eval() if stage.ar_target == "parent" else None
     policy.train().requires_grad_(True)
     decayed = [p for p in policy.parameters() if p.ndim > 1]
     others = [p for p in policy.parameters() if p.ndim <= 1]
@@ -113,7 +115,8 @@ def train_stage(policy: Policy, stage: Stage, config: ConversionConfig, output: 
         rate = learning_rate(stage, step, seen)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        losses = train_step(policy, optimizer, stage, pack, random.Random(f"{config.seed}/{stage.name}/{number}"))
+        draw = random.Random(f"{config.seed}/{stage.name}/{number}")
+        losses = train_step(policy, optimizer, stage, pack, draw, parent)
         seen, step = seen + sum(len(d.tokens) for d in pack), step + 1
         if step % 20 == 0 or seen >= stage.tokens:
             speed = (seen - before) / (time.monotonic() - began)
@@ -137,9 +140,14 @@ def learning_rate(stage: Stage, step: int, seen: int) -> float:
 
 
 def train_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, stage: Stage, pack: list, draw: random.Random
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    pack: list,
+    draw: random.Random,
+    parent: Policy | None = None,
 ) -> Losses:
-    """One optimiser step over one pack."""
+    """One optimiser step over one pack; `parent` is the policy whose p is to be kept, if any."""
     texts = [d.tokens for d in pack]
     if stage.kind == "ar":
         layout = causal(texts)
@@ -149,7 +157,8 @@ def train_step(
         layout, target_T = diffusion(texts, [cut_blocks(d, stage, draw) for d in pack], policy.mask_token_id)
     routing = Routing([], [])
     with torch.autocast("cpu", torch.bfloat16, enabled=stage.autocast == "bfloat16"):
-        losses = objective(policy, layout, target_T, [d.prompt for d in pack], stage.alpha, stage.draft, routing)
+        prompts = [d.prompt for d in pack]
+        losses = objective(policy, layout, target_T, prompts, stage.alpha, stage.draft, routing, parent)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), stage.clip, foreach=True)
