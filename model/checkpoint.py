@@ -1,7 +1,8 @@
 """A Hugging Face directory <-> a policy.
 
 Invariants:
-- The tensors on disk carry ZAYA's own names; either library reads what the other wrote.
+- The tensors on disk carry ZAYA's own names; either library reads what the other wrote. A Markov head's tensors
+  (`markov.*`, announced by `diffusion.markov_rank` in config.json) come on top; transformers passes over them.
 - A directory is written beside its place and renamed when complete: a half-written one is never found under its name.
 - Nothing is fetched: a policy is a shipped name or a directory.
 """
@@ -132,8 +133,11 @@ def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | 
         elif not (name == "lm_head.weight" and policy.config.tie_word_embeddings):
             tensors[name] = tensor.detach().cpu().to(save_as).contiguous()
     config = policy.config
-    config.diffusion = {"block_size": policy.block_size, "mask_token_id": policy.mask_token_id} \
-        if policy.converted else getattr(config, "diffusion", None)
+    config.diffusion = getattr(config, "diffusion", None)
+    if policy.converted:
+        config.diffusion = {"block_size": policy.block_size, "mask_token_id": policy.mask_token_id}
+        if policy.markov is not None:
+            config.diffusion["markov_rank"] = policy.markov.rank
     config.architectures, config.dtype = ["ZayaForCausalLM"], str(save_as).removeprefix("torch.")
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -5,7 +5,7 @@ Invariants:
 - Parameter and buffer names are those of `transformers.ZayaForCausalLM`, so a state dict of either loads in the other.
 - The residual stream stays in float32 (or wider, for a float64 policy).
 
-Legend: T rows, D hidden, V vocabulary, L layers, E router classes.
+Legend: T rows, R rows of interest, D hidden, V vocabulary, L layers, E router classes, K rank of the Markov head.
 """
 
 from __future__ import annotations
@@ -95,6 +95,30 @@ class Trunk(nn.Module):
         self.input_hidden_states_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
 
+class MarkovHead(nn.Module):
+    """A bigram of rank K that lets each draft know the one before it (arXiv 2607.05147):
+
+        bias_V = next_VK . previous_VK[token before]
+
+    It is added to the logits of a mask row. The mask rows of a block are computed at once, so without it no draft knows
+    which token was drawn before its own, nor the first one which token was sampled after the accepted ones.
+    """
+
+    def __init__(self, vocab_size: int, rank: int) -> None:
+        super().__init__()
+        self.previous = nn.Embedding(vocab_size, rank)
+        self.next = nn.Linear(rank, vocab_size, bias=False)
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return self.next.in_features
+
+    def forward(self, previous: torch.Tensor) -> torch.Tensor:
+        """What the tokens `previous` (int64[...]) add to the logits of the mask rows after them, [..., V]."""
+        return self.next(self.previous(previous))
+
+
 class Policy(nn.Module):
     """A ZAYA policy: AR rows give p, mask rows give q.
 
@@ -104,6 +128,7 @@ class Policy(nn.Module):
         mask_token_id: the token id of mask rows.
         tokenizer: the checkpoint's tokenizer, or None.
         hops: tokens the CCA convolutions look back.
+        markov: the head that conditions a draft on the token before it; None where the policy has none.
     """
 
     def __init__(self, config: ZayaConfig) -> None:
@@ -121,6 +146,8 @@ class Policy(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        rank: int = diffusion.get("markov_rank", 0)
+        self.markov: MarkovHead | None = MarkovHead(config.vocab_size, rank) if rank else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,8 +182,21 @@ class Policy(nn.Module):
         return trunk.norm(residual_TD)
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """logits_RV of the given rows."""
+        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head."""
         return self.lm_head(hidden_RD)
+
+    def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
+        """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""
+        logits_RV = self.head(hidden_RD)
+        return logits_RV if self.markov is None else logits_RV + self.markov(previous_R)
+
+    @torch.no_grad()
+    def add_markov(self, rank: int, generator: torch.Generator) -> None:
+        """Give the policy a Markov head that changes no logit until it is trained."""
+        head = MarkovHead(self.config.vocab_size, rank)
+        head.previous.weight.normal_(generator=generator)
+        head.next.weight.zero_()
+        self.markov = head.to(device=self.device, dtype=self.dtype)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Policy:

@@ -204,7 +204,9 @@ class Engine:
             count_D.append(max(min(self.block_size - skip, self.most_drafts), 0))
             slot_D.append(int(first_D[d]) + len(plan.clean) + i * self.block_size + skip)
             sample.draft_start, sample.draft_length = plan.start + plan.proposals[i], self.block_size
-        fresh = self._draft(rows, decoding, out, np.array(slot_D), count_D, anchor_D + verdict.accepted_S + 1)
+        sampled_D = verdict.token_SR.gather(1, verdict.accepted_S[:, None])[:, 0]
+        anchor_D = anchor_D + verdict.accepted_S + 1
+        fresh = self._draft(rows, decoding, out, np.array(slot_D), count_D, anchor_D, sampled_D)
         return verdict, fresh
 
     def _two_pass(self, step: list[tuple[Sample, int]], decoding: list[Sample]) -> tuple[Verdict | None, Drafts]:
@@ -222,7 +224,8 @@ class Engine:
         counts = [plans[s].block_length if plans[s].proposals else 0 for s in where]
         rows = self._sampler_rows(decoding)
         anchor_D = torch.tensor([s.anchor for s in decoding])
-        drafts = self._draft(rows, decoding, out, first_D + 1, counts, anchor_D)
+        anchored_D = torch.tensor([s.tokens[-1] for s in decoding])
+        drafts = self._draft(rows, decoding, out, first_D + 1, counts, anchor_D, anchored_D)
         p_logits = [self._logits(out, first_D, 1)]
         width = drafts.token_SM.shape[1]
         second = [d for d, count in enumerate(counts) if count]
@@ -310,14 +313,16 @@ class Engine:
         slot_D: np.ndarray,
         count_D: list[int],
         anchor_D: torch.Tensor,
+        previous_D: torch.Tensor,
     ) -> Drafts:
-        """Draw drafts from the mask rows that begin at `slot_D`."""
+        """Draw drafts from the mask rows that begin at `slot_D`, after the tokens `previous_D` at `anchor_D`."""
         width = max(count_D, default=0)
         if not width:
             drafts = Drafts.none(len(decoding), self.policy.device)
         else:
             logits = self._logits(out, slot_D, width)
-            drafts = draft(rows, logits, anchor_D, self.policy.mask_token_id, torch.tensor(count_D))
+            policy, counts_D = self.policy, torch.tensor(count_D)
+            drafts = draft(rows, logits, anchor_D, policy.mask_token_id, counts_D, policy.markov, previous_D)
         for d, sample in enumerate(decoding):
             sample.drafts, sample.draft_index, sample.draft_count = (drafts if width else None), d, count_D[d]
         return drafts

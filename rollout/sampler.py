@@ -21,6 +21,8 @@ Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..kernels.philox import Purpose, gumbel, uniform
@@ -29,6 +31,9 @@ from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, full_logprobs, processed, widen
 
 __all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "sample_seed", "verify"]
+
+Markov = Callable[[torch.Tensor], torch.Tensor]
+"""int64[...] tokens -> what they add to the logits of the rows after them, [..., V]."""
 
 _WORD = (1 << 64) - 1
 
@@ -51,6 +56,8 @@ def draft(
     anchor_S: torch.Tensor,
     mask_token: int,
     count_S: torch.Tensor | None = None,
+    markov: Markov | None = None,
+    previous_S: torch.Tensor | None = None,
 ) -> Drafts:
     """Draw drafts from q.
 
@@ -59,18 +66,22 @@ def draft(
         anchor_S: int64, position of the last committed token.
         mask_token: its id; never drafted.
         count_S: int64, how many rows of each sequence are real; None: all M. `ar` rows get no drafts in any case.
+        markov: what a token adds to the logits of the row after it (`MarkovHead`). Each draft is then drawn given the
+            one before it, and q, wherever it is kept or compared, is that conditional distribution.
+        previous_S: int64, the token at the anchor, for `markov`.
     """
     s, m, vocab_size = q_logits_SMV.shape
     device = q_logits_SMV.device
     if count_S is None:
         count_S = torch.full((s,), m, dtype=torch.int64, device=device)
     if len(rows.groups) == 1:
-        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S)
+        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
     count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
     large: dict[str, torch.Tensor] = {}
     for group in rows.groups:
         i = group.index_G
-        part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i])
+        before = None if previous_S is None else previous_S[i]
+        part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before)
         count_S[i], token_SM[i] = part.count_S, part.token_SM
         for name, part_GMV in (("logq", part.logq_SMV), ("q_logits", part.q_logits_SMV)):
             if part_GMV is not None:
@@ -81,7 +92,13 @@ def draft(
 
 
 def _draft_group(
-    rows: SamplerRows, q_logits_SMV: torch.Tensor, anchor_S: torch.Tensor, mask_token: int, count_S: torch.Tensor
+    rows: SamplerRows,
+    q_logits_SMV: torch.Tensor,
+    anchor_S: torch.Tensor,
+    mask_token: int,
+    count_S: torch.Tensor,
+    markov: Markov | None,
+    previous_S: torch.Tensor | None,
 ) -> Drafts:
     (group,) = rows.groups
     s, m, vocab_size = q_logits_SMV.shape
@@ -92,17 +109,36 @@ def _draft_group(
     q_logits_SMV[..., mask_token] = -torch.inf
     slot_M = torch.arange(m, device=device)
     seed_S1, position_SM = rows.seed_S[:, None], anchor_S[:, None] + 1 + slot_M
-    logq_SMV = None
-    if group.greedy:
-        token_SM = q_logits_SMV.argmax(-1)
-    elif group.sampler == "coupled":
-        noise_SMV = gumbel(seed_S1, position_SM, vocab_size, Purpose.NOISE, q_logits_SMV.dtype)
-        token_SM = gumbel_argmax(_process(rows, group, q_logits_SMV).scaled, noise_SMV)
+    noise = None
+    if not group.greedy:
+        noise = gumbel(seed_S1, position_SM, vocab_size, Purpose.NOISE, q_logits_SMV.dtype) \
+            if group.sampler == "coupled" else uniform(seed_S1, position_SM, Purpose.DRAFT)
+    if markov is None:
+        token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
     else:
-        logq_SMV = _process(rows, group, q_logits_SMV).logp
-        token_SM = draw(logq_SMV.exp(), uniform(seed_S1, position_SM, Purpose.DRAFT))
+        assert previous_S is not None
+        chosen, previous_S1 = [], previous_S[:, None]
+        for k in range(m):
+            q_logits_SMV[:, k : k + 1] += markov(previous_S1)
+            chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
+            previous_S1 = chosen[-1][0]
+        token_SM = torch.cat([token_S1 for token_S1, _ in chosen], 1)
+        kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
+        logq_SMV = torch.cat(kept, 1) if kept else None
     token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
+
+
+def _choose(
+    rows: SamplerRows, group: Group, q_logits_SKV: torch.Tensor, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens drawn from q, and log q where verification compares with it. (token_SK, logq_SKV)"""
+    if group.greedy:
+        return q_logits_SKV.argmax(-1), None
+    q = _process(rows, group, q_logits_SKV)
+    if group.sampler == "coupled":
+        return gumbel_argmax(q.scaled, noise), None
+    return draw(q.logp.exp(), noise), q.logp
 
 
 def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
