@@ -68,6 +68,8 @@ class Stage(Config):
     draft: DraftLoss = DraftLoss()
     block_length: tuple[int, int] = Field((16, 16), description="shortest and longest mask block")
     random_offset: bool = Field(True, description="the first block of a document has a random length")
+    masked_copies: int = Field(1, ge=1, description="times a document is cut into mask blocks beside its clean rows; with "
+                               "random offsets or lengths each copy is cut elsewhere, and clean rows are paid for once")
     balance_rate: float = Field(1e-3, ge=0, description="step of the balancing biases (arXiv 2408.15664)")
     autocast: Literal["float32", "bfloat16"] = "bfloat16"
 

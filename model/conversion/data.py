@@ -55,15 +55,18 @@ def packs(data: Data, tokenizer: PreTrainedTokenizerFast, stage: Stage) -> Itera
 
 
 def cut_blocks(document: Document, stage: Stage, draw: random.Random) -> list[tuple[int, int]]:
-    """Mask blocks (start, length) over everything after the prompt; the last one runs past the document's end."""
+    """Mask blocks (start, length) over everything after the prompt, once per masked copy; the last block of a copy runs
+    past the document's end."""
     low, high = stage.block_length
-    blocks, start = [], document.prompt
-    while start < len(document.tokens):
-        length = draw.randint(low, high)
-        blocks.append((start, length))
-        # A first block that is left early shifts every later one, so that no alignment is special.
-        advance = draw.randint(1, length) if stage.random_offset and len(blocks) == 1 else length
-        start += advance
+    blocks = []
+    for _ in range(stage.masked_copies):
+        start, first = document.prompt, True
+        while start < len(document.tokens):
+            length = draw.randint(low, high)
+            blocks.append((start, length))
+            # A first block that is left early shifts every later one, so that no alignment is special.
+            start += draw.randint(1, length) if stage.random_offset and first else length
+            first = False
     return blocks
 
 
