@@ -192,11 +192,12 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def add_markov(self, rank: int, generator: torch.Generator) -> None:
-        """Give the policy a Markov head that changes no logit until it is trained."""
+        """Give the policy a Markov head that changes no logit until it is trained; one it has is replaced."""
         head = MarkovHead(self.config.vocab_size, rank)
         head.previous.weight.normal_(generator=generator)
         head.next.weight.zero_()
         self.markov = head.to(device=self.device, dtype=self.dtype)
+        self.config.diffusion = {**(getattr(self.config, "diffusion", None) or {}), "markov_rank": rank}
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> Policy:

@@ -13,6 +13,7 @@ import torch
 from ..errors import RequestError
 from .layout import causal
 from .policy import Policy
+from .vocabulary import rows_at_once
 
 
 @torch.inference_mode()
@@ -63,7 +64,15 @@ def _score_pack(
     ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])
     rows = np.concatenate([np.arange(end - n - 1, end - 1) for end, n in zip(ends, counts, strict=True)])
     index = torch.from_numpy(rows).to(policy.device)
-    logits_NV = policy.head(hidden_TD[index])
+    target_N = layout.token_T[index + 1]
+    at_once = rows_at_once(policy.config.vocab_size, 3, index.device)
+    parts = [
+        _logp(policy.head(hidden_TD[some]), target, temperature)
+        for some, target in zip(index.split(at_once), target_N.split(at_once), strict=True)
+    ]
+    return np.split(torch.cat(parts).float().cpu().numpy(), np.cumsum(counts)[:-1])
+
+
+def _logp(logits_NV: torch.Tensor, target_N: torch.Tensor, temperature: float) -> torch.Tensor:
     wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / (temperature or 1.0)
-    logp_N = wide_NV.log_softmax(-1).gather(1, layout.token_T[index + 1][:, None])[:, 0]
-    return np.split(logp_N.float().cpu().numpy(), np.cumsum(counts)[:-1])
+    return wide_NV.log_softmax(-1).gather(1, target_N[:, None])[:, 0]

@@ -73,10 +73,8 @@ def pack_loss(
     gain_N = weight_N * torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
     value, overlap = -gain_N.sum() / total_tokens, 0.0
     if loss.draft_weight:
-        masks = torch.nonzero(~clean_T & (target_T >= 0))[:, 0]
-        drafted, _, overlap = draft_loss(
-            policy, hidden_TD, layout, target_T, rows, logits_NV / temperature, masks, loss.draft
-        )
+        prompts = [len(t.prompt_tokens) for t, _ in pack]
+        drafted, _, overlap = draft_loss(policy, hidden_TD, layout, target_T, prompts, loss.draft, temperature)
         value = value + loss.draft_weight * drafted * len(rows) / total_tokens
     clipped = (ratio_N * advantage_N > bounded_N * advantage_N).float().sum().item()
     return value, Figures(len(rows), clipped, (old_N - new_N).detach().sum().item(), overlap)

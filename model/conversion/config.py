@@ -37,12 +37,22 @@ class Data(Config):
 
 
 class DraftLoss(Config):
-    """Loss of the mask rows: ce * CE(target) + tv * TV(p, q) + kl * KL(p || q), p without gradient."""
+    """Loss of the mask rows: ce * CE(target) + tv * TV(p, q) + kl * KL(p || q), p without gradient. All weights are pure
+    numbers beside losses in nats (TV: a probability)."""
 
-    ce: float = Field(1.0, ge=0)
-    tv: float = Field(0.0, ge=0)
-    kl: float = Field(0.0, ge=0)
-    slot_decay: float = Field(1.0, gt=0, le=1, description="weight of slot i is slot_decay ** i; early slots decide")
+    ce: float = Field(1.0, ge=0, description="weight of the cross-entropy of the document's token (arXiv 2511.08923)")
+    tv: float = Field(0.0, ge=0, description="weight of the total variation between q and the policy's own p, the chance "
+                      "that a draft is rejected at temperature 1 (arXiv 2607.05722, 2607.05147)")
+    kl: float = Field(0.0, ge=0, description="weight of KL(p || q) (arXiv 2607.05722)")
+    slot_decay: float = Field(1.0, gt=0, le=1, description="weight of slot i is slot_decay ** i: early slots decide how "
+                              "far a block is accepted (arXiv 2607.05147)")
+    slots: Literal["all", "reached", "accepted"] = Field(
+        "all", description="which slots count. `reached`: each with the chance that all drafts before it are accepted, the "
+        "product of the overlaps of p and q there: the positions up to accepted + 1 (arXiv 2607.05722), in expectation. "
+        "`accepted`: the same for drafts that are the document's tokens, the product of min(1, q / p)"
+    )  # fmt: skip
+    sampled: float = Field(0.0, ge=0, description="weight of the same loss where p follows drafts sampled from q, one block "
+                           "per document, instead of the document's tokens; costs one more pass over the documents")
 
 
 class Stage(Config):
@@ -54,12 +64,20 @@ class Stage(Config):
     name: str
     kind: Literal["ar", "diffusion"]
     tokens: int = Field(ge=1, description="clean tokens to train on")
-    pack_tokens: int = Field(8192, ge=1, description="clean tokens per optimiser step")
+    skip: bool = Field(False, description="pass over this stage")
+    repeat: int = Field(1, ge=1, description="times the stage runs, each time on other data; later runs are NAME-2, ...")
+    pack_tokens: int = Field(8192, ge=1, description="most clean tokens of a pack, which one process computes at once")
+    packs_per_step: int = Field(1, ge=1, description="packs of one optimiser step, over all processes")
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay per step of the gradient's mean and of its square; "
+                                       "sgd takes the first as momentum")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the mean square of a gradient")
     learning_rate: float = Field(2e-3, gt=0)
-    final_learning_rate: float = Field(1e-4, ge=0, description="reached along a cosine")
-    warmup_steps: int = Field(50, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    final_learning_rate: float = Field(1e-4, ge=0, description="reached along the schedule at the stage's last token")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate, over tokens")
+    warmup_steps: int = Field(50, ge=0, description="optimiser steps over which the rate rises from zero")
+    weight_decay: float = Field(0.05, ge=0, description="per step, times the learning rate; matrices alone decay")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm, over all processes")
     alpha: float = Field(1.0, ge=0, description="weight of the AR loss beside the draft loss")
     ar_target: Literal["data", "parent"] = Field(
         "data", description="what clean rows learn: the data's next token (cross-entropy), or p as it was when the stage "
@@ -70,8 +88,15 @@ class Stage(Config):
     random_offset: bool = Field(True, description="the first block of a document has a random length")
     masked_copies: int = Field(1, ge=1, description="times a document is cut into mask blocks beside its clean rows; with "
                                "random offsets or lengths each copy is cut elsewhere, and clean rows are paid for once")
-    balance_rate: float = Field(1e-3, ge=0, description="step of the balancing biases (arXiv 2408.15664)")
-    autocast: Literal["float32", "bfloat16"] = "bfloat16"
+    markov_rank: int = Field(0, ge=0, le=1024, description="rank of the head that conditions a draft on the token before it "
+                             "(arXiv 2607.05147), added where the policy has none; 0 adds none and trains one that is there")
+    balance_rate: float = Field(1e-3, ge=0, description="change per step of a balancing bias, in units of router "
+                                "probability (arXiv 2408.15664)")
+    autocast: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of products; parameters, gradients and optimiser states are float32"
+    )
+    report_steps: int = Field(20, ge=1, description="optimiser steps between lines of the log")
+    checkpoint_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
 
     @model_validator(mode="after")
     def _lengths(self) -> Stage:
@@ -83,15 +108,51 @@ class Stage(Config):
         return self
 
 
+class Launcher(Config):
+    """Which processes train. `local` is this one; under torchrun, whatever the kind, the ones that torchrun started."""
+
+    kind: Literal["local", "torchrun", "ray"] = "local"
+    workers: int = Field(1, ge=1, description="processes, one per accelerator")
+    address: str | None = Field(None, description="ray: address of a running cluster; none starts one on this machine")
+    timeout_s: float = Field(600.0, gt=0, description="seconds a process waits for one that does not answer")
+
+    @model_validator(mode="after")
+    def _one_is_local(self) -> Launcher:
+        if self.kind == "local" and self.workers > 1:
+            raise ValueError("kind: local is one process; use torchrun or ray for several workers")
+        return self
+
+
 class ConversionConfig(Config):
     """One run of `blockroll convert`."""
 
     output: str = Field(description="directory the converted policy is written to")
     parent: str | None = Field(None, description="AR policy to convert: a name or directory; none trains one first")
+    mask_token: int | None = Field(None, ge=0, description="id that mask rows carry; none takes the tokenizer's mask token")
     architecture: Architecture = Architecture()
     data: Data = Data()
     block_size: int = Field(16, ge=2, le=64)
     stages: tuple[Stage, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0)
+    launcher: Launcher = Launcher()
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     evaluation_tasks: int = Field(0, ge=0, description="held-out tasks for the figures of the card")
+
+    @model_validator(mode="after")
+    def _names(self) -> ConversionConfig:
+        names = [stage.name for stage in self.runs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two stages are named {twice[0]!r}; results are kept by name, so give each its own")
+        if not names:
+            raise ValueError("every stage has skip: true; leave one in")
+        return self
+
+    @property
+    def runs(self) -> tuple[Stage, ...]:
+        """The stages as they are run: skipped ones left out, repeated ones under names of their own."""
+        return tuple(
+            stage if turn == 1 else stage.model_copy(update={"name": f"{stage.name}-{turn}"})
+            for stage in self.stages if not stage.skip
+            for turn in range(1, stage.repeat + 1)
+        )

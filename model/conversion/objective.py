@@ -2,31 +2,45 @@
 
     L = (alpha * L_AR + L_draft) / (1 + alpha)
     L_AR = mean over clean rows of  CE(target),  or of  KL(p_parent || p)  where a parent is given
-    L_draft = mean over mask rows of  w_slot * (ce * CE + tv * TV(p, q) + kl * KL(p || q))
+    L_draft = sum over mask rows of  w * (ce * CE + tv * TV(p, q) + kl * KL(p || q)) / sum of w,  plus sampled * L_sampled
+    w = slot_decay ** slot * (chance that the slot is reached)
 
 p at a mask row's position is the AR distribution of the clean row before it, without gradient. Sources: TiDAR
-(arXiv 2511.08923) for the doubled pack; arXiv 2607.05722 and 2607.05147 for drawing q to the model's own p.
+(arXiv 2511.08923) for the doubled pack; arXiv 2607.05722 and 2607.05147 for drawing q to the model's own p, where decoding
+looks at it.
 
-Legend: T rows, M mask rows with a target, V vocabulary.
+Decoding compares q of slot i with p after drafts 1..i-1 that were all accepted. Such a prefix y has the chance
+prod min(p(y), q(y)). Documents are drawn from p (if they are what the policy writes), so a document counts with
+prod min(1, q / p) at its own tokens (`slots: accepted`; `slots: reached` takes the mean over tokens, the overlap, instead);
+drafts are drawn from q, so a drafted prefix counts with prod min(1, p / q) (`sampled`). None of these weights has a gradient.
+
+Legend: T rows, M mask rows with loss, C blocks, B slots of the longest block, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..layout import CLEAN, TokenLayout, causal
 from ..policy import Policy, Routing
+from .compare import Heads, LossRows, Terms, compare
 from .config import DraftLoss
+from .sampled import sampled_drafts
+
+AddUp = Callable[[torch.Tensor], torch.Tensor]
+"""The sum of a tensor over the processes of a run."""
 
 
 @dataclass(frozen=True)
 class Losses:
     """The loss to differentiate and what it is made of (detached): cross-entropies in nats per token, and overlap, the
-    mean of sum_v min(p, q): the chance that a draft is accepted at temperature 1."""
+    mean of sum_v min(p, q): the chance that a draft is accepted at temperature 1.
+
+    Of several processes, each holds its share of the means over all of them: shares, and their gradients, add up.
+    """
 
     total: torch.Tensor
     ar: float
@@ -43,6 +57,7 @@ def objective(
     draft: DraftLoss,
     routing: Routing | None = None,
     parent: Policy | None = None,
+    add_up: AddUp = lambda value: value,
 ) -> Losses:
     """Losses of one pack.
 
@@ -50,31 +65,21 @@ def objective(
         target_T: as `layout.diffusion` or a shifted causal pack gives it; -100 where there is no target.
         prompts: prompt length of each sequence; its tokens carry no loss.
         parent: the policy whose p the clean rows are to keep; None learns the targets.
+        add_up: sums over the processes that share a step; they all must make this call. None but this one by default.
     """
     hidden_TD = policy(layout, routing=routing)
-    prompt_T = torch.tensor(prompts)[layout.sequence_T]
-    clean_T = layout.block_T == CLEAN
-    ar_rows = torch.nonzero(clean_T & (target_T >= 0) & (layout.position_T >= prompt_T - 1))[:, 0]
-    logits_RV = policy.head(hidden_TD[ar_rows]).float()
-    ce = F.cross_entropy(logits_RV, target_T[ar_rows])
-    ar = ce if parent is None else kept(parent, layout, clean_T, ar_rows, logits_RV)
-    mask_rows = torch.nonzero(~clean_T & (target_T >= 0))[:, 0]
-    if not len(mask_rows):
-        return Losses(ar, ce.item(), 0.0, 0.0)
-    drafted, draft_ce, overlap = draft_loss(policy, hidden_TD, layout, target_T, ar_rows, logits_RV, mask_rows, draft)
-    return Losses((alpha * ar + drafted) / (1 + alpha), ce.item(), draft_ce, overlap)
-
-
-def kept(
-    parent: Policy, layout: TokenLayout, clean_T: torch.Tensor, ar_rows: torch.Tensor, logits_RV: torch.Tensor
-) -> torch.Tensor:
-    """Mean KL(p_parent || p) of the clean rows `ar_rows`, whose logits under the policy are `logits_RV`."""
-    texts = [layout.token_T[clean_T & (layout.sequence_T == s)].tolist() for s in range(layout.sequences)]
-    among_clean = clean_T.cumsum(0)[ar_rows] - 1
-    with torch.no_grad():
-        hidden_TD = parent(causal(texts).to(layout.token_T.device))
-        logp_RV = parent.head(hidden_TD[among_clean]).float().log_softmax(-1)
-    return F.kl_div(logits_RV.log_softmax(-1), logp_RV, reduction="batchmean", log_target=True)
+    rows = LossRows.of(layout, target_T, prompts)
+    parent_RD = None if parent is None else _parent_states(parent, layout, rows)
+    heads = Heads(policy, parent, distil=draft.tv > 0 or draft.kl > 0)
+    terms = _terms(heads, hidden_TD, rows, parent_RD)
+    count = add_up(torch.tensor(float(len(rows.clean_R)), device=hidden_TD.device))
+    cross_entropy = terms.nll_R.sum() / count
+    ar = cross_entropy if parent is None else terms.kept_R.sum() / count
+    masks = add_up(torch.tensor(float(len(rows.mask_M)), device=hidden_TD.device))
+    if not masks:
+        return Losses(ar, cross_entropy.item(), 0.0, 0.0)
+    drafted, nll, overlap = _draft_loss(policy, hidden_TD, layout, rows, terms, draft, add_up, masks)
+    return Losses((alpha * ar + drafted) / (1 + alpha), cross_entropy.item(), nll, overlap)
 
 
 def draft_loss(
@@ -82,28 +87,75 @@ def draft_loss(
     hidden_TD: torch.Tensor,
     layout: TokenLayout,
     target_T: torch.Tensor,
-    ar_rows: torch.Tensor,
-    logits_RV: torch.Tensor,
-    mask_rows: torch.Tensor,
+    prompts: Sequence[int],
     draft: DraftLoss,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, float, float]:
-    """L_draft of the mask rows, their mean cross-entropy (nats) and their mean overlap with p.
+    """L_draft of a pack whose hidden states are known, with p and q at `temperature`; the draft's mean cross-entropy (nats);
+    the mean overlap of p and q. For trainers with a loss of their own on the clean rows."""
+    rows = LossRows.of(layout, target_T, prompts)
+    if not len(rows.mask_M):
+        return hidden_TD.new_zeros(()), 0.0, 0.0
+    heads = Heads(policy, temperature=temperature, distil=draft.tv > 0 or draft.kl > 0)
+    terms = _terms(heads, hidden_TD, rows, None, own_loss=False)
+    masks = torch.tensor(float(len(rows.mask_M)))
+    return _draft_loss(policy, hidden_TD, layout, rows, terms, draft, lambda value: value, masks, temperature)
 
-    Args:
-        ar_rows: clean rows whose logits `logits_RV` are; every mask row's predecessor position is among them.
-        mask_rows: rows to train, each with a target.
-    """
-    logq_MV = policy.head(hidden_TD[mask_rows]).float().log_softmax(-1)
-    ce_M = F.nll_loss(logq_MV, target_T[mask_rows], reduction="none")
-    # The clean row that predicts the same position as mask row i is the one at position_i - 1 of its sequence.
-    place = torch.full((layout.sequences, int(layout.position_T.max()) + 1), -1)
-    place[layout.sequence_T[ar_rows], layout.position_T[ar_rows]] = torch.arange(len(ar_rows))
-    teacher = place[layout.sequence_T[mask_rows], layout.position_T[mask_rows] - 1]
-    p_MV = logits_RV.detach().softmax(-1)[teacher]
-    q_MV = logq_MV.exp()
-    tv_M = 0.5 * (p_MV - q_MV).abs().sum(-1)
-    loss_M = draft.ce * ce_M + draft.tv * tv_M
-    if draft.kl:
-        loss_M = loss_M + draft.kl * (torch.xlogy(p_MV, p_MV) - p_MV * logq_MV).sum(-1)
-    weight_M = draft.slot_decay ** (layout.position_T - layout.limit_T - 1)[mask_rows].float()
-    return (loss_M * weight_M).sum() / weight_M.sum(), ce_M.mean().item(), 1.0 - tv_M.mean().item()
+
+def _terms(
+    heads: Heads, hidden_TD: torch.Tensor, rows: LossRows, parent_RD: torch.Tensor | None, own_loss: bool = True
+) -> Terms:
+    clean_RD = hidden_TD[rows.clean_R]
+    return compare(
+        heads, clean_RD if own_loss else clean_RD.detach(), rows.target_R, hidden_TD[rows.mask_M], rows.teacher_M,
+        rows.previous_M, rows.target_M, parent_RD,
+    )  # fmt: skip
+
+
+def _draft_loss(
+    policy: Policy,
+    hidden_TD: torch.Tensor,
+    layout: TokenLayout,
+    rows: LossRows,
+    terms: Terms,
+    draft: DraftLoss,
+    add_up: AddUp,
+    masks: torch.Tensor,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, float, float]:
+    loss_M = draft.ce * terms.nll_M
+    if draft.tv or draft.kl:
+        loss_M = loss_M + draft.tv * terms.tv_M + draft.kl * terms.kl_M
+    overlap_M = 1 - terms.tv_M.detach()
+    weight_M = draft.slot_decay ** rows.slot_M.float()
+    if draft.slots == "reached":
+        weight_M = weight_M * chance_reached(overlap_M, rows.block_M, rows.slot_M)
+    elif draft.slots == "accepted":
+        accepted_M = (-terms.nll_M.detach() - terms.logp_M).clamp_max(0).exp()
+        weight_M = weight_M * chance_reached(accepted_M, rows.block_M, rows.slot_M)
+    loss = (loss_M * weight_M).sum() / add_up(weight_M.sum())
+    if draft.sampled:
+        sampled = sampled_drafts(policy, hidden_TD, layout, rows, temperature)
+        weight_M = draft.slot_decay ** sampled.slot_M.float()
+        weight_M = weight_M * chance_reached(sampled.accepted_M, sampled.block_M, sampled.slot_M)
+        # Its target is p, so cross-entropy is KL up to a constant.
+        loss_M = draft.tv * sampled.terms.tv_M + (draft.ce + draft.kl) * sampled.terms.kl_M
+        loss = loss + draft.sampled * (loss_M * weight_M).sum() / add_up(weight_M.sum())
+    return loss, (terms.nll_M.detach().sum() / masks).item(), (overlap_M.sum() / masks).item()
+
+
+def chance_reached(accepted_M: torch.Tensor, block_M: torch.Tensor, slot_M: torch.Tensor) -> torch.Tensor:
+    """Product, over the slots before each row in its block, of the chance that a draft there is accepted."""
+    blocks, number_M = block_M.unique(return_inverse=True)
+    chance_CB = accepted_M.new_ones(len(blocks), int(slot_M.max()) + 2)
+    chance_CB[number_M, slot_M + 1] = accepted_M
+    return chance_CB.cumprod(1)[number_M, slot_M]
+
+
+def _parent_states(parent: Policy, layout: TokenLayout, rows: LossRows) -> torch.Tensor:
+    """The parent's hidden states of the clean rows with loss."""
+    clean_T = layout.block_T == CLEAN
+    texts = [layout.token_T[clean_T & (layout.sequence_T == s)].tolist() for s in range(layout.sequences)]
+    with torch.no_grad():
+        hidden_TD = parent(causal(texts).to(layout.token_T.device))
+    return hidden_TD[clean_T.cumsum(0)[rows.clean_R] - 1]
