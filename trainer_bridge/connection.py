@@ -108,8 +108,14 @@ class Connection:
             raise
 
     def send(self, message: Message) -> None:
-        """Queues a message for the gateway. Raises SessionLost when it cannot leave."""
-        if self._link is None or not self._link.send(encode(message), SILENCE_S):
+        """Queues a message for the gateway. Raises SessionLost when it cannot leave, or what the gateway said last."""
+        if self._link is None:
+            raise SessionLost
+        if not self._link.send(encode(message), SILENCE_S):
+            for frames in self._link.receive(0.0):
+                last = decode(frames)
+                if isinstance(last, Refused) and not last.about:
+                    raise refusal(last)
             raise SessionLost
 
     def receive(self, wait: float) -> list[Message]:

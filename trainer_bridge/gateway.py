@@ -30,7 +30,7 @@ from .pushes import PushDesk
 from .sessions import Figures, Sessions
 from .transport import Router, ServerKeys
 
-RETRY_S, FULL_S, IDLE_S, FAREWELL_S = 0.5, 0.02, 0.25, 0.5
+RETRY_S, FULL_S, IDLE_S, FAREWELL_S = 0.5, 0.02, 0.25, 3.0
 BURST = 64
 """Messages read before the other work has its turn."""
 
@@ -125,17 +125,26 @@ class Gateway:
         except BaseException as error:
             # Kept for wait() and stop(), which raise it to the gateway's owner.
             self._error = error
-            self._sessions.fail(f"the gateway failed: {type(error).__name__}: {error}")
+            self._farewell(f"the gateway failed: {type(error).__name__}: {error}")
         finally:
             self._driver.stop(30.0)
-            if self._error is not None:
-                # A peer that still sends resets the closed connection, and a reset discards what it has not read yet.
-                time.sleep(FAREWELL_S)
             self._router.close(5.0)
             self._ledger.close()
             with self._lock:
                 self._wake_in.close()
                 self._wake_out.close()
+
+    def _farewell(self, why: str) -> None:
+        """Tells every client why the gateway ends, and waits until they have left, as who heard it does.
+
+        A connection closed over bytes nobody read is reset, and a reset discards what the peer has not read yet: so
+        what they send is read to the end.
+        """
+        deadline = time.monotonic() + FAREWELL_S
+        while self._sessions.fail(why) and time.monotonic() < deadline:
+            self._router.socket.poll(int(1000 * FULL_S))
+            while self._router.receive() is not None:
+                pass
 
     def _turn(self) -> bool:
         """One round of everything there is to do; whether something waits for a full peer or the disk."""

@@ -162,10 +162,12 @@ class Sessions:
                 waiting |= not self._deliver(session)
         return waiting
 
-    def fail(self, text: str) -> None:
-        """Tells every client that the gateway ends because of an error."""
-        for session in self._open.values():
-            self._router.send(session.peer, encode(Refused("", "cluster", text[:1000])))
+    def fail(self, text: str) -> int:
+        """Tells every client that the gateway ends because of an error; how many are still there."""
+        for session in list(self._open.values()):
+            if self._router.send(session.peer, encode(Refused("", "cluster", text[:1000]))) == "gone":
+                self._drop(session)
+        return len(self._open)
 
     def _hello(self, inbound: Inbound, hello: Hello) -> None:
         keys = self._router.keys

@@ -100,6 +100,22 @@ def test_bug_of_the_backend_ends_the_gateway_and_is_raised(tmp_path: Path) -> No
         gateway.stop()
 
 
+def test_client_that_was_busy_elsewhere_hears_why_the_gateway_ended(tmp_path: Path) -> None:
+    class Buggy(ToyBackend):
+        def poll(self, timeout: float) -> list[Completed]:
+            raise KeyError("bug")
+
+    backend = ToyBackend()
+    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l").start()
+    with connect(gateway.address) as client:
+        client.generate([request("a")])
+        backend.__class__ = Buggy
+        with pytest.raises(KeyError):
+            gateway.wait(20)
+        with pytest.raises(ClusterError, match="KeyError"):
+            client.submit([request("b")])
+
+
 def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: Serve) -> None:
     gateway = serve(ToyBackend(rate=0.0), max_ledger_bytes=400_000)
     backend: Any = gateway._cluster
