@@ -1,7 +1,8 @@
 """Tasks, their disjoint splits, and their verifier.
 
 Invariants:
-- A task is a function of its id, `family:index`; nothing else has to be stored to make it again.
+- A task is a function of its id, `family:index` (`family(option=value):index` at another difficulty than the family's
+  own); nothing else has to be stored to make it again.
 - A task's split is a function of its question's text, so no question is ever in two splits, whatever the seeds.
 - The verdict is reasoning-gym's own verifier's, and only full marks count.
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -24,6 +26,7 @@ Split = Literal["train", "rl", "heldout"]
 SPLITS: dict[Split, range] = {"train": range(0, 80), "rl": range(80, 90), "heldout": range(90, 100)}
 """Percentiles of the question's hash that belong to each split."""
 
+_ID = re.compile(r"(?P<family>\w+)(\((?P<options>[\w=,-]+)\))?:(?P<index>[0-9]+)")
 _INDICES = 10**9
 _SEED = 20_011
 
@@ -52,17 +55,24 @@ def families() -> tuple[str, ...]:
 
 
 @cache
-def _dataset(family: str) -> Any:
-    return reasoning_gym.create_dataset(family, size=_INDICES, seed=_SEED, **FAMILIES[family].difficulty)
+def _dataset(family: str, options: str = "") -> Any:
+    """reasoning-gym's data set; `options` is the part of an id in parentheses."""
+    changes = {name: int(value) for name, _, value in (o.partition("=") for o in options.split(",") if o)}
+    difficulty = {**FAMILIES[family].difficulty, **changes}
+    try:
+        return reasoning_gym.create_dataset(family, size=_INDICES, seed=_SEED, **difficulty)
+    except (TypeError, AssertionError) as error:
+        remedy = f"use options like those the family has, {dict(FAMILIES[family].difficulty)}"
+        raise DataError("difficulty", f"{family} cannot take {changes} ({error})", remedy) from error
 
 
 def task_from_id(task_id: str) -> Task:
-    """The task of an id `family:index`; DataError for anything else."""
-    family, _, index = task_id.partition(":")
-    if family not in FAMILIES or not index.isdecimal() or int(index) >= _INDICES:
+    """The task of an id; DataError for anything else."""
+    match = _ID.fullmatch(task_id)
+    if match is None or match["family"] not in FAMILIES or int(match["index"]) >= _INDICES:
         raise DataError("task id", f"{task_id!r} names no task", f"use family:index with a family of {families()}")
-    entry = _dataset(family)[int(index)]
-    writer = FAMILIES[family]
+    family, writer = match["family"], FAMILIES[match["family"]]
+    entry = _dataset(family, match["options"] or "")[int(match["index"])]
     steps = ";".join(writer.steps(entry["metadata"]))
     return Task(
         id=task_id,
@@ -80,25 +90,37 @@ def split_of(prompt: str) -> Split:
     return next(name for name, share in SPLITS.items() if percentile in share)
 
 
-def make_tasks(split: Split, count: int, seed: int = 0, only: Sequence[str] | None = None) -> list[Task]:
+def make_tasks(
+    split: Split,
+    count: int,
+    seed: int = 0,
+    only: Sequence[str] | None = None,
+    difficulty: Mapping[str, Mapping[str, int]] | None = None,
+) -> list[Task]:
     """`count` tasks of one split, families in turn, no question twice.
 
     Args:
         seed: other seeds draw other tasks of the same split.
         only: families to draw from; all by default.
+        difficulty: by family, options of its reasoning-gym data set that replace the family's own.
     """
     if split not in SPLITS:
         raise DataError("split", f"unknown split {split!r}", f"use one of {', '.join(SPLITS)}")
     chosen = tuple(only) if only else families()
     if unknown := set(chosen) - set(FAMILIES):
         raise DataError("families", f"unknown families {sorted(unknown)}", f"use some of {', '.join(families())}")
+    options = {family: ",".join(f"{k}={v}" for k, v in sorted(changes.items()))
+               for family, changes in (difficulty or {}).items() if changes}
+    if unknown := set(options) - set(FAMILIES):
+        raise DataError("difficulty", f"unknown families {sorted(unknown)}", f"use some of {', '.join(families())}")
+    named = {family: f"{family}({options[family]})" if family in options else family for family in chosen}
     draws = {family: random.Random(f"{split}/{family}/{seed}") for family in chosen}
     tasks: list[Task] = []
     seen: set[str] = set()
     attempts = 0
     while len(tasks) < count:
         family = chosen[len(tasks) % len(chosen)]
-        task = task_from_id(f"{family}:{draws[family].randrange(_INDICES)}")
+        task = task_from_id(f"{named[family]}:{draws[family].randrange(_INDICES)}")
         attempts += 1
         if split_of(task.prompt) == split and task.prompt not in seen:
             seen.add(task.prompt)

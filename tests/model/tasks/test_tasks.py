@@ -19,6 +19,22 @@ def test_a_task_is_a_function_of_its_id():
         assert again.entry == task.entry
 
 
+def test_another_difficulty_is_part_of_the_id():
+    easier = {"chain_sum": {"max_terms": 3, "max_digits": 2}}
+    tasks = make_tasks("train", 30, only=["chain_sum", "gcd"], difficulty=easier)
+    sums = [t for t in tasks if t.family == "chain_sum"]
+    assert all(len(re.findall("[+-]", t.prompt)) == 2 and score(t, t.completion) == 1.0 for t in sums)
+    assert all(task_from_id(t.id) == t for t in tasks)
+    assert sums[0].id.startswith("chain_sum(max_digits=2,max_terms=3):")
+    assert [t.id for t in tasks[1::2]] == [t.id for t in make_tasks("train", 30, only=["chain_sum", "gcd"])[1::2]]
+
+
+@pytest.mark.parametrize("bad", [{"gcd": {"colour": 3}}, {"gcd": {"min_value": 10, "max_value": 1}}, {"nothing": {"a": 1}}])
+def test_impossible_difficulties_are_refused(bad):
+    with pytest.raises(DataError, match="difficulty"):
+        make_tasks("train", 1, only=["gcd"], difficulty=bad)
+
+
 @pytest.mark.parametrize("bad", ["gcd", "gcd:x", "nothing:3", "gcd:1000000000"])
 def test_other_ids_are_refused(bad):
     with pytest.raises(DataError, match="names no task"):
