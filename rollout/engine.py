@@ -10,7 +10,7 @@ Legend: S sequences of the step, D of them decoding, T rows, M most drafts, R = 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,8 +91,8 @@ class Engine:
         """Samples are waiting or running."""
         return self.scheduler.pending > 0
 
-    def add(self, request: RolloutRequest) -> None:
-        """Queue a request's samples; RequestError if this policy cannot serve it."""
+    def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
+        """Queue a request's samples, but for the numbers in `without`; RequestError if this policy cannot serve it."""
         config, prompt, params = self.policy.config, request.prompt_tokens, request.params
         most = config.max_position_embeddings
         if len(prompt) >= most:
@@ -115,6 +115,8 @@ class Engine:
             )  # fmt: skip
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*self.policy.eos_token_ids})
         for number in range(request.samples):
+            if number in without:
+                continue
             sample = Sample(request, number, limit, list(prompt), stops, self._arrivals)
             if params.routed_experts:
                 sample.experts = np.full((limit, config.num_hidden_layers), -1, dtype=np.int16)
@@ -163,6 +165,13 @@ class Engine:
         self.scheduler.forget_prompts()
         if in_flight == "recompute":
             self.scheduler.recompute()
+
+    def abort(self) -> list[Trajectory]:
+        """End every unfinished sample where it is; their trajectories, oldest first, some perhaps without a token."""
+        ended = self.scheduler.clear()
+        for sample in ended:
+            sample.finish = "abort"
+        return [sample.trajectory() for sample in ended]
 
     def drop(self, request_id: str) -> None:
         """Give up a request; its samples never finish."""

@@ -46,6 +46,15 @@ class Scheduler:
             self.retire(sample)
         self._forget_prompt(request_id)
 
+    def clear(self) -> list[Sample]:
+        """Give up every sample, and return them, oldest first."""
+        given_up = sorted([*self.running, *(s for *_, s in self._waiting)], key=lambda s: (s.arrival, s.number))
+        for sample in list(self.running):
+            self._give_up(sample)
+        self._waiting.clear()
+        self.forget_prompts()
+        return given_up
+
     def retire(self, sample: Sample) -> None:
         """A finished sample gives its place back."""
         self._give_up(sample)
