@@ -1,0 +1,130 @@
+"""How a kernel is launched, and how the check sees what would be launched.
+
+Invariants:
+- Host code launches kernels through `launch` only. Under `record` nothing runs: the launches are noted instead. Host code
+  is therefore free of host synchronisation and runs on `meta` tensors, which cost no memory.
+- Choices that depend on the machine ask `architecture()`, never torch, so that the check makes them as the machine would.
+- Nothing here imports triton; `kernels/<op>/triton.py` does, and is imported on machines with an accelerator, under the
+  interpreter, and by the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: programs per axis.
+        arguments: everything it takes by name: tensors, numbers, constexprs.
+        warps, stages: of the launch.
+        dot_rows: rows of the largest matrix product in it (M of its tiles); 0 where it has none. Such a launch must
+            compile to matrix instructions: MFMA, on Hopper wgmma from 64 rows and warp-level mma below.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+    dot_rows: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A policy's sizes, and the packs an engine runs on it.
+
+    Attributes:
+        conv: taps of the two CCA convolutions.
+        rotary: features RoPE turns, of head_dim.
+        window: sliding window, or None.
+        sequences: batch sizes.
+        rows: rows per sequence of a decode step, verify rows and mask blocks together.
+        prefill: rows of a prefill chunk.
+        pages: positions in the K/V pool of one layer; `large_pages` makes one of its pools larger than 2 GiB.
+    """
+
+    name: str
+    dtype: torch.dtype
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    conv: tuple[int, int]
+    experts: int
+    ffn: int
+    router: int
+    vocab: int
+    window: int | None
+    page_size: int
+    sequences: tuple[int, ...]
+    rows: tuple[int, ...]
+    prefill: int
+    context: int
+    positions: int
+    large_positions: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way the engine calls an op: `call` runs its host code on `meta` tensors.
+
+    `kernels/<op>/triton.py` yields them from `cases(shape)`, for every combination that may compile to other code: batch
+    sizes and rows that choose another tile, a pool or tensor over 2 GiB (`large` in its name).
+    """
+
+    name: str
+    call: Callable[[], object]
+
+
+_recording: list[Launch] | None = None
+_architecture: str | None = None
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+    if torch.cuda.is_available():
+        return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return "cpu"
+
+
+def architecture() -> str:
+    """`gfx942`, `gfx950`, `sm_90`, ..., or `cpu` (the interpreter)."""
+    return _architecture or _machine()
+
+
+@contextmanager
+def record(target: str) -> Iterator[list[Launch]]:
+    """Within it, host code decides as on `target` and launches nothing; yields the list of what it would have launched."""
+    global _recording, _architecture
+    before = _recording, _architecture
+    _recording, _architecture = launches, _ = [], target
+    try:
+        yield launches
+    finally:
+        _recording, _architecture = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 1, dot_rows: int = 0, **arguments: Any
+) -> None:
+    """Launch `kernel` over `grid`; the arguments are the kernel's own, by name. An empty grid launches nothing."""
+    if not all(grid):
+        return
+    if _recording is not None:
+        _recording.append(Launch(kernel, grid, arguments, warps, stages, dot_rows))
+        return
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
