@@ -88,6 +88,26 @@ def convert(config: ConfigArgument) -> None:
 
 
 @app.command()
+def ablate(
+    config: ConfigArgument,
+    workers: Annotated[int, typer.Option(help="Processes that train and measure.")] = 1,
+) -> None:
+    """Measure what each part of a conversion recipe is worth.
+
+    From one autoregressive parent, trains every variant of CONFIG with every seed at the same token budget, decodes each
+    with the engine, and writes a JSON, a Markdown table and a plot beside CONFIG, under its name. A finished cell is not
+    run again.
+
+    \b
+    Example:
+      blockroll ablate configs/conversion/ablation.yaml
+    """
+    from .rollout import ablation
+
+    ablation.ablate(config, workers)
+
+
+@app.command()
 def generate(
     policy: PolicyOption,
     input: InputOption,

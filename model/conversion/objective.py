@@ -19,7 +19,7 @@ Legend: T rows, M mask rows with loss, C blocks, B slots of the longest block, V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +30,11 @@ from .compare import Heads, LossRows, Terms, compare
 from .config import DraftLoss
 from .sampled import sampled_drafts
 
-AddUp = Callable[[torch.Tensor], torch.Tensor]
-"""The sum of a tensor over the processes of a run."""
-
 
 @dataclass(frozen=True)
 class Losses:
     """The loss to differentiate and what it is made of (detached): cross-entropies in nats per token, and overlap, the
-    mean of sum_v min(p, q): the chance that a draft is accepted at temperature 1.
-
-    Of several processes, each holds its share of the means over all of them: shares, and their gradients, add up.
-    """
+    mean of sum_v min(p, q): the chance that a draft is accepted at temperature 1."""
 
     total: torch.Tensor
     ar: float
@@ -57,7 +51,6 @@ def objective(
     draft: DraftLoss,
     routing: Routing | None = None,
     parent: Policy | None = None,
-    add_up: AddUp = lambda value: value,
 ) -> Losses:
     """Losses of one pack.
 
@@ -65,20 +58,17 @@ def objective(
         target_T: as `layout.diffusion` or a shifted causal pack gives it; -100 where there is no target.
         prompts: prompt length of each sequence; its tokens carry no loss.
         parent: the policy whose p the clean rows are to keep; None learns the targets.
-        add_up: sums over the processes that share a step; they all must make this call. None but this one by default.
     """
     hidden_TD = policy(layout, routing=routing)
     rows = LossRows.of(layout, target_T, prompts)
     parent_RD = None if parent is None else _parent_states(parent, layout, rows)
     heads = Heads(policy, parent, distil=draft.tv > 0 or draft.kl > 0)
     terms = _terms(heads, hidden_TD, rows, parent_RD)
-    count = add_up(torch.tensor(float(len(rows.clean_R)), device=hidden_TD.device))
-    cross_entropy = terms.nll_R.sum() / count
-    ar = cross_entropy if parent is None else terms.kept_R.sum() / count
-    masks = add_up(torch.tensor(float(len(rows.mask_M)), device=hidden_TD.device))
-    if not masks:
+    cross_entropy = terms.nll_R.mean()
+    ar = cross_entropy if parent is None else terms.kept_R.mean()
+    if not len(rows.mask_M):
         return Losses(ar, cross_entropy.item(), 0.0, 0.0)
-    drafted, nll, overlap = _draft_loss(policy, hidden_TD, layout, rows, terms, draft, add_up, masks)
+    drafted, nll, overlap = _draft_loss(policy, hidden_TD, layout, rows, terms, draft)
     return Losses((alpha * ar + drafted) / (1 + alpha), cross_entropy.item(), nll, overlap)
 
 
@@ -98,8 +88,7 @@ def draft_loss(
         return hidden_TD.new_zeros(()), 0.0, 0.0
     heads = Heads(policy, temperature=temperature, distil=draft.tv > 0 or draft.kl > 0)
     terms = _terms(heads, hidden_TD, rows, None, own_loss=False)
-    masks = torch.tensor(float(len(rows.mask_M)))
-    return _draft_loss(policy, hidden_TD, layout, rows, terms, draft, lambda value: value, masks, temperature)
+    return _draft_loss(policy, hidden_TD, layout, rows, terms, draft, temperature)
 
 
 def _terms(
@@ -119,8 +108,6 @@ def _draft_loss(
     rows: LossRows,
     terms: Terms,
     draft: DraftLoss,
-    add_up: AddUp,
-    masks: torch.Tensor,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, float, float]:
     loss_M = draft.ce * terms.nll_M
@@ -133,15 +120,15 @@ def _draft_loss(
     elif draft.slots == "accepted":
         accepted_M = (-terms.nll_M.detach() - terms.logp_M).clamp_max(0).exp()
         weight_M = weight_M * chance_reached(accepted_M, rows.block_M, rows.slot_M)
-    loss = (loss_M * weight_M).sum() / add_up(weight_M.sum())
+    loss = (loss_M * weight_M).sum() / weight_M.sum()
     if draft.sampled:
         sampled = sampled_drafts(policy, hidden_TD, layout, rows, temperature)
         weight_M = draft.slot_decay ** sampled.slot_M.float()
         weight_M = weight_M * chance_reached(sampled.accepted_M, sampled.block_M, sampled.slot_M)
         # Its target is p, so cross-entropy is KL up to a constant.
         loss_M = draft.tv * sampled.terms.tv_M + (draft.ce + draft.kl) * sampled.terms.kl_M
-        loss = loss + draft.sampled * (loss_M * weight_M).sum() / add_up(weight_M.sum())
-    return loss, (terms.nll_M.detach().sum() / masks).item(), (overlap_M.sum() / masks).item()
+        loss = loss + draft.sampled * (loss_M * weight_M).sum() / weight_M.sum()
+    return loss, terms.nll_M.mean().item(), overlap_M.mean().item()
 
 
 def chance_reached(accepted_M: torch.Tensor, block_M: torch.Tensor, slot_M: torch.Tensor) -> torch.Tensor:

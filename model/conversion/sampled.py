@@ -24,14 +24,17 @@ from .compare import Heads, LossRows, Terms, compare
 
 @dataclass(frozen=True)
 class Sampled:
-    """Drafted rows.
+    """Drafted rows, block by block.
 
     Attributes:
+        start_C: position each block begins at. drafts_CB: its drafts, those of shorter blocks filled up.
         terms: of q at the drafts' slots against p after the drafts before them.
         accepted_M: min(1, p / q) of each draft, 0 for an end of sequence: the chance to go on after it.
         block_M, slot_M: number of the block and place in it.
     """
 
+    start_C: torch.Tensor
+    drafts_CB: torch.Tensor
     terms: Terms
     accepted_M: torch.Tensor
     block_M: torch.Tensor
@@ -80,7 +83,7 @@ def sampled_drafts(
     ends = torch.tensor(policy.eos_token_ids, dtype=torch.int64, device=device)
     accepted_M = (terms.logp_M + terms.nll_M.detach()).clamp_max(0).exp().masked_fill(torch.isin(token_M, ends), 0.0)
     block_CB = torch.arange(len(chosen), device=device)[:, None].expand_as(row_CB)
-    return Sampled(terms, accepted_M, block_CB[real_CB], slot_CB[real_CB])
+    return Sampled(start_C, token_CB, terms, accepted_M, block_CB[real_CB], slot_CB[real_CB])
 
 
 def _draft(
