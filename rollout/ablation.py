@@ -121,11 +121,10 @@ def ablate(
             progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")
             if fresh:
                 # A long run: show what there is after every cell.
-                _write(path, config, [row for cell in cells if (row := _figures(cell, config.output)) is not None])
+                _write(path, config, _finished(cells, config.output))
                 if on_cell is not None:
                     on_cell(row)
-    rows = [row for cell in cells if (row := _figures(cell, config.output)) is not None]
-    _write(path, config, rows)
+    _write(path, config, _finished(cells, config.output))
     return path.with_suffix(".json")
 
 
@@ -195,6 +194,10 @@ def _figures(cell: Cell, output: str) -> dict[str, Any] | None:
     path = cell.directory(output) / "figures.json"
     # The name of a variant is not part of what makes a cell.
     return {**json.loads(path.read_text()), "variant": cell.variant} if path.is_file() else None
+
+
+def _finished(cells: Sequence[Cell], output: str) -> list[dict[str, Any]]:
+    return [figures for cell in cells if (figures := _figures(cell, output)) is not None]
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
