@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# Kernels run in Triton's interpreter here. It asks once, when triton is first imported, which transformers does.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
