@@ -7,7 +7,10 @@ Invariants:
 - Every process of a group makes the same sequence of calls here. One that is lost ends the others.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) holds parameters, gradients and optimiser states in shards, gathered layer by
-layer; embedding and head, which share a matrix, stay gathered from the forward pass to the end of the backward pass.
+layer; embedding and heads, which share a matrix, stay gathered from the forward pass to the end of the backward pass. So
+`Policy.head` may be called between the two as often as a process likes. It must not become an FSDP forward method: its calls
+would then take part in the order in which layers are gathered, and processes that cut their rows into different numbers of
+chunks would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...errors import ClusterError, InvalidInput
@@ -123,8 +126,6 @@ def shard(policy: Policy, group: Group, compute: torch.dtype) -> Policy:
     for layer in policy.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=mixed)
     fully_shard(policy, mesh=mesh, mp_policy=mixed)
-    for method in ("head", "draft_head"):
-        register_fsdp_forward_method(policy, method)
     whole = cast(FSDPModule, policy)
     whole.set_reduce_scatter_unused_params(True)
     for module in (whole, *(cast(FSDPModule, layer) for layer in policy.model.layers)):

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 
-from ...errors import ConfigError, InvalidInput
+from ...errors import ConfigError, DataError, InvalidInput
 from ...files import append_jsonl, read_jsonl, write_atomic
 from ..experts import Router
-from ..layout import CLEAN, TokenLayout, causal, diffusion
+from ..layout import TokenLayout, causal, diffusion
 from ..policy import Policy, Routing
 from .checkpoints import Checkpoints, prepare_states, training_state
+from .compare import LossRows
 from .config import ConversionConfig, Stage
 from .data import Document, cut_blocks, packs
 from .distributed import Group, clip_gradients, shard
@@ -47,7 +48,7 @@ class Pack:
         tokens: clean tokens.
         ar_rows: clean rows with a loss.
         draft_rows: mask rows with a loss.
-        draft_weight: sum of their weights.
+        draft_weight: sum of slot_decay ** slot over them.
     """
 
     layout: TokenLayout
@@ -69,14 +70,12 @@ class Pack:
         else:
             layout, target_T = diffusion(texts, [cut_blocks(d, stage, draw) for d in documents], mask_token)
         prompts = [d.prompt for d in documents]
-        clean_T, has_target_T = layout.block_T == CLEAN, target_T >= 0
-        answer_T = layout.position_T >= torch.tensor(prompts)[layout.sequence_T] - 1
-        mask_T = ~clean_T & has_target_T
-        slot_M = (layout.position_T - layout.limit_T - 1)[mask_T]
-        return cls(
-            layout, target_T, prompts, sum(map(len, texts)), int((clean_T & has_target_T & answer_T).sum()),
-            int(mask_T.sum()), float((stage.draft.slot_decay ** slot_M.double()).sum()),
-        )  # fmt: skip
+        rows = LossRows.of(layout, target_T, prompts)
+        if not len(rows.clean_R) or (stage.kind == "diffusion" and not len(rows.mask_M)):
+            raise DataError("data", f"{len(texts)} document(s) of {sum(map(len, texts))} tokens have nothing to learn in them",
+                            "give documents with an answer after their prompt")  # fmt: skip
+        weight_M = stage.draft.slot_decay ** rows.slot_M.double()
+        return cls(layout, target_T, prompts, sum(map(len, texts)), len(rows.clean_R), len(rows.mask_M), float(weight_M.sum()))
 
 
 @dataclass(frozen=True)
