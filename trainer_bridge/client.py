@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import InvalidInput, RequestError, TransportError
+from ..rollout.backend import IN_FLIGHT_POLICIES
 from ..rollout.types import RolloutRequest, Trajectory, order_by_id
 from .connection import Connection, RequestRefused
 from .control import ControlPlane
@@ -175,13 +176,17 @@ class RolloutClient:
         Args:
             version: the serving version + 1, or any greater one with `allow_gap`. One that was committed already with the
                 same content is left as it is.
-            in_flight: what happens to sequences in flight at the commit: `finish`, or what else the cluster offers.
+            in_flight: what happens to sequences in flight at the commit: `finish` waits for them; `keep` goes on, each
+                token tagged with its version; `recompute` prefills them again under the new weights; `abort` ends them
+                where they are. A cluster may offer `finish` alone.
 
         Raises TransportError (wrong tensors, version or digest; no control key; no gateway) or ClusterError (an engine
         could not take it): the old version then serves.
         """
         if type(version) is not int or version < 1:
             raise InvalidInput("version", f"{version!r} is not a positive integer", "count versions from 1")
+        if in_flight not in IN_FLIGHT_POLICIES:
+            raise InvalidInput("in_flight", f"unknown policy {in_flight!r}", f"use one of {', '.join(IN_FLIGHT_POLICIES)}")
         self._enter()
         self._deliveries.drive(lambda: not self._deliveries.acknowledging)
         serving = self._plane().push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)

@@ -6,7 +6,8 @@ Invariants:
 - A batch reaches the cluster whole, in one call, under one epoch; outputs of another epoch are refused by the ledger.
 - Memory is bounded: payloads stay in the ledger until the client's credit asks for them, at most `max_in_flight` samples
   are with the cluster (one batch may exceed it), and a peer that does not read is forgotten.
-- A full disk or a cluster without engines stops the work that needs it, is told to clients as a notice, and is retried.
+- A full disk or a cluster without engines stops the work that needs it, is told to clients as a notice, and is retried;
+  with `disk_patience` a disk that stays full for so long ends the gateway.
 """
 
 from __future__ import annotations
@@ -47,14 +48,18 @@ class Gateway:
         max_ledger_bytes: size the ledger may reach; None for what the disk holds.
         lease_seconds: lease work again, under a new epoch, when it has not come back for so long; None never.
         push_idle_seconds: a weight push without a chunk for so long gives way to another one.
+        disk_patience: seconds a ledger that cannot be written is waited for; None for ever.
     """
 
     def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *,
                  keys: ServerKeys | None = None, max_in_flight: int = 4096, max_ledger_bytes: int | None = None,
-                 lease_seconds: float | None = None, push_idle_seconds: float = 60.0) -> None:
+                 lease_seconds: float | None = None, push_idle_seconds: float = 60.0,
+                 disk_patience: float | None = None) -> None:
         self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
         self._max_in_flight, self._max_bytes = max_in_flight, max_ledger_bytes
         self._lease_seconds, self._push_idle = lease_seconds, push_idle_seconds
+        self._disk_patience = disk_patience
+        self._refused: dict[str, float] = {}
         self._unrecorded: list[Completed] = []
         self._leases: dict[int, float] = {}
         self._revoked: set[int] = set()
@@ -125,7 +130,7 @@ class Gateway:
         except BaseException as error:
             # Kept for wait() and stop(), which raise it to the gateway's owner.
             self._error = error
-            self._farewell(f"the gateway failed: {type(error).__name__}: {error}")
+            self._farewell(error)
         finally:
             self._driver.stop(30.0)
             self._router.close(5.0)
@@ -134,14 +139,16 @@ class Gateway:
                 self._wake_in.close()
                 self._wake_out.close()
 
-    def _farewell(self, why: str) -> None:
+    def _farewell(self, error: BaseException) -> None:
         """Tells every client why the gateway ends, and waits until they have left, as who heard it does.
 
         A connection closed over bytes nobody read is reset, and a reset discards what the peer has not read yet: so
         what they send is read to the end.
         """
         deadline = time.monotonic() + FAREWELL_S
-        while self._sessions.fail(why) and time.monotonic() < deadline:
+        kind = "storage" if isinstance(error, StorageError) else "cluster"
+        why = str(error) if kind == "storage" else f"the gateway failed: {type(error).__name__}: {error}"
+        while self._sessions.fail(kind, why) and time.monotonic() < deadline:
             self._router.socket.poll(int(1000 * FULL_S))
             while self._router.receive() is not None:
                 pass
@@ -162,9 +169,13 @@ class Gateway:
         self._stopping = self._stopping or self._sessions.shutdown
         try:
             waiting |= self._sessions.work(now)
-            self._trouble.pop("send", None)
+            self._worked("send")
         except StorageError as error:
             self._failed("send", error, now)
+        if self._sessions.trouble is not None:
+            self._failed("acknowledge", self._sessions.trouble, now)
+        else:
+            self._worked("acknowledge")
         return waiting
 
     def _collect(self, now: float) -> bool:
@@ -187,7 +198,7 @@ class Gateway:
                 self._failed("record", error, now)
             else:
                 self._unrecorded.clear()
-                self._trouble.pop("record", None)
+                self._worked("record")
         return bool(self._unrecorded)
 
     def _dispatch(self, now: float) -> None:
@@ -205,7 +216,7 @@ class Gateway:
                     break
                 self._leases[leased[0]] = now
                 self._driver.submit(*leased)
-            self._trouble.pop("dispatch", None)
+            self._worked("dispatch")
         except StorageError as error:
             self._failed("dispatch", error, now)
 
@@ -218,6 +229,13 @@ class Gateway:
 
     def _failed(self, what: str, error: StorageError, now: float) -> None:
         self._trouble[what], self._retry[what] = str(error), now + RETRY_S
+        since = self._refused.setdefault(what, now)
+        if self._disk_patience is not None and now - since > self._disk_patience:
+            raise error
+
+    def _worked(self, what: str) -> None:
+        self._trouble.pop(what, None)
+        self._refused.pop(what, None)
 
     def _wake(self) -> None:
         # A pipe that is full is full of wake-ups already.
@@ -227,7 +245,7 @@ class Gateway:
 
     def _notice(self) -> str:
         """What keeps the service from working, in one line of at most 1000 characters."""
-        return "; ".join(filter(None, [*self._trouble.values(), self._sessions.trouble, *self._driver.notices()]))[:1000]
+        return "; ".join([*self._trouble.values(), *self._driver.notices()])[:1000]
 
     def _figures(self) -> Figures:
         counters = self._ledger.counters

@@ -115,7 +115,7 @@ class Trainer:
         rewards = self._rewards(chosen, trajectories, tasks.samples_per_prompt)
         figures, norm = self._update(step, trajectories, advantages(rewards).ravel())
         trained = time.monotonic()
-        version = self.client.push_weights(step, self._weights())
+        version = self.client.push_weights(step, self._weights(), in_flight=self.config.rollouts.in_flight)
         pushed = time.monotonic()
         tokens, forwards = (sum(f(t) for t in trajectories) for f in (lambda t: len(t.tokens), lambda t: t.forwards))
         self._tokens, self._forwards = self._tokens + tokens, self._forwards + forwards

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..model.conversion.config import DraftLoss
+from ..rollout.backend import InFlightPolicy
 from ..settings import Config
 
 
@@ -28,6 +29,7 @@ class Rollouts(Config):
     temperature: float = Field(1.0, gt=0)
     max_tokens: int = Field(192, ge=1)
     batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
+    in_flight: InFlightPolicy = Field("finish", description="what a weight version does to sequences in flight")
     ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
 

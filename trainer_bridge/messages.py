@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
+from ..rollout.backend import IN_FLIGHT_POLICIES
 from .codec import (
     MAX_HEADER,
     Buffer,
@@ -231,7 +232,7 @@ class PushBegin(Message):
     in_flight: str
     manifest: tuple[bytes, ...]
     KIND = 30
-    SCHEMA = (_NAME, Choice(("finish", "keep", "recompute", "abort")))
+    SCHEMA = (_NAME, Choice(IN_FLIGHT_POLICIES))
     BLOBS = Blobs(1, MAX_MANIFEST)
 
 

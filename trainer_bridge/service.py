@@ -12,6 +12,9 @@ from ..rollout.schedule import Schedule
 from .gateway import Gateway
 from .grpo_config import Rollouts
 
+DISK_PATIENCE_S = 5.0
+"""How long a full disk under the ledger may take to be freed before the service ends."""
+
 
 @contextmanager
 def serve(policy: str, rollouts: Rollouts, ledger: Path) -> Iterator[str]:
@@ -24,7 +27,7 @@ def serve(policy: str, rollouts: Rollouts, ledger: Path) -> Iterator[str]:
     config = EngineConfig(Schedule(rollouts.schedule, levels=rollouts.levels), max_batch=rollouts.batch)
     cluster = RayCluster(policy, config, actors=rollouts.actors, address=rollouts.ray_address)
     try:
-        with Gateway(cluster, rollouts.bind, ledger) as gateway:
+        with Gateway(cluster, rollouts.bind, ledger, disk_patience=DISK_PATIENCE_S) as gateway:
             yield gateway.address
     finally:
         cluster.close()

@@ -75,7 +75,7 @@ class Sessions:
         desk: takes pushes; set by the gateway before the first message.
         malformed: messages that could not be read, so far.
         shutdown: a control session asked the gateway to stop.
-        trouble: what the disk refused last, empty when it works.
+        trouble: why the disk refused an acknowledgement, until it takes one.
     """
 
     desk: PushDesk
@@ -86,7 +86,8 @@ class Sessions:
         self._version, self._notice, self._figures = version, notice, figures
         self._open: dict[bytes, Session] = {}
         self._probed = self._retry = 0.0
-        self.malformed, self.shutdown, self.trouble = 0, False, ""
+        self.malformed, self.shutdown = 0, False
+        self.trouble: StorageError | None = None
 
     def __len__(self) -> int:
         return len(self._open)
@@ -162,10 +163,10 @@ class Sessions:
                 waiting |= not self._deliver(session)
         return waiting
 
-    def fail(self, text: str) -> int:
+    def fail(self, kind: str, text: str) -> int:
         """Tells every client that the gateway ends because of an error; how many are still there."""
         for session in list(self._open.values()):
-            if self._router.send(session.peer, encode(Refused("", "cluster", text[:1000]))) == "gone":
+            if self._router.send(session.peer, encode(Refused("", kind, text[:1000]))) == "gone":
                 self._drop(session)
         return len(self._open)
 
@@ -218,9 +219,9 @@ class Sessions:
             try:
                 self._ledger.acknowledge(session.client, session.acks[0].keys)
             except StorageError as error:
-                self.trouble, self._retry = str(error), time.monotonic() + RETRY_S
+                self.trouble, self._retry = error, time.monotonic() + RETRY_S
                 return
-            self.trouble = ""
+            self.trouble = None
             self.reply(session.peer, Acked(session.acks.popleft().number))
 
     def _deliver(self, session: Session) -> bool:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 
 import numpy as np
-import psutil
 import pytest
+import ray
 import torch
 from transformers import ZayaConfig
 
 import blockroll
-from blockroll.errors import ClusterError
+from blockroll.errors import ClusterError, InvalidInput
 from blockroll.model.policy import Policy
+from blockroll.model.scoring import score
 from blockroll.rollout.cluster import RayCluster
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
+from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.records import decode_trajectory, encode_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +75,41 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
-def test_work_of_a_killed_actor_is_done_again(cluster):
-    before = cluster.restarts
-    cluster.submit(requests("c", 12, tokens=100), epoch=3)
-    os.kill(_actor_processes()[0], signal.SIGKILL)
-    done = collect(cluster, 24)
-    assert len({c.trajectory.key for c in done}) == 24
+def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir):
+    before, batch = cluster.restarts, requests("c", 40, tokens=100)
+    cluster.submit(batch, epoch=3)
+    done = collect(cluster, 10)
+    seat = cluster._seats[0]
+    os.kill(ray.get(seat.actor.stats.remote())["pid"], signal.SIGKILL)
+    done += collect(cluster, 80 - len(done))
     assert cluster.restarts == before + 1
+    assert cluster.poll(0.2) == []
+    got = order_by_id([c.trajectory for c in done])
+    expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).generate(batch)
+    assert [t.key for t in got] == [t.key for t in expected]
+    assert [t.tokens for t in got] == [t.tokens for t in expected]
+    again = ray.get(seat.actor.stats.remote())["decode_tokens"]
+    of_the_seat = sum(len(t.tokens) for t in got if t.request_id in {r.id for r in batch[0::2]})
+    assert 0 < again < of_the_seat
+
+
+def test_engines_that_die_again_and_again_end_their_share(cluster):
+    before = cluster.restarts
+    cluster.submit(requests("k", 40, tokens=100), epoch=4)
+    seat, done = cluster._seats[0], []
+    for death in range(1, 4):
+        ray.kill(seat.actor)
+        while cluster.restarts < before + death:
+            done += cluster.poll(0.5)
+    while any(seat.shares for seat in cluster._seats):
+        done += cluster.poll(0.5)
+    failed = {c.request_id: c.error for c in done if c.error}
+    samples = Counter(c.request_id for c in done if c.trajectory)
+    assert failed
+    assert all("3 engines died over it" in why and "\n" not in why and "Traceback" not in why for why in failed.values())
+    for i in range(40):
+        assert (samples[f"k{i:02d}"] == 2) != (f"k{i:02d}" in failed)
+        assert f"k{i:02d}" not in failed or i % 2 == 0
 
 
 def test_weights_are_taken_by_all_or_none(cluster, policy_dir):
@@ -88,9 +121,87 @@ def test_weights_are_taken_by_all_or_none(cluster, policy_dir):
         cluster.commit_weights(version + 1, broken)
     assert cluster.version == version
     cluster.commit_weights(version + 1, arrays)
-    cluster.submit(requests("d", 2), epoch=4)
+    cluster.submit(requests("d", 2), epoch=5)
     assert {int(v) for c in collect(cluster, 4) for v in c.trajectory.versions} == {version + 1}
 
 
-def _actor_processes():
-    return [p.pid for p in psutil.Process().children(recursive=True) if "ray::RolloutActor" in " ".join(p.cmdline())]
+@pytest.fixture
+def next_weights(cluster, policy_dir):
+    """Arrays of the version after the one that serves, and the policy that has them."""
+    policy = blockroll.load_policy(policy_dir)
+    scale = 1.0 + 0.1 * (cluster.version + 1)
+    arrays = {name: policy.state_dict()[name].numpy() * np.float32(scale) for name in cluster.expected_weights()}
+    policy.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=False)
+    return arrays, policy
+
+
+def commit_under_way(cluster, arrays, epoch, in_flight):
+    """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
+    batch = requests(f"{in_flight}-", 40, tokens=100)
+    cluster.submit(batch, epoch)
+    done = collect(cluster, 8)
+    cluster.commit_weights(cluster.version + 1, arrays, in_flight=in_flight)
+    done += collect(cluster, 80 - len(done))
+    got = order_by_id([c.trajectory for c in done])
+    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+    assert {c.epoch for c in done} == {epoch}
+    return got
+
+
+def across(trajectories):
+    return [t for t in trajectories if len(set(t.versions.tolist())) == 2]
+
+
+def largest_error(policy, trajectories, version):
+    """Between the recorded logprobs of a version's tokens and those of `policy`."""
+    scores = score(policy, [(t.prompt_tokens, t.tokens) for t in trajectories])
+    return max(np.abs(s - t.logprobs)[t.versions == version].max() for s, t in zip(scores, trajectories))
+
+
+def test_finish_waits_for_every_sample(cluster, next_weights):
+    old = cluster.version
+    got = commit_under_way(cluster, next_weights[0], 6, "finish")
+    assert {int(v) for t in got for v in t.versions} == {old}
+    assert cluster.version == old + 1
+
+
+def test_keep_goes_on_over_the_old_keys_and_recompute_over_new_ones(cluster, next_weights):
+    arrays, policy = next_weights
+    version = cluster.version + 1
+    errors = {}
+    for epoch, how in enumerate(("keep", "recompute"), start=7):
+        mixed = across(commit_under_way(cluster, arrays, epoch, how))
+        assert mixed
+        assert all((np.diff(t.versions) >= 0).all() and len(t.tokens) == 100 for t in mixed)
+        errors[how] = largest_error(policy, mixed, cluster.version)
+        if how == "keep":
+            # Back to where it was, so that `recompute` meets the same change of weights.
+            cluster.commit_weights(version + 1, {name: array * 0.5 for name, array in arrays.items()})
+    assert errors["recompute"] < 1e-4 < errors["keep"]
+
+
+def test_abort_ends_what_has_begun(cluster, next_weights):
+    old = cluster.version
+    got = commit_under_way(cluster, next_weights[0], 9, "abort")
+    ended = [t for t in got if t.finish_reason == "abort"]
+    assert ended
+    assert all(len(t.tokens) < 100 and {*t.versions.tolist()} <= {old} for t in ended)
+    assert {t.finish_reason for t in got} == {"abort", "length"}
+    assert [len(t.logprobs) for t in got] == [len(t.tokens) for t in got]
+    for trajectory in ended:
+        decode_trajectory(encode_trajectory(trajectory))
+
+
+def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path):
+    old = cluster.version
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
+        client.submit(requests("bridge", 40, tokens=100))
+        results = client.results(timeout=60)
+        got = [next(results) for _ in range(4)]
+        assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
+        got += list(client.results(timeout=60))
+        with pytest.raises(InvalidInput, match=r"in_flight: unknown policy 'later'.*finish, keep, recompute, abort"):
+            client.push_weights(old + 2, next_weights[0], in_flight="later")
+        assert client.delivery == {"requested": 80, "unique": 80, "duplicates": 0, "failed": 0, "missing": 0}
+    assert across(got)
+    assert {int(v) for t in got for v in t.versions} == {old, old + 1}

@@ -133,6 +133,16 @@ def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: S
         assert client.status()["notice"] == ""
 
 
+def test_disk_that_stays_full_ends_a_gateway_of_little_patience(tmp_path: Path) -> None:
+    backend = ToyBackend()
+    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l", max_ledger_bytes=100_000, disk_patience=0.5).start()
+    with connect(gateway.address) as client:
+        with pytest.raises(StorageError, match="free disk space"):
+            client.generate([request(f"r{i}", 8) for i in range(200)])
+    with pytest.raises(StorageError, match="free disk space"):
+        gateway.wait(10)
+
+
 def test_push_serves_the_new_weights_bit_for_bit(serve: Serve) -> None:
     backend = ToyBackend()
     with connect(serve(backend).address) as client:
