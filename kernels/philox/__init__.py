@@ -11,6 +11,48 @@ One round, with A = 0xD2511F53, B = 0xCD9E8D57 and 32-bit words:
 then k0 += 0x9E3779B9, k1 += 0xBB67AE85. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
-from .reference import Purpose, gumbel, philox_4x32, uniform
+from __future__ import annotations
+
+import torch
+
+from ..dispatch import takes_triton
+from . import reference
+from .reference import Purpose
 
 __all__ = ["Purpose", "gumbel", "philox_4x32", "uniform"]
+
+
+def philox_4x32(
+    key_lo: torch.Tensor,
+    key_hi: torch.Tensor,
+    c0: torch.Tensor,
+    c1: torch.Tensor,
+    c2: torch.Tensor,
+    c3: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The four output words of each (key, counter); see `reference.philox_4x32`."""
+    if takes_triton(key_lo):
+        from . import triton as fast
+
+        return fast.philox_4x32(key_lo, key_hi, c0, c1, c2, c3)
+    return reference.philox_4x32(key_lo, key_hi, c0, c1, c2, c3)
+
+
+def uniform(seed_R: torch.Tensor, position_R: torch.Tensor, purpose: int | torch.Tensor) -> torch.Tensor:
+    """One float64 per row in (0, 1), a multiple of 2^-33; see `reference.uniform`."""
+    if takes_triton(seed_R):
+        from . import triton as fast
+
+        return fast.uniform(seed_R, position_R, purpose)
+    return reference.uniform(seed_R, position_R, purpose)
+
+
+def gumbel(
+    seed_R: torch.Tensor, position_R: torch.Tensor, vocab_size: int, purpose: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Gumbel noise g_RV for every token of the vocabulary; see `reference.gumbel`."""
+    if takes_triton(seed_R):
+        from . import triton as fast
+
+        return fast.gumbel(seed_R, position_R, vocab_size, purpose, dtype)
+    return reference.gumbel(seed_R, position_R, vocab_size, purpose, dtype)

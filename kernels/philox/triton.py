@@ -1,0 +1,118 @@
+"""Philox4x32-10 in Triton: draws made where they are used, and whole tensors of them.
+
+Invariants:
+- The bits are those of the reference, and the arithmetic on them is float64 as there: a uniform number is equal to the last
+  bit, Gumbel noise as far as two libraries' log agrees (cast to float32, nearly always to the last bit too).
+- A draw depends on its own key and counter, never on its place in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Case, Shape, launch
+
+_GUMBEL_BLOCK = 1024
+
+
+@triton.jit
+def uniform_of(seed, position, purpose):
+    """float64 in (0, 1) for int64 seeds and positions of one shape, and purposes broadcast against them."""
+    zero = (position * 0).to(tl.uint32)
+    bits, _, _, _ = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose.to(tl.uint32), zero, zero)
+    return (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
+def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
+    """float64[BLOCK]: the noise of tokens first .. first + BLOCK - 1, first divisible by 4; seed and position scalar int64."""
+    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose, block, zero)
+    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+    u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
+    return -tl.log(-tl.log(u))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _words_kernel(k0_N, k1_N, c0_N, c1_N, c2_N, c3_N, out_4N, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < n
+    seed = tl.load(k0_N + i, ok, 0) | (tl.load(k1_N + i, ok, 0) << 32)
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        tl.load(c0_N + i, ok, 0).to(tl.uint32),
+        tl.load(c1_N + i, ok, 0).to(tl.uint32),
+        tl.load(c2_N + i, ok, 0).to(tl.uint32),
+        tl.load(c3_N + i, ok, 0).to(tl.uint32),
+    )
+    tl.store(out_4N + i, w0.to(tl.int64), ok)
+    tl.store(out_4N + n + i, w1.to(tl.int64), ok)
+    tl.store(out_4N + 2 * n + i, w2.to(tl.int64), ok)
+    tl.store(out_4N + 3 * n + i, w3.to(tl.int64), ok)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _uniform_kernel(seed_N, position_N, purpose_N, out_N, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < n
+    purpose = tl.load(purpose_N + i, ok, 0)
+    tl.store(out_N + i, uniform_of(tl.load(seed_N + i, ok, 0), tl.load(position_N + i, ok, 0), purpose), ok)
+
+
+@triton.jit
+def _gumbel_kernel(seed_R, position_R, out_RV, V: tl.constexpr, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    row, first = tl.program_id(0), tl.program_id(1) * BLOCK
+    noise = gumbel_of(tl.load(seed_R + row), tl.load(position_R + row), PURPOSE, first, BLOCK)
+    v = first + tl.arange(0, BLOCK)
+    tl.store(out_RV + row.to(tl.int64) * V + v, noise.to(out_RV.dtype.element_ty), v < V)
+
+
+def philox_4x32(*words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference."""
+    flat = [word.contiguous().view(-1) for word in torch.broadcast_tensors(*words)]
+    n = flat[0].numel()
+    out = torch.empty(4, n, dtype=torch.int64, device=flat[0].device)
+    names = ("k0_N", "k1_N", "c0_N", "c1_N", "c2_N", "c3_N")
+    launch(_words_kernel, (triton.cdiv(n, 256),), **dict(zip(names, flat)), out_4N=out, n=n, BLOCK=256)
+    w0, w1, w2, w3 = out.view(4, *torch.broadcast_shapes(*(word.shape for word in words)))
+    return w0, w1, w2, w3
+
+
+def uniform(seed_R: torch.Tensor, position_R: torch.Tensor, purpose: int | torch.Tensor) -> torch.Tensor:
+    """As the reference, to the last bit."""
+    if not isinstance(purpose, torch.Tensor):
+        purpose = torch.full((1,), int(purpose), dtype=torch.int64, device=seed_R.device)
+    seed, position, kind = torch.broadcast_tensors(seed_R, position_R, purpose)
+    out = torch.empty(seed.shape, dtype=torch.float64, device=seed.device)
+    n = out.numel()
+    launch(
+        _uniform_kernel, (triton.cdiv(n, 256),), seed_N=seed.contiguous(), position_N=position.contiguous(),
+        purpose_N=kind.contiguous(), out_N=out, n=n, BLOCK=256,
+    )  # fmt: skip
+    return out
+
+
+def gumbel(
+    seed_R: torch.Tensor, position_R: torch.Tensor, vocab_size: int, purpose: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """As the reference."""
+    seed, position = torch.broadcast_tensors(seed_R, position_R)
+    out = torch.empty(*seed.shape, vocab_size, dtype=dtype, device=seed.device)
+    launch(
+        _gumbel_kernel, (seed.numel(), triton.cdiv(vocab_size, _GUMBEL_BLOCK)), seed_R=seed.contiguous(),
+        position_R=position.contiguous(), out_RV=out, V=vocab_size, PURPOSE=int(purpose), BLOCK=_GUMBEL_BLOCK,
+    )  # fmt: skip
+    return out
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """What a verification that keeps its distributions draws: uniform numbers and the noise of its rows."""
+    for rows in shape.sequences:
+        seed, position = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
+        yield Case(f"uniform {rows}", lambda seed=seed, position=position: uniform(seed, position, 0))
+        yield Case(f"gumbel {rows}", lambda seed=seed, position=position: gumbel(seed, position, shape.vocab, 0))
