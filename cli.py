@@ -76,11 +76,13 @@ def convert(config: ConfigArgument) -> None:
 
     Trains through the stages of CONFIG (an autoregressive parent first, where none is given) and writes a policy
     directory with its recipe, training log, the figures measured on held-out tasks and a card. An interrupted run goes
-    on from where it was; a finished one is only measured again.
+    on from where it was; a finished one is only measured again. Several processes share the work under torchrun, or
+    where CONFIG names Ray as its launcher.
 
     \b
     Example:
       blockroll convert configs/conversion/tiny-reasoner.yaml
+      torchrun --nproc-per-node 8 -m blockroll.cli convert CONFIG
     """
     from .rollout import convert as conversion
 
@@ -230,3 +232,7 @@ def main() -> None:
             raise
         print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

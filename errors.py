@@ -24,6 +24,10 @@ class InvalidInput(BlockrollError, ValueError):
         self.field, self.problem, self.remedy = field, problem, remedy
         super().__init__(f"{field}: {problem}; {remedy}")
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        # So that one raised in another process arrives whole.
+        return type(self), (self.field, self.problem, self.remedy)
+
 
 class ConfigError(InvalidInput):
     """A configuration file has an unknown key, a missing key or a value of the wrong type."""

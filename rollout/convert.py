@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ..files import storing, write_atomic, write_json
 from ..model.checkpoint import load_policy
 from ..model.conversion.config import ConversionConfig
 from ..model.conversion.train import run as run_stages
+from ..model.conversion.train import stage_directory
 from ..model.policy import Policy
 from ..model.tasks import make_tasks
 from ..settings import load_yaml
@@ -45,6 +48,7 @@ def convert(
 ) -> Path:
     """Runs the conversion a file describes and measures the result. Finished stages are not trained again.
 
+    Under torchrun, or with `launcher: {kind: ray}`, the stages train on several processes; the first one measures.
     Writes the policy directory `output`, with the recipe (`recipe.yaml`), the training log (`training.jsonl`) and, where
     `evaluation_tasks` asks for them, `figures.json` and `card.md`. Returns the directory.
 
@@ -57,17 +61,24 @@ def convert(
     """
     config = load_yaml(config_path, ConversionConfig)
     recipe, output = Path(config_path).read_bytes(), Path(config.output)  # as it was when the run began
-    for name in ("figures.json", "card.md"):
-        with storing(output / name):
-            (output / name).unlink(missing_ok=True)
-    with TrainingMeter() as meter:
+    # Of several processes each comes here, but one speaks and writes.
+    first = os.environ.get("RANK", "0") == "0"
+    with TrainingMeter() if first else nullcontext(lambda _: None) as meter:
 
         def report(row: dict[str, Any]) -> None:
             meter(row)
             if on_progress is not None:
                 on_progress(row)
 
-        run_stages(config, report)
+        forget = partial(_remove_figures, output)
+        if config.launcher.kind == "ray":
+            from .ray_train import run_on_ray
+
+            run_on_ray(config, report, forget)
+        else:
+            run_stages(config, report, forget)
+    if not first:
+        return output
     write_atomic(output / "recipe.yaml", recipe)
     log = output.with_name(output.name + ".log.jsonl")
     if log.is_file():
@@ -82,9 +93,14 @@ def convert(
 
 def parent_of(config: ConversionConfig) -> Path | str | None:
     """The policy that was converted: what the last autoregressive stage before the conversion left, or the one given."""
-    stages = [stage.name for stage in takewhile(lambda stage: stage.kind == "ar", config.stages)]
-    output = Path(config.output)
-    return output.with_name(f"{output.name}.{stages[-1]}") if stages else config.parent
+    stages = [stage.name for stage in takewhile(lambda stage: stage.kind == "ar", config.runs)]
+    return stage_directory(config, stages[-1]) if stages else config.parent
+
+
+def _remove_figures(output: Path) -> None:
+    for name in ("figures.json", "card.md"):
+        with storing(output / name):
+            (output / name).unlink(missing_ok=True)
 
 
 def measure(policy: Policy, parent: Path | str | None, config: ConversionConfig) -> dict[str, Any]:
