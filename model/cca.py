@@ -3,6 +3,8 @@
 Invariants:
 - The convolutions and the delayed value follow parents through one index built per forward (`Plan`), never row order.
 - Parameter names are those of `transformers.ZayaForCausalLM`.
+- No tensor grows with T * T: a small pack is padded to [S, R] under a mask; a long one stays flat, and the layout's rule is
+  asked tile by tile.
 
 Legend: T rows, S sequences, R rows of the longest sequence, L cached positions of the longest one, H query heads,
 G key heads, D head size, C = (H + G) * D channels, A = hops + 1 ancestors, W = G * D / 2.
@@ -15,44 +17,38 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..kernels.attention import attend
+from ..kernels.attention import LongPack, Rule, attend
 from ..kernels.cca import convolve, normalise
 from .layout import CLEAN, FROM_TAIL, TokenLayout
 from .state import SequenceState
 
 
+PADDED_PAIRS = 2**24
+"""Most (row, key) pairs of a padded pack; a pack without a cache that has more stays flat."""
+
+
 @dataclass(frozen=True)
-class Plan:
-    """Index tensors of one layout, shared by every layer.
+class Padded:
+    """A pack as a batch of sequences.
 
     Attributes:
         row_SR: row of the pack at each padded place (0 where padding).
         place_T: flat index into S * R of each row.
-        ancestor_TA: index into `[zero row, S * hops tail entries, T rows]`.
         visible: bool[S, R, L + R] by layer type.
-        hops: tokens the convolutions look back.
     """
 
     row_SR: torch.Tensor
     place_T: torch.Tensor
-    ancestor_TA: torch.Tensor
     visible: dict[str, torch.Tensor]
-    hops: int
 
     @classmethod
-    def of(cls, layout: TokenLayout, hops: int, cached: int, windows: dict[str, int | None]) -> Plan:
-        """Build the plan.
-
-        Args:
-            cached: L.
-            windows: sliding window by layer type; None sees everything.
-        """
-        device, sequences = layout.token_T.device, layout.sequences
-        counts = torch.bincount(layout.sequence_T, minlength=sequences)
-        first = counts.cumsum(0) - counts
-        longest = int(counts.max())
+    def of(cls, layout: TokenLayout, counts_S: torch.Tensor, cached: int, windows: dict[str, int | None]) -> Padded:
+        """Args: counts_S, rows of each sequence; the others as in `Plan.of`."""
+        device = layout.token_T.device
+        first = counts_S.cumsum(0) - counts_S
+        longest = int(counts_S.max())
         line = torch.arange(longest, device=device)
-        real_SR = line < counts[:, None]
+        real_SR = line < counts_S[:, None]
         row_SR = torch.where(real_SR, first[:, None] + line, 0)
         place_T = layout.sequence_T * longest + torch.arange(layout.rows, device=device) - first[layout.sequence_T]
 
@@ -69,12 +65,47 @@ class Plan:
                 near_fresh = position[:, None] > position[..., None] - window
             fresh = (fresh_clean & near_fresh | fresh_block) & real_SR[:, None]
             visible[kind] = torch.cat([past_clean & near_past, fresh], dim=-1)
+        return cls(row_SR, place_T, visible)
 
+
+@dataclass(frozen=True)
+class Plan:
+    """What one layout asks of every layer: index tensors and, in one of two forms, who sees whom.
+
+    Attributes:
+        ancestor_TA: index into `[zero row, S * hops tail entries, T rows]`.
+        hops: tokens the convolutions look back.
+        sequences: S.
+        padded: of a small pack, or one over a cache.
+        flat: of a long pack, by layer type.
+    """
+
+    ancestor_TA: torch.Tensor
+    hops: int
+    sequences: int
+    padded: Padded | None
+    flat: dict[str, LongPack]
+
+    @classmethod
+    def of(cls, layout: TokenLayout, hops: int, cached: int | None, windows: dict[str, int | None]) -> Plan:
+        """Build the plan.
+
+        Args:
+            cached: L; None without a cache.
+            windows: sliding window by layer type; None sees everything.
+        """
+        sequences = layout.sequences
+        counts_S = torch.bincount(layout.sequence_T, minlength=sequences)
         ancestor = layout.ancestors(hops)
         back = FROM_TAIL - ancestor
         tail = 1 + layout.sequence_T[:, None] * hops + back
         ancestor_TA = torch.where(ancestor >= 0, ancestor + 1 + sequences * hops, torch.where(back < hops, tail, 0))
-        return cls(row_SR, place_T, ancestor_TA, visible, hops)
+        if cached is not None or sequences * int(counts_S.max()) ** 2 <= PADDED_PAIRS:
+            return cls(ancestor_TA, hops, sequences, Padded.of(layout, counts_S, cached or 0, windows), {})
+        rules = {window: Rule(layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, window)
+                 for window in windows.values()}
+        packs = {window: LongPack.of(rule) for window, rule in rules.items()}
+        return cls(ancestor_TA, hops, sequences, None, {kind: packs[window] for kind, window in windows.items()})
 
 
 class Projection(nn.Module):
@@ -118,7 +149,7 @@ class Projection(nn.Module):
         bias = self.v_proj_delayed.bias
         zero_W = delayed_TW.new_zeros(1, delayed_TW.shape[1]) if bias is None else bias[None].to(delayed_TW.dtype)
         if state is None:
-            empty = plan.row_SR.shape[0] * plan.hops
+            empty = plan.sequences * plan.hops
             tail_NC, tail_NW = x_TC.new_zeros(1 + empty, x_TC.shape[1]), zero_W.expand(1 + empty, -1)
         else:
             tail_SHC, tail_SW = state.read_tail(self.layer)
@@ -171,10 +202,13 @@ class Attention(nn.Module):
         q, k = self.qk_norm(q, k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (y.to(v.dtype) for y in (q, k, v))
-        k_SKGD, v_SKGD = k[plan.row_SR], v[plan.row_SR]
+        if plan.padded is None:
+            return self.o_proj(plan.flat[self.kind].attend(q, k, v, self.scale).flatten(1))
+        row_SR = plan.padded.row_SR
+        k_SKGD, v_SKGD = k[row_SR], v[row_SR]
         if state is not None:
             past_k, past_v = state.read(self.layer)
             k_SKGD, v_SKGD = torch.cat([past_k, k_SKGD], dim=1), torch.cat([past_v, v_SKGD], dim=1)
             state.write(self.layer, k, v, x, delayed)
-        out_SRHD = attend(q[plan.row_SR], k_SKGD, v_SKGD, plan.visible[self.kind], self.scale)
-        return self.o_proj(out_SRHD.flatten(2).flatten(0, 1)[plan.place_T])
+        out_SRHD = attend(q[row_SR], k_SKGD, v_SKGD, plan.padded.visible[self.kind], self.scale)
+        return self.o_proj(out_SRHD.flatten(2).flatten(0, 1)[plan.padded.place_T])

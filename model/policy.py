@@ -23,6 +23,7 @@ from .cca import Attention, Plan
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
 from .state import SequenceState
+from .vocabulary import recomputed
 
 
 @dataclass
@@ -129,6 +130,7 @@ class Policy(nn.Module):
         tokenizer: the checkpoint's tokenizer, or None.
         hops: tokens the CCA convolutions look back.
         markov: the head that conditions a draft on the token before it; None where the policy has none.
+        recompute_layers: keep only each layer's input for the backward pass and compute the layer again there.
     """
 
     def __init__(self, config: ZayaConfig) -> None:
@@ -139,6 +141,7 @@ class Policy(nn.Module):
         self.mask_token_id: int = diffusion.get("mask_token_id", config.vocab_size - 1)
         self.converted = bool(diffusion)
         self.tokenizer: Any = None
+        self.recompute_layers = False
         self.hops = config.cca_time0 + config.cca_time1 - 2
         self.windows = {kind: config.sliding_window if kind == "hybrid_sliding" else None
                         for kind in set(config.layer_types)}
@@ -169,7 +172,7 @@ class Policy(nn.Module):
         self, layout: TokenLayout, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits."""
-        plan = Plan.of(layout, self.hops, 0 if state is None else state.longest, self.windows)
+        plan = Plan.of(layout, self.hops, None if state is None else state.longest, self.windows)
         trunk = self.model
         hidden_TD = trunk.embed_tokens(layout.token_T)
         hidden_TD = (hidden_TD + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale
@@ -178,7 +181,8 @@ class Policy(nn.Module):
         residual_TD = hidden_TD.to(torch.promote_types(self.dtype, torch.float32))
         router_TP = None
         for kind, layer in zip(self.config.layer_types, trunk.layers, strict=True):
-            residual_TD, router_TP = layer(residual_TD, router_TP, plan, ropes[kind], state, routing)
+            inputs = residual_TD, router_TP, plan, ropes[kind], state, routing
+            residual_TD, router_TP = recomputed(layer, *inputs) if self.recompute_layers else layer(*inputs)
         return trunk.norm(residual_TD)
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:

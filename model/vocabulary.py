@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +30,7 @@ def rows_at_once(vocab_size: int, copies: int, device: torch.device) -> int:
     return max(1, HEAD_BYTES.get(device.type, OTHER_BYTES) // (4 * copies * vocab_size))
 
 
-def recomputed(compute: Callable[..., T], *arguments: torch.Tensor) -> T:
+def recomputed(compute: Callable[..., T], *arguments: Any) -> T:
     """compute(*arguments), keeping nothing but the arguments for the backward pass."""
     if not torch.is_grad_enabled():
         return compute(*arguments)

@@ -2,10 +2,43 @@
 
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j   over the j that row i sees
 
-Rows of a sequence are padded to R, its cached positions to L; `visible_SRK` (K = L + R) is the layout's rule. Grouped-query
-attention: query head h reads key head h // (heads / kv_heads). Source: grouped-query attention, arXiv 2305.13245.
+Grouped-query attention: query head h reads key head h // (heads / kv_heads) (arXiv 2305.13245). Row i sees clean keys up to
+its limit, within the layer's sliding window, and every row of its own mask block.
+
+`attend` takes padded tensors: rows of a sequence padded to R, its cached positions to L; `visible_SRK` (K = L + R) is the
+layout's rule. `paged_attend` takes the flat pack and the cache's own pages; `Rows` holds the rule as ranges per row.
 """
 
-from .reference import attend
+import torch
 
-__all__ = ["attend"]
+from . import reference
+from .reference import attend
+from .rows import Rows
+
+__all__ = ["Rows", "attend", "paged_attend"]
+
+
+def paged_attend(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    k_pool_KGD: torch.Tensor,
+    v_pool_KGD: torch.Tensor,
+    rows: Rows,
+    scale: float,
+) -> torch.Tensor:
+    """Returns out_THD; a row that sees nothing gives 0.
+
+    Args:
+        q_THD, k_TGD, v_TGD: the pack; heads contiguous, any stride between rows.
+        k_pool_KGD, v_pool_KGD: one layer's pool of K = pages * page_size positions, contiguous, on the same device. Read
+            only below each sequence's `start_S`; the pack's own keys come from k_TGD and v_TGD.
+        rows: who sees what. Nothing is read back from the device, so the call can be captured in a graph.
+
+    On an accelerator this is one or two Triton launches without gradients, on a CPU plain torch.
+    """
+    if q_THD.device.type == "cpu":
+        return reference.paged_attend(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)
+    from .triton import paged_attend as fast
+
+    return fast(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)

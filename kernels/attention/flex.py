@@ -1,0 +1,52 @@
+"""Attention over a long pack of rows through torch's FlexAttention: one fused kernel that asks the rule itself.
+
+Same result as `blockwise`. The table of tiles is ours: torch's own way of making one evaluates the rule for all T * T pairs.
+Source: FlexAttention, arXiv 2412.05496. Legend: T rows, H query heads, G key heads, D head size, N tiles.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from .rule import Rule
+
+TILE = 128
+"""Rows of a tile, as the kernel wants them."""
+
+
+def block_mask(rule: Rule, size: int = TILE) -> BlockMask:
+    """The kernel's table of tiles of a rule."""
+    some_NN, whole_NN = rule.tiles(size)
+    partial, whole = _table(some_NN & ~whole_NN), _table(whole_NN)
+    moved = Rule(*(x.to(torch.int32) for x in (rule.sequence_T, rule.position_T, rule.limit_T, rule.block_T)), rule.window)
+
+    def sees(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return moved.sees(i, j)
+
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(rule.rows, rule.rows))
+
+
+def attend_flex(
+    q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, mask: BlockMask, scale: float
+) -> torch.Tensor:
+    """Returns out_THD. Compiled on accelerators; elsewhere all scores exist at once, so only for tests."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
+    kernel = flex_attention if q_THD.device.type == "cpu" else _compiled()
+    out = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+def _table(seen_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many key tiles each query tile has, and which, int32[1, 1, N] and [1, 1, N, N]."""
+    count_N = seen_NN.sum(1, dtype=torch.int32)
+    order_NN = seen_NN.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return count_N[None, None], order_NN[None, None]
+
+
+@cache
+def _compiled():  # noqa: ANN202 - torch does not say what compile returns
+    # Packs differ in rows: one kernel for all lengths.
+    return torch.compile(flex_attention, dynamic=True)

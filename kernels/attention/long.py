@@ -1,0 +1,42 @@
+"""A long pack: its rule cut into tiles once, for every layer, as the device wants them.
+
+Legend: T rows, H query heads, G key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .blockwise import Tiles, attend_blockwise
+from .rule import Rule
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+@dataclass(frozen=True)
+class LongPack:
+    """Attributes: tiles, the table of the implementation that the rule's device takes."""
+
+    tiles: Tiles | BlockMask
+
+    @classmethod
+    def of(cls, rule: Rule) -> LongPack:
+        """Cut a pack into tiles."""
+        if rule.sequence_T.device.type == "cuda":
+            # Importing it takes a second, which decoding on a CPU need not wait for.
+            from .flex import block_mask
+
+            return cls(block_mask(rule))
+        return cls(Tiles.of(rule))
+
+    def attend(self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float) -> torch.Tensor:
+        """out_THD; every row must see at least one row."""
+        if isinstance(self.tiles, Tiles):
+            return attend_blockwise(q_THD, k_TGD, v_TGD, self.tiles, scale)
+        from .flex import attend_flex
+
+        return attend_flex(q_THD, k_TGD, v_TGD, self.tiles, scale)
