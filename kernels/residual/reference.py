@@ -22,3 +22,20 @@ def scale_residual(
 ) -> torch.Tensor:
     """Returns the new residual_TD in the residual's dtype."""
     return (hidden_TD + hidden_bias_D) * hidden_scale_D + (residual_TD + residual_bias_D) * residual_scale_D
+
+
+def scale_residual_norm(
+    hidden_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    hidden_scale_D: torch.Tensor,
+    hidden_bias_D: torch.Tensor,
+    residual_scale_D: torch.Tensor,
+    residual_bias_D: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scale_residual`, then `rms_norm` of it. Returns the new residual_TD and y_TD."""
+    residual_TD = scale_residual(
+        hidden_TD, residual_TD, hidden_scale_D, hidden_bias_D, residual_scale_D, residual_bias_D
+    )
+    return residual_TD, rms_norm(residual_TD, weight_D, eps)
