@@ -7,15 +7,19 @@ its limit, within the layer's sliding window, and every row of its own mask bloc
 
 `attend` takes padded tensors: rows of a sequence padded to R, its cached positions to L; `visible_SRK` (K = L + R) is the
 layout's rule. `paged_attend` takes the flat pack and the cache's own pages; `Rows` holds the rule as ranges per row.
+`LongPack` cuts a long pack without a cache into tiles by its `Rule`, so that nothing grows with the square of its length,
+and has gradients: FlexAttention on an accelerator, tile by tile on a CPU.
 """
 
 import torch
 
 from . import reference
+from .long import LongPack
 from .reference import attend
 from .rows import Rows
+from .rule import Rule
 
-__all__ = ["Rows", "attend", "paged_attend"]
+__all__ = ["LongPack", "Rows", "Rule", "attend", "paged_attend"]
 
 
 def paged_attend(

@@ -6,7 +6,9 @@ Source: FlexAttention, arXiv 2412.05496. Legend: T rows, H query heads, G key he
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -47,6 +49,6 @@ def _table(seen_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _compiled():  # noqa: ANN202 - torch does not say what compile returns
+def _compiled() -> Callable[..., Any]:
     # Packs differ in rows: one kernel for all lengths.
     return torch.compile(flex_attention, dynamic=True)

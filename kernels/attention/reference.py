@@ -1,9 +1,15 @@
-"""Plain attention through torch's scaled-dot-product op. Legend: S sequences, R rows, K keys, H heads, G key heads."""
+"""Plain attention through torch's scaled-dot-product op.
+
+Legend: S sequences, R rows, L cached positions, K keys (in a pool: its positions), H heads, G key heads, D head size, T rows
+of the pack.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+from .rows import Rows
 
 
 def attend(
@@ -19,3 +25,39 @@ def attend(
         enable_gqa=q_SRHD.shape[2] != k_SKGD.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def paged_attend(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    k_pool_KGD: torch.Tensor,
+    v_pool_KGD: torch.Tensor,
+    rows: Rows,
+    scale: float,
+) -> torch.Tensor:
+    """One sequence after another: its cached positions gathered, its own rows behind them."""
+    out_THD = torch.zeros_like(q_THD)
+    first = rows.first_S1.tolist()
+    for s, start in enumerate(rows.start_S.tolist()):
+        own = slice(first[s], first[s + 1])
+        past = torch.arange(start, device=q_THD.device)
+        place = rows.table_SP[s].long()[past // rows.page_size] * rows.page_size + past % rows.page_size
+        fresh = torch.arange(own.stop - own.start, device=q_THD.device)
+        (past_begin, past_end), (clean_begin, clean_end), (block_begin, block_end) = (
+            rows.range_6T[:, own, None].long().unflatten(0, (3, 2))
+        )
+        sees_RK = torch.cat(
+            [
+                (past >= past_begin) & (past < past_end),
+                (fresh >= clean_begin) & (fresh < clean_end) | (fresh >= block_begin) & (fresh < block_end),
+            ],
+            dim=1,
+        )
+        some = sees_RK.any(1)
+        k, v = (
+            torch.cat([pool[place], x[own]])[None] for pool, x in ((k_pool_KGD, k_TGD), (v_pool_KGD, v_TGD))
+        )
+        out_RHD = attend(q_THD[own][some][None], k, v, sees_RK[some][None], scale)[0]
+        out_THD[own] = out_THD[own].index_copy(0, some.nonzero()[:, 0], out_RHD)
+    return out_THD

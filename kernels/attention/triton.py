@@ -1,0 +1,290 @@
+"""Paged block attention in Triton.
+
+One program takes a tile of query rows, (rows of one sequence) x (query heads of one key head), and a share of its keys:
+cached positions through the page table, then the pack's own rows. Cached keys that every row of the tile sees need no
+mask; the rest are masked by the ranges of `Rows`. Where several programs share a tile's keys (split-KV, arXiv
+2311.01282) they leave partial results that `combine` adds in the order of the keys.
+
+Invariants:
+- Offsets into the pool are int64; a position outside every row's range is never loaded, so what unused memory holds
+  does not matter.
+- Key blocks are cut at multiples of n from position 0, and from the sequence's first row. A block that a row does not see
+  changes nothing in its result, to the last bit; so with `batch_invariant` a row's result depends on its own sequence only.
+- A row that sees nothing gives 0.
+
+Legend: T rows, H query heads, G key heads, D head size, K pool positions, m and n the tile's sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Case, Shape, architecture, launch
+from .rows import Rows
+
+_FAR = tl.constexpr(2**31 - 1)
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _block(
+    acc, top, total, q, k_pointers, v_pointers, load, keep, scale,
+    LOAD_MASKED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One key block into the running (acc, top, total) of the online softmax, in base 2."""
+    inside = tl.arange(0, WIDTH) < D
+    if WIDTH != D:
+        k = tl.load(k_pointers, mask=load[None, :] & inside[:, None], other=0.0)
+        v = tl.load(v_pointers, mask=load[:, None] & inside[None, :], other=0.0)
+    elif LOAD_MASKED:
+        k = tl.load(k_pointers, mask=load[None, :], other=0.0)
+        v = tl.load(v_pointers, mask=load[:, None], other=0.0)
+    else:
+        k = tl.load(k_pointers)
+        v = tl.load(v_pointers)
+    score = tl.dot(q, k, input_precision=PRECISION) * scale
+    if MASKED:
+        score = tl.where(keep, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    # Rows that have seen nothing yet: any finite number serves.
+    safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp2(score - safe[:, None])
+    shrink = tl.exp2(top - safe)
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit(do_not_specialize=["rows", "pages", "splits", "per_split"])
+def paged(
+    q_ptr, k_ptr, v_ptr, k_pool, v_pool, out_ptr, partial_ptr, lse_ptr,
+    range_ptr, first_ptr, start_ptr, table_ptr, tile_ptr,
+    q_row, k_row, v_row, rows, pages, splits, per_split, scale,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, WINDOWED: tl.constexpr, INVARIANT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, G, splits). WHOLE: one split, which writes the result itself."""
+    GROUP: tl.constexpr = H // G
+    tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence = tl.load(tile_ptr + 2 * tile)
+    if sequence < 0:
+        return
+    opening = tl.load(tile_ptr + 2 * tile + 1)
+    first = tl.load(first_ptr + sequence)
+    count = tl.load(first_ptr + sequence + 1) - first
+
+    m = tl.arange(0, M)
+    row = opening + m // GROUP
+    head = g * GROUP + m % GROUP
+    real = (m < M // GROUP * GROUP) & (row < count)
+    row_T = (first + row).to(tl.int64)
+    ranges = range_ptr + row_T
+    past_begin = tl.load(ranges, mask=real, other=0)
+    past_end = tl.load(ranges + rows, mask=real, other=0)
+    clean_begin = tl.load(ranges + 2 * rows, mask=real, other=0)
+    clean_end = tl.load(ranges + 3 * rows, mask=real, other=0)
+    block_begin = tl.load(ranges + 4 * rows, mask=real, other=0)
+    block_end = tl.load(ranges + 5 * rows, mask=real, other=0)
+
+    d = tl.arange(0, WIDTH)
+    q_offset = row_T * q_row + head * D
+    q = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+
+    # The key blocks of this program: cached ones, then the pack's.
+    seen = tl.max(past_end, 0)
+    past_0 = tl.min(tl.where(real & (past_end > past_begin), past_begin, seen), 0) // N
+    past_1 = tl.cdiv(seen, N)
+    fresh_end = tl.max(tl.maximum(clean_end, block_end), 0)
+    fresh_begin = tl.minimum(
+        tl.where(clean_end > clean_begin, clean_begin, fresh_end), tl.where(block_end > block_begin, block_begin, fresh_end)
+    )
+    fresh_0 = tl.min(fresh_begin, 0) // N
+    fresh_1 = tl.cdiv(fresh_end, N)
+    if INVARIANT:
+        per = per_split
+        past_origin = 0
+        fresh_origin = -tl.cdiv(tl.load(start_ptr + sequence), N)
+    else:
+        per = tl.cdiv(past_1 - past_0 + fresh_1 - fresh_0, splits)
+        past_origin = past_0
+        fresh_origin = fresh_0 - (past_1 - past_0)
+    begin, end = split * per, (split + 1) * per
+    past_0 = tl.maximum(past_0, begin + past_origin)
+    past_1 = tl.minimum(past_1, end + past_origin)
+    fresh_0 = tl.maximum(fresh_0, begin + fresh_origin)
+    fresh_1 = tl.minimum(fresh_1, end + fresh_origin)
+
+    acc = tl.zeros((M, WIDTH), tl.float32)
+    top = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    n = tl.arange(0, N)
+    table = table_ptr + sequence.to(tl.int64) * pages
+    k_base, v_base = k_pool + g * D + d[:, None], v_pool + g * D + d[None, :]
+
+    common_0 = tl.minimum(tl.maximum(past_0, tl.cdiv(tl.max(past_begin, 0), N)), past_1)
+    common_1 = tl.maximum(tl.minimum(past_1, tl.min(tl.where(real, past_end, _FAR), 0) // N), common_0)
+    if WINDOWED:
+        for block in range(past_0, common_0):
+            position = block * N + n
+            load = position < seen
+            page = tl.load(table + position // PAGE, mask=load, other=0).to(tl.int64)
+            offset = (page * PAGE + position % PAGE) * (G * D)
+            keep = (position[None, :] >= past_begin[:, None]) & (position[None, :] < past_end[:, None])
+            acc, top, total = _block(
+                acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], load, keep, scale,
+                True, True, D, WIDTH, PRECISION,
+            )  # fmt: skip
+    for block in range(common_0, common_1):
+        position = block * N + n
+        page = tl.load(table + position // PAGE).to(tl.int64)
+        offset = (page * PAGE + position % PAGE) * (G * D)
+        acc, top, total = _block(
+            acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], position >= 0, True, scale,
+            False, False, D, WIDTH, PRECISION,
+        )  # fmt: skip
+    for block in range(common_1, past_1):
+        position = block * N + n
+        load = position < seen
+        page = tl.load(table + position // PAGE, mask=load, other=0).to(tl.int64)
+        offset = (page * PAGE + position % PAGE) * (G * D)
+        keep = (position[None, :] >= past_begin[:, None]) & (position[None, :] < past_end[:, None])
+        acc, top, total = _block(
+            acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], load, keep, scale,
+            True, True, D, WIDTH, PRECISION,
+        )  # fmt: skip
+    k_fresh, v_fresh = k_ptr + g * D + d[:, None], v_ptr + g * D + d[None, :]
+    for block in range(fresh_0, fresh_1):
+        other = block * N + n
+        load = other < fresh_end
+        other_T = (first + other).to(tl.int64)
+        in_clean = (other[None, :] >= clean_begin[:, None]) & (other[None, :] < clean_end[:, None])
+        in_block = (other[None, :] >= block_begin[:, None]) & (other[None, :] < block_end[:, None])
+        acc, top, total = _block(
+            acc, top, total, q, k_fresh + (other_T * k_row)[None, :], v_fresh + (other_T * v_row)[:, None], load,
+            in_clean | in_block, scale, True, True, D, WIDTH, PRECISION,
+        )  # fmt: skip
+
+    some = total > 0
+    result = acc / tl.where(some, total, 1.0)[:, None]
+    place = (row_T * H + head) * D
+    if WHOLE:
+        tl.store(
+            out_ptr + place[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty),
+            mask=real[:, None] & (d < D)[None, :],
+        )  # fmt: skip
+    else:
+        plane = split.to(tl.int64) * rows * H
+        tl.store(
+            partial_ptr + plane * D + place[:, None] + d[None, :], result, mask=(real & some)[:, None] & (d < D)[None, :]
+        )
+        lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
+        tl.store(lse_ptr + plane + row_T * H + head, lse, mask=real)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def combine(
+    out_ptr, partial_ptr, lse_ptr, rows, splits, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Grid (T,). Weighs the partial results of one row by their share of the softmax's total, in the order of the keys."""
+    row = tl.program_id(0).to(tl.int64)
+    h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    place = row * H + h
+    inside = (h < H)[:, None] & (d < D)[None, :]
+    top = tl.full((HEADS,), float("-inf"), tl.float32)
+    for split in range(splits):
+        plane = split.to(tl.int64) * rows * H
+        top = tl.maximum(top, tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, WIDTH), tl.float32)
+    for split in range(splits):
+        plane = split.to(tl.int64) * rows * H
+        weight = tl.exp2(tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")) - top)
+        part = tl.load(
+            partial_ptr + (plane + place)[:, None] * D + d[None, :], mask=inside & (weight > 0)[:, None], other=0.0
+        )
+        total += weight
+        acc += part * weight[:, None]
+    result = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_ptr + place[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are taken: in full, through tensor cores where the device can."""
+    return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
+
+
+def paged_attend(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    k_pool_KGD: torch.Tensor,
+    v_pool_KGD: torch.Tensor,
+    rows: Rows,
+    scale: float,
+) -> torch.Tensor:
+    """`blockroll.kernels.attention.paged_attend` on an accelerator."""
+    T, H, D = q_THD.shape
+    G, tile = k_TGD.shape[1], rows.tile
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    whole, width = rows.splits == 1, max(triton.next_power_of_2(D), 16)
+    planes = () if whole else (rows.splits, T, H)
+    partial = out_THD if whole else torch.empty(*planes, D, dtype=torch.float32, device=q_THD.device)
+    lse = out_THD if whole else torch.empty(planes, dtype=torch.float32, device=q_THD.device)
+    launch(
+        paged, (len(rows.tile_N2), G, rows.splits), warps=tile.warps, stages=tile.stages, dot_rows=tile.m,
+        q_ptr=q_THD, k_ptr=k_TGD, v_ptr=v_TGD, k_pool=k_pool_KGD, v_pool=v_pool_KGD, out_ptr=out_THD,
+        partial_ptr=partial, lse_ptr=lse, range_ptr=rows.range_6T, first_ptr=rows.first_S1, start_ptr=rows.start_S,
+        table_ptr=rows.table_SP, tile_ptr=rows.tile_N2,
+        q_row=q_THD.stride(0), k_row=k_TGD.stride(0), v_row=v_TGD.stride(0), rows=T, pages=rows.table_SP.shape[1],
+        splits=rows.splits, per_split=rows.per_split, scale=scale * _LOG2_E,
+        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, WHOLE=whole, WINDOWED=rows.windowed,
+        INVARIANT=rows.per_split > 0, PRECISION=precision(q_THD.dtype),
+    )  # fmt: skip
+    if not whole:
+        launch(
+            combine, (T,), warps=4, out_ptr=out_THD, partial_ptr=partial, lse_ptr=lse, rows=T, splits=rows.splits,
+            H=H, D=D, HEADS=triton.next_power_of_2(H), WIDTH=width,
+        )  # fmt: skip
+    return out_THD
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """Decode steps of every batch and row count, and a prefill chunk; each also batch-invariant and on a large pool."""
+    H, G, D = shape.heads, shape.kv_heads, shape.head_dim
+    pages = -(-shape.context // shape.page_size)
+
+    def case(sequences: int, count: int, positions: int, invariant: bool) -> Case:
+        def call() -> None:
+            line = torch.arange(sequences * count)
+            sequence_T, block_T = line // count, torch.full_like(line, _CLEAN)
+            rows = Rows.of(
+                sequence_T, line % count, line % count, block_T, torch.zeros(sequences, dtype=torch.int64),
+                torch.zeros(sequences, pages, dtype=torch.int32), page_size=shape.page_size, heads=H, kv_heads=G,
+                dtype=shape.dtype, window=shape.window, batch_invariant=invariant, device="meta",
+            )  # fmt: skip
+            T = sequences * count
+
+            def empty(*size: int) -> torch.Tensor:
+                return torch.empty(*size, dtype=shape.dtype, device="meta")
+
+            pools = (empty(positions, G, D) for _ in range(2))
+            paged_attend(empty(T, H, D), empty(T, G, D), empty(T, G, D), *pools, rows, D**-0.5)
+
+        large = " large" if positions == shape.large_positions else ""
+        return Case(f"{sequences} x {count} rows{' invariant' if invariant else ''}{large}", call)
+
+    for positions in (shape.positions, shape.large_positions):
+        for invariant in (False, True):
+            for count in shape.rows:
+                for sequences in shape.sequences:
+                    yield case(sequences, count, positions, invariant)
+            yield case(1, shape.prefill, positions, invariant)
+
+
+_CLEAN = -1
