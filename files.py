@@ -11,11 +11,13 @@ Standard library and `errors` only; any floor above `kernels` may use it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from .errors import DataError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_HERE, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>: relative to the working directory; swap two names
 _JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -98,6 +101,43 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+@contextmanager
+def whole_directory(path: str | os.PathLike[str], owned: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
+    """Yields an empty directory beside `path`; when the block ends well, it takes the place of `path` in one step.
+
+    Args:
+        owned: which names of the old directory, if there is one, go with it. Others are carried over.
+
+    Raises:
+        StorageError: the directory could not be written whole; `path` is as it was before.
+    """
+    target = Path(os.path.realpath(path))
+    make_directory(target.parent)
+    with storing(target):
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+        try:
+            os.chmod(staging, 0o777 & ~_umask())
+            yield staging
+            if target.is_dir():
+                for old in target.iterdir():
+                    if not owned(old.name) and not (staging / old.name).exists():
+                        _link(old, staging / old.name)
+            for folder, _, names in os.walk(staging):
+                for name in names:
+                    with open(os.path.join(folder, name), "rb") as written:
+                        os.fsync(written.fileno())
+                _sync_directory(Path(folder))
+            if target.exists():
+                _exchange(staging, target)
+            else:
+                os.rename(staging, target)
+            _sync_directory(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON, whole or not at all; NaN and infinities are refused (`ValueError`)."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
@@ -147,6 +187,27 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
                 raise DataError(f"{name} line {number}", f"a JSON {_JSON_NAMES[type(record)]}, not an object",
                                 "write one JSON object per line")
             yield number, record
+
+
+def _link(old: Path, new: Path) -> None:
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True)
+        return
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # not every file system has hard links
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two paths change names: in one step where the system can (Linux), else with a moment in which `other` is absent."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if swap is not None and swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    aside = one.with_name(one.name + ".old")
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)
 
 
 def _umask() -> int:

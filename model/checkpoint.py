@@ -3,7 +3,8 @@
 Invariants:
 - The tensors on disk carry ZAYA's own names; either library reads what the other wrote. A Markov head's tensors
   (`markov.*`, announced by `diffusion.markov_rank` in config.json) come on top; transformers passes over them.
-- A directory is written beside its place and renamed when complete: a half-written one is never found under its name.
+- A directory is written beside its place and takes it in one step when complete: under its name there is never a half-written
+  one, nor a mix of an older policy and a newer. Files that are no policy's stay.
 - Nothing is fetched: a policy is a shipped name or a directory.
 """
 
@@ -11,18 +12,23 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, ZayaConfig
 
 from ..errors import CheckpointError, StorageError
+from ..files import whole_directory
 from .policy import Policy
 
 SHIPPED = Path(__file__).parent / "shipped"
+_POLICY_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json",
+                 "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+                 "merges.txt", "chat_template*")  # fmt: skip
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,17 +50,26 @@ def read_config(directory: Path) -> ZayaConfig:
         raw = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError("policy", f"{path} is not JSON ({error})", "restore the file") from error
-    if raw.get("model_type") != "zaya":
-        raise CheckpointError(
-            "policy", f"{path} describes a {raw.get('model_type')!r} model", "use a ZAYA checkpoint (model_type 'zaya')"
-        )
-    return ZayaConfig.from_pretrained(directory)
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if kind != "zaya":
+        raise CheckpointError("policy", f"{path} describes a {kind!r} model", "use a ZAYA checkpoint (model_type 'zaya')")
+    sizes = raw.get("diffusion") or {}
+    if not isinstance(sizes, dict) or any(type(size) is not int or size < 0 for size in sizes.values()):
+        raise CheckpointError("policy", f"the diffusion section of {path} holds {json.dumps(sizes)}",
+                              "give block_size and mask_token_id as whole numbers")  # fmt: skip
+    try:
+        return ZayaConfig.from_pretrained(directory)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise CheckpointError("policy", f"{path} is no ZAYA configuration ({error})", "restore the file") from error
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError("policy", f"{index} is corrupt ({error!r})", "copy the file again") from error
     else:
         files = ["model.safetensors"]
     tensors: dict[str, torch.Tensor] = {}
@@ -107,12 +122,24 @@ def load_policy(
                 f"{name} in {directory} has shape {tuple(tensor.shape)}, config.json asks {tuple(wanted[name].shape)}",
                 "use the config.json that was saved with the weights",
             )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError("policy", f"{name} in {directory} holds NaN or infinity",
+                                  "use a checkpoint from before the training went wrong")  # fmt: skip
     policy = Policy(config)
     policy.load_state_dict(tensors, strict=False)
     policy = policy.to(device=device, dtype=DTYPES[dtype])
     if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        policy.tokenizer = AutoTokenizer.from_pretrained(directory)
+        try:
+            policy.tokenizer = AutoTokenizer.from_pretrained(directory)
+        except Exception as error:  # the tokenizers library raises nothing more precise
+            raise CheckpointError("policy", f"the tokenizer in {directory} cannot be read ({error})",
+                                  "copy tokenizer.json and tokenizer_config.json again") from error  # fmt: skip
     return policy.requires_grad_(False).eval()
+
+
+def _ours(name: str) -> bool:
+    """Whether a file belongs to a policy, so that an older one must not stay beside newer weights."""
+    return any(fnmatch(name, pattern) for pattern in _POLICY_FILES)
 
 
 def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | None = None) -> Path:
@@ -122,7 +149,6 @@ def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | 
         dtype: dtype of the tensors on disk; the policy's own by default. The router's balancing biases stay float32.
     """
     target = Path(directory)
-    staging = target.with_name(f".{target.name}.partial")
     save_as = DTYPES[dtype] if dtype else policy.dtype
     tensors = {}
     for name, tensor in policy.state_dict().items():
@@ -140,20 +166,14 @@ def save_policy(policy: Policy, directory: str | os.PathLike[str], dtype: str | 
             config.diffusion["markov_rank"] = policy.markov.rank
     config.architectures, config.dtype = ["ZayaForCausalLM"], str(save_as).removeprefix("torch.")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        if policy.tokenizer is not None:
-            policy.tokenizer.save_pretrained(staging)
-        if target.exists():
-            for path in staging.iterdir():
-                os.replace(path, target / path.name)
-            staging.rmdir()
-        else:
-            os.replace(staging, target)
+        with whole_directory(target, _ours) as staging:
+            save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(staging)
+            if policy.tokenizer is not None:
+                policy.tokenizer.save_pretrained(staging)
+    except StorageError:
+        raise
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise StorageError(f"{target}: the policy could not be written ({error}); free space or choose another place") \
             from error
     return target

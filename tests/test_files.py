@@ -7,13 +7,22 @@ import json
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from blockroll.errors import DataError, StorageError
-from blockroll.files import append_jsonl, read_jsonl, storage_error, whole_file, write_atomic, write_json
+from blockroll.files import (
+    append_jsonl,
+    read_jsonl,
+    storage_error,
+    whole_directory,
+    whole_file,
+    write_atomic,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -123,3 +132,39 @@ def test_read_jsonl_counts_blank_lines(tmp_path: Path) -> None:
     assert list(read_jsonl(path)) == [(2, {"a": 1})]
     with pytest.raises(DataError, match="cannot be read"):
         list(read_jsonl(tmp_path / "none"))
+
+
+def test_directory_is_replaced_in_one_step_and_keeps_what_is_not_owned(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "policy"
+    with whole_directory(path) as staging:
+        (staging / "weights").write_text("1")
+        (staging / "index").write_text("1")
+    (path / "notes").write_text("mine")
+    inode, seen = path.stat().st_ino, []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (seen.append(names), rename(*names)))
+    with whole_directory(path, lambda name: name in ("weights", "index")) as staging:
+        (staging / "weights").write_text("2")
+        assert sorted(p.name for p in path.iterdir()) == ["index", "notes", "weights"]
+    assert {p.name: p.read_text() for p in path.iterdir()} == {"weights": "2", "notes": "mine"}
+    assert path.stat().st_ino != inode
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    if sys.platform == "linux":
+        assert not seen  # one system call, so there is no moment without the directory
+
+
+def test_interrupted_directory_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "policy"
+    with whole_directory(path) as staging:
+        (staging / "weights").write_text("1")
+    with pytest.raises(RuntimeError, match="in the middle"), whole_directory(path) as staging:
+        (staging / "weights").write_text("2")
+        raise RuntimeError("in the middle")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(StorageError, match="disk is full"), whole_directory(path) as staging:
+        (staging / "weights").write_text("3")
+    assert (path / "weights").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="it is a file"), whole_directory(tmp_path / "file"):
+        pass
