@@ -4,7 +4,7 @@ Invariants:
 - Rollouts are touched through `RolloutClient` alone: requests out, trajectories in, one weight version per step back.
 - Everything random is drawn from the run's seed and the step's number, and results are used in the order of their ids:
   the same seed gives the same trajectories.
-- The run's directory holds whole files only: metrics.jsonl (a line per step), summary.json and report.png.
+- The run's directory holds whole files only: config.yaml, metrics.jsonl (a line per step), summary.json and report.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import append_jsonl, make_directory, write_json
+from ..files import append_jsonl, make_directory, write_atomic, write_json
 from ..model.checkpoint import load_policy, save_policy
 from ..model.policy import Policy
 from ..model.tasks import Task, make_tasks, score
@@ -38,10 +38,11 @@ def run(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Start a service, train against it, write the run's files; returns the summary."""
     torch.set_num_threads(1)
     config = load_yaml(config_path, GrpoConfig)
+    policy = load_policy(config.policy)
     output = make_directory(config.output)
     for name in ("metrics.jsonl", "summary.json", "report.png", "ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm"):
         (output / name).unlink(missing_ok=True)
-    policy = load_policy(config.policy)
+    write_atomic(output / "config.yaml", Path(config_path).read_bytes())
     with Display(config) as display:
         display.say("starting the rollout service")
         with serve(config.policy, config.rollouts, output / "ledger.sqlite") as address:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from ..errors import InvalidInput
 from ..model.conversion.config import DraftLoss
+from ..model.tasks import families
 from ..rollout.backend import InFlightPolicy
+from ..rollout.schedule import Schedule
 from ..settings import Config
 
 
@@ -17,6 +20,12 @@ class Tasks(Config):
     families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
     prompts_per_step: int = Field(16, ge=1)
     samples_per_prompt: int = Field(8, ge=2, description="size of a group; its mean reward is the baseline")
+
+    @model_validator(mode="after")
+    def _known(self) -> Tasks:
+        if unknown := sorted(set(self.families) - set(families())):
+            raise InvalidInput("families", f"unknown {unknown}", f"use some of {', '.join(families())}")
+        return self
 
 
 class Rollouts(Config):
@@ -32,6 +41,11 @@ class Rollouts(Config):
     in_flight: InFlightPolicy = Field("finish", description="what a weight version does to sequences in flight")
     ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
+
+    @model_validator(mode="after")
+    def _levels(self) -> Rollouts:
+        Schedule(self.schedule, levels=self.levels)
+        return self
 
 
 class Loss(Config):
