@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockroll.kernels.attention import Rule
 from blockroll.kernels.attention.blockwise import Tiles, attend_blockwise
 from blockroll.kernels.attention.flex import attend_flex, block_mask
+from blockroll.kernels.attention.rule import Rule
 from blockroll.model import cca
 from blockroll.model.conversion.config import DraftLoss
 from blockroll.model.conversion.objective import objective
