@@ -1,0 +1,51 @@
+"""Tile sizes of the expert and router kernels, and how their products are rounded."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..dispatch import batch_invariant
+from ..launch import architecture
+
+
+class Tile(NamedTuple):
+    """Rows m, output features n and summed features k of one step of a product; warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def precision(dtype: torch.dtype) -> str:
+    """For `tl.dot`: three tf32 products are float32's accuracy on NVIDIA's matrix units; others have float32 units."""
+    return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
+
+
+def expert_tiles(rows: int, experts: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
+    """Tiles of the gate-and-up product, whose n counts twice, and of the down product.
+
+    Few rows read weights and little else: what counts is that enough programs read at once. Many rows are arithmetic.
+    Under `batch_invariant` there is one choice for every number of rows: with 64, padding is still cheaper than reading
+    the weights.
+    """
+    wide = dtype.itemsize > 2
+    if batch_invariant():
+        tiles = Tile(64, 32, 64, 4, 3), Tile(64, 64, 64, 4, 3)
+    elif rows <= 16:
+        tiles = Tile(16, 16, 256, 4, 3), Tile(16, 16, 256, 4, 3)
+    elif rows <= 16 * experts:
+        tiles = Tile(16, 32, 128, 4, 4), Tile(16, 64, 128, 4, 4)
+    elif rows <= 32 * experts:
+        tiles = Tile(32, 32, 128, 4, 3), Tile(32, 64, 128, 4, 3)
+    elif rows <= 96 * experts:
+        tiles = Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)
+    else:
+        tiles = Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)
+    gate_up, down = (tile._replace(k=tile.k // 2) if wide else tile for tile in tiles)
+    if architecture().startswith("gfx"):
+        gate_up, down = gate_up._replace(stages=2), down._replace(stages=2)
+    return gate_up, down

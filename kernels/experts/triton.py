@@ -1,0 +1,228 @@
+"""Top-1 grouped experts in Triton: rows sorted by expert on the device, two grouped products, rows back in their order.
+
+Invariants:
+- Nothing is copied to the host: counts stay on the device, the grid is what the worst distribution of rows needs, and each
+  program finds its expert from the offsets table or ends.
+- Every output row is written once: a skipped row with 0, in tiles of their own.
+- Rows of a tile share only the weights they read. Under `batch_invariant` tile sizes do not depend on the number of rows
+  either, so a row's result does not depend on its batch.
+
+Legend: T rows, D hidden, F inner, E experts, C = E + 1 classes, B blocks of the sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Case, Shape, launch
+from .reference import RouterWeights
+from .router import route
+from .tiles import expert_tiles, precision
+
+__all__ = ["cases", "route", "route_top1"]
+
+_SORT_BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _count_kernel(expert_T, count_BC, rows, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
+    """Rows of each class in each block."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, CLASSES)
+    expert = tl.load(expert_T + i, i < rows, -1).to(tl.int32)
+    tl.store(count_BC + tl.program_id(0) * CLASSES + c, tl.sum((expert[:, None] == c[None, :]).to(tl.int32), 0))
+
+
+@triton.jit(do_not_specialize=["rows", "blocks"])
+def _place_kernel(
+    expert_T, count_BC, order_T, offset_C, rows, blocks, C: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):  # fmt: skip
+    """A stable counting sort: order_T[offset_C[c] .. offset_C[c + 1]] are the rows of class c. BLOCKS 1: the only block."""
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, CLASSES)
+    expert = tl.load(expert_T + i, i < rows, -1).to(tl.int32)
+    mine = (expert[:, None] == c[None, :]).to(tl.int32)
+    if BLOCKS == 1:
+        total = tl.sum(mine, 0)
+        before = total * 0
+    else:
+        b = tl.arange(0, BLOCKS)
+        counts = tl.load(count_BC + b[:, None] * CLASSES + c[None, :], (b < blocks)[:, None], 0)
+        total = tl.sum(counts, 0)
+        before = tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
+    end = tl.cumsum(total, 0)
+    rank = tl.cumsum(mine, 0) - 1
+    place = tl.sum(mine * (rank + (end - total + before)[None, :]), 1)
+    tl.store(order_T + place, i, i < rows)
+    if block == 0:
+        tl.store(offset_C + c + 1, end, c < C)
+        tl.store(offset_C, 0)
+
+
+@triton.jit
+def _tile_of(offset_C, tile, C: tl.constexpr, CLASSES: tl.constexpr, M: tl.constexpr):
+    """Class of a tile, its first place in the order, and the class's last; C or more where there is no such tile."""
+    c = tl.arange(0, CLASSES)
+    begin, end = tl.load(offset_C + c, c < C, 0), tl.load(offset_C + c + 1, c < C, 0)
+    tiles = (end - begin + M - 1) // M
+    done = tl.cumsum(tiles, 0)
+    expert = tl.sum((done <= tile).to(tl.int32), 0)
+    is_it = c == expert
+    first = tl.sum(tl.where(is_it, begin + (tile - done + tiles) * M, 0), 0)
+    return expert, first, tl.sum(tl.where(is_it, end, 0), 0)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x_TD, order_T, offset_C, gate_up_E2FD, inner_TF, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """inner = silu(W_gate x) * (W_up x), in sorted order."""
+    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
+    if expert >= E:
+        return
+    dtype = inner_TF.dtype.element_ty
+    m = first + tl.arange(0, M)
+    real = m < last
+    # Padding reads the tile's first row: what a row holds reaches no other.
+    row = tl.load(order_T + tl.where(real, m, first)).to(tl.int64)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    ok = n < F
+    x_at = x_TD + row[:, None] * D
+    gate_at = gate_up_E2FD + expert.to(tl.int64) * (2 * F * D) + tl.where(ok, n, 0)[None, :] * D
+    gate = tl.zeros((M, N), tl.float32)
+    up = tl.zeros((M, N), tl.float32)
+    for start in range(0, D, K):
+        k = start + tl.arange(0, K)
+        if D % K:
+            inside = k < D
+            x = tl.load(x_at + k[None, :], mask=inside[None, :], other=0.0)
+            gate_w = tl.load(gate_at + k[:, None], mask=inside[:, None], other=0.0)
+            up_w = tl.load(gate_at + F * D + k[:, None], mask=inside[:, None], other=0.0)
+        else:
+            x = tl.load(x_at + k[None, :])
+            gate_w, up_w = tl.load(gate_at + k[:, None]), tl.load(gate_at + F * D + k[:, None])
+        gate = tl.dot(x, gate_w, gate, input_precision=PRECISION)
+        up = tl.dot(x, up_w, up, input_precision=PRECISION)
+    # Rounded where the reference rounds.
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    inner = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up
+    tl.store(inner_TF + m.to(tl.int64)[:, None] * F + n[None, :], inner.to(dtype), real[:, None] & ok[None, :])
+
+
+@triton.jit
+def _down_kernel(
+    inner_TF, order_T, offset_C, weight_T, down_EDF, out_TD, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = weight * (W_down inner), in the rows' own order."""
+    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
+    if expert > E:
+        return
+    m = first + tl.arange(0, M)
+    real = m < last
+    place = tl.where(real, m, first).to(tl.int64)
+    row = tl.load(order_T + place).to(tl.int64)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    ok = n < D
+    out_at = out_TD + row[:, None] * D + n[None, :]
+    inside = real[:, None] & ok[None, :]
+    if expert == E:
+        tl.store(out_at, tl.zeros((M, N), out_TD.dtype.element_ty), inside)
+        return
+    inner_at = inner_TF + place[:, None] * F
+    down_at = down_EDF + expert.to(tl.int64) * (D * F) + tl.where(ok, n, 0)[None, :] * F
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(0, F, K):
+        k = start + tl.arange(0, K)
+        if F % K:
+            inner = tl.load(inner_at + k[None, :], mask=(k < F)[None, :], other=0.0)
+            down = tl.load(down_at + k[:, None], mask=(k < F)[:, None], other=0.0)
+        else:
+            inner, down = tl.load(inner_at + k[None, :]), tl.load(down_at + k[:, None])
+        acc = tl.dot(inner, down, acc, input_precision=PRECISION)
+    weight = tl.load(weight_T + row).to(tl.float32)
+    out = acc.to(inner_TF.dtype.element_ty).to(tl.float32) * weight[:, None]
+    tl.store(out_at, out.to(out_TD.dtype.element_ty), inside)
+
+
+def _sort(expert_T: torch.Tensor, classes: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order_T, offset_C of C + 1 entries), int32."""
+    rows, device = len(expert_T), expert_T.device
+    blocks = triton.cdiv(rows, _SORT_BLOCK)
+    order_T = torch.empty(rows, dtype=torch.int32, device=device)
+    offset_C = torch.empty(classes + 1, dtype=torch.int32, device=device)
+    count_BC = offset_C
+    if blocks > 1:
+        count_BC = torch.empty(blocks, padded, dtype=torch.int32, device=device)
+        launch(
+            _count_kernel, (blocks,), expert_T=expert_T, count_BC=count_BC, rows=rows, BLOCK=_SORT_BLOCK, CLASSES=padded
+        )
+    launch(
+        _place_kernel, (blocks,), expert_T=expert_T, count_BC=count_BC, order_T=order_T, offset_C=offset_C, rows=rows,
+        blocks=blocks, C=classes, BLOCK=_SORT_BLOCK, BLOCKS=triton.next_power_of_2(blocks), CLASSES=padded,
+    )  # fmt: skip
+    return order_T, offset_C
+
+
+def route_top1(
+    x_TD: torch.Tensor,
+    expert_T: torch.Tensor,
+    weight_T: torch.Tensor,
+    gate_up_E2FD: torch.Tensor,
+    down_EDF: torch.Tensor,
+) -> torch.Tensor:
+    """As the reference, with silu."""
+    rows, d = x_TD.shape
+    experts, f = len(gate_up_E2FD), down_EDF.shape[2]
+    out_TD = torch.empty(rows, d, dtype=torch.promote_types(x_TD.dtype, weight_T.dtype), device=x_TD.device)
+    if not rows:
+        return out_TD
+    padded = triton.next_power_of_2(experts + 1)
+    order_T, offset_C = _sort(expert_T.contiguous(), experts + 1, padded)
+    inner_TF = torch.empty(rows, f, dtype=x_TD.dtype, device=x_TD.device)
+    gate_up, down = expert_tiles(rows, experts, x_TD.dtype)
+    shared = dict(order_T=order_T, offset_C=offset_C, D=d, F=f, E=experts, CLASSES=padded, PRECISION=precision(x_TD.dtype))
+    launch(
+        _gate_up_kernel, (min(rows, rows // gate_up.m + experts), triton.cdiv(f, gate_up.n)), warps=gate_up.warps,
+        stages=gate_up.stages, dot_rows=gate_up.m, x_TD=x_TD.contiguous(), gate_up_E2FD=gate_up_E2FD, inner_TF=inner_TF,
+        M=gate_up.m, N=gate_up.n, K=gate_up.k, **shared,
+    )  # fmt: skip
+    launch(
+        _down_kernel, (min(rows, rows // down.m + experts + 1), triton.cdiv(d, down.n)), warps=down.warps,
+        stages=down.stages, dot_rows=down.m, inner_TF=inner_TF, weight_T=weight_T.contiguous(), down_EDF=down_EDF,
+        out_TD=out_TD, M=down.m, N=down.n, K=down.k, **shared,
+    )  # fmt: skip
+    return out_TD
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """Every pack size that chooses another tile, by batch and by prefill, free and batch-invariant."""
+    from ..dispatch import using
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    d, f, p, e = shape.hidden, shape.ffn, shape.router, shape.experts
+    weights = RouterWeights(
+        empty(p, d), empty(p), empty(p), empty(p), empty(p, p), empty(p), empty(p, p), empty(p), empty(e + 1, p),
+        empty(e + 1),
+    )  # fmt: skip
+    packs = sorted({s * r for s in shape.sequences for r in shape.rows} | {shape.prefill})
+
+    def layer(rows: int, first: bool, invariant: bool) -> None:
+        with using(batch_invariant=invariant):
+            x = empty(rows, d)
+            expert, weight, *_ = route(x, None if first else empty(rows, p), weights, 1e-5)
+            route_top1(x, expert, weight, empty(e, 2 * f, d), empty(e, d, f))
+
+    for rows in packs:
+        yield Case(f"{rows} rows", lambda rows=rows: layer(rows, False, False))
+    yield Case("first layer", lambda: layer(packs[0], True, False))
+    yield Case("invariant", lambda: layer(packs[-1], False, True))
