@@ -1,0 +1,6 @@
+"""Makes `conversion_parts` importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
