@@ -15,7 +15,11 @@ from .rows import Rows
 def attend(
     q_SRHD: torch.Tensor, k_SKGD: torch.Tensor, v_SKGD: torch.Tensor, visible_SRK: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Returns out_SRHD. A row that sees nothing (padding) has no defined value; callers drop it."""
+    """Returns out_SRHD. A row that sees nothing (padding) has no defined value; callers drop it.
+
+    Args:
+        visible_SRK: bool, or already as what is added to the scores (0 or -inf), in the dtype of q.
+    """
     out = F.scaled_dot_product_attention(
         q_SRHD.transpose(1, 2),
         k_SKGD.transpose(1, 2),

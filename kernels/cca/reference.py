@@ -20,17 +20,16 @@ def convolve(
         depthwise_bias, grouped_bias: [C].
         grouped_weight: [C, C / groups, time1].
     """
-    time0, time1 = depthwise_weight.shape[-1], grouped_weight.shape[-1]
-    channels, width = grouped_weight.shape[:2]
-    groups = channels // width
+    channels, width, time1 = grouped_weight.shape
+    time0, groups = depthwise_weight.shape[-1], channels // width
     taps_JC = depthwise_weight[:, 0].flip(-1).t()
-    # unbind, not slices: the backward of a slice fills a whole tensor with zeros.
-    x = x_TAC.unbind(1)
-    y = [depthwise_bias + sum(x[h + j] * taps_JC[j] for j in range(time0)) for h in range(time1)]
-    y_GTF = torch.cat([y_TC.unflatten(-1, (groups, width)) for y_TC in y], dim=-1).transpose(0, 1)
-    w_GFO = grouped_weight.flip(-1).view(groups, width, width, time1).permute(0, 3, 2, 1).flatten(1, 2)
-    out_GTO = torch.bmm(y_GTF, w_GFO.to(y_GTF.dtype))
-    return out_GTO.transpose(0, 1).flatten(1) + grouped_bias
+    y_THC = depthwise_bias
+    for j in range(time0):
+        y_THC = torch.addcmul(y_THC, x_TAC[:, j : j + time1], taps_JC[j])
+    y_GTE = y_THC.unflatten(-1, (groups, width)).permute(2, 0, 1, 3).flatten(2)
+    w_GEO = grouped_weight.flip(-1).view(groups, width, width, time1).permute(0, 3, 2, 1).flatten(1, 2)
+    out_GTO = torch.baddbmm(grouped_bias.view(groups, 1, width).to(y_GTE.dtype), y_GTE, w_GEO.to(y_GTE.dtype))
+    return out_GTO.transpose(0, 1).flatten(1)
 
 
 def normalise(x_THD: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Returns y_TD in the dtype of the weight."""
+    if x_TD.dtype == weight_D.dtype and x_TD.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
     wide = x_TD.to(torch.promote_types(weight_D.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight_D * wide.to(weight_D.dtype)
@@ -21,7 +24,10 @@ def scale_residual(
     residual_bias_D: torch.Tensor,
 ) -> torch.Tensor:
     """Returns the new residual_TD in the residual's dtype."""
-    return (hidden_TD + hidden_bias_D) * hidden_scale_D + (residual_TD + residual_bias_D) * residual_scale_D
+    branch_TD = (hidden_TD + hidden_bias_D) * hidden_scale_D
+    if branch_TD.dtype != residual_TD.dtype:
+        return branch_TD + (residual_TD + residual_bias_D) * residual_scale_D
+    return torch.addcmul(branch_TD, residual_TD + residual_bias_D, residual_scale_D)
 
 
 def scale_residual_norm(
