@@ -86,7 +86,8 @@ class Cell(Config):
 
     def directory(self, output: str) -> Path:
         """Where the cell's policy and figures are kept."""
-        recipe = json.dumps(self.model_dump(exclude={"variant"}), sort_keys=True).encode()
+        # What is left at its default does not count, so a field added to the recipe's language changes no name.
+        recipe = json.dumps(self.model_dump(mode="json", exclude={"variant"}, exclude_defaults=True), sort_keys=True).encode()
         digest = hashlib.blake2b(recipe, digest_size=5).hexdigest()
         return Path(output) / f"{self.variant.replace(' ', '-').replace('/', '-')}-{self.seed}-{digest}"
 
