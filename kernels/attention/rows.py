@@ -37,7 +37,6 @@ class Rows:
         page_size: positions per page.
         splits: programs that share a tile's keys.
         per_split: key blocks of each of them, where that is fixed (`batch_invariant`); 0 where they share evenly.
-        windowed: the layers have a sliding window.
     """
 
     range_6T: torch.Tensor
@@ -49,7 +48,6 @@ class Rows:
     page_size: int
     splits: int
     per_split: int
-    windowed: bool
 
     @classmethod
     def of(
@@ -126,7 +124,6 @@ class Rows:
             range_6T=move(np.stack([past_begin, past_end, clean_begin, clean_end, block_begin, block_end])),
             first_S1=move(first), start_S=move(start), table_SP=table_SP.to(torch.int32).to(device),
             tile_N2=move(tile_N2), tile=tile, page_size=page_size, splits=splits, per_split=per_split,
-            windowed=window is not None,
         )  # fmt: skip
 
     def copy_(self, other: Rows) -> None:

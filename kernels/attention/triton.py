@@ -33,14 +33,14 @@ _LOG2_E = 1.4426950408889634
 @triton.jit
 def _block(
     acc, top, total, q, k_pointers, v_pointers, load, keep, scale,
-    LOAD_MASKED: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One key block into the running (acc, top, total) of the online softmax, in base 2."""
-    inside = tl.arange(0, WIDTH) < D
     if WIDTH != D:
+        inside = tl.arange(0, WIDTH) < D
         k = tl.load(k_pointers, mask=load[None, :] & inside[:, None], other=0.0)
         v = tl.load(v_pointers, mask=load[:, None] & inside[None, :], other=0.0)
-    elif LOAD_MASKED:
+    elif MASKED:
         k = tl.load(k_pointers, mask=load[None, :], other=0.0)
         v = tl.load(v_pointers, mask=load[:, None], other=0.0)
     else:
@@ -65,10 +65,9 @@ def paged(
     range_ptr, first_ptr, start_ptr, table_ptr, tile_ptr,
     q_row, k_row, v_row, rows, pages, splits, per_split, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr, WINDOWED: tl.constexpr, INVARIANT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, G, splits). WHOLE: one split, which writes the result itself."""
+    """Grid (tiles, G, splits). A single split writes the result itself."""
     GROUP: tl.constexpr = H // G
     tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tile_ptr + 2 * tile)
@@ -91,21 +90,17 @@ def paged(
     block_begin = tl.load(ranges + 4 * rows, mask=real, other=0)
     block_end = tl.load(ranges + 5 * rows, mask=real, other=0)
 
-    d = tl.arange(0, WIDTH)
-    q_offset = row_T * q_row + head * D
-    q = tl.load(q_ptr + q_offset[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-
     # The key blocks of this program: cached ones, then the pack's.
     seen = tl.max(past_end, 0)
-    past_0 = tl.min(tl.where(real & (past_end > past_begin), past_begin, seen), 0) // N
+    past_0 = tl.min(tl.where(past_end > past_begin, past_begin, seen), 0) // N
     past_1 = tl.cdiv(seen, N)
     fresh_end = tl.max(tl.maximum(clean_end, block_end), 0)
-    fresh_begin = tl.minimum(
-        tl.where(clean_end > clean_begin, clean_begin, fresh_end), tl.where(block_end > block_begin, block_begin, fresh_end)
-    )
-    fresh_0 = tl.min(fresh_begin, 0) // N
+    fresh_0 = tl.minimum(
+        tl.min(tl.where(clean_end > clean_begin, clean_begin, fresh_end), 0),
+        tl.min(tl.where(block_end > block_begin, block_begin, fresh_end), 0),
+    ) // N  # fmt: skip
     fresh_1 = tl.cdiv(fresh_end, N)
-    if INVARIANT:
+    if per_split > 0:
         per = per_split
         past_origin = 0
         fresh_origin = -tl.cdiv(tl.load(start_ptr + sequence), N)
@@ -115,75 +110,63 @@ def paged(
         fresh_origin = fresh_0 - (past_1 - past_0)
     begin, end = split * per, (split + 1) * per
     past_0 = tl.maximum(past_0, begin + past_origin)
-    past_1 = tl.minimum(past_1, end + past_origin)
+    past_1 = tl.maximum(tl.minimum(past_1, end + past_origin), past_0)
     fresh_0 = tl.maximum(fresh_0, begin + fresh_origin)
-    fresh_1 = tl.minimum(fresh_1, end + fresh_origin)
+    fresh_1 = tl.maximum(tl.minimum(fresh_1, end + fresh_origin), fresh_0)
+    # Of the cached ones, [common_0, common_1) are seen whole by every row.
+    common_0 = tl.minimum(tl.maximum(past_0, tl.cdiv(tl.max(past_begin, 0), N)), past_1)
+    common_1 = tl.maximum(tl.minimum(past_1, tl.min(tl.where(real, past_end, _FAR), 0) // N), common_0)
 
+    d = tl.arange(0, WIDTH)
+    q_place = (row_T * q_row + head * D)[:, None] + d[None, :]
+    q = tl.load(q_ptr + q_place, mask=real[:, None] & (d < D)[None, :], other=0.0)
     acc = tl.zeros((M, WIDTH), tl.float32)
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     n = tl.arange(0, N)
+    column = g * D + d
     table = table_ptr + sequence.to(tl.int64) * pages
-    k_base, v_base = k_pool + g * D + d[:, None], v_pool + g * D + d[None, :]
-
-    common_0 = tl.minimum(tl.maximum(past_0, tl.cdiv(tl.max(past_begin, 0), N)), past_1)
-    common_1 = tl.maximum(tl.minimum(past_1, tl.min(tl.where(real, past_end, _FAR), 0) // N), common_0)
-    if WINDOWED:
-        for block in range(past_0, common_0):
-            position = block * N + n
-            load = position < seen
-            page = tl.load(table + position // PAGE, mask=load, other=0).to(tl.int64)
-            offset = (page * PAGE + position % PAGE) * (G * D)
-            keep = (position[None, :] >= past_begin[:, None]) & (position[None, :] < past_end[:, None])
-            acc, top, total = _block(
-                acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], load, keep, scale,
-                True, True, D, WIDTH, PRECISION,
-            )  # fmt: skip
     for block in range(common_0, common_1):
         position = block * N + n
         page = tl.load(table + position // PAGE).to(tl.int64)
-        offset = (page * PAGE + position % PAGE) * (G * D)
+        place = (page * PAGE + position % PAGE) * (G * D)
         acc, top, total = _block(
-            acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], position >= 0, True, scale,
-            False, False, D, WIDTH, PRECISION,
+            acc, top, total, q, k_pool + place[None, :] + column[:, None], v_pool + place[:, None] + column[None, :],
+            position >= 0, True, scale, False, D, WIDTH, PRECISION,
         )  # fmt: skip
-    for block in range(common_1, past_1):
-        position = block * N + n
+    before = common_0 - past_0
+    for i in range(0, before + past_1 - common_1):
+        position = tl.where(i < before, past_0 + i, common_1 + i - before) * N + n
         load = position < seen
         page = tl.load(table + position // PAGE, mask=load, other=0).to(tl.int64)
-        offset = (page * PAGE + position % PAGE) * (G * D)
+        place = (page * PAGE + position % PAGE) * (G * D)
         keep = (position[None, :] >= past_begin[:, None]) & (position[None, :] < past_end[:, None])
         acc, top, total = _block(
-            acc, top, total, q, k_base + offset[None, :], v_base + offset[:, None], load, keep, scale,
-            True, True, D, WIDTH, PRECISION,
+            acc, top, total, q, k_pool + place[None, :] + column[:, None], v_pool + place[:, None] + column[None, :],
+            load, keep, scale, True, D, WIDTH, PRECISION,
         )  # fmt: skip
-    k_fresh, v_fresh = k_ptr + g * D + d[:, None], v_ptr + g * D + d[None, :]
     for block in range(fresh_0, fresh_1):
-        other = block * N + n
-        load = other < fresh_end
-        other_T = (first + other).to(tl.int64)
-        in_clean = (other[None, :] >= clean_begin[:, None]) & (other[None, :] < clean_end[:, None])
-        in_block = (other[None, :] >= block_begin[:, None]) & (other[None, :] < block_end[:, None])
+        key = block * N + n
+        key_T = (first + key).to(tl.int64)
+        clean = (key[None, :] >= clean_begin[:, None]) & (key[None, :] < clean_end[:, None])
+        own = (key[None, :] >= block_begin[:, None]) & (key[None, :] < block_end[:, None])
         acc, top, total = _block(
-            acc, top, total, q, k_fresh + (other_T * k_row)[None, :], v_fresh + (other_T * v_row)[:, None], load,
-            in_clean | in_block, scale, True, True, D, WIDTH, PRECISION,
+            acc, top, total, q,
+            k_ptr + (key_T * k_row)[None, :] + column[:, None], v_ptr + (key_T * v_row)[:, None] + column[None, :],
+            key < fresh_end, clean | own, scale, True, D, WIDTH, PRECISION,
         )  # fmt: skip
 
     some = total > 0
     result = acc / tl.where(some, total, 1.0)[:, None]
-    place = (row_T * H + head) * D
-    if WHOLE:
-        tl.store(
-            out_ptr + place[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty),
-            mask=real[:, None] & (d < D)[None, :],
-        )  # fmt: skip
+    place = row_T * H + head
+    inside = real[:, None] & (d < D)[None, :]
+    if splits == 1:
+        tl.store(out_ptr + place[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        plane = split.to(tl.int64) * rows * H
-        tl.store(
-            partial_ptr + plane * D + place[:, None] + d[None, :], result, mask=(real & some)[:, None] & (d < D)[None, :]
-        )
+        place += split.to(tl.int64) * rows * H
+        tl.store(partial_ptr + place[:, None] * D + d[None, :], result, mask=inside & some[:, None])
         lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
-        tl.store(lse_ptr + plane + row_T * H + head, lse, mask=real)
+        tl.store(lse_ptr + place, lse, mask=real)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -195,15 +178,16 @@ def combine(
     h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
     place = row * H + h
     inside = (h < H)[:, None] & (d < D)[None, :]
+    stride = rows.to(tl.int64) * H
     top = tl.full((HEADS,), float("-inf"), tl.float32)
     for split in range(splits):
-        plane = split.to(tl.int64) * rows * H
+        plane = split * stride
         top = tl.maximum(top, tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, WIDTH), tl.float32)
     for split in range(splits):
-        plane = split.to(tl.int64) * rows * H
+        plane = split * stride
         weight = tl.exp2(tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")) - top)
         part = tl.load(
             partial_ptr + (plane + place)[:, None] * D + d[None, :], mask=inside & (weight > 0)[:, None], other=0.0
@@ -233,9 +217,9 @@ def paged_attend(
     G, tile = k_TGD.shape[1], rows.tile
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     whole, width = rows.splits == 1, max(triton.next_power_of_2(D), 16)
-    planes = () if whole else (rows.splits, T, H)
-    partial = out_THD if whole else torch.empty(*planes, D, dtype=torch.float32, device=q_THD.device)
-    lse = out_THD if whole else torch.empty(planes, dtype=torch.float32, device=q_THD.device)
+    planes = 0 if whole else rows.splits
+    partial = torch.empty(planes, T, H, D, dtype=torch.float32, device=q_THD.device)
+    lse = torch.empty(planes, T, H, dtype=torch.float32, device=q_THD.device)
     launch(
         paged, (len(rows.tile_N2), G, rows.splits), warps=tile.warps, stages=tile.stages, dot_rows=tile.m,
         q_ptr=q_THD, k_ptr=k_TGD, v_ptr=v_TGD, k_pool=k_pool_KGD, v_pool=v_pool_KGD, out_ptr=out_THD,
@@ -243,8 +227,7 @@ def paged_attend(
         table_ptr=rows.table_SP, tile_ptr=rows.tile_N2,
         q_row=q_THD.stride(0), k_row=k_TGD.stride(0), v_row=v_TGD.stride(0), rows=T, pages=rows.table_SP.shape[1],
         splits=rows.splits, per_split=rows.per_split, scale=scale * _LOG2_E,
-        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, WHOLE=whole, WINDOWED=rows.windowed,
-        INVARIANT=rows.per_split > 0, PRECISION=precision(q_THD.dtype),
+        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, PRECISION=precision(q_THD.dtype),
     )  # fmt: skip
     if not whole:
         launch(
