@@ -5,7 +5,7 @@ Invariants: sections are frozen and strict (`settings.Config`); every quantity c
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,12 +28,80 @@ class Architecture(Config):
     rope_theta: float = Field(10_000.0, gt=0)
 
 
-class Data(Config):
-    """Documents: reasoning-gym tasks of the training split, written as question, steps, answer."""
+class Source(Config):
+    """Where documents come from."""
 
+    weight: float = Field(1.0, gt=0, description="share of this source's records among those of all sources")
+
+
+class Tasks(Source):
+    """reasoning-gym tasks of the training split, written as question, steps, answer."""
+
+    kind: Literal["tasks"] = "tasks"
     families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
-    seed: int = Field(0, ge=0)
-    pool: int = Field(2048, ge=1, description="documents sorted by length together, so that packs hold little padding")
+
+
+class Files(Source):
+    """Records of files."""
+
+    epochs: int | None = Field(None, ge=1, description="times the records are read; none for as often as the stage asks")
+    format: Literal["text", "completion", "messages"] = Field(
+        "text", description="text: all of it is learned. completion: what follows a prompt is. messages: a conversation, of "
+        "which the assistant's answers are, in the tokenizer's chat template or, without one, as `role: content` lines"
+    )  # fmt: skip
+    columns: dict[Literal["text", "prompt", "completion", "messages"], str] = Field(
+        {}, description="names in the files of the fields text, prompt, completion, messages, where they differ"
+    )
+
+
+class JsonLines(Files):
+    """JSON-lines files."""
+
+    kind: Literal["jsonl"]
+    paths: tuple[str, ...] = Field(min_length=1, description="files, patterns, or directories of .jsonl and .json files")
+
+
+class Parquet(Files):
+    """Parquet files; their row groups are shuffled, and the rows of each."""
+
+    kind: Literal["parquet"]
+    paths: tuple[str, ...] = Field(min_length=1, description="files, patterns, or directories of .parquet files")
+
+
+class HuggingFace(Files):
+    """A data set that `datasets.save_to_disk` wrote, or a directory of Parquet or JSON-lines files."""
+
+    kind: Literal["huggingface"]
+    path: str
+    split: str | None = Field(None, description="of a data set saved with several splits")
+
+
+class Rollouts(Source):
+    """The policy's own answers, as `blockroll generate` writes them."""
+
+    kind: Literal["rollouts"]
+    paths: tuple[str, ...] = Field(min_length=1, description="files, patterns, or directories of .jsonl files")
+    epochs: int | None = Field(None, ge=1, description="times the records are read; none for as often as the stage asks")
+    finish_reasons: tuple[str, ...] = Field((), description="answers that ended so are taken; empty for all")
+
+
+AnySource = Annotated[Tasks | JsonLines | Parquet | HuggingFace | Rollouts, Field(discriminator="kind")]
+
+
+class Data(Config):
+    """Documents, from one source or a mixture."""
+
+    sources: tuple[AnySource, ...] = Field((Tasks(),), min_length=1)
+    seed: int = Field(0, ge=0, description="of the order of records")
+    pool: int = Field(2048, ge=1, description="records sorted by length together, so that packs hold little padding")
+    shuffle: int = Field(1024, ge=0, description="records of a file that are shuffled together; parts of so many records "
+                         "come in random order. 0 keeps the order of the files")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families of the tasks; empty for all."""
+        chosen = [source.families for source in self.sources if isinstance(source, Tasks)]
+        return () if not all(chosen) else tuple(dict.fromkeys(name for families in chosen for name in families))
 
 
 class DraftLoss(Config):
@@ -67,6 +135,11 @@ class Stage(Config):
     skip: bool = Field(False, description="pass over this stage")
     repeat: int = Field(1, ge=1, description="times the stage runs, each time on other data; later runs are NAME-2, ...")
     pack_tokens: int = Field(8192, ge=1, description="most clean tokens of a pack, which one process computes at once")
+    sequence_tokens: int | None = Field(None, ge=2, description="longest document, tokens; none takes pack_tokens")
+    too_long: Literal["error", "split", "drop"] = Field(
+        "error", description="what becomes of a longer document: an error that names it, several documents, or nothing"
+    )
+    data: Data | None = Field(None, description="documents of this stage; none takes the run's")
     packs_per_step: int = Field(1, ge=1, description="packs of one optimiser step, over all processes")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay per step of the gradient's mean and of its square; "
@@ -95,14 +168,24 @@ class Stage(Config):
     autocast: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of products; parameters, gradients and optimiser states are float32"
     )
+    activation_checkpointing: bool = Field(False, description="keep only each layer's input for the backward pass and compute "
+                                           "the layer again there: about a third more time, a fraction of the memory")
     report_steps: int = Field(20, ge=1, description="optimiser steps between lines of the log")
     checkpoint_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return self.sequence_tokens or self.pack_tokens
 
     @model_validator(mode="after")
     def _lengths(self) -> Stage:
         low, high = self.block_length
         if not 2 <= low <= high <= 64:
             raise ValueError("block_length must be two numbers with 2 <= shortest <= longest <= 64")
+        if self.longest > self.pack_tokens:
+            raise ValueError(f"sequence_tokens must be at most pack_tokens, {self.pack_tokens}: a document is never cut "
+                             "between packs")
         if self.ar_target == "parent" and self.kind == "ar":
             raise ValueError("ar_target: parent holds p where it is, so an `ar` stage would learn nothing; use data")
         return self

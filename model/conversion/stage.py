@@ -15,7 +15,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..policy import Policy, Routing
 from .checkpoints import Checkpoints, prepare_states, training_state
 from .compare import LossRows
 from .config import ConversionConfig, Stage
-from .data import Document, cut_blocks, packs
+from .data import Document, PackStream, cut_blocks, learned_targets
 from .distributed import Group, clip_gradients, shard
 from .objective import objective
 
@@ -69,6 +69,7 @@ class Pack:
             target_T[-1] = -100
         else:
             layout, target_T = diffusion(texts, [cut_blocks(d, stage, draw) for d in documents], mask_token)
+        target_T = learned_targets(target_T, layout, documents)
         prompts = [d.prompt for d in documents]
         rows = LossRows.of(layout, target_T, prompts)
         if not len(rows.clean_R) or (stage.kind == "diffusion" and not len(rows.mask_M)):
@@ -118,6 +119,7 @@ def train_stage(
         parent = shard(copy.deepcopy(policy).requires_grad_(False).eval(), group, compute)
     if stage.markov_rank and policy.markov is None:
         policy.add_markov(stage.markov_rank, torch.Generator().manual_seed(config.seed))
+    policy.recompute_layers = stage.activation_checkpointing
     shard(policy.train().requires_grad_(True), group, compute)
     optimizer = make_optimizer(policy, stage)
     settings = _settings(stage, config)
@@ -130,9 +132,9 @@ def train_stage(
     if group.first:
         cut_log(log, stage.name, step)
     began, before = time.monotonic(), seen
-    stream = own_packs(policy, stage, config, group, step)
+    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, saved and saved["places"])
     while seen < stage.tokens:
-        own = list(islice(stream, stage.packs_per_step // group.size))
+        own = [lay_out(pack, policy, stage, config) for pack in islice(stream, stage.packs_per_step // group.size)]
         set_rate(optimizer, learning_rate(stage, step, seen))
         figures = train_step(policy, optimizer, stage, own, group, parent)
         if figures is None:
@@ -151,15 +153,14 @@ def train_stage(
             append_jsonl(log, row)
             report({**row, "of": stage.tokens})
         if step % stage.checkpoint_steps == 0 and not ended:
-            checkpoints.save(step, training_state(policy, optimizer), {"step": step, "tokens": seen, "settings": settings})
+            progress = {"step": step, "tokens": seen, "settings": settings, "places": [int(n) for n in group.sum(stream.places)]}
+            checkpoints.save(step, training_state(policy, optimizer), progress)
 
 
-def own_packs(policy: Policy, stage: Stage, config: ConversionConfig, group: Group, step: int) -> Iterator[Pack]:
-    """This process's packs from `step` on: of each step's packs, every `size`-th."""
-    for number, documents in enumerate(packs(config.data, policy.tokenizer, stage)):
-        if number >= step * stage.packs_per_step and number % group.size == group.rank:
-            draw = random.Random(f"{config.seed}/{stage.name}/{number}")
-            yield Pack.of(documents, stage, policy.mask_token_id, draw)
+def lay_out(numbered: tuple[int, list[Document]], policy: Policy, stage: Stage, config: ConversionConfig) -> Pack:
+    """A pack of the stream, its mask blocks placed by its number."""
+    number, documents = numbered
+    return Pack.of(documents, stage, policy.mask_token_id, random.Random(f"{config.seed}/{stage.name}/{number}"))
 
 
 def train_step(
