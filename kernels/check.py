@@ -148,7 +148,7 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
 
     parameters = launch.kernel.params
     arguments = launch.arguments
-    key = []
+    key: list[Any] = []
     for parameter in parameters:
         value = arguments.get(parameter.name, parameter.default)
         number = isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr

@@ -31,7 +31,8 @@ class Choice:
     batch_invariant: bool = False
 
 
-_choice: ContextVar[Choice] = ContextVar("choice", default=Choice())
+_DEFAULT = Choice()
+_choice: ContextVar[Choice] = ContextVar("choice", default=_DEFAULT)
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def record(target: str) -> Iterator[list[Launch]]:
     """Within it, host code decides as on `target` and launches nothing; yields the list of what it would have launched."""
     global _recording, _architecture
     before = _recording, _architecture
-    _recording, _architecture = launches, _ = [], target
+    launches: list[Launch] = []
+    _recording, _architecture = launches, target
     try:
         yield launches
     finally:

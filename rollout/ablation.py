@@ -149,6 +149,7 @@ def run_cell(cell: Cell, output: str) -> dict[str, Any]:
     )
     last: dict[str, Any] = {}
     policy = run_stages(conversion, last.update)
+    assert policy is not None  # only the other processes of a group are left without one
     decoding = cell.decoding
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, cell.data.families or None)
     ways = []
@@ -312,8 +313,8 @@ def plot(report: Mapping[str, Any], path: Path, format: Literal["png"] = "png") 
     left.grid(axis="x", alpha=0.3)
     left.legend(fontsize=8)
     for place, variant in enumerate(variants):
-        values = _acceptance(report, variant)
-        right.plot(range(1, len(values) + 1), values, marker=".", label=variant, color=f"C{place % 10}",
+        accepted = _acceptance(report, variant)
+        right.plot(range(1, len(accepted) + 1), accepted, marker=".", label=variant, color=f"C{place % 10}",
                    linestyle="-" if place < 10 else "--")
     right.set(xlabel="draft", ylabel="accepted, given all before it were", ylim=(0, 1))
     right.grid(alpha=0.3)

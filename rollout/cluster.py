@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -251,8 +252,17 @@ class RayCluster:
 
 def _start_ray(address: str | None, actors: int) -> None:
     """Connect to the Ray at `address`, or start one here; its logger says errors only."""
-    ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
-             logging_level=logging.ERROR, num_cpus=None if address else max(actors, 2))  # fmt: skip
+    try:
+        host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+        if colon and port.isdecimal():
+            # Ray itself tries for minutes.
+            socket.create_connection((host, int(port)), timeout=10.0).close()
+        ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
+                 logging_level=logging.ERROR, num_cpus=None if address else max(actors, 2))  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        where, remedy = (f"the one at {address} cannot be reached", "check the address and that it runs") if address else \
+            ("none could be started here", "see its logs in /tmp/ray")
+        raise ClusterError(f"ray: {where} ({' '.join(str(error).split())[:300]}); {remedy}") from error
 
 
 def _reason(error: RayError) -> str:

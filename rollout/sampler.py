@@ -135,6 +135,7 @@ def _choose(
     """Tokens drawn from q, and log q where verification compares with it. (token_SK, logq_SKV)"""
     if group.greedy:
         return q_logits_SKV.argmax(-1), None
+    assert noise is not None
     q = _process(rows, group, q_logits_SKV)
     if group.sampler == "coupled":
         return gumbel_argmax(q.scaled, noise), None

@@ -32,7 +32,7 @@ class RequestRefused(RequestError):
 
     def __init__(self, request_id: str, why: str) -> None:
         self.request_id = request_id
-        super().__init__(f"request {request_id!r}", why, "change it and give it a new id; the other requests go on")
+        super().__init__(f"request {request_id!r}", why, "a changed request needs a new id; the other requests go on")
 
 
 def refusal(message: Refused) -> BlockrollError:

@@ -57,7 +57,7 @@ def attend_blockwise(
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_THD, k_TGD, v_TGD, tiles, scale):  # type: ignore[override]
+    def forward(ctx, q_THD, k_TGD, v_TGD, tiles, scale):
         with torch.autocast(q_THD.device.type, enabled=False):
             out_THD, lse_TH = _forward(q_THD, k_TGD, v_TGD, tiles, scale)
         ctx.save_for_backward(q_THD, k_TGD, v_TGD, out_THD, lse_TH)
@@ -66,9 +66,11 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_THD):  # type: ignore[override]
+    def backward(ctx, grad_THD):
+        q_THD, k_TGD, v_TGD, out_THD, lse_TH = ctx.saved_tensors
         with torch.autocast(grad_THD.device.type, enabled=False):
-            return (*_backward(*ctx.saved_tensors, grad_THD, ctx.tiles, ctx.scale), None, None)
+            grads = _backward(q_THD, k_TGD, v_TGD, out_THD, lse_TH, grad_THD, ctx.tiles, ctx.scale)
+        return (*grads, None, None)
 
 
 def _forward(

@@ -23,7 +23,10 @@ def block_mask(rule: Rule, size: int = TILE) -> BlockMask:
     """The kernel's table of tiles of a rule."""
     some_NN, whole_NN = rule.tiles(size)
     partial, whole = _table(some_NN & ~whole_NN), _table(whole_NN)
-    moved = Rule(*(x.to(torch.int32) for x in (rule.sequence_T, rule.position_T, rule.limit_T, rule.block_T)), rule.window)
+    moved = Rule(
+        rule.sequence_T.to(torch.int32), rule.position_T.to(torch.int32), rule.limit_T.to(torch.int32),
+        rule.block_T.to(torch.int32), rule.window,
+    )  # fmt: skip
 
     def sees(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return moved.sees(i, j)
@@ -36,7 +39,7 @@ def attend_flex(
 ) -> torch.Tensor:
     """Returns out_THD. Compiled on accelerators; elsewhere all scores exist at once, so only for tests."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGD))
-    kernel = flex_attention if q_THD.device.type == "cpu" else _compiled()
+    kernel: Any = flex_attention if q_THD.device.type == "cpu" else _compiled()
     out = kernel(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 

@@ -256,8 +256,8 @@ def cases(shape: Shape) -> Iterator[Case]:
             def empty(*size: int) -> torch.Tensor:
                 return torch.empty(*size, dtype=shape.dtype, device="meta")
 
-            pools = (empty(positions, G, D) for _ in range(2))
-            paged_attend(empty(T, H, D), empty(T, G, D), empty(T, G, D), *pools, rows, D**-0.5)
+            k_pool, v_pool = empty(positions, G, D), empty(positions, G, D)
+            paged_attend(empty(T, H, D), empty(T, G, D), empty(T, G, D), k_pool, v_pool, rows, D**-0.5)
 
         large = " large" if positions == shape.large_positions else ""
         return Case(f"{sequences} x {count} rows{' invariant' if invariant else ''}{large}", call)

@@ -18,10 +18,10 @@ import triton.language as tl
 from ..dispatch import batch_invariant
 from ..launch import launch
 from .reference import RouterWeights
-from .tiles import Tile, precision
+from .tiles import Tile, pipeline, precision
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _state_kernel(
     x_TD, state_TP, weight_PD, bias_P, scale_P, out_TP, rows, D: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def _gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _choice_kernel(
     hidden_TP, norm_P, fc1_PP, fc1_bias_P, fc2_PP, fc2_bias_P, out_CP, balance_C, expert_T, weight_T, probs_TC, rows, eps,
     P: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, CLASSES: tl.constexpr,
@@ -105,8 +105,8 @@ def _choice_kernel(
 def _state_tile(rows: int, dtype: torch.dtype) -> Tile:
     narrow = 1 if dtype.itemsize == 2 else 2
     if rows <= 1024 or batch_invariant():
-        return Tile(16, 16, 256 // narrow, 4, 3)
-    return Tile(64, 64, 64 // narrow, 4, 3)
+        return Tile(16, 16, 256 // narrow, 4, pipeline(3))
+    return Tile(64, 64, 64 // narrow, 4, pipeline(3))
 
 
 def route(
@@ -118,19 +118,21 @@ def route(
     x_TD, device, dtype = x_TD.contiguous(), x_TD.device, x_TD.dtype
     scale = weights.router_states_scale
     hidden_TP = torch.empty(rows, p, dtype=dtype, device=device)
-    carried = state_TP is not None and scale is not None
+    if state_TP is None or scale is None:
+        state_TP = scale = None
     tile = _state_tile(rows, dtype)
     launch(
         _state_kernel, (triton.cdiv(rows, tile.m), triton.cdiv(p, tile.n)), warps=tile.warps, stages=tile.stages,
-        dot_rows=tile.m, x_TD=x_TD, state_TP=state_TP.contiguous() if carried else hidden_TP,
-        weight_PD=weights.down_proj_weight, bias_P=weights.down_proj_bias, scale_P=scale if carried else hidden_TP,
-        out_TP=hidden_TP, rows=rows, D=d, P=p, STATE=carried, M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(dtype),
+        dot_rows=tile.m, x_TD=x_TD, state_TP=hidden_TP if state_TP is None else state_TP.contiguous(),
+        weight_PD=weights.down_proj_weight, bias_P=weights.down_proj_bias, scale_P=hidden_TP if scale is None else scale,
+        out_TP=hidden_TP, rows=rows, D=d, P=p, STATE=state_TP is not None,
+        M=tile.m, N=tile.n, K=tile.k, PRECISION=precision(dtype),
     )  # fmt: skip
     expert_T = torch.empty(rows, dtype=torch.int64, device=device)
     weight_T = torch.empty(rows, dtype=dtype, device=device)
     probs_TC = torch.empty(rows, classes, dtype=dtype, device=device)
     launch(
-        _choice_kernel, (triton.cdiv(rows, 16),), warps=4, stages=1, dot_rows=16, hidden_TP=hidden_TP,
+        _choice_kernel, (triton.cdiv(rows, 16),), warps=4, stages=pipeline(3), dot_rows=16, hidden_TP=hidden_TP,
         norm_P=weights.norm_weight, fc1_PP=weights.fc1_weight, fc1_bias_P=weights.fc1_bias, fc2_PP=weights.fc2_weight,
         fc2_bias_P=weights.fc2_bias, out_CP=weights.out_proj_weight, balance_C=weights.balancing_biases,
         expert_T=expert_T, weight_T=weight_T, probs_TC=probs_TC, rows=rows, eps=eps, P=p, C=classes, M=16, N=32,

@@ -25,6 +25,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
 
 
+def pipeline(stages: int) -> int:
+    """Stages of a loop's pipeline: two on AMD, where each further one holds another tile in 64 KiB of shared memory."""
+    return min(stages, 2) if architecture().startswith("gfx") else stages
+
+
 def expert_tiles(rows: int, experts: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
     """Tiles of the gate-and-up product, whose n counts twice, and of the down product.
 
@@ -45,7 +50,7 @@ def expert_tiles(rows: int, experts: int, dtype: torch.dtype) -> tuple[Tile, Til
         tiles = Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)
     else:
         tiles = Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)
-    gate_up, down = (tile._replace(k=tile.k // 2) if wide else tile for tile in tiles)
-    if architecture().startswith("gfx"):
-        gate_up, down = gate_up._replace(stages=2), down._replace(stages=2)
+    gate_up, down = (
+        tile._replace(k=tile.k // 2 if wide else tile.k, stages=pipeline(tile.stages)) for tile in tiles
+    )
     return gate_up, down

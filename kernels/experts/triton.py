@@ -13,6 +13,7 @@ Legend: T rows, D hidden, F inner, E experts, C = E + 1 classes, B blocks of the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -166,7 +167,8 @@ def _sort(expert_T: torch.Tensor, classes: int, padded: int) -> tuple[torch.Tens
         )
     launch(
         _place_kernel, (blocks,), expert_T=expert_T, count_BC=count_BC, order_T=order_T, offset_C=offset_C, rows=rows,
-        blocks=blocks, C=classes, BLOCK=_SORT_BLOCK, BLOCKS=triton.next_power_of_2(blocks), CLASSES=padded,
+        blocks=blocks, C=classes, BLOCK=_SORT_BLOCK, BLOCKS=1 if blocks == 1 else max(64, triton.next_power_of_2(blocks)),
+        CLASSES=padded,
     )  # fmt: skip
     return order_T, offset_C
 
@@ -223,6 +225,6 @@ def cases(shape: Shape) -> Iterator[Case]:
             route_top1(x, expert, weight, empty(e, 2 * f, d), empty(e, d, f))
 
     for rows in packs:
-        yield Case(f"{rows} rows", lambda rows=rows: layer(rows, False, False))
-    yield Case("first layer", lambda: layer(packs[0], True, False))
-    yield Case("invariant", lambda: layer(packs[-1], False, True))
+        yield Case(f"{rows} rows", partial(layer, rows, False, False))
+    yield Case("first layer", partial(layer, packs[0], True, False))
+    yield Case("invariant", partial(layer, packs[-1], False, True))

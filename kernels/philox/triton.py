@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -114,5 +115,5 @@ def cases(shape: Shape) -> Iterator[Case]:
     """What a verification that keeps its distributions draws: uniform numbers and the noise of its rows."""
     for rows in shape.sequences:
         seed, position = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
-        yield Case(f"uniform {rows}", lambda seed=seed, position=position: uniform(seed, position, 0))
-        yield Case(f"gumbel {rows}", lambda seed=seed, position=position: gumbel(seed, position, shape.vocab, 0))
+        yield Case(f"uniform {rows}", partial(uniform, seed, position, 0))
+        yield Case(f"gumbel {rows}", partial(gumbel, seed, position, shape.vocab, 0))

@@ -11,6 +11,7 @@ Legend: T = rows, D = features of a row.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import triton
@@ -123,7 +124,7 @@ def cases(shape: Shape) -> Iterator[Case]:
     for name, rows in (("", max(shape.sequences) * max(shape.rows)), (" large", 1 << 19)):
         hidden, residual = empty(rows, shape.hidden), empty(rows, shape.hidden, dtype=torch.float32)
         scales = [empty(shape.hidden) for _ in range(4)]
-        yield Case("scale and norm" + name, lambda h=hidden, r=residual, s=scales: scale_residual_norm(h, r, *s, s[0], 1e-5))
-        yield Case("scale" + name, lambda h=hidden, r=residual, s=scales: scale_residual(h, r, *s))
-        yield Case("norm" + name, lambda r=residual, s=scales: rms_norm(r, s[0], 1e-5))
-    yield Case("router norm", lambda: rms_norm(empty(1, shape.router), empty(shape.router), 1e-5))
+        yield Case("scale and norm" + name, partial(_launch, residual, hidden, tuple(scales), scales[0], 1e-5))
+        yield Case("scale" + name, partial(scale_residual, hidden, residual, *scales))
+        yield Case("norm" + name, partial(rms_norm, residual, scales[0], 1e-5))
+    yield Case("router norm", partial(rms_norm, empty(1, shape.router), empty(shape.router), 1e-5))

@@ -4,12 +4,43 @@ Invariants:
 - A row's result depends on that row alone.
 - Padding (rows past a sequence's count) may hold anything, NaN included: it never reaches a result.
 
-Legend: S = sequences, M = most drafts of one sequence, V = vocabulary; `...` = any leading shape.
+Legend: S = sequences, M = most drafts of one sequence, R = rows of a sequence, V = vocabulary; `...` = any leading shape.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from ..philox.reference import Purpose, gumbel, uniform
+
+
+class Sampled(NamedTuple):
+    """A token per row.
+
+    Attributes:
+        token_SR: int64. logprob_SR: float32, its log-probability at the temperature (0: at 1), nothing cut.
+        lse_SR: float64, log-sum-exp of the row over the temperature: logit / temperature - lse is a log-probability.
+    """
+
+    token_SR: torch.Tensor
+    logprob_SR: torch.Tensor
+    lse_SR: torch.Tensor
+
+
+class Rejection(NamedTuple):
+    """Drafts verified by rejection. Rows past accepted_S hold -1 in token_SR and 0 in the logarithms.
+
+    Attributes:
+        accepted_S: int64, how many drafts were accepted. token_SR: int64, they and the token after them.
+        logprob_SR: float32, log p at the temperature. behavior_logprob_SR: float32, under what was sampled from.
+    """
+
+    accepted_S: torch.Tensor
+    token_SR: torch.Tensor
+    logprob_SR: torch.Tensor
+    behavior_logprob_SR: torch.Tensor
 
 
 def gumbel_argmax(score: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -76,3 +107,115 @@ def mix_logits(p_logits: torch.Tensor, q_logits: torch.Tensor, weight: torch.Ten
     weight = weight[..., None].to(p_logits.dtype)
     mixed = weight * p_logits + (1 - weight) * q_logits
     return torch.where(weight >= 1, p_logits, torch.where(weight <= 0, q_logits, mixed))
+
+
+def _scaled(logits_SRV: torch.Tensor, temperature_S: torch.Tensor, excluded: int) -> torch.Tensor:
+    """Logits over the temperature (0 counts as 1), float32 or wider, -inf for the excluded token."""
+    wide_SRV = logits_SRV.to(torch.promote_types(logits_SRV.dtype, torch.float32))
+    temperature_S = torch.where(temperature_S > 0, temperature_S, 1.0).to(wide_SRV.dtype)
+    wide_SRV = wide_SRV / temperature_S[:, None, None]
+    if excluded >= 0:
+        wide_SRV[..., excluded] = -torch.inf
+    return wide_SRV
+
+
+def _sampled(scaled_SRV: torch.Tensor, token_SR: torch.Tensor) -> Sampled:
+    lse_SR = scaled_SRV.to(torch.float64).logsumexp(-1)
+    logprob_SR = scaled_SRV.gather(-1, token_SR[..., None])[..., 0] - lse_SR
+    return Sampled(token_SR, logprob_SR.to(torch.float32), lse_SR)
+
+
+def sample_gumbel(
+    logits_SRV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    excluded: int = -1,
+) -> Sampled:
+    """argmax(logits / temperature + g), g keyed by (seed, position, `Purpose.NOISE`); without g at temperature 0.
+
+    Args:
+        logits_SRV: raw; the last dimension lies side by side in memory.
+        temperature_S: float, >= 0. seed_S: int64, non-negative.
+        position_S: int64, position of row 0; row r stands for position_S + r.
+        excluded: a token of probability zero; -1 for none.
+    """
+    scaled_SRV = _scaled(logits_SRV, temperature_S, excluded)
+    r, vocab_size = logits_SRV.shape[1:]
+    position_SR = position_S[:, None] + torch.arange(r, device=position_S.device)
+    noise_SRV = gumbel(seed_S[:, None], position_SR, vocab_size, Purpose.NOISE, scaled_SRV.dtype)
+    noise_SRV = torch.where(temperature_S[:, None, None] > 0, noise_SRV, 0.0)
+    return _sampled(scaled_SRV, gumbel_argmax(scaled_SRV, noise_SRV))
+
+
+def sample_cdf(
+    logits_SRV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    excluded: int = -1,
+    purpose: int = Purpose.DRAFT,
+) -> Sampled:
+    """One draw per row by inverse CDF, with a uniform number keyed by (seed, position, purpose); arguments as for
+    `sample_gumbel`, temperatures above 0."""
+    scaled_SRV = _scaled(logits_SRV, temperature_S, excluded)
+    position_SR = position_S[:, None] + torch.arange(logits_SRV.shape[1], device=position_S.device)
+    u_SR = uniform(seed_S[:, None], position_SR, int(purpose))
+    return _sampled(scaled_SRV, draw(torch.softmax(scaled_SRV, -1), u_SR))
+
+
+def verify_rejection(
+    p_logits_SRV: torch.Tensor,
+    q_logits_SMV: torch.Tensor,
+    q_lse_SM: torch.Tensor,
+    draft_SM: torch.Tensor,
+    count_S: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    anchor_S: torch.Tensor,
+    excluded: int = -1,
+    mix_weight_S: torch.Tensor | None = None,
+) -> Rejection:
+    """Accept drafts with min(1, p / q), and draw the token after them from the residual.
+
+    Args:
+        p_logits_SRV: raw logits of the verify rows, R = M + 1; row r is p of position anchor + 1 + r.
+        q_logits_SMV, q_lse_SM: what the drafts were drawn from: raw logits, and `Sampled.lse_SR` of that draw.
+        draft_SM: int64, -1 in padding. count_S: int64, real drafts of each sequence. Rows past it may hold anything.
+        temperature_S: float, above 0. seed_S, anchor_S: int64.
+        excluded: the token q gives probability zero; p is never altered.
+        mix_weight_S: float in [0, 1]; None: the target is p. Else softmax((w p_logits + (1 - w) q_logits) / temperature) in
+            rows with a draft, and p after them.
+    """
+    s, r, _ = p_logits_SRV.shape
+    m, device = r - 1, p_logits_SRV.device
+    row_R, s_S = torch.arange(r, device=device), torch.arange(s, device=device)
+    logp_SRV = torch.log_softmax(_scaled(p_logits_SRV, temperature_S, -1), -1)
+    q_scaled_SMV = _scaled(q_logits_SMV, temperature_S, excluded)
+    logq_SMV = (q_scaled_SMV - q_lse_SM[..., None]).to(logp_SRV.dtype)
+    target_SRV = logp_SRV
+    if mix_weight_S is not None and m:
+        wide_SMV = p_logits_SRV[:, :m].to(q_scaled_SMV.dtype)
+        q_wide_SMV = q_logits_SMV.to(q_scaled_SMV.dtype).masked_fill(torch.isneginf(q_scaled_SMV), -torch.inf)
+        mixed_SMV = _scaled(mix_logits(wide_SMV, q_wide_SMV, mix_weight_S[:, None]), temperature_S, -1)
+        drafted_SM = row_R[:m] < count_S[:, None]
+        mixed_SMV = torch.where(drafted_SM[..., None], torch.log_softmax(mixed_SMV, -1), logp_SRV[:, :m])
+        target_SRV = torch.cat((mixed_SMV, logp_SRV[:, m:]), 1)
+    position_SR = anchor_S[:, None] + 1 + row_R
+    accepted_S = torch.zeros_like(count_S)
+    if m:
+        u_SM = uniform(seed_S[:, None], position_SR[:, :m], Purpose.ACCEPT)
+        accepted_S = count_accepted(target_SRV[:, :m], logq_SMV, draft_SM, count_S, u_SM)
+        logq_SV = logq_SMV[s_S, accepted_S.clamp(max=m - 1)]
+        weight_SV = residual_weights(target_SRV[s_S, accepted_S], logq_SV, accepted_S < count_S)
+    else:
+        weight_SV = target_SRV[:, 0].exp()
+    x_S = draw(weight_SV, uniform(seed_S, anchor_S + 1 + accepted_S, Purpose.RESAMPLE))
+    draft_SR = torch.cat((draft_SM, x_S[:, None]), 1)
+    token_SR = draft_SR.where(row_R != accepted_S[:, None], x_S[:, None]).where(row_R <= accepted_S[:, None], -1)
+
+    def at_token(logp: torch.Tensor) -> torch.Tensor:
+        value_SR = logp.gather(-1, token_SR.clamp(min=0)[..., None])[..., 0]
+        return torch.where(token_SR >= 0, value_SR, 0.0).to(torch.float32)
+
+    return Rejection(accepted_S, token_SR, at_token(logp_SRV), at_token(target_SRV))

@@ -111,7 +111,7 @@ class Checkpoints:
 def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Every tensor that the next step depends on, by name: parameters, persistent buffers, optimiser states."""
     kept = policy.state_dict()
-    tensors = {f"policy.{name}": p for name, p in policy.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {f"policy.{name}": p for name, p in policy.named_parameters()}
     tensors |= {f"policy.{name}": b for name, b in policy.named_buffers() if name in kept}
     for name, parameter in policy.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()

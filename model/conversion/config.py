@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ...errors import ConfigError, DataError
 from ...settings import Config
+from ..tasks import make_tasks
 
 
 class Architecture(Config):
@@ -39,6 +41,19 @@ class Tasks(Source):
 
     kind: Literal["tasks"] = "tasks"
     families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
+    difficulty: dict[str, dict[str, int]] = Field(
+        {}, description="by family, options of its reasoning-gym data set that replace the family's own"
+    )
+
+    @model_validator(mode="after")
+    def _drawable(self) -> Tasks:
+        if self.families and (idle := sorted(self.difficulty.keys() - set(self.families))):
+            raise ConfigError("difficulty", f"{idle[0]!r} is none of families", "add it there, or leave its difficulty out")
+        try:
+            make_tasks("train", 0, only=self.families, difficulty=self.difficulty)
+        except DataError as error:
+            raise ConfigError(error.field, error.problem, error.remedy) from error
+        return self
 
 
 class Files(Source):

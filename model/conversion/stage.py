@@ -132,7 +132,7 @@ def train_stage(
     if group.first:
         cut_log(log, stage.name, step)
     began, before = time.monotonic(), seen
-    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, saved and saved["places"])
+    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, saved["places"] if saved else None)
     while seen < stage.tokens:
         own = [lay_out(pack, policy, stage, config) for pack in islice(stream, stage.packs_per_step // group.size)]
         set_rate(optimizer, learning_rate(stage, step, seen))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockroll.kernels.attention import Rows, reference
+from blockroll.kernels.attention import Rows
 from blockroll.kernels.attention.triton import paged_attend
 from blockroll.model.layout import CLEAN, DecodeRows, TokenLayout, decode
 

@@ -51,7 +51,7 @@ class TaskPools:
         start, end = _range(self._share * self._data.pool, number)
         seed, tokenizer = seed_of(self._data.seed, self._stage, number), self._tokenizer
         made = []
-        for task in make_tasks("train", end - start, seed=seed, only=self._source.families or None):
+        for task in _tasks(self._source, end - start, seed):
             prompt = encode_prompt(tokenizer, task.prompt)
             completion = tokenizer.encode(task.completion, add_special_tokens=False)
             made.append((task.id, Document((*prompt, *completion, tokenizer.eos_token_id), len(prompt))))

@@ -1,0 +1,241 @@
+"""Sampling from rows of logits over a large vocabulary in Triton, reading each logit once or twice and copying none.
+
+A row is cut into chunks; one program per row and chunk leaves the chunk's largest logit, the sum of its exponentials and its
+best noisy logit, and one program per row puts the chunks together.
+
+Invariants:
+- Chunks depend on the vocabulary alone, so a row's result depends on that row alone, to the last bit.
+- Sums that a draw is compared with are float64, of float32 exponentials; a tie goes to the lower token id.
+- A row of NaN gives some token of the vocabulary.
+
+Legend: S sequences, R rows of each, V vocabulary, C = ceil(V / CHUNK) chunks, padded to CHUNKS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import Case, Shape, launch
+from ..philox.triton import gumbel_of, uniform_of
+from .reference import Purpose, Sampled
+
+LARGEST_CHUNK = 4096
+
+
+@triton.jit
+def scaled_of(row_at, v, temperature, V: tl.constexpr, EXCLUDED: tl.constexpr):
+    """float32 logits over the temperature; -inf past the vocabulary and for the excluded token."""
+    inside = v < V
+    x = tl.div_rn(tl.load(row_at + v, inside, 0).to(tl.float32), temperature)
+    return tl.where(inside & (v != EXCLUDED), x, float("-inf"))
+
+
+@triton.jit
+def row_at(logits_SRV, row, s_stride, r_stride, R: tl.constexpr):
+    """Where row `row` of S * R begins."""
+    return logits_SRV + (row // R).to(tl.int64) * s_stride + (row % R).to(tl.int64) * r_stride
+
+
+@triton.jit
+def temperature_of(temperature_S, s):
+    """(float32 temperature to divide by: 1 for 0; whether it was above 0)."""
+    t = tl.load(temperature_S + s).to(tl.float32)
+    return tl.where(t > 0, t, 1.0), t > 0
+
+
+@triton.jit
+def finite(top):
+    """What to subtract before exp: 0 where nothing is above -inf."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def normaliser(top_C, total_C, at, C: tl.constexpr, CHUNKS: tl.constexpr):
+    """(largest logit, float64 exp-sum of each chunk relative to it, float64 log-sum-exp) of a row."""
+    c = tl.arange(0, CHUNKS)
+    top = tl.load(top_C + at + c, c < C, float("-inf"))
+    largest = finite(tl.max(top, 0))
+    weight = tl.load(total_C + at + c, c < C, 0.0) * tl.exp(top.to(tl.float64) - largest)
+    weight = tl.where(c < C, weight, 0.0)
+    return largest, weight, largest + tl.log(tl.sum(weight, 0))
+
+
+@triton.jit
+def find(weight, target, fallback):
+    """First index with weight whose running sum exceeds the target, and the sum before it; the last one with weight where
+    rounding leaves none, and `fallback` where nothing has weight."""
+    i = tl.arange(0, weight.shape[0])
+    end = tl.cumsum(weight, 0)
+    far = weight.shape[0]
+    index = tl.min(tl.where((end > target) & (weight > 0), i, far), 0)
+    last = tl.max(tl.where(weight > 0, i, -1), 0)
+    index = tl.where(index < far, index, tl.where(last >= 0, last, fallback))
+    return index, tl.sum(tl.where(i < index, weight, 0.0), 0)
+
+
+@triton.jit
+def _chunk_kernel(
+    logits_SRV, temperature_S, seed_S, position_S, top_C, total_C, score_C, best_C, s_stride, r_stride, R: tl.constexpr,
+    V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, PURPOSE: tl.constexpr,
+    NOISE: tl.constexpr,
+):  # fmt: skip
+    """Grid (S * R, C)."""
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    s = row // R
+    temperature, drawn = temperature_of(temperature_S, s)
+    v = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = scaled_of(row_at(logits_SRV, row, s_stride, r_stride, R), v, temperature, V, EXCLUDED)
+    top = tl.max(x, 0)
+    at = row * C + chunk
+    tl.store(top_C + at, top)
+    tl.store(total_C + at, tl.sum(tl.exp(x - finite(top)).to(tl.float64), 0))
+    if NOISE:
+        if drawn:
+            position = tl.load(position_S + s) + row % R
+            x += gumbel_of(tl.load(seed_S + s), position, PURPOSE, chunk * CHUNK, CHUNK).to(tl.float32)
+        tl.store(score_C + at, tl.max(x, 0))
+        tl.store(best_C + at, chunk * CHUNK + tl.argmax(x, 0))
+
+
+@triton.jit
+def _gumbel_kernel(
+    logits_SRV, temperature_S, top_C, total_C, score_C, best_C, token_SR, logprob_SR, lse_SR, s_stride, r_stride,
+    R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Grid (S * R): the best of the chunks' best."""
+    row = tl.program_id(0)
+    at = row * C
+    _, _, lse = normaliser(top_C, total_C, at, C, CHUNKS)
+    c = tl.arange(0, CHUNKS)
+    chunk = tl.minimum(tl.argmax(tl.load(score_C + at + c, c < C, float("-inf")), 0), C - 1)
+    token = tl.minimum(tl.load(best_C + at + chunk), V - 1)
+    temperature, _ = temperature_of(temperature_S, row // R)
+    x = tl.div_rn(tl.load(row_at(logits_SRV, row, s_stride, r_stride, R) + token).to(tl.float32), temperature)
+    tl.store(token_SR + row, token.to(tl.int64))
+    tl.store(logprob_SR + row, (x.to(tl.float64) - lse).to(tl.float32))
+    tl.store(lse_SR + row, lse)
+
+
+@triton.jit
+def _cdf_kernel(
+    logits_SRV, temperature_S, seed_S, position_S, top_C, total_C, token_SR, logprob_SR, lse_SR, s_stride, r_stride,
+    R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    EXCLUDED: tl.constexpr, PURPOSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (S * R): the chunk that the uniform number falls into, then the token in it."""
+    row = tl.program_id(0)
+    s = row // R
+    at = row * C
+    largest, weight, lse = normaliser(top_C, total_C, at, C, CHUNKS)
+    purpose = tl.full((1,), PURPOSE, tl.int32)
+    position = tl.load(position_S + s) + row % R
+    u = tl.sum(uniform_of(tl.load(seed_S + s), position + purpose * 0, purpose), 0)
+    target = u * tl.sum(weight, 0)
+    chunk, before = find(weight, target, 0)
+    temperature, _ = temperature_of(temperature_S, s)
+    v = chunk * CHUNK + tl.arange(0, CHUNK)
+    x = scaled_of(row_at(logits_SRV, row, s_stride, r_stride, R), v, temperature, V, EXCLUDED)
+    inner = tl.exp(x - finite(tl.max(x, 0))).to(tl.float64)
+    inner *= tl.exp(finite(tl.max(x, 0)).to(tl.float64) - largest)
+    index, _ = find(inner, target - before, 0)
+    token = tl.minimum(chunk * CHUNK + index, V - 1)
+    x = tl.div_rn(tl.load(row_at(logits_SRV, row, s_stride, r_stride, R) + token).to(tl.float32), temperature)
+    tl.store(token_SR + row, token.to(tl.int64))
+    tl.store(logprob_SR + row, (x.to(tl.float64) - lse).to(tl.float32))
+    tl.store(lse_SR + row, lse)
+
+
+def chunks_of(vocab_size: int) -> tuple[int, int, int, int]:
+    """(CHUNK, C, CHUNKS, warps): how a row is cut."""
+    chunk = min(LARGEST_CHUNK, max(16, triton.next_power_of_2(vocab_size)))
+    count = triton.cdiv(vocab_size, chunk)
+    return chunk, count, triton.next_power_of_2(count), 8 if chunk >= 2048 else 4
+
+
+def strides_of(logits_SRV: torch.Tensor, name: str = "") -> dict[str, int]:
+    """The row strides a kernel takes; slices of sequences and rows need no copy."""
+    assert logits_SRV.stride(-1) == 1, "logits of a row lie side by side"
+    return {f"{name}s_stride": logits_SRV.stride(0), f"{name}r_stride": logits_SRV.stride(1)}
+
+
+def _sample(
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
+    excluded: int, purpose: int, noise: bool,
+) -> Sampled:  # fmt: skip
+    s, r, vocab_size = logits_SRV.shape
+    device = logits_SRV.device
+    chunk, count, chunks, warps = chunks_of(vocab_size)
+    top = torch.empty(s * r, count, dtype=torch.float32, device=device)
+    total = torch.empty(s * r, count, dtype=torch.float64, device=device)
+    score = torch.empty(s * r, count, dtype=torch.float32, device=device) if noise else top
+    best = torch.empty(s * r, count, dtype=torch.int32, device=device) if noise else top
+    shared: dict[str, Any] = dict(
+        logits_SRV=logits_SRV, temperature_S=temperature_S, top_C=top, total_C=total, R=r, V=vocab_size,
+        C=count, **strides_of(logits_SRV),
+    )  # fmt: skip
+    keyed: dict[str, Any] = dict(seed_S=seed_S, position_S=position_S, CHUNK=chunk, EXCLUDED=excluded, PURPOSE=purpose)
+    launch(_chunk_kernel, (s * r, count), warps=warps, score_C=score, best_C=best, NOISE=noise, **shared, **keyed)
+    out = Sampled(
+        torch.empty(s, r, dtype=torch.int64, device=device),
+        torch.empty(s, r, dtype=torch.float32, device=device),
+        torch.empty(s, r, dtype=torch.float64, device=device),
+    )
+    shared |= dict(token_SR=out.token_SR, logprob_SR=out.logprob_SR, lse_SR=out.lse_SR, CHUNKS=chunks)
+    if noise:
+        launch(_gumbel_kernel, (s * r,), warps=1, score_C=score, best_C=best, **shared)
+    else:
+        launch(_cdf_kernel, (s * r,), warps=warps, **shared, **keyed)
+    return out
+
+
+def sample_gumbel(
+    logits_SRV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    excluded: int = -1,
+) -> Sampled:
+    """As the reference."""
+    return _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, int(Purpose.NOISE), True)
+
+
+def sample_cdf(
+    logits_SRV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    excluded: int = -1,
+    purpose: int = Purpose.DRAFT,
+) -> Sampled:
+    """As the reference."""
+    return _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, int(purpose), False)
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """What samplers launch for the verify rows of every batch, and for the drafts they draw."""
+    from .rejection import verify_rejection
+
+    def empty(*size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    v, block = shape.vocab, 16
+    packs = {"": min(shape.sequences), " large": 1 << 9}
+    for name, s in packs.items():
+        temperature, seed, lse = empty(s, dtype=torch.float64), empty(s), empty(s, block, dtype=torch.float64)
+        p, q = empty(s, block + 1, v, dtype=shape.dtype), empty(s, block, v, dtype=shape.dtype)
+        for sampler in (sample_gumbel, sample_cdf):
+            yield Case(
+                f"{sampler.__name__}{name}",
+                partial(sampler, q, temperature, seed, seed, v - 1),
+            )
+        for kind, mix in (("lossless", None), ("mixed", temperature)):
+            yield Case(
+                f"{kind}{name}",
+                partial(verify_rejection, p, q, lse, lse.long(), seed, temperature, seed, seed, v - 1, mix),
+            )
