@@ -110,13 +110,13 @@ def step(s: int, m: int, vocab_size: int, sharpness: float = 0.3, seed: int = 0,
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("s, m, vocab_size", [(60, 4, 23), (5, 3, 4500), (3, 1, 1), (4, 0, 50)])
+@pytest.mark.parametrize("s, m, vocab_size", [(24, 4, 23), (5, 3, 4500), (3, 1, 1), (4, 0, 50)])
 def test_rejection_equals_the_reference(s: int, m: int, vocab_size: int, mixed: bool) -> None:
     arguments = step(s, m, vocab_size, excluded=vocab_size - 1 if vocab_size > 1 else -1)
     weight = torch.linspace(0, 1, s, dtype=torch.float64) if mixed else None
     got, expected = verify_rejection(*arguments, weight), reference.verify_rejection(*arguments, weight)
     same(got, expected)
-    if s == 60:  # every way to end a step is among them
+    if s == 24:  # every way to end a step is among them
         count = arguments[4]
         assert len(set(got.accepted_S.tolist())) == m + 1
         assert ((got.accepted_S == count) & (count > 0)).any() and (got.accepted_S < count).any()
@@ -138,11 +138,11 @@ def test_rejection_where_target_and_draft_are_equal_to_the_last_bit() -> None:
 
 
 def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
-    arguments = step(64, 2, 50)
+    arguments = step(64, 1, 20)
     with using(batch_invariant=True):
         together = verify_rejection(*arguments)
         drawn = sample_gumbel(arguments[0][:, :1], arguments[5], arguments[6], arguments[7])
-        for i in (0, 31, 63):
+        for i in (0, 63):
             one = [x[i : i + 1] if isinstance(x, torch.Tensor) else x for x in arguments]
             for a, b in zip(verify_rejection(*one), together, strict=True):
                 assert torch.equal(a[0], b[i])
@@ -153,7 +153,7 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
 
 @pytest.mark.parametrize("sampler", ["lossless", "mixed", "coupled", "ar"])
 def test_the_reference_gives_the_tokens_of_the_samplers(sampler: str) -> None:
-    s, m, v, mask = 40, 3, 30, 29
+    s, m, v, mask = 24, 3, 30, 29
     p, q, (_, anchor) = normal(s, m + 1, v), normal(s, m + 1, v)[:, :m] + normal(s, m, v, seed=1) / 6, keys(s)
     params = SamplingParams(sampler=sampler, temperature=0.8, mix_weight=0.3)
     rows = SamplerRows.make([params] * s, range(100, 100 + s))
