@@ -99,7 +99,7 @@ def _accept_kernel(
     tl.store(p_lse_SR + row, p_lse)
     tl.store(lse_SR + row, lse)
     if r < count:
-        temperature, _ = temperature_of(temperature_S, s)
+        temperature, _drawn = temperature_of(temperature_S, s)
         draft_at = s * (R - 1) + r
         v = tl.load(draft_SM + draft_at) + tl.arange(0, 1)
         p_at = row_at(p_SRV, row, p_s_stride, p_r_stride, R)
