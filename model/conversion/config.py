@@ -5,13 +5,14 @@ Invariants: sections are frozen and strict (`settings.Config`); every quantity c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ...errors import ConfigError, DataError
 from ...settings import Config
-from ..tasks import make_tasks
+from ..tasks import Task, make_tasks
 
 
 class Architecture(Config):
@@ -47,13 +48,21 @@ class Tasks(Source):
 
     @model_validator(mode="after")
     def _drawable(self) -> Tasks:
+        make_tasks("train", 0, only=self.families, difficulty=self.difficulty)
         if self.families and (idle := sorted(self.difficulty.keys() - set(self.families))):
             raise ConfigError("difficulty", f"{idle[0]!r} is none of families", "add it there, or leave its difficulty out")
-        try:
-            make_tasks("train", 0, only=self.families, difficulty=self.difficulty)
-        except DataError as error:
-            raise ConfigError(error.field, error.problem, error.remedy) from error
+        for family in self.difficulty:
+            self.make(1, seed=0, only=(family,))  # the data set checks its options when it is asked
         return self
+
+    def make(self, count: int, seed: int, only: Sequence[str] = ()) -> list[Task]:
+        """`count` different tasks of the training split; of the families `only`, or of the source's."""
+        try:
+            return make_tasks("train", count, seed, only=only or self.families, difficulty=self.difficulty)
+        except DataError as error:
+            if error.field != "count":
+                raise
+            raise DataError("difficulty", error.problem, "lower `pool`, or let the tasks be larger") from error
 
 
 class Files(Source):
@@ -168,8 +177,8 @@ class Stage(Config):
     clip: float = Field(1.0, gt=0, description="largest gradient norm, over all processes")
     alpha: float = Field(1.0, ge=0, description="weight of the AR loss beside the draft loss")
     ar_target: Literal["data", "parent"] = Field(
-        "data", description="what clean rows learn: the data's next token (cross-entropy), or p as it was when the stage "
-        "began (KL divergence), which converts a policy without changing what it says"
+        "data", description="what clean rows learn: the data's next token (cross-entropy), or p of the policy "
+        "that the first diffusion stage started from (KL divergence), which converts a policy without changing what it says"
     )  # fmt: skip
     draft: DraftLoss = DraftLoss()
     block_length: tuple[int, int] = Field((16, 16), description="shortest and longest mask block")

@@ -10,7 +10,6 @@ Invariants:
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
@@ -97,11 +96,13 @@ def train_stage(
     log: Path,
     group: Group,
     report: Report = lambda _: None,
+    parent: Policy | None = None,
 ) -> None:
     """Train one stage in place, from its last checkpoint if there is one. The policy is sharded where the group is more
-    than one process.
+    than one process, and so is the parent.
 
     Args:
+        parent: whose p the stage is to keep, where it asks for that; another object than the policy.
         report: called with the figures of each reported step, on the first process.
 
     Raises:
@@ -114,9 +115,8 @@ def train_stage(
             f"use a multiple of {group.size}",
         )  # fmt: skip
     compute = torch.bfloat16 if stage.autocast == "bfloat16" else torch.float32
-    parent = None
-    if stage.ar_target == "parent":
-        parent = shard(copy.deepcopy(policy).requires_grad_(False).eval(), group, compute)
+    if parent is not None:
+        parent = shard(parent.requires_grad_(False).eval(), group, compute)
     if stage.markov_rank and policy.markov is None:
         policy.add_markov(stage.markov_rank, torch.Generator().manual_seed(config.seed))
     policy.recompute_layers = stage.activation_checkpointing
@@ -267,11 +267,8 @@ def cut_log(log: Path, stage: str, step: int) -> None:
 
 def _settings(stage: Stage, config: ConversionConfig) -> dict[str, Any]:
     """All that the steps of a stage depend on, as plain data."""
-    return {
-        "seed": config.seed,
-        "data": config.data.model_dump(mode="json"),
-        **stage.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
-    }
+    settings = stage.model_dump(mode="json", exclude={*_FREE_TO_CHANGE, "data"})
+    return {**settings, "seed": config.seed, "data": (stage.data or config.data).model_dump(mode="json")}
 
 
 def _check_settings(saved: dict[str, Any], now: dict[str, Any], stage: Stage, checkpoints: Checkpoints) -> None:

@@ -18,19 +18,18 @@ from transformers import ZayaConfig
 from ...errors import ConfigError
 from ..checkpoint import load_policy, save_policy
 from ..policy import Policy
-from ..tasks import make_tasks
 from ..tokenizer import BOS, EOS, MASK, PAD, train_tokenizer
 from .checkpoints import Checkpoints
 from .config import ConversionConfig
+from .data import texts
 from .distributed import joined, whole_policy
 from .stage import Report, train_stage
 
 
 def new_policy(config: ConversionConfig) -> Policy:
-    """An untrained policy and its tokenizer, learned from the training split."""
+    """An untrained policy and its tokenizer, learned from the run's data."""
     shape = config.architecture
-    sample = make_tasks("train", 4096, seed=config.data.seed, only=config.data.families or None)
-    tokenizer = train_tokenizer((t.prompt + t.completion for t in sample), shape.vocab_size)
+    tokenizer = train_tokenizer(texts(config.data, 4096), shape.vocab_size)
     rope = {"rope_type": "default", "rope_theta": shape.rope_theta, "partial_rotary_factor": 0.5}
     zaya = ZayaConfig(
         vocab_size=len(tokenizer),
@@ -103,6 +102,11 @@ def run(
     output = Path(config.output)
     log = output.with_name(output.name + ".log.jsonl")
     before: Path | None = None
+    unconverted: list[Path | None] = []  # what the first diffusion stage starts from
+
+    def load(directory: Path | None) -> Policy:
+        return starting_policy(config) if directory is None else load_policy(directory)
+
     with joined(config.launcher.timeout_s) as group:
         workers = config.launcher.workers
         if workers > 1 and group.size != workers:
@@ -110,15 +114,18 @@ def run(
                               f"start them with torchrun --nproc-per-node {workers}")  # fmt: skip
         for stage in config.runs:
             done = stage_directory(config, stage.name)
+            if stage.kind == "diffusion" and not unconverted:
+                unconverted = [before]
             if not (done / "config.json").is_file():
-                policy = starting_policy(config) if before is None else load_policy(before)
+                policy = load(before)
+                parent = load(unconverted[0]) if stage.ar_target == "parent" else None
                 checkpoints = Checkpoints(done.with_name(f"{done.name}.checkpoints"), group)
-                train_stage(policy, stage, config, checkpoints, log, group, report)
+                train_stage(policy, stage, config, checkpoints, log, group, report, parent)
                 whole = whole_policy(policy, group)
                 if whole is not None:
                     save_policy(whole, done, "float32")
                 checkpoints.clear()
-                del policy, whole
+                del policy, whole, parent
             before = done
             group.barrier()
         assert before is not None

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerFast
 
 from ....errors import DataError
-from ...tasks import make_tasks
 from ...tokenizer import encode_prompt
 from .. import config
 from ..config import Data
@@ -51,11 +50,14 @@ class TaskPools:
         start, end = _range(self._share * self._data.pool, number)
         seed, tokenizer = seed_of(self._data.seed, self._stage, number), self._tokenizer
         made = []
-        for task in _tasks(self._source, end - start, seed):
+        for task in self._source.make(end - start, seed):
             prompt = encode_prompt(tokenizer, task.prompt)
             completion = tokenizer.encode(task.completion, add_special_tokens=False)
             made.append((task.id, Document((*prompt, *completion, tokenizer.eos_token_id), len(prompt))))
         return made
+
+
+FileSource = config.JsonLines | config.Parquet | config.HuggingFace
 
 
 class RecordPools:
@@ -63,7 +65,7 @@ class RecordPools:
 
     def __init__(
         self,
-        source: config.JsonLines | config.Parquet | config.HuggingFace | config.Rollouts,
+        source: FileSource | config.Rollouts,
         data: Data,
         share: float,
         tokenizer: PreTrainedTokenizerFast | None,
@@ -86,15 +88,36 @@ class RecordPools:
                 yield where, _rollout(record, where, self._tokenizer)
             return
         assert self._tokenizer is not None
-        value = {name: _field(record, source.columns.get(name, name), list if name == "messages" else str, where)  # type: ignore[call-overload]
-                 for name in {"text": ["text"], "completion": ["prompt", "completion"], "messages": ["messages"]}[source.format]}
+        value = _fields(source, record, where)
         if source.format == "text":
-            yield where, text_document(self._tokenizer, _told(value["text"], "text", where))
+            yield where, text_document(self._tokenizer, value["text"])
         elif source.format == "completion":
-            completion = _told(value["completion"], "completion", where)
-            yield where, answer_document(self._tokenizer, value["prompt"], completion)
+            yield where, answer_document(self._tokenizer, value["prompt"], value["completion"])
         else:
-            yield where, chat_document(self._tokenizer, _conversation(value["messages"], where), where)
+            yield where, chat_document(self._tokenizer, value["messages"], where)
+
+
+def texts(data: Data, count: int) -> Iterator[str]:
+    """About `count` texts of the data, each source its share, to learn a tokenizer from.
+
+    Raises:
+        DataError: a file cannot be read, or a source holds tokens, no text.
+    """
+    whole = sum(source.weight for source in data.sources)
+    for i, source in enumerate(data.sources):
+        some = round(count * source.weight / whole)
+        if isinstance(source, config.Tasks):
+            for start in range(0, some, data.pool):
+                tasks = source.make(min(data.pool, some - start), seed_of(data.seed, "tokenizer", start))
+                yield from (task.prompt + task.completion for task in tasks)
+        elif isinstance(source, config.Rollouts):
+            raise DataError(f"data.sources[{i}]", "rollouts hold tokens, and a policy trained from nothing has no tokenizer",
+                            "name a parent, or give the rollouts to a stage of their own")  # fmt: skip
+        else:
+            # One epoch at most: what comes twice teaches nothing.
+            for where, record in Records(_shards(source), data.shuffle, 1, f"{data.seed}/tokenizer").read(0, some):
+                value = _fields(source, record, where)
+                yield "\n".join(m["content"] for m in value["messages"]) if "messages" in value else "".join(value.values())
 
 
 def open_sources(data: Data, tokenizer: PreTrainedTokenizerFast | None, stage: str) -> list[Pools]:
@@ -124,7 +147,7 @@ def _range(size: float, number: int) -> tuple[int, int]:
     return int(number * size + 1e-6), int((number + 1) * size + 1e-6)
 
 
-def _shards(source: config.JsonLines | config.Parquet | config.HuggingFace | config.Rollouts) -> list[Shard]:
+def _shards(source: FileSource | config.Rollouts) -> list[Shard]:
     if isinstance(source, config.Parquet):
         return [Parquet(path) for path in find(source.paths, (".parquet",))]
     if not isinstance(source, config.HuggingFace):
@@ -146,13 +169,24 @@ def _field(record: Record, name: str, kind: type, where: str) -> Any:
     return record[name]
 
 
-def _told(text: str, name: str, where: str) -> str:
+def _fields(source: FileSource, record: Record, where: str) -> dict[str, Any]:
+    """What the source's format asks of a record, by the format's own names."""
+    names = {"text": ["text"], "completion": ["prompt", "completion"], "messages": ["messages"]}[source.format]
+    kinds = {"messages": list}
+    value = {name: _field(record, source.columns.get(name, name), kinds.get(name, str), where) for name in names}  # type: ignore[call-overload]
+    if source.format == "messages":
+        _conversation(value["messages"], where)
+    else:
+        _told(value[source.format], source.format, where)
+    return value
+
+
+def _told(text: str, name: str, where: str) -> None:
     if not text.strip():
         raise DataError(f"{where} field {name!r}", "an empty document", "remove the record")
-    return text
 
 
-def _conversation(messages: list[Any], where: str) -> list[dict[str, Any]]:
+def _conversation(messages: list[Any], where: str) -> None:
     for turn, message in enumerate(messages):
         at = f"{where} message {turn}"
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
@@ -161,7 +195,6 @@ def _conversation(messages: list[Any], where: str) -> list[dict[str, Any]]:
             _told(message["content"], "content", at)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(where, "an empty document: no message of the assistant", "remove the record")
-    return messages
 
 
 def _rollout(record: Record, where: str, tokenizer: PreTrainedTokenizerFast | None) -> Document:
