@@ -27,6 +27,8 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(kernels, name="kernels")
 
 PolicyOption = Annotated[
     str, typer.Option("--policy", metavar="NAME_OR_DIR", help="A shipped policy, or a directory with a ZAYA model.")
@@ -207,6 +209,29 @@ def bench_decode(
         policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), peer=peer, output=json,
         temperature=temperature, max_tokens=max_tokens, rounds=rounds,
     )
+
+
+@kernels.command("check")
+def kernels_check(
+    target: Annotated[str, typer.Option(metavar="gfx942,gfx950,sm_90", help="Devices; all by default.")] = "",
+    op: Annotated[str, typer.Option(help="Folders of kernels/; all by default.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Of each kernel only the variant with the largest tile.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = 2,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the table there.")] = None,
+) -> None:
+    """Compile every kernel in every shape the engine launches, for accelerators this machine need not have.
+
+    Fails (exit status 1) on spilled registers, stack, more shared memory than the device has, or a matrix product
+    without matrix instructions.
+
+    \b
+    Example:
+      blockroll kernels check --target gfx942,sm_90
+    """
+    from .rollout import kernel_check
+
+    if not kernel_check.check_kernels(_words(target), _words(op), quick=quick, workers=workers, output=json):
+        raise typer.Exit(1)
 
 
 def _words(text: str) -> list[str]:

@@ -4,8 +4,8 @@ Invariants:
 - What is compiled is what host code launches: each op's `cases` run its own host code on `meta` tensors under
   `launch.record`, and the recorded arguments go through Triton's own specialisation (divisibility, and on AMD the
   32-bit pointer range, which a tensor over 2 GiB does not have).
-- A launch fails the check by spilled vector registers, stack, more shared memory than the device has (the compiler
-  does not look), or a matrix product without matrix instructions.
+- A launch fails the check if it does not compile, by spilled vector registers, stack, more shared memory than the device
+  has (the compiler does not look), a matrix product without matrix instructions, or one the host code does not declare.
 - Not in one process with the interpreter: `TRITON_INTERPRET` decides when a kernel is defined.
 """
 
@@ -26,48 +26,11 @@ from typing import Any
 
 import torch
 
-from .launch import Launch, Shape, record
+from .launch import Launch, record
+from .shapes import SHAPES, TARGETS, Target
 
 OPS = ("attention", "cca", "experts", "residual", "verify", "philox")
 """Folders whose `triton.py` has `cases(shape)`; one without a `triton.py` has no kernel of its own."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A device: its backend for Triton, and the bytes of shared memory (LDS) one program may have."""
-
-    name: str
-    backend: str
-    arch: Any
-    warp: int
-    shared: int
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("gfx942", "hip", "gfx942", 64, 65536),
-        Target("gfx950", "hip", "gfx950", 64, 163840),
-        Target("sm_90", "cuda", 90, 32, 232448),
-    )
-}
-
-_ZAYA = Shape(
-    name="zaya1-8b", dtype=torch.bfloat16, hidden=2048, heads=8, kv_heads=2, head_dim=128, rotary=64, conv=(2, 2),
-    experts=16, ffn=2048, router=256, vocab=262272, window=None, page_size=32, sequences=(1, 8, 16, 32, 64, 128),
-    rows=(1, 17, 33, 49, 65), prefill=2048, context=16384, positions=1 << 17, large_positions=1 << 23,
-)  # fmt: skip
-_TINY = Shape(
-    name="tiny-reasoner", dtype=torch.float32, hidden=128, heads=4, kv_heads=2, head_dim=32, rotary=16, conv=(2, 2),
-    experts=4, ffn=256, router=32, vocab=274, window=None, page_size=32, sequences=(1, 8, 32),
-    rows=(1, 17, 33, 49), prefill=512, context=512, positions=1 << 14, large_positions=1 << 25,
-)  # fmt: skip
-SHAPES = (
-    _ZAYA,
-    replace(_ZAYA, name="zaya1-8b sliding", window=4096),
-    _TINY,
-    replace(_TINY, name="tiny-reasoner bf16", dtype=torch.bfloat16),
-)
 
 
 @dataclass(frozen=True)
@@ -96,13 +59,15 @@ class Report:
 
 @dataclass(frozen=True)
 class _Job:
-    """Where a launch is found again in another process."""
+    """Where a launch is found again in another process, and how large its tile of a matrix product is."""
 
     target: str
     shape: int
     op: str
     case: str
     index: int
+    kernel: str
+    dot_rows: int
 
 
 class _Driver:
@@ -125,15 +90,18 @@ class _Driver:
         return 0
 
 
-def _launches(target: str, shape: Shape, op: str) -> Iterator[tuple[str, int, Launch]]:
+@lru_cache(maxsize=64)
+def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
     """Case name, number within the case, and launch, in an order every process finds again."""
     module = f"{__package__}.{op}.triton"
     if importlib.util.find_spec(module) is None:
-        return
-    for case in importlib.import_module(module).cases(shape):
+        return ()
+    found: list[tuple[str, int, Launch]] = []
+    for case in importlib.import_module(module).cases(SHAPES[shape]):
         with record(target) as launches:
             case.call()
-        yield from ((case.name, index, each) for index, each in enumerate(launches))
+        found += [(case.name, index, each) for index, each in enumerate(launches)]
+    return tuple(found)
 
 
 def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
@@ -146,11 +114,9 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
             return str(value.dtype), aligned, large
         return ("=", value)
 
-    parameters = launch.kernel.params
-    arguments = launch.arguments
-    key: list[Any] = []
-    for parameter in parameters:
-        value = arguments.get(parameter.name, parameter.default)
+    key = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments.get(parameter.name, parameter.default)
         number = isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr
         if number:
             special = not parameter.do_not_specialize
@@ -163,41 +129,61 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
 
 
 def jobs(
-    targets: Iterable[str] = tuple(TARGETS), ops: Iterable[str] = OPS, shapes: Sequence[str] | None = None
+    targets: Iterable[str] = tuple(TARGETS),
+    ops: Iterable[str] = OPS,
+    shapes: Sequence[str] | None = None,
+    quick: bool = False,
 ) -> list[_Job]:
-    """One job per compiled variant; launches that compile to the same code are one."""
+    """One job per compiled variant; launches that compile to the same code are one.
+
+    Args:
+        quick: of each kernel and target only the variant with the largest tile, over 2 GiB where there is one.
+    """
     found: dict[Any, _Job] = {}
-    for number, shape in enumerate(SHAPES):
-        if shapes is not None and shape.name not in shapes:
-            continue
-        for target in targets:
-            for op in ops:
-                for case, index, each in _launches(target, shape, op):
-                    found.setdefault((target, op, _key(each, TARGETS[target])), _Job(target, number, op, case, index))
-    return list(found.values())
+    for target in targets:
+        for op in ops:
+            for number, shape in enumerate(SHAPES):
+                if shapes is not None and shape.name not in shapes:
+                    continue
+                for case, index, each in _launches(target, number, op):
+                    job = _Job(target, number, op, case, index, each.kernel.__name__, each.dot_rows)
+                    found.setdefault((target, op, _key(each, TARGETS[target])), job)
+    if not quick:
+        return list(found.values())
+    largest: dict[Any, _Job] = {}
+    for job in found.values():
+        best = largest.setdefault((job.target, job.op, job.kernel), job)
+        if _size(job) > _size(best):
+            largest[job.target, job.op, job.kernel] = job
+    return list(largest.values())
+
+
+def _size(job: _Job) -> tuple[int, bool]:
+    return job.dot_rows, "large" in job.case
 
 
 def compile_job(job: _Job) -> Report:
     """Compile one launch and look at the result."""
-    shape, target = SHAPES[job.shape], TARGETS[job.target]
-    for case, index, each in _found(job.target, job.shape, job.op):
+    for case, index, each in _launches(job.target, job.shape, job.op):
         if (case, index) == (job.case, job.index):
-            return _report(job, shape, target, each)
+            report = inspect(each, TARGETS[job.target])
+            return replace(report, op=job.op, case=job.case, shape=SHAPES[job.shape].name)
     raise LookupError(f"{job} names no launch")
 
 
-@lru_cache(maxsize=64)
-def _found(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
-    return tuple(_launches(target, SHAPES[shape], op))
-
-
-def _report(job: _Job, shape: Shape, target: Target, launch: Launch) -> Report:
+def inspect(launch: Launch, target: Target) -> Report:
+    """Compile a launch for a target; its report without op, case and shape."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(target))
-    compiled = launch.kernel.warmup(
-        **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
-    )
+    blank = Report("", "", launch.kernel.__name__, "", target.name, launch.warps, 0, 0, 0, 0, 0, ())
+    try:
+        compiled = launch.kernel.warmup(
+            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
+        )
+    except (CompilationError, RuntimeError) as error:  # the second from the passes below Triton's own
+        return replace(blank, faults=(f"does not compile: {str(error).strip().splitlines()[-1]}",))
     shared = compiled.metadata.shared
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
@@ -213,16 +199,17 @@ def _report(job: _Job, shape: Shape, target: Target, launch: Launch) -> Report:
         instruction = "wgmma.mma_async" if launch.dot_rows >= 64 else "mma"
         dots = len(re.findall(rf"\b{instruction}\S*\.sync", compiled.asm["ptx"]))
         wanted = "wgmma" if launch.dot_rows >= 64 else "mma"
+    undeclared = not launch.dot_rows and "tt.dot" in compiled.asm["ttir"]
     faults = [
         *([f"{spills} spilled registers"] if spills else []),
         *([f"{stack} bytes of stack"] if stack else []),
         *([f"{shared} bytes of shared memory, {target.shared} at most"] if shared > target.shared else []),
         *([f"no {wanted}"] if launch.dot_rows and not dots else []),
+        *(["a matrix product, but its launch gives no dot_rows"] if undeclared else []),
     ]
-    return Report(
-        job.op, job.case, launch.kernel.__name__, shape.name, target.name, launch.warps,
-        registers, spills, stack, shared, dots, tuple(faults),
-    )  # fmt: skip
+    return replace(
+        blank, registers=registers, spills=spills, stack=stack, shared=shared, dots=dots, faults=tuple(faults)
+    )
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -243,32 +230,35 @@ def check(
     targets: Iterable[str] = tuple(TARGETS),
     ops: Iterable[str] = OPS,
     shapes: Sequence[str] | None = None,
+    quick: bool = False,
     workers: int = 2,
     on_report: Callable[[Report, int], None] | None = None,
 ) -> list[Report]:
     """Compile every launch of the given targets, ops and shapes, by default all.
 
     Args:
+        quick: as for `jobs`.
         workers: processes; 1 compiles in this one. on_report: called with each report, and how many there will be.
     Raises: RuntimeError where this process interprets kernels; ImportError without triton.
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     importlib.import_module("triton")
-    todo = jobs(targets, ops, shapes)
+    todo = jobs(targets, ops, shapes, quick)
     reports = []
-    if workers == 1:
-        stream: Iterable[Report] = map(compile_job, todo)
-        pool = None
-    else:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-        stream = pool.map(compile_job, todo)
-    try:
-        for report in stream:
-            reports.append(report)
-            if on_report is not None:
-                on_report(report, len(todo))
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    for report in _compile(todo, workers):
+        reports.append(report)
+        if on_report is not None:
+            on_report(report, len(todo))
     return reports
+
+
+def _compile(todo: Sequence[_Job], workers: int) -> Iterator[Report]:
+    if workers == 1:
+        yield from map(compile_job, todo)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        yield from pool.map(compile_job, todo)
+    finally:
+        pool.shutdown(cancel_futures=True)

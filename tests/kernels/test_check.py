@@ -1,0 +1,81 @@
+"""`blockroll kernels check`: every kernel compiles clean for every target, and what is wrong is seen.
+
+Each check runs in a process of its own: this one interprets kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from blockroll import kernels
+from blockroll.kernels.check import OPS
+from blockroll.kernels.shapes import TARGETS
+
+
+def run(arguments: Sequence[object], folder: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+def check(folder: Path, *options: object, timeout: float = 280) -> list[dict]:
+    path = folder / "check.json"
+    done = run(["-m", "blockroll.cli", "kernels", "check", "--json", path, *options], folder, timeout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return json.loads(path.read_text())["launches"]
+
+
+def test_the_largest_tile_of_every_kernel_is_clean(tmp_path: Path) -> None:
+    launches = check(tmp_path, "--quick")
+    seen = {(launch["target"], launch["op"]) for launch in launches}
+    folder = Path(next(iter(kernels.__path__)))
+    assert seen == {(target, op) for target in TARGETS for op in OPS if (folder / op / "triton.py").is_file()}
+    # Pools over 2 GiB are addressed otherwise on AMD, and products go through matrix units.
+    assert any("large" in launch["case"] and launch["op"] == "attention" for launch in launches)
+    assert all(launch["dots"] > 0 for launch in launches if launch["kernel"] == "paged")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_launch_is_clean(tmp_path: Path) -> None:
+    assert len(check(tmp_path, timeout=3500)) > 300
+
+
+def test_faults_are_seen(tmp_path: Path) -> None:
+    done = run([Path(__file__).with_name("faulty_kernels.py")], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for target, faults in json.loads(done.stdout).items():
+        assert faults["clean"] == []
+        assert any("spilled" in fault or "stack" in fault for fault in faults["spills"]), target
+        assert "bytes of shared memory" in faults["shared"][0]
+        assert "no dot_rows" in faults["undeclared"][0]
+        assert faults["no matrix instruction"] == ["no MFMA" if target == "gfx942" else "no wgmma"]
+        assert faults["does not compile"][0].startswith("does not compile: ")
+
+
+def test_a_fault_is_exit_status_1_and_wrong_words_are_2(tmp_path: Path) -> None:
+    program = """
+import sys
+from dataclasses import replace
+from blockroll import cli
+from blockroll.kernels import check, shapes
+shapes.TARGETS["sm_90"] = replace(shapes.TARGETS["sm_90"], shared=1)
+sys.argv = ["blockroll", "kernels", "check", "--target", "sm_90", "--op", "residual", "--quick", "--workers", "1"]
+cli.main()
+"""
+    done = run(["-c", program], tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "1 at most" in done.stdout
+    done = run(["-m", "blockroll.cli", "kernels", "check", "--target", "gfx90"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: target: unknown target 'gfx90'") and done.stderr.count("\n") == 1
