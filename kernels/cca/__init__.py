@@ -1,13 +1,42 @@
-"""Compressed convolutional attention (CCA): the convolutions of ZAYA's query/key path, along parents.
+"""Compressed convolutional attention (CCA): from ZAYA's projections to queries, keys and values, along parents.
 
 With x the concatenated q and k projections, x(t, h) the projection h parents above row t (zero before the document):
 
     y(t, h)  = b_dw + sum_j w_dw[j] * x(t, h + j)           depthwise, j = 0 .. time0 - 1
-    out(t)   = b_g  + sum_h W_g[h] y(t, h)                  grouped by head, h = 0 .. time1 - 1
+    c(t)     = b_g  + sum_h W_g[h] y(t, h)                  grouped by head, h = 0 .. time1 - 1
+    q_u      = c_u + (x_u + x_g) / 2                        query head u of key head g
+    k_g      = c_g + (x_g + mean_u x_u) / 2
+    q, k     = RoPE(sqrt(D) q / |q|), RoPE(temp_g sqrt(D) k / |k|)          on the first features of a head
+    v(t)     = [current value of t, delayed value of t's parent]
 
-The depthwise output before the document is b_dw, not zero. Source: arXiv 2510.04476.
+The depthwise output before the document is b_dw, not zero. Sources: arXiv 2510.04476; RoPE arXiv 2104.09864, half-split.
 """
 
-from .reference import convolve, normalise
+from __future__ import annotations
 
-__all__ = ["convolve", "normalise"]
+import torch
+
+from ..dispatch import takes_triton
+from . import reference
+from .places import NOTHING, Places, Pools
+from .reference import CCAWeights, convolve, mix, normalise, rotate
+
+__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "convolve", "mix", "normalise", "rotate"]
+
+
+def cca(
+    x_TC: torch.Tensor,
+    current_TW: torch.Tensor,
+    delayed_TW: torch.Tensor,
+    weights: CCAWeights,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    places: Places,
+    pools: Pools | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q_THD, k_TGD, v_TGD of a pack, whose clean rows are kept in the pools; see `reference.cca`."""
+    if x_TC.dtype != torch.float64 and takes_triton(x_TC, *weights):
+        from . import triton as fast
+
+        return fast.cca(x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP, places, pools)
+    return reference.cca(x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP, places, pools)

@@ -1,8 +1,32 @@
-"""Plain CCA convolutions and q/k normalisation. Legend: T rows, A ancestors (time0 + time1 - 1), C channels."""
+"""Plain CCA. Legend: T rows, A ancestors (time0 + time1 - 1), C channels, H query heads, G key heads, D head size, P rotary
+features, W width of the delayed value."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from .places import NOTHING, Places, Pools
+
+
+class CCAWeights(NamedTuple):
+    """Weights of one layer, as ZAYA keeps them.
+
+    Attributes:
+        depthwise_weight: [C, 1, time0] as `torch.nn.Conv1d` keeps it (the last tap is the row itself).
+        depthwise_bias, grouped_bias: [C].
+        grouped_weight: [C, C / groups, time1].
+        temperature_G: of the normalised keys.
+        before_W: delayed value of the token before a document (the bias of its projection); None for zero.
+    """
+
+    depthwise_weight: torch.Tensor
+    depthwise_bias: torch.Tensor
+    grouped_weight: torch.Tensor
+    grouped_bias: torch.Tensor
+    temperature_G: torch.Tensor
+    before_W: torch.Tensor | None
 
 
 def convolve(
@@ -16,9 +40,7 @@ def convolve(
 
     Args:
         x_TAC: projections of each row and its ancestors, nearest first.
-        depthwise_weight: [C, 1, time0] as `torch.nn.Conv1d` keeps it (the last tap is the row itself).
-        depthwise_bias, grouped_bias: [C].
-        grouped_weight: [C, C / groups, time1].
+        Weights: see `CCAWeights`.
     """
     channels, width, time1 = grouped_weight.shape
     time0, groups = depthwise_weight.shape[-1], channels // width
@@ -36,3 +58,72 @@ def normalise(x_THD: torch.Tensor) -> torch.Tensor:
     """Scales each head to length sqrt(D); a zero vector stays zero."""
     length = x_THD.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x_THD.dtype).eps)
     return x_THD * (x_THD.shape[-1] ** 0.5 / length)
+
+
+def rotate(x_THD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
+    """Partial RoPE on the first P of D features."""
+    half = cos_TP.shape[-1] // 2
+    left, right, kept = x_THD[..., :half], x_THD[..., half : 2 * half], x_THD[..., 2 * half :]
+    # Both halves of the tables are equal.
+    cos, sin = cos_TP[:, None, :half], sin_TP[:, None, :half]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, kept], dim=-1)
+
+
+def mix(
+    x_TAC: torch.Tensor, weights: CCAWeights, cos_TP: torch.Tensor, sin_TP: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns q_THD, k_TGD.
+
+    Args:
+        x_TAC: q/k projections (query heads, then key heads) of each row and its ancestors, nearest first.
+        cos_TP, sin_TP: RoPE tables, whose halves are equal.
+    """
+    kv_heads = len(weights.temperature_G)
+    size = weights.grouped_weight.shape[1]
+    heads = x_TAC.shape[-1] // size - kv_heads
+    group = heads // kv_heads
+    mixed_THD = convolve(x_TAC, *weights[:4]).unflatten(-1, (heads + kv_heads, size))
+    q_TC, k_TC = x_TAC[:, 0].split([heads * size, kv_heads * size], dim=-1)
+    q_TGUD, k_TG1D = q_TC.unflatten(-1, (kv_heads, group, size)), k_TC.unflatten(-1, (kv_heads, 1, size))
+    q_THD = torch.add(mixed_THD[:, :heads], (q_TGUD + k_TG1D).flatten(1, 2), alpha=0.5)
+    # A sum over the views of so few heads is several times as fast as torch's mean over a middle dimension.
+    k_TGD = torch.add(mixed_THD[:, heads:], k_TG1D[:, :, 0] + sum(q_TGUD.unbind(2)) / group, alpha=0.5)
+    k_TGD = normalise(k_TGD) * weights.temperature_G[:, None]
+    return rotate(normalise(q_THD), cos_TP, sin_TP), rotate(k_TGD, cos_TP, sin_TP)
+
+
+def cca(
+    x_TC: torch.Tensor,
+    current_TW: torch.Tensor,
+    delayed_TW: torch.Tensor,
+    weights: CCAWeights,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    places: Places,
+    pools: Pools | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a pack, and its rows kept in the cache: q_THD, k_TGD, v_TGD.
+
+    Args:
+        x_TC: q/k projections. current_TW, delayed_TW: the two halves of the values.
+        pools: None without a cache; then no source is a tail entry and nothing is kept.
+    """
+    source_TA = places.source_TA.long()
+    in_pack_TA1, in_tail_TA1 = (source_TA >= 0)[..., None], (source_TA < NOTHING)[..., None]
+    x_TAC = torch.where(in_pack_TA1, x_TC[source_TA.clamp_min(0)], 0)
+    nothing_W = delayed_TW.new_zeros(delayed_TW.shape[1]) if weights.before_W is None else weights.before_W
+    previous_TW = torch.where(in_pack_TA1[:, 1], delayed_TW[source_TA[:, 1].clamp_min(0)], nothing_W)
+    if pools is not None:
+        entry_TA = (-2 - source_TA).clamp_min(0)
+        x_TAC = torch.where(in_tail_TA1, pools.x[entry_TA], x_TAC)
+        previous_TW = torch.where(in_tail_TA1[:, 1], pools.delayed[entry_TA[:, 1]], previous_TW)
+    q_THD, k_TGD = (y.to(x_TC.dtype) for y in mix(x_TAC, weights, cos_TP, sin_TP))
+    v_TGD = torch.cat([current_TW, previous_TW], dim=-1).unflatten(-1, k_TGD.shape[1:])
+    if pools is not None:
+        kept, tail = (places.write_T != NOTHING).nonzero()[:, 0], (places.tail_T != NOTHING).nonzero()[:, 0]
+        for pool, row, index, at in (
+            (pools.k, k_TGD, kept, places.write_T), (pools.v, v_TGD, kept, places.write_T),
+            (pools.x, x_TC, tail, places.tail_T), (pools.delayed, delayed_TW, tail, places.tail_T),
+        ):  # fmt: skip
+            pool.index_copy_(0, at[index].long(), row[index])
+    return q_THD, k_TGD, v_TGD

@@ -1,0 +1,287 @@
+"""CCA in Triton: everything between the projections and attention in one launch, two where a prompt is prefilled.
+
+One program takes a tile of rows and one head: the convolutions of its D channels as products of matrices, the means, the
+norm, RoPE, and the row's key in the cache. One more program per tile makes the values. The channels of a head are summed
+in three parts (first and second half of the rotary ones, and the rest), so that RoPE needs no exchange between threads.
+
+Invariants:
+- A tail entry is written in the launch that reads it only where no row reads an entry that another one writes
+  (`Places.apart`).
+- Rows of a tile share only the weights they read. Under `batch_invariant` the tile does not depend on the number of rows
+  either, so a row's result does not depend on its batch.
+- Sums run in float32 and round once, at the end.
+- Offsets into the pools of keys and values are int64; those into the pack and the tail fit 32 bits, which halves the
+  registers of their pointers.
+
+Legend: T rows, A ancestors, C channels, H query heads, G key heads, D head size, P rotary features, W width of the delayed
+value, N tail entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from ..dispatch import batch_invariant, using
+from ..launch import Case, Shape, architecture, launch
+from .places import Places, Pools
+from .reference import CCAWeights
+
+
+@triton.jit
+def _gather(pack, pool, source, row_stride, width, column, inside, TAIL: tl.constexpr):
+    """float32 columns of each source: a row of the pack, a tail entry, or 0."""
+    x = tl.load(
+        pack + (source * row_stride)[:, None] + column[None, :],
+        mask=(source >= 0)[:, None] & inside[None, :], other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    if TAIL:
+        x += tl.load(
+            pool + ((-2 - source) * width)[:, None] + column[None, :],
+            mask=(source < -1)[:, None] & inside[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    return x
+
+
+@triton.jit
+def _mean(x_at, head, first, count, n, inside, D: tl.constexpr):
+    """Half the sum of the head's own projection and the mean of `count` heads from `first` on."""
+    own = tl.load(x_at[:, None] + (head * D + n)[None, :], mask=inside, other=0.0).to(tl.float32)
+    others = own * 0.0
+    for i in range(count):
+        others += tl.load(x_at[:, None] + ((first + i) * D + n)[None, :], mask=inside, other=0.0).to(tl.float32)
+    return 0.5 * (own + others / count)
+
+
+@triton.jit
+def _value(
+    current_TW, delayed_TW, delayed_pool, v_pool, before_W, v_TC, source, write, tail, row, real, current_row,
+    delayed_row, W: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, KEEP: tl.constexpr, KEEP_TAIL: tl.constexpr,
+    BEFORE: tl.constexpr,
+):  # fmt: skip
+    """A tile's values, and its delayed ones in the tail."""
+    w = tl.arange(0, WIDTH)
+    ok = w < W
+    inside = real[:, None] & ok[None, :]
+    current = tl.load(current_TW + (row * current_row)[:, None] + w[None, :], mask=inside, other=0.0)
+    previous = _gather(delayed_TW, delayed_pool, source, delayed_row, W, w, ok, TAIL)
+    if BEFORE:
+        bias = tl.load(before_W + w, ok, 0).to(tl.float32)
+        previous = tl.where((source == -1)[:, None], bias[None, :], previous)
+    previous = previous.to(current.dtype)
+    at = v_TC + (row * (2 * W))[:, None] + w[None, :]
+    tl.store(at, current, mask=inside)
+    tl.store(at + W, previous, mask=inside)
+    if KEEP:
+        at = v_pool + (write.to(tl.int64) * (2 * W))[:, None] + w[None, :]
+        kept = inside & (write >= 0)[:, None]
+        tl.store(at, current, mask=kept)
+        tl.store(at + W, previous, mask=kept)
+    if KEEP_TAIL:
+        own = tl.load(delayed_TW + (row * delayed_row)[:, None] + w[None, :], mask=inside, other=0.0)
+        at = delayed_pool + (tail.to(tl.int64) * W)[:, None] + w[None, :]
+        tl.store(at, own, mask=inside & (tail >= 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _cca_kernel(
+    x_TC, current_TW, delayed_TW, source_TA, write_T, tail_T, k_pool, v_pool, x_pool, delayed_pool,
+    depthwise_CJ, depthwise_bias_C, grouped_COI, grouped_bias_C, temperature_G, before_W, cos_TP, sin_TP,
+    q_THD, k_TGD, v_TC, rows, x_row, current_row, delayed_row, length,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
+    TIME0: tl.constexpr, TIME1: tl.constexpr, M: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    TAIL: tl.constexpr, KEEP: tl.constexpr, KEEP_TAIL: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of rows, H + G + 1). `length` is sqrt(D)."""
+    A: tl.constexpr = TIME0 + TIME1 - 1
+    C: tl.constexpr = (H + G) * D
+    GROUP: tl.constexpr = H // G
+    head = tl.program_id(1)
+    m = tl.program_id(0) * M + tl.arange(0, M)
+    real = m < rows
+    row = m.to(tl.int64)
+    write, tail = m * 0 - 1, m * 0 - 1
+    if KEEP:
+        write = tl.load(write_T + m, real, -1)
+    if KEEP_TAIL:
+        tail = tl.load(tail_T + m, real, -1)
+    if head == H + G:
+        parent = tl.load(source_TA + row * A + 1, real, -1)
+        _value(
+            current_TW, delayed_TW, delayed_pool, v_pool, before_W, v_TC, parent, write, tail, row, real, current_row,
+            delayed_row, W, WIDTH, TAIL, KEEP, KEEP_TAIL, BEFORE,
+        )  # fmt: skip
+        return
+
+    n = tl.arange(0, HALF)
+    left_ok = n < P // 2
+    r = P + tl.arange(0, REST)
+    left = tl.zeros((M, HALF), tl.float32)
+    right = tl.zeros((M, HALF), tl.float32)
+    rest = tl.zeros((M, REST), tl.float32)
+    for start in range(0, D, K):
+        k = start + tl.arange(0, K)
+        ok = k < D
+        channel = head * D + k
+        bias = tl.load(depthwise_bias_C + channel, ok, 0).to(tl.float32)
+        for h in tl.static_range(TIME1):
+            y = tl.zeros((M, K), tl.float32) + bias[None, :]
+            for j in tl.static_range(TIME0):
+                source = tl.load(source_TA + row * A + h + j, real, -1)
+                x = _gather(x_TC, x_pool, source, x_row, C, channel, ok, TAIL)
+                tap = tl.load(depthwise_CJ + channel * TIME0 + TIME0 - 1 - j, ok, 0).to(tl.float32)
+                y += x * tap[None, :]
+                if KEEP_TAIL and h + j == 0:
+                    at = x_pool + (tail.to(tl.int64) * C)[:, None] + channel[None, :]
+                    tl.store(at, x.to(x_pool.dtype.element_ty), mask=(tail >= 0)[:, None] & ok[None, :])
+            y = y.to(x_TC.dtype.element_ty)
+            # [in, out] of this head's matrix of tap h.
+            w_at = grouped_COI + head * (D * D * TIME1) + (k * TIME1 + TIME1 - 1 - h)[:, None]
+            w = tl.load(w_at + n[None, :] * (D * TIME1), mask=ok[:, None] & left_ok[None, :], other=0.0)
+            left = tl.dot(y, w, left, input_precision=PRECISION)
+            w = tl.load(w_at + (P // 2 + n)[None, :] * (D * TIME1), mask=ok[:, None] & left_ok[None, :], other=0.0)
+            right = tl.dot(y, w, right, input_precision=PRECISION)
+            if P < D:
+                w = tl.load(w_at + r[None, :] * (D * TIME1), mask=ok[:, None] & (r < D)[None, :], other=0.0)
+                rest = tl.dot(y, w, rest, input_precision=PRECISION)
+
+    is_q = head < H
+    g = tl.where(is_q, head // GROUP, head - H)
+    first = tl.where(is_q, H + g, g * GROUP)
+    count = tl.where(is_q, 1, GROUP)
+    x_at = x_TC + m * x_row
+    left_in, rest_in = real[:, None] & left_ok[None, :], real[:, None] & (r < D)[None, :]
+    bias_at = grouped_bias_C + head * D
+    left += tl.load(bias_at + n, left_ok, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, n, left_in, D)
+    right += tl.load(bias_at + P // 2 + n, left_ok, 0).to(tl.float32)[None, :]
+    right += _mean(x_at, head, first, count, P // 2 + n, left_in, D)
+    square = tl.sum(left * left, 1) + tl.sum(right * right, 1)
+    if P < D:
+        rest += tl.load(bias_at + r, r < D, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, r, rest_in, D)
+        square += tl.sum(rest * rest, 1)
+    scale = length / tl.maximum(tl.sqrt(square), 1.1920928955078125e-07)
+    scale *= tl.where(is_q, 1.0, tl.load(temperature_G + g).to(tl.float32))
+    left, right, rest = left * scale[:, None], right * scale[:, None], rest * scale[:, None]
+    turn_at = (row * P)[:, None] + n[None, :]
+    cos = tl.load(cos_TP + turn_at, mask=left_in, other=0.0).to(tl.float32)
+    sin = tl.load(sin_TP + turn_at, mask=left_in, other=0.0).to(tl.float32)
+    left, right = (left * cos - right * sin).to(q_THD.dtype.element_ty), (right * cos + left * sin).to(q_THD.dtype.element_ty)
+    rest = rest.to(q_THD.dtype.element_ty)
+    if is_q:
+        at = q_THD + (row * (H * D) + head * D)[:, None]
+        tl.store(at + n[None, :], left, mask=left_in)
+        tl.store(at + P // 2 + n[None, :], right, mask=left_in)
+        if P < D:
+            tl.store(at + r[None, :], rest, mask=rest_in)
+    else:
+        at = k_TGD + (row * (G * D) + g * D)[:, None]
+        tl.store(at + n[None, :], left, mask=left_in)
+        tl.store(at + P // 2 + n[None, :], right, mask=left_in)
+        if P < D:
+            tl.store(at + r[None, :], rest, mask=rest_in)
+        if KEEP:
+            at = k_pool + (write.to(tl.int64) * (G * D) + g * D)[:, None]
+            kept = (write >= 0)[:, None]
+            tl.store(at + n[None, :], left, mask=left_in & kept)
+            tl.store(at + P // 2 + n[None, :], right, mask=left_in & kept)
+            if P < D:
+                tl.store(at + r[None, :], rest, mask=rest_in & kept)
+
+
+@triton.jit
+def _tail_kernel(
+    x_TC, delayed_TW, tail_T, x_pool, delayed_pool, x_row, delayed_row, C: tl.constexpr, W: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Grid (T,): a row's tail entry."""
+    row = tl.program_id(0).to(tl.int64)
+    tail = tl.load(tail_T + row).to(tl.int64)
+    if tail < 0:
+        return
+    c, w = tl.arange(0, CHANNELS), tl.arange(0, WIDTH)
+    tl.store(x_pool + tail * C + c, tl.load(x_TC + row * x_row + c, c < C, 0), c < C)
+    tl.store(delayed_pool + tail * W + w, tl.load(delayed_TW + row * delayed_row + w, w < W, 0), w < W)
+
+
+def _tile(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(rows of a tile, channels summed at once, warps). 64 rows and 64 channels spill on gfx942, with 8 warps more so."""
+    m = 64 if rows > 512 or batch_invariant() else 16
+    k = 64 if m == 16 and dtype.itemsize == 2 else 32
+    return m, min(k, max(16, triton.next_power_of_2(size))), 4
+
+
+def cca(
+    x_TC: torch.Tensor,
+    current_TW: torch.Tensor,
+    delayed_TW: torch.Tensor,
+    weights: CCAWeights,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    places: Places,
+    pools: Pools | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As the reference; the first three may be columns of one wider tensor."""
+    rows, device, dtype = len(x_TC), x_TC.device, x_TC.dtype
+    g, d, p = len(weights.temperature_G), weights.grouped_weight.shape[1], cos_TP.shape[-1]
+    h, w = x_TC.shape[1] // d - g, delayed_TW.shape[1]
+    time0, time1 = weights.depthwise_weight.shape[-1], weights.grouped_weight.shape[-1]
+    q_THD = torch.empty(rows, h, d, dtype=dtype, device=device)
+    k_TGD, v_TGD = (torch.empty(rows, g, d, dtype=dtype, device=device) for _ in range(2))
+    keep = pools is not None
+    assert rows * max(x_TC.stride(0), h * d) < 1 << 31, "offsets into a pack are 32 bits"
+    k_pool, v_pool, x_pool, delayed_pool = pools if pools is not None else (k_TGD, v_TGD, x_TC, delayed_TW)
+    m, k, warps = _tile(rows, d, dtype)
+    strides = dict(x_row=x_TC.stride(0), delayed_row=delayed_TW.stride(0))
+    entries = dict(x_TC=x_TC, delayed_TW=delayed_TW, tail_T=places.tail_T, x_pool=x_pool, delayed_pool=delayed_pool, W=w)
+    width = max(16, triton.next_power_of_2(w))
+    launch(
+        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=warps, stages=2, dot_rows=m,
+        current_TW=current_TW, source_TA=places.source_TA, write_T=places.write_T, k_pool=k_pool, v_pool=v_pool,
+        depthwise_CJ=weights.depthwise_weight, depthwise_bias_C=weights.depthwise_bias,
+        grouped_COI=weights.grouped_weight, grouped_bias_C=weights.grouped_bias, temperature_G=weights.temperature_G,
+        before_W=weights.temperature_G if weights.before_W is None else weights.before_W,
+        cos_TP=cos_TP.contiguous(), sin_TP=sin_TP.contiguous(), q_THD=q_THD, k_TGD=k_TGD, v_TC=v_TGD, rows=rows,
+        current_row=current_TW.stride(0), length=d**0.5, H=h, G=g, D=d, P=p, WIDTH=width, TIME0=time0, TIME1=time1,
+        M=m, K=k, HALF=max(16, triton.next_power_of_2(p // 2)), REST=max(16, triton.next_power_of_2(d - p)),
+        TAIL=keep, KEEP=keep, KEEP_TAIL=keep and not places.apart, BEFORE=weights.before_W is not None,
+        PRECISION="tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee",
+        **strides, **entries,
+    )  # fmt: skip
+    if keep and places.apart:
+        launch(
+            _tail_kernel, (rows,), warps=4, C=x_TC.shape[1], CHANNELS=triton.next_power_of_2(x_TC.shape[1]), WIDTH=width,
+            **strides, **entries,
+        )  # fmt: skip
+    return q_THD, k_TGD, v_TGD
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    """Decode steps with few and many rows, a prefill chunk, and a pack without a cache; each over a small and a large pool."""
+    h, g, d, p = shape.heads, shape.kv_heads, shape.head_dim, shape.rotary
+    channels, w, ancestors = (h + g) * d, g * d // 2, sum(shape.conv) - 1
+
+    def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def case(rows: int, positions: int, apart: bool, invariant: bool) -> None:
+        weights = CCAWeights(
+            empty(channels, 1, shape.conv[0]), empty(channels), empty(channels, d, shape.conv[1]), empty(channels),
+            empty(g), None,
+        )  # fmt: skip
+        index = empty(rows, ancestors, dtype=torch.int32)
+        places = Places(index, index[:, 0].contiguous(), index[:, 0].contiguous(), apart)
+        entries = max(shape.sequences) * 2 * (max(shape.rows) + ancestors)
+        pools = Pools(empty(positions, g, d), empty(positions, g, d), empty(entries, channels), empty(entries, w))
+        # x, current and delayed lie side by side where the projections are one product.
+        x, current, delayed = empty(rows, channels + 2 * w).split([channels, w, w], dim=1)
+        with using(batch_invariant=invariant):
+            cca(x, current, delayed, weights, empty(rows, p), empty(rows, p), places, pools if positions else None)
+
+    for rows in (1, max(shape.sequences) * max(shape.rows)):
+        for positions, name in ((shape.positions, ""), (shape.large_positions, " large"), (0, " without a cache")):
+            yield Case(f"{rows} rows{name}", lambda rows=rows, positions=positions: case(rows, positions, False, False))
+    yield Case("prefill", lambda: case(shape.prefill, shape.positions, True, False))
+    yield Case("invariant", lambda: case(1, shape.positions, False, True))
