@@ -37,6 +37,9 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def load_yaml(path: str | os.PathLike[str], config: type[ConfigT]) -> ConfigT:
     """Reads the file at `path` as a `config`.
 
+    `!include other.yaml`, as a value or merged with `<<: !include other.yaml`, stands for what another file holds; its path is
+    relative to the file that names it.
+
     Raises:
         ConfigError: the file is missing or is not YAML; a key is unknown, missing or given twice; or a value is of the
             wrong type or out of range.
@@ -50,11 +53,24 @@ def load_yaml(path: str | os.PathLike[str], config: type[ConfigT]) -> ConfigT:
     except UnicodeDecodeError as error:
         raise ConfigError(name, f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
     except yaml.MarkedYAMLError as error:
-        where = f"{name} line {error.problem_mark.line + 1}" if error.problem_mark else name
+        mark = error.problem_mark  # of the file itself, or of one that it includes
+        where = f"{mark.name} line {mark.line + 1}" if mark else name
         raise ConfigError(where, _one_line(error.problem or "not YAML"), "correct the YAML there") from error
     except yaml.YAMLError as error:
         raise ConfigError(name, f"is not YAML ({_one_line(error)})", "correct the YAML") from error
     return parse(data, config, name)
+
+
+def whole_text(path: str | os.PathLike[str]) -> str:
+    """The YAML at `path` with what it includes in its place; the text as it stands where it includes nothing.
+
+    Raises:
+        OSError: it cannot be read. YAMLError: it is not YAML.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        text = file.read()
+        file.seek(0)
+        return text if "!include" not in text else yaml.safe_dump(yaml.load(file, _Loader), sort_keys=False)
 
 
 def parse(data: Any, config: type[ConfigT], name: str) -> ConfigT:
@@ -82,6 +98,26 @@ class _Loader(yaml.SafeLoader):
     """Plain scalars as in YAML 1.2 (`1e-4` is a number, `on` and `2026-01-01` are text), and no key twice."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - as the base class declares it
+    outer: tuple[str, ...] = ()  # the files that include this one
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        node = super().compose_node(parent, index)
+        if node is None or node.tag != "!include":
+            return node
+        if not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(problem="!include takes the name of a file", problem_mark=node.start_mark)
+        path = os.path.normpath(os.path.join(os.path.dirname(self.name), node.value))
+        files = (*self.outer, os.path.normpath(self.name))
+        if path in files:
+            raise yaml.composer.ComposerError(problem=f"{path} includes itself", problem_mark=node.start_mark)
+        try:
+            with open(path, encoding="utf-8") as file:
+                loader = _Loader(file)
+                loader.outer = files
+                return loader.get_single_node()
+        except OSError as error:
+            problem = f"{path} cannot be included ({error.strerror})"
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: set[str] = set()

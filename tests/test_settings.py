@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from blockroll.errors import ConfigError, InvalidInput
-from blockroll.settings import Config, load_yaml
+from blockroll.settings import Config, load_yaml, whole_text
 
 
 class Optimizer(Config):
@@ -97,3 +97,36 @@ def test_what_is_not_plain_yaml_is_one_line(file: Path, data: bytes) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read \\(No such file or directory\\); check the path"):
         load_yaml(tmp_path / "none.yaml", Run)
+
+
+def test_a_file_may_stand_for_a_section_or_be_merged_into_one(file: Path) -> None:
+    (file.parent / "parts").mkdir()
+    (file.parent / "parts" / "slow.yaml").write_text("<<: !include betas.yaml\nlearning_rate: 1e-5  # small\n")
+    (file.parent / "parts" / "betas.yaml").write_text("betas: [0.5]\n")
+    file.write_text("steps: 1\nstages:\n- !include parts/slow.yaml\n- {<<: !include parts/slow.yaml, learning_rate: 0.5}\n")
+    stages = load_yaml(file, Run).stages
+    assert stages == [Optimizer(learning_rate=1e-5, betas=(0.5,)), Optimizer(learning_rate=0.5, betas=(0.5,))]
+    whole = file.with_name("whole.yaml")
+    whole.write_text(whole_text(file))
+    (file.parent / "parts" / "slow.yaml").unlink()
+    assert load_yaml(whole, Run).stages == stages
+    whole.write_text("steps: 1  # as it stands\n")
+    assert whole_text(whole) == "steps: 1  # as it stands\n"
+
+
+@pytest.mark.parametrize(("text", "included", "expected"), [
+    ("!include none.yaml", "", "FILE line 2: DIR/none.yaml cannot be included (No such file or directory)"),
+    ("!include [part.yaml]", "", "FILE line 2: !include takes the name of a file"),
+    ("!include part.yaml", "betas: [1", "DIR/part.yaml line 1: "),
+    ("!include part.yaml", "betas: []\nbetas: []", "DIR/part.yaml line 2: key `betas` is given twice"),
+    ("!include part.yaml", "<<: !include part.yaml", "DIR/part.yaml line 1: DIR/part.yaml includes itself"),
+    ("!include part.yaml", "<<: !include run.yaml", "DIR/part.yaml line 1: FILE includes itself"),
+    ("!include part.yaml", "beta: []", "stages[0].beta: unknown key in FILE"),
+])  # fmt: skip
+def test_mistakes_of_what_is_included(file: Path, text: str, included: str, expected: str) -> None:
+    file.write_text(f"steps: 1\nstages: [{text}]\n")
+    (file.parent / "part.yaml").write_text(included)
+    with pytest.raises(ConfigError) as caught:
+        load_yaml(file, Run)
+    assert str(caught.value).startswith(expected.replace("FILE", str(file)).replace("DIR", str(file.parent)))
+    assert "\n" not in str(caught.value)

@@ -122,10 +122,10 @@ def train_stage(
     policy.recompute_layers = stage.activation_checkpointing
     shard(policy.train().requires_grad_(True), group, compute)
     optimizer = make_optimizer(policy, stage)
-    settings = _settings(stage, config)
+    settings = settings_of(stage, config)
     step = seen = 0
     if (saved := checkpoints.progress()) is not None:
-        _check_settings(saved["settings"], settings, stage, checkpoints)
+        check_settings(saved["settings"], settings, checkpoints.directory)
         prepare_states(policy, optimizer)
         checkpoints.load(training_state(policy, optimizer))
         step, seen = saved["step"], saved["tokens"]
@@ -265,17 +265,28 @@ def cut_log(log: Path, stage: str, step: int) -> None:
         kept.append(row)
 
 
-def _settings(stage: Stage, config: ConversionConfig) -> dict[str, Any]:
-    """All that the steps of a stage depend on, as plain data."""
+def settings_of(stage: Stage, config: ConversionConfig) -> dict[str, Any]:
+    """All that the weights a stage leaves depend on, as plain data: its own settings and what it starts from."""
+    names = [one.name for one in config.runs]
+    place = names.index(stage.name)
+    start = names[place - 1] if place else config.parent or config.architecture.model_dump(mode="json")
     settings = stage.model_dump(mode="json", exclude={*_FREE_TO_CHANGE, "data"})
-    return {**settings, "seed": config.seed, "data": (stage.data or config.data).model_dump(mode="json")}
+    return {**settings, "seed": config.seed, "data": (stage.data or config.data).model_dump(mode="json"), "start": start}
 
 
-def _check_settings(saved: dict[str, Any], now: dict[str, Any], stage: Stage, checkpoints: Checkpoints) -> None:
-    changed = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
-    if changed:
-        raise ConfigError(
-            f"stages.{stage.name}.{changed[0]}",
-            f"{now.get(changed[0])!r} is not what the interrupted stage began with ({saved.get(changed[0])!r})",
-            f"put it back to go on, or remove {checkpoints.directory} to train the stage from its start",
-        )
+def check_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    """Refuse to go on from what other settings made; a setting that did not exist then does not count.
+
+    Args:
+        where: what holds the result of `saved`.
+
+    Raises:
+        ConfigError: one was changed.
+    """
+    key, before, after = f"stages.{now['name']}", {**now, **saved}, now
+    while before != after and isinstance(before, dict) and isinstance(after, dict):
+        name = min(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        key, before, after = f"{key}.{name}", before.get(name), after.get(name)
+    if before != after:
+        raise ConfigError(key, f"{after!r} is not what {where} was trained with ({before!r})",
+                          "put it back, or remove that directory to train the stage from its start")  # fmt: skip

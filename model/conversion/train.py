@@ -2,13 +2,15 @@
 
 Invariants:
 - A stage starts from the directory the previous one left, so a run that was interrupted and one that was not compute the
-  same. A finished stage is not run again; an interrupted one goes on from its last checkpoint.
+  same. A finished stage is not run again; an interrupted one goes on from its last checkpoint. Neither is taken for the
+  result of other settings.
 - The output directory is replaced at the very end, whole.
 - Every process of a group runs this; the first one writes.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from transformers import ZayaConfig
 
 from ...errors import ConfigError
+from ...files import write_json
 from ..checkpoint import load_policy, save_policy
 from ..policy import Policy
 from ..tokenizer import BOS, EOS, MASK, PAD, train_tokenizer
@@ -23,7 +26,7 @@ from .checkpoints import Checkpoints
 from .config import ConversionConfig
 from .data import texts
 from .distributed import joined, whole_policy
-from .stage import Report, train_stage
+from .stage import Report, check_settings, settings_of, train_stage
 
 
 def new_policy(config: ConversionConfig) -> Policy:
@@ -116,6 +119,7 @@ def run(
             done = stage_directory(config, stage.name)
             if stage.kind == "diffusion" and not unconverted:
                 unconverted = [before]
+            settings, beside = settings_of(stage, config), done / "stage.json"
             if not (done / "config.json").is_file():
                 policy = load(before)
                 parent = load(unconverted[0]) if stage.ar_target == "parent" else None
@@ -123,9 +127,12 @@ def run(
                 train_stage(policy, stage, config, checkpoints, log, group, report, parent)
                 whole = whole_policy(policy, group)
                 if whole is not None:
+                    write_json(beside, settings)
                     save_policy(whole, done, "float32")
                 checkpoints.clear()
                 del policy, whole, parent
+            elif beside.is_file():
+                check_settings(json.loads(beside.read_text()), settings, done)
             before = done
             group.barrier()
         assert before is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_parts import curve, recipe
+from conversion_parts import SHAPE, curve, recipe
 
 from blockroll.errors import CheckpointError, ConfigError
 from blockroll.model.conversion.config import ConversionConfig
@@ -77,13 +79,31 @@ def test_broken_checkpoint_and_changed_recipe_are_refused(tmp_path: Path) -> Non
     config = recipe(tmp_path, *STAGES)
     run_until(config, "ar", 6)
     other = recipe(tmp_path, dict(STAGES[0], learning_rate=1e-3), STAGES[1])
-    with pytest.raises(ConfigError, match=r"stages\.ar\.learning_rate: 0\.001 is not what .* began with \(0\.002\)"):
+    with pytest.raises(ConfigError, match=r"stages\.ar\.learning_rate: 0\.001 is not what .* trained with \(0\.002\)"):
         run(other)
     assert curve(tmp_path)[-1]["step"] == 6
     (tmp_path / "policy.ar.checkpoints" / "step-00000004" / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="cannot be resumed"):
         run(config)
     assert curve(tmp_path)[-1]["step"] == 6
+
+
+def test_finished_stages_are_not_taken_for_those_of_another_recipe(uninterrupted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(uninterrupted, tmp_path / "copy")
+    ar, diffusion = STAGES
+    for changed, changes in {
+        "stages.ar.learning_rate: 0.001 is not": dict(stages=[dict(ar, learning_rate=1e-3), diffusion]),
+        "stages.ar.start.layers: 3 is not": dict(architecture=dict(SHAPE, layers=3)),
+        "stages.ar.data.pool: 9 is not": dict(data=dict(pool=9)),
+        "stages.diffusion.draft.tv: 0.5 is not": dict(stages=[ar, dict(diffusion, draft=dict(ce=0.5, tv=0.5))]),
+        "stages.diffusion.start: 'more' is not": dict(stages=[ar, dict(ar, name="more", tokens=600), diffusion]),
+    }.items():
+        stages = changes.pop("stages", STAGES)
+        with pytest.raises(ConfigError, match=re.escape(changed)):
+            run(recipe(folder, *stages, **changes))
+        assert weights(folder) == weights(uninterrupted)
+    run(recipe(folder, dict(ar, checkpoint_steps=5), diffusion))
+    assert weights(folder) == weights(uninterrupted)
 
 
 def test_stages_are_skipped_and_repeated(tmp_path: Path) -> None:
