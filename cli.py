@@ -111,6 +111,54 @@ def ablate(
     ablation.ablate(config, workers)
 
 
+@app.command("eval")
+def evaluate(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
+    parent: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="The AR policy it was converted from, decoded beside it.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(help="Held-out tasks.")] = 500,
+    samples: Annotated[
+        int | None, typer.Option(help="Of each task at the first temperature, elsewhere one; without it the largest k, or 4.")
+    ] = None,
+    samplers: Annotated[str, typer.Option(help="Beside ar, which is always measured.")] = "ar,lossless,mixed",
+    mix_weights: Annotated[str, typer.Option(help="mixed: weights of p's logits.")] = "0.25,0.5,0.75",
+    temperatures: Annotated[str, typer.Option(help="pass@k and acceptance are measured at the first.")] = "1.0,0.3",
+    levels: Annotated[str, typer.Option(help="Acceptance lengths a step drafts for.")] = "0,4,8",
+    block_sizes: Annotated[str, typer.Option(help="Compared slot by slot; the rest is at the policy's own.")] = "8,16",
+    k: Annotated[
+        str | None, typer.Option("--k", metavar="1,2,4,...", help="For pass@k; without it the powers of 2 up to samples.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Samples decoded at once; tokens per forward do not depend on it.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
+    seed: Annotated[int, typer.Option(help="Another one draws other held-out tasks.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there, a plot beside.")] = None,
+    card: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the model card there, Markdown.")] = None,
+) -> None:
+    """Measure what a policy is worth on held-out tasks.
+
+    AR loss, entropy, tokens per forward by sampler and temperature, pass@k beside the AR parent, acceptance by slot, block
+    size and kind of token. Ends with an error where a task is among what the recipe beside the policy trained on.
+
+    \b
+    Example:
+      blockroll eval tiny-reasoner --json eval.json
+      blockroll eval runs/tiny-reasoner/policy --parent runs/tiny-reasoner/policy.ar --k 1,2,4,8,16,32 --json eval.json
+    """
+    from .rollout.evaluation import report
+    from .rollout.evaluation.options import Options
+
+    groups = None if k is None else _integers("k", k)
+    options = Options(
+        tasks=tasks, samples=samples if samples is not None else max(groups or (4,)), k=groups,
+        samplers=tuple(_words(samplers)),  # type: ignore[arg-type]  # validated by the class
+        mix_weights=_numbers("mix-weights", mix_weights), temperatures=_numbers("temperatures", temperatures),
+        levels=_integers("levels", levels), block_sizes=_integers("block-sizes", block_sizes), batch=batch,
+        max_tokens=max_tokens, seed=seed,
+    )
+    report.evaluate_and_show(policy, options, parent_name=parent, json_path=json, card_path=card)
+
+
 @app.command()
 def generate(
     policy: PolicyOption,
@@ -181,6 +229,35 @@ def score(
     offline.score_file(policy, input, output, temperature=temperature, dtype=dtype)
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="zaya1-8b, a shipped policy, or a directory with a ZAYA model.")] = "zaya1-8b",
+    hardware: Annotated[str, typer.Option(metavar="mi300x,mi355x,h200,h100", help="Devices.")] = "mi300x,mi355x,h200",
+    batch: Annotated[str, typer.Option(help="Samples decoded at once.")] = "1,8,16,32,64,128",
+    context: Annotated[str, typer.Option(help="Tokens before the step.")] = "2048,16384",
+    tpf: Annotated[float, typer.Option(help="Tokens that a step with a whole block of drafts commits.")] = 4.6,
+    survival: Annotated[str, typer.Option(help="Instead: P(at least k drafts accepted), k = 1, 2, ..")] = "",
+    measured: Annotated[Path | None, typer.Option(metavar="PATH", help="JSON of `blockroll bench gpu`.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write everything there.")] = None,
+) -> None:
+    """Predict decoding speed from a policy's sizes and a device's data sheet.
+
+    Bytes and FLOPs of a step by schedule, experts touched, proposals until attention is compute-bound, and the schedule
+    that should pay most, by peak rates and by rates that kernels reach. --tpf defaults to the published figure of
+    ZAYA1-8B-Diffusion-Preview's lossless sampler; its mixed sampler's is 7.7.
+
+    \b
+    Example:
+      blockroll plan --model zaya1-8b --hardware mi300x,h200 --batch 1,16,64
+    """
+    from .rollout import plan as planning
+
+    planning.plan(
+        model, _words(hardware), _integers("batch", batch), _integers("context", context), tokens_per_step=tpf,
+        survival=_numbers("survival", survival), measured=measured, output=json,
+    )
+
+
 @bench.command("decode")
 def bench_decode(
     policy: PolicyOption,
@@ -243,6 +320,20 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in _words(text))
     except ValueError:
         raise InvalidInput(name, f"{text!r} is not a list of whole numbers", "write them like 0,4,8") from None
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise InvalidInput(name, f"{text!r} is not a list of numbers", "write them like 0.25,0.5") from None
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise InvalidInput(name, f"{text!r} is not a list of numbers", "write them like 0.9,0.8,0.7") from None
 
 
 def main() -> None:
