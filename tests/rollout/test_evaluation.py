@@ -18,7 +18,7 @@ from blockroll.rollout.types import StepTrace, Trajectory
 
 SMALL = Architecture(
     hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=2, expert_size=32, router_size=8,
-    max_position_embeddings=128,
+    max_position_embeddings=256,
 )
 
 
@@ -81,7 +81,7 @@ def test_figures_follow_from_the_trajectories(policy: Policy) -> None:
 
 def test_a_right_answer_counts_when_it_ended(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     # Random weights answer nothing right; a verifier that says yes shows which samples are asked about at all.
-    monkeypatch.setattr("blockroll.rollout.evaluation.score", lambda task, text: 1.0)
+    monkeypatch.setattr("blockroll.rollout.evaluation.decoding.score", lambda task, text: 1.0)
     tasks = make_tasks("heldout", 20)
     result = evaluate(policy, tasks, sampler="ar", schedule=Schedule("ar"), max_tokens=100, batch=20)
     assert set(result.finish_reasons) == {"stop", "length"}

@@ -1,4 +1,4 @@
-"""What a policy is worth: right answers on held-out tasks, tokens per forward, and how far drafts survive.
+"""One way to decode held-out tasks: right answers, tokens per forward, and how far drafts survive.
 
 Invariants:
 - Every figure stands with sampler, schedule, block size, batch, temperature, seed and number of tasks.
@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,37 +17,50 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import InvalidInput
-from ..model.policy import Policy
-from ..model.scoring import score as score_tokens
-from ..model.tasks import Task, score
-from ..model.tokenizer import encode_prompt
-from .engine import Engine, EngineConfig
-from .offline import serve
-from .schedule import Schedule
-from .types import RolloutRequest, SamplerName, SamplingParams, Trajectory
-
-_POSITIONS = 32
+from ...errors import InvalidInput
+from ...model.policy import Policy
+from ...model.scoring import score as score_tokens
+from ...model.tasks import Task, score
+from ...model.tokenizer import encode_prompt
+from ..engine import Engine, EngineConfig
+from ..offline import serve
+from ..schedule import Schedule
+from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
+from .counts import (
+    Kind,
+    acceptance_by_kind,
+    acceptance_by_slot,
+    by_task,
+    kinds_of,
+    mean,
+    pass_at_k,
+    ratio,
+    tokens_per_step_by_position,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one policy under one way to decode.
+    """Figures of one policy under one way to decode. Standard errors are over tasks.
 
     Attributes:
         levels: of the schedule `fused`; empty for the others.
         mix_weight: of the sampler `mixed`; None for the others.
         tasks, samples: tasks, and samples of each.
         pass_at_1: mean score over tasks and samples.
-        standard_error: of pass_at_1, over tasks; the samples of one task do not count as independent.
+        standard_error: of pass_at_1.
+        pass_at, pass_at_standard_error: by k, the chance that one of k samples is right.
         families: pass_at_1 of each family.
-        answer_tokens: mean tokens of a sample, the ending one included.
+        answer_tokens, answer_tokens_standard_error: mean tokens of a sample, the ending one included.
+        surprise, surprise_standard_error: nats per token of the samples under p at the temperature (0: at 1). Of a sampler
+            that draws from p this is the entropy of p per token.
         tokens_per_forward: committed tokens over decode forwards of their own sample; prefill is not counted.
         tokens_per_step: committed tokens over decode steps; a step of `two_pass` is up to two forwards.
         tokens_per_step_by_position: the same by first position of a span of 32 generated tokens, last steps left out.
         acceptance: entry k - 1: of the steps that verified a k-th draft after accepting all before it, the fraction that
             accepted it.
         survival: entry k - 1: of all steps that verified at least k drafts, the fraction that accepted the first k.
+        acceptance_by_kind: by kind of token, as `counts.acceptance_by_kind`.
         tokens_per_s: committed tokens over wall time, prefill included.
         finish_reasons: samples per finish reason.
     """
@@ -66,13 +78,20 @@ class Evaluation:
     samples: int
     pass_at_1: float
     standard_error: float
+    pass_at: Mapping[int, float]
+    pass_at_standard_error: Mapping[int, float]
     families: Mapping[str, float]
     answer_tokens: float
+    answer_tokens_standard_error: float
+    surprise: float
+    surprise_standard_error: float
     tokens_per_forward: float
+    tokens_per_forward_standard_error: float
     tokens_per_step: float
     tokens_per_step_by_position: Mapping[str, float]
     acceptance: tuple[float, ...]
     survival: tuple[float, ...]
+    acceptance_by_kind: Mapping[Kind, Mapping[str, float | None]]
     tokens_per_s: float
     finish_reasons: Mapping[str, int]
 
@@ -86,6 +105,7 @@ def evaluate(
     temperature: float = 1.0,
     mix_weight: float = 0.5,
     samples: int = 1,
+    k: Sequence[int] = (1,),
     max_tokens: int = 256,
     batch: int = 1,
     seed: int = 0,
@@ -96,6 +116,7 @@ def evaluate(
 
     Args:
         samples: samples per task.
+        k: sizes of the groups of samples that `pass_at` speaks of, at most `samples`.
         batch: samples decoded at once.
         seed: >= 0.
         block_size: mask rows of a block; None for the policy's own.
@@ -104,10 +125,9 @@ def evaluate(
     Raises:
         InvalidInput: a policy without a tokenizer, no tasks, or a parameter out of range.
     """
-    tokenizer = _tokenizer(policy, tasks)
-    params = SamplingParams(
-        sampler=sampler, temperature=temperature, mix_weight=mix_weight, max_tokens=max_tokens
-    )
+    tokenizer = tokenizer_of(policy, tasks)
+    check_groups(k, samples)
+    params = SamplingParams(sampler=sampler, temperature=temperature, mix_weight=mix_weight, max_tokens=max_tokens)
     by_id = {task.id: task for task in tasks}
     if len(by_id) != len(tasks):
         raise InvalidInput("tasks", "a task is given twice", "use `samples` to sample a task more than once")
@@ -131,13 +151,18 @@ def evaluate(
     families: dict[str, list[float]] = defaultdict(list)
     for task in tasks:
         families[task.family] += scores[task.id]
-    per_task = np.array([np.mean(values) for values in scores.values()])
-    tokens = sum(len(sample.tokens) for sample in made)
+    pass_at = {n: mean([pass_at_k(samples, int(sum(values)), n) for values in scores.values()]) for n in k}
+    pass_at_1, standard_error = mean([float(np.mean(values)) for values in scores.values()])
+    tokens_per_task = by_task(made, lambda sample: len(sample.tokens))
+    answer_tokens = ratio(tokens_per_task, [samples] * len(tasks))
+    surprise = ratio(by_task(made, lambda sample: -float(sample.logprobs.sum(dtype=np.float64))), tokens_per_task)
+    tokens_per_forward = ratio(tokens_per_task, by_task(made, lambda sample: sample.forwards))
+    tokens = sum(tokens_per_task)
     acceptance, survival = acceptance_by_slot(made)
     return Evaluation(
         sampler=sampler,
         schedule=schedule.kind,
-        levels=schedule.levels if schedule.kind == "fused" else (),
+        levels=tuple(level for level in schedule.levels if level < engine.block_size) if schedule.kind == "fused" else (),
         mix_weight=mix_weight if sampler == "mixed" else None,
         block_size=engine.block_size,
         batch=batch,
@@ -146,15 +171,22 @@ def evaluate(
         seed=seed,
         tasks=len(tasks),
         samples=samples,
-        pass_at_1=float(per_task.mean()),
-        standard_error=float(per_task.std() / math.sqrt(len(per_task))),
+        pass_at_1=pass_at_1,
+        standard_error=standard_error,
+        pass_at={n: value for n, (value, _) in pass_at.items()},
+        pass_at_standard_error={n: error for n, (_, error) in pass_at.items()},
         families={family: float(np.mean(values)) for family, values in sorted(families.items())},
-        answer_tokens=tokens / len(made),
-        tokens_per_forward=tokens / sum(sample.forwards for sample in made),
+        answer_tokens=answer_tokens[0],
+        answer_tokens_standard_error=answer_tokens[1],
+        surprise=surprise[0],
+        surprise_standard_error=surprise[1],
+        tokens_per_forward=tokens_per_forward[0],
+        tokens_per_forward_standard_error=tokens_per_forward[1],
         tokens_per_step=tokens / sum(len(sample.trace) for sample in made),
-        tokens_per_step_by_position=_by_position(made),
+        tokens_per_step_by_position=tokens_per_step_by_position(made),
         acceptance=acceptance,
         survival=survival,
+        acceptance_by_kind=acceptance_by_kind(made, kinds_of(tokenizer, policy.eos_token_ids)),
         tokens_per_s=tokens / seconds,
         finish_reasons=dict(sorted(Counter(sample.finish_reason for sample in made).items())),
     )
@@ -166,7 +198,12 @@ def evaluate_ar_loss(policy: Policy, tasks: Sequence[Task]) -> float:
     Raises:
         InvalidInput: a policy without a tokenizer, no tasks, or a task longer than the policy's maximum.
     """
-    tokenizer = _tokenizer(policy, tasks)
+    return ar_loss(policy, tasks)[0]
+
+
+def ar_loss(policy: Policy, tasks: Sequence[Task]) -> tuple[float, float]:
+    """`evaluate_ar_loss`, and its standard error over tasks."""
+    tokenizer = tokenizer_of(policy, tasks)
     pairs = [
         (
             encode_prompt(tokenizer, task.prompt),
@@ -174,53 +211,25 @@ def evaluate_ar_loss(policy: Policy, tasks: Sequence[Task]) -> float:
         )
         for task in tasks
     ]
-    return float(-np.concatenate(score_tokens(policy, pairs)).mean(dtype=np.float64))
+    scored = score_tokens(policy, pairs)
+    return ratio([-float(logprobs.sum(dtype=np.float64)) for logprobs in scored], [len(logprobs) for logprobs in scored])
 
 
-def acceptance_by_slot(samples: Sequence[Trajectory]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Conditional acceptance and survival of the k-th draft of a step, k from 1.
-
-    Drafts accepted past the token that ended a sample were never part of it: such a step counts as one that verified,
-    and accepted, only the drafts it committed. Both end before the first k that no step reached.
-    """
-    verified: Counter[int] = Counter()
-    reached: Counter[int] = Counter()
-    accepted: Counter[int] = Counter()
-    for sample in samples:
-        last = len(sample.prompt_tokens) + len(sample.tokens) - 1
-        for step in sample.trace:
-            committed = last - step.anchor
-            ended_inside = committed <= step.accepted
-            taken = committed if ended_inside else step.accepted
-            most = committed if ended_inside else step.drafted
-            for k in range(1, most + 1):
-                verified[k] += 1
-                reached[k] += taken >= k - 1
-                accepted[k] += taken >= k
-    survival = tuple(accepted[k] / verified[k] for k in range(1, len(verified) + 1))
-    acceptance = []
-    for k in range(1, len(verified) + 1):
-        if not reached[k]:
-            break
-        acceptance.append(accepted[k] / reached[k])
-    return tuple(acceptance), survival
-
-
-def _by_position(samples: Sequence[Trajectory]) -> dict[str, float]:
-    committed: dict[int, list[int]] = defaultdict(list)
-    for sample in samples:
-        for step in sample.trace[:-1]:  # the last one is cut short by the end
-            place = (step.anchor + 1 - len(sample.prompt_tokens)) // _POSITIONS * _POSITIONS
-            committed[place].append(step.accepted + 1)
-    return {str(place): float(np.mean(counts)) for place, counts in sorted(committed.items())}
-
-
-def _tokenizer(policy: Policy, tasks: Sequence[Task]):
+def tokenizer_of(policy: Policy, tasks: Sequence[Task]):
+    """The policy's tokenizer; InvalidInput where it has none, or there are no tasks."""
     if policy.tokenizer is None:
         raise InvalidInput("policy", "has no tokenizer", "tasks are text; save the tokenizer beside the weights")
     if not tasks:
         raise InvalidInput("tasks", "none are given", "give at least one")
     return policy.tokenizer
+
+
+def check_groups(k: Sequence[int], samples: int) -> None:
+    """InvalidInput where pass@k cannot be had from so many samples of a task."""
+    if not k or min(k) < 1:
+        raise InvalidInput("k", f"{list(k)} holds no whole number, or one less than 1", "write numbers like 1,2,4")
+    if max(k) > samples:
+        raise InvalidInput("k", f"{max(k)} is more than the {samples} sample(s) of a task", "lower it, or raise `samples`")
 
 
 def _seed_of(seed: int, task_id: str) -> int:

@@ -1,0 +1,13 @@
+"""What a policy is worth: the one place that measures it, for `blockroll eval`, `convert` and `ablate`.
+
+Knows tasks, engines and the records they leave. Does not know how a policy was trained, beyond the recipe beside it.
+
+`counts`: figures of finished samples. `decoding`: one way to decode, and the AR loss. `places`: acceptance by slot at block
+sizes that are to be compared. `training`: whether tasks were trained on. `report`: all of it, as the JSON of `blockroll eval`.
+`card` and `plots`: the JSON as Markdown and as a picture.
+"""
+
+from .counts import acceptance_by_slot, pass_at_k
+from .decoding import Evaluation, evaluate, evaluate_ar_loss
+
+__all__ = ["Evaluation", "acceptance_by_slot", "evaluate", "evaluate_ar_loss", "pass_at_k"]

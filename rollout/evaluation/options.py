@@ -1,0 +1,100 @@
+"""What `blockroll eval` is asked to measure.
+
+Invariants: checked whole when it is made, before anything is loaded or decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ...errors import InvalidInput
+from ..engine import EngineConfig
+from ..schedule import Schedule
+from ..types import SamplerName, SamplingParams
+from .decoding import check_groups
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `blockroll eval` measures.
+
+    Attributes:
+        tasks: held-out tasks.
+        samples: of each task at the first temperature; elsewhere one.
+        k: sizes of groups for pass@k; None for the powers of two up to `samples`.
+        samplers: beside `ar`. mix_weights: `mixed` is measured with each.
+        temperatures: the first one is that of pass@k and of all that is given at one temperature.
+        levels: of the schedule `fused`, which every sampler but `ar` is decoded with.
+        block_sizes: compared at the first temperature; all else is at the policy's own.
+        batch: samples decoded at once.
+        seed: of the tasks and of their samples.
+    """
+
+    tasks: int = 500
+    samples: int = 4
+    k: tuple[int, ...] | None = None
+    samplers: tuple[SamplerName, ...] = ("ar", "lossless", "mixed")
+    mix_weights: tuple[float, ...] = (0.25, 0.5, 0.75)
+    temperatures: tuple[float, ...] = (1.0, 0.3)
+    levels: tuple[int, ...] = (0, 4, 8)
+    block_sizes: tuple[int, ...] = (8, 16)
+    batch: int = 32
+    max_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "samples", "batch"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(name, f"{getattr(self, name)} is less than 1", "use a positive number")
+        if self.seed < 0:
+            raise InvalidInput("seed", f"{self.seed} is negative", "use a number >= 0")
+        for name in ("temperatures", "mix_weights"):
+            if not getattr(self, name):
+                raise InvalidInput(name, "none are given", "give at least one")
+        check_groups(self.groups, self.samples)
+        for size in self.block_sizes:
+            EngineConfig(block_size=size)
+        for way in self.ways():
+            way.params(self.max_tokens)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """k, in rising order."""
+        if self.k is not None:
+            return tuple(sorted(set(self.k)))
+        return tuple(2**i for i in range(self.samples.bit_length()))
+
+    def ways(self) -> Iterator[Way]:
+        """The ways the policy is decoded in, but for the comparison of block sizes."""
+        for temperature in dict.fromkeys(self.temperatures):
+            for sampler in dict.fromkeys(("ar", *self.samplers)):
+                for weight in dict.fromkeys(self.mix_weights) if sampler == "mixed" else (None,):
+                    yield Way(sampler, temperature, Schedule("ar") if sampler == "ar" else Schedule("fused", levels=self.levels),
+                              weight, self.samples if temperature == self.temperatures[0] else 1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode."""
+
+    sampler: SamplerName
+    temperature: float
+    schedule: Schedule
+    mix_weight: float | None
+    samples: int
+    block_size: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What the JSON calls the sampler."""
+        return self.sampler if self.mix_weight is None else f"{self.sampler}({self.mix_weight:g})"
+
+    @property
+    def weight(self) -> float:
+        """Of p's logits; without a meaning for samplers other than `mixed`."""
+        return 0.5 if self.mix_weight is None else self.mix_weight
+
+    def params(self, max_tokens: int) -> SamplingParams:
+        """As requests carry it, once it is checked."""
+        return SamplingParams(self.sampler, self.temperature, mix_weight=self.weight, max_tokens=max_tokens)

@@ -1,0 +1,223 @@
+"""`blockroll eval`: everything that is measured of a policy, as one JSON.
+
+Invariants:
+- Policy and parent answer the same tasks with the same seeds; no task is one that the policy's recipe trained on.
+- Every figure is of `Evaluation`s (`ways` in the JSON), of the AR loss or of `places`: nothing is measured elsewhere, and the
+  card and the plot say nothing that is not in the JSON.
+- `ar` is always measured: what it samples is what the entropy of p and the acceptance by slot are taken from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ...errors import InvalidInput
+from ...files import make_directory, write_atomic, write_json
+from ...model.checkpoint import load_policy, resolve
+from ...model.conversion.config import ConversionConfig
+from ...model.policy import Policy
+from ...model.tasks import Task, make_tasks
+from ..machine import describe
+from ..progress import Meter
+from ..types import Trajectory
+from .card import card, figures_as_markdown
+from .decoding import Evaluation, ar_loss, evaluate, tokenizer_of
+from .options import Options, Way
+from .places import acceptance_at_places
+from .plots import plot
+from .training import Disjointness, check_disjoint, recipes_of
+
+_BATCH_1_TASKS = 16
+
+
+def evaluate_policy(
+    policy_name: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    parent_name: str | os.PathLike[str] | None = None,
+    json_path: str | os.PathLike[str] | None = None,
+    card_path: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Measures a policy.
+
+    Args:
+        parent_name: the AR policy it was converted from, decoded with `ar` beside it.
+        json_path: where the figures go, with a plot beside them (`.png`).
+        card_path: where the model card goes, Markdown.
+
+    Returns:
+        The figures, as in the JSON. Keys, among others: `tokens_per_forward` (by sampler and temperature), `pass_at` (by
+        sampler, or `parent`, and k), `ar_loss` (nats per token of the tasks' own completions), `ar_entropy` (of p, nats per
+        token, by temperature), `acceptance_by_slot` (by block size, from slot 1 on: see `places`), `acceptance_by_kind` (of
+        token), `answer_tokens`, `tasks`, `samples`, `seed`, `disjoint`, `batch_1` (the same tasks decoded alone),
+        `standard_error` (of the estimates, under the same keys), `ways` (every `Evaluation`), `machine`, `seconds`.
+
+    Raises:
+        InvalidInput: a policy without a tokenizer, or an option out of range.
+        DataError: a task is among what the policy was trained on.
+        CheckpointError: the policy or its parent cannot be read.
+        StorageError: a file could not be written whole.
+    """
+    for path in (json_path, card_path):
+        if path is not None:
+            make_directory(Path(path).parent)  # now rather than after an hour of decoding
+    options, began = options or Options(), time.perf_counter()
+    directory = resolve(policy_name)
+    policy = load_policy(directory)
+    parent = None if parent_name is None else _load_parent(parent_name, policy)
+    recipes, not_compared = recipes_of(directory)
+    families = recipes[0].data.families if recipes else ()
+    tasks = make_tasks("heldout", options.tasks, options.seed, families or None)
+    disjoint = _check_disjoint(recipes, not_compared, tasks, tokenizer_of(policy, tasks))
+    figures: dict[str, Any] = dict(
+        policy=directory.name, parent=None if parent_name is None else resolve(parent_name).name, split="heldout",
+        families=sorted({task.family for task in tasks}), tasks=len(tasks), samples=options.samples, k=list(options.groups),
+        seed=options.seed, temperatures=list(dict.fromkeys(options.temperatures)), max_tokens=options.max_tokens,
+        batch=options.batch, levels=list(options.levels), block_size=policy.block_size, dtype="float32",
+        disjoint={**asdict(disjoint), "overlap": 0},
+    )  # fmt: skip
+    estimates = _measure_all(policy, parent, tasks, options, figures)
+    figures |= {name: _part(table, 0) for name, table in estimates.items()}
+    figures["standard_error"] = {name: _part(table, 1) for name, table in estimates.items()}
+    figures |= {"machine": describe(), "seconds": round(time.perf_counter() - began, 1)}
+    if json_path is not None:
+        write_json(json_path, figures)
+        plot(figures, Path(json_path).with_suffix(".png"))
+    if card_path is not None:
+        picture = None if json_path is None else os.path.relpath(Path(json_path).with_suffix(".png"), Path(card_path).parent)
+        write_atomic(card_path, card(policy, figures, directory, picture).encode())
+    return figures
+
+
+def evaluate_and_show(policy_name: str | os.PathLike[str], options: Options, **places: Any) -> None:
+    """`evaluate_policy`, and its figures on the standard output."""
+    print("\n".join(figures_as_markdown(evaluate_policy(policy_name, options, **places))))
+
+
+def _load_parent(name: str | os.PathLike[str], policy: Policy) -> Policy:
+    parent = load_policy(name)
+    if parent.config.vocab_size != policy.config.vocab_size:
+        raise InvalidInput("parent", f"its vocabulary has {parent.config.vocab_size} tokens and the policy's"
+                           f" {policy.config.vocab_size}", "name the policy that was converted")  # fmt: skip
+    parent.tokenizer = parent.tokenizer or policy.tokenizer
+    return parent
+
+
+def _check_disjoint(
+    recipes: Sequence[ConversionConfig], not_compared: Sequence[str], tasks: Sequence[Task], tokenizer: Any
+) -> Disjointness:
+    packs = sum(-(-stage.tokens // stage.pack_tokens) for recipe in recipes for stage in recipe.runs)
+    with Meter("packs of the training", packs) as meter:
+        return check_disjoint(recipes, not_compared, tasks, tokenizer, lambda tokens: meter.advance(tokens, 0))
+
+
+def _measure(
+    policy: Policy, tasks: Sequence[Task], way: Way, options: Options, whose: str = "", batch: int | None = None
+) -> tuple[Evaluation, list[Trajectory]]:
+    made: list[Trajectory] = []
+    title = " ".join(filter(None, [whose, way.name, f"T={way.temperature:g}", f"B={way.block_size}" if way.block_size else ""]))
+    with Meter(title, len(tasks) * way.samples) as meter:
+
+        def finished(sample: Trajectory) -> None:
+            made.append(sample)
+            meter.advance(len(sample.tokens), sample.forwards)
+
+        result = evaluate(
+            policy, tasks, sampler=way.sampler, schedule=way.schedule, temperature=way.temperature, mix_weight=way.weight,
+            samples=way.samples, k=[k for k in options.groups if k <= way.samples] or [1], max_tokens=options.max_tokens,
+            batch=batch or options.batch, seed=options.seed, block_size=way.block_size, on_finish=finished,
+        )  # fmt: skip
+    return result, made
+
+
+def _measure_all(
+    policy: Policy, parent: Policy | None, tasks: Sequence[Task], options: Options, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Adds to `figures` what has no standard error, and returns tables of (value, standard error)."""
+    first = options.temperatures[0]
+    measured: list[tuple[Way, Evaluation]] = []
+    samples: dict[Way, list[Trajectory]] = {}  # of the first temperature, the first of each task
+    for way in options.ways():
+        result, made = _measure(policy, tasks, way, options)
+        measured.append((way, result))
+        if way.temperature == first:
+            samples[way] = [sample for sample in made if sample.sample == 0]
+    at_first = {way.name: result for way, result in measured if way.temperature == first}
+    figures["ways"] = [{"policy": "policy", "name": way.name, **asdict(result)} for way, result in measured]
+    estimates: dict[str, Any] = {"ar_loss": ar_loss(policy, tasks)}
+    if parent is not None:
+        result, _ = _measure(parent, tasks, next(iter(samples)), options, "parent")
+        at_first = {"parent": result, **at_first}
+        figures["ways"].insert(0, {"policy": "parent", "name": "ar", **asdict(result)})
+        estimates["parent_ar_loss"] = ar_loss(parent, tasks)
+    estimates |= dict(
+        ar_entropy={str(w.temperature): (r.surprise, r.surprise_standard_error) for w, r in measured if w.sampler == "ar"},
+        tokens_per_forward=_by_temperature(measured),
+        pass_at={name: {str(k): (r.pass_at[k], r.pass_at_standard_error[k]) for k in options.groups}
+                 for name, r in at_first.items()},
+        answer_tokens={name: (r.answer_tokens, r.answer_tokens_standard_error) for name, r in at_first.items()},
+    )  # fmt: skip
+    drafting = sorted((way for way in samples if way.sampler != "ar"), key=lambda way: way.sampler != "lossless")
+    if drafting:
+        way = drafting[0]
+        figures |= dict(
+            drafting=way.name, acceptance_by_kind=at_first[way.name].acceptance_by_kind,
+            batch_1=_check_batch_1(policy, tasks, way, options, samples[way]),
+        )  # fmt: skip
+        sizes = sorted(set(options.block_sizes))
+        compared = _compare_block_sizes(policy, tasks, way, options, at_first[way.name])
+        figures["ways"] += [{"policy": "policy", "name": way.name, **asdict(result)} for result in compared
+                            if result.block_size != policy.block_size]  # fmt: skip
+        slots = acceptance_at_places(policy, next(iter(samples.values())), sizes, first, seed=options.seed)
+        estimates |= dict(
+            tokens_per_forward_by_block_size={
+                str(r.block_size): (r.tokens_per_forward, r.tokens_per_forward_standard_error) for r in compared},
+            acceptance_by_slot={str(size): row for size, row in slots.items()},
+        )  # fmt: skip
+    return estimates
+
+
+def _compare_block_sizes(
+    policy: Policy, tasks: Sequence[Task], way: Way, options: Options, at_own: Evaluation
+) -> list[Evaluation]:
+    """The way at each block size; what was measured at the policy's own is not decoded again."""
+    return [at_own if size == policy.block_size else
+            _measure(policy, tasks, replace(way, samples=1, block_size=size), options)[0]
+            for size in sorted(set(options.block_sizes))]  # fmt: skip
+
+
+def _check_batch_1(
+    policy: Policy, tasks: Sequence[Task], way: Way, options: Options, samples: Sequence[Trajectory]
+) -> dict[str, Any]:
+    """Whether samples decoded alone are those decoded together, and took as many forwards."""
+    some = tasks[:_BATCH_1_TASKS]
+    together = {sample.request_id: sample for sample in samples}
+    result, alone = _measure(policy, some, replace(way, samples=1), options, "alone:", batch=1)
+    others = [together[task.id] for task in some]
+    return dict(
+        tasks=len(some), tokens_per_forward=result.tokens_per_forward,
+        tokens_per_forward_in_batch=sum(len(s.tokens) for s in others) / sum(s.forwards for s in others),
+        equal_samples=sum(sample.tokens == together[sample.request_id].tokens for sample in alone),
+    )  # fmt: skip
+
+
+def _by_temperature(measured: Sequence[tuple[Way, Evaluation]]) -> dict[str, dict[str, tuple[float, float]]]:
+    table: dict[str, dict[str, tuple[float, float]]] = {}
+    for way, result in measured:
+        estimate = result.tokens_per_forward, result.tokens_per_forward_standard_error
+        table.setdefault(way.name, {})[str(way.temperature)] = estimate
+    return table
+
+
+def _part(node: Any, index: int) -> Any:
+    """Of every estimate in a table, the value (0) or the standard error (1)."""
+    if isinstance(node, dict):
+        return {key: _part(value, index) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_part(value, index) for value in node]
+    return node[index] if isinstance(node, tuple) else node
