@@ -329,13 +329,6 @@ def _numbers(name: str, text: str) -> tuple[float, ...]:
         raise InvalidInput(name, f"{text!r} is not a list of numbers", "write them like 0.25,0.5") from None
 
 
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError:
-        raise InvalidInput(name, f"{text!r} is not a list of numbers", "write them like 0.9,0.8,0.7") from None
-
-
 def main() -> None:
     """Runs the command line; does not return."""
     try:
