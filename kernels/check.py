@@ -114,7 +114,7 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
             return str(value.dtype), aligned, large
         return ("=", value)
 
-    key = []
+    key: list[Any] = []
     for parameter in launch.kernel.params:
         value = launch.arguments.get(parameter.name, parameter.default)
         number = isinstance(value, int) and not isinstance(value, bool) and not parameter.is_constexpr

@@ -125,7 +125,7 @@ def _device_rows(
 ) -> dict[str, Any]:  # fmt: skip
     def compared(rates: Rates, batch: int, context: int) -> dict[str, Any]:
         ar = roofline.step(Schedule("ar"), batch, context).seconds(rates)
-        rows = []
+        rows: list[dict[str, Any]] = []
         for schedule in CANDIDATES:
             seconds = roofline.step(schedule, batch, context).seconds(rates)
             tokens = expected_tokens(schedule, survival, roofline.block)
