@@ -256,16 +256,17 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         "# Ablation of the conversion",
         "",
-        f"Every row: {stage['tokens']:,} clean tokens from the same AR parent (AR loss {parent['ar_loss']:.4f} nats/token, pass@1"
-        f" {parent['pass_at_1']:.3f} ± {parent['standard_error']:.3f}, {parent['answer_tokens']:.1f} tokens per answer), then"
+        f"Every policy starts from the same AR parent (AR loss {parent['ar_loss']:.4f} nats/token, pass@1"
+        f" {parent['pass_at_1']:.3f} ± {parent['standard_error']:.3f}, {parent['answer_tokens']:.1f} tokens per answer) and"
+        " is trained on as many rows as its line says, clean rows and mask rows together; then"
         f" {decoding['tasks']} held-out tasks, one sample each, at most {decoding['max_tokens']} tokens, schedule fused"
         f" {{{','.join(map(str, decoding['levels']))}}}, block size {config['block_size']}, mixed weight"
         f" {decoding['mix_weight']:g}, seed {decoding['seed']}, batch {decoding['batch']}, float32.",
         f"Mean ± standard deviation over seeds {', '.join(map(str, config['seeds']))}. TPF: committed tokens per forward, prefill"
         f" left out. {machine['processor']}, torch {machine['versions']['torch']}, {machine['date']}.",
         "",
-        f"| variant | seeds | {head} | ratio | AR loss | to parent | pass@1 |",
-        "|---|---:|" + "---:|" * (len(WAYS) + 4),
+        f"| variant | seeds | rows | {head} | ratio | AR loss | to parent | pass@1 |",
+        "|---|---:|---:|" + "---:|" * (len(WAYS) + 4),
     ]
     base = _values(report, variants[0], lambda row: _way(row, "lossless", 1.0)["tokens_per_forward"]).mean() \
         if variants else 1.0  # fmt: skip
@@ -273,9 +274,11 @@ def table(report: Mapping[str, Any]) -> str:
         tpf = [_values(report, variant, lambda row, way=way: _way(row, *way)["tokens_per_forward"]) for way in WAYS]  # type: ignore[misc]
         ar = _values(report, variant, lambda row: row["ar_loss"])
         right = _values(report, variant, lambda row: _way(row, "lossless", 1.0)["pass_at_1"])
+        changed = {**stage, **config["variants"][variant]}
+        rows = changed["tokens"] * (1 + changed.get("masked_copies", 1))
         cells = " | ".join(f"{x.mean():.2f} ± {x.std():.2f}" for x in tpf)
         lines.append(
-            f"| {variant} | {len(ar)} | {cells} | {tpf[0].mean() / base:.2f} | {ar.mean():.4f} |"
+            f"| {variant} | {len(ar)} | {rows / 1e3:,.0f}k | {cells} | {tpf[0].mean() / base:.2f} | {ar.mean():.4f} |"
             f" {100 * (ar.mean() / parent['ar_loss'] - 1):+.1f} % | {right.mean():.3f} ± {right.std():.3f} |"
         )
     lines += ["", f"Ratio: of lossless TPF at T=1 to `{variants[0] if variants else ''}`. pass@1: lossless, T=1.", "",

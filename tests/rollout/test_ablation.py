@@ -99,7 +99,8 @@ def test_the_committed_recipe_covers_every_extra():
     base = cells["published"]
     assert (base.random_offset, base.block_length, base.markov_rank, base.masked_copies) == (False, (16, 16), 0, 1)
     assert base.draft == type(base.draft)()
-    assert {stage.tokens for stage in cells.values()} == {base.tokens}
+    # One budget of rows, clean and mask.
+    assert {stage.tokens * (1 + stage.masked_copies) for stage in cells.values()} == {2 * base.tokens}
     for part in ("random_offset", "block_length", "markov_rank", "masked_copies"):
         assert any(getattr(stage, part) != getattr(base, part) for stage in cells.values()), part
     for part in ("tv", "kl", "slot_decay", "slots", "sampled"):
