@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from blockroll.model.layout import CLEAN, causal, diffusion
-from blockroll.rollout import engine as engine_module
 from blockroll.rollout import sampler as sampler_module
+from blockroll.rollout import steps as steps_module
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
@@ -153,7 +153,7 @@ def test_the_check_sees_a_broken_residual(policy, monkeypatch):
 
 def test_the_check_sees_a_missing_level_shift(policy, monkeypatch):
     """Acceptance judges drafts by the q of another slot than they were drawn from."""
-    draft = engine_module.draft
+    draft = steps_module.draft
 
     def shifted(rows, logits, *rest):
         made = draft(rows, logits, *rest)
@@ -161,17 +161,17 @@ def test_the_check_sees_a_missing_level_shift(policy, monkeypatch):
             object.__setattr__(made, "logq_SMV", made.logq_SMV.roll(1, dims=1))
         return made
 
-    monkeypatch.setattr(engine_module, "draft", shifted)
+    monkeypatch.setattr(steps_module, "draft", shifted)
     assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
 
 
 def test_the_check_sees_q_at_another_temperature(policy, monkeypatch):
-    draft = engine_module.draft
+    draft = steps_module.draft
 
     def cold(rows, logits, *rest):
         made = draft(rows, logits, *rest)
         object.__setattr__(made, "logq_SMV", (made.logq_SMV * TEMPERATURE).log_softmax(-1))
         return made
 
-    monkeypatch.setattr(engine_module, "draft", cold)
+    monkeypatch.setattr(steps_module, "draft", cold)
     assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
