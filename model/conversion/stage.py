@@ -283,7 +283,9 @@ def check_settings(saved: dict[str, Any], now: dict[str, Any], where: Path) -> N
     Raises:
         ConfigError: one was changed.
     """
-    key, before, after = f"stages.{now['name']}", {**now, **saved}, now
+    key = f"stages.{now['name']}"
+    before: Any = {**now, **saved}
+    after: Any = now
     while before != after and isinstance(before, dict) and isinstance(after, dict):
         name = min(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         key, before, after = f"{key}.{name}", before.get(name), after.get(name)
