@@ -3,6 +3,7 @@
 Invariants:
 - The convolutions and the delayed value follow parents through one index built per forward (`Plan`), never row order.
 - Parameter names are those of `transformers.ZayaForCausalLM`.
+- Kernels on an accelerator take a `PagedPlan`, torch and everything with gradients a `Plan`.
 - No tensor grows with T * T: a small pack is padded to [S, R] under a mask; a long one stays flat, and the layout's rule is
   asked tile by tile.
 
@@ -17,11 +18,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..kernels.attention import attend
+from ..kernels.attention import attend, paged_attend
 from ..kernels.attention.long import LongPack
 from ..kernels.attention.rule import Rule
-from ..kernels.cca import convolve, normalise
+from ..kernels.cca import CCAWeights, cca, mix
 from .layout import CLEAN, FROM_TAIL, TokenLayout
+from .linear import Linear
+from .paged import PagedPlan
 from .state import SequenceState
 
 PADDED_PAIRS = 2**24
@@ -125,34 +128,27 @@ class Projection(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         q, kv, bias = self.heads * self.head_dim, self.kv_heads * self.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, q, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv, bias=bias)
-        self.v_proj_current = nn.Linear(config.hidden_size, kv // 2, bias=bias)
-        self.v_proj_delayed = nn.Linear(config.hidden_size, kv // 2, bias=bias)
+        self.q_proj = Linear(config.hidden_size, q, bias=bias)
+        self.k_proj = Linear(config.hidden_size, kv, bias=bias)
+        self.v_proj_current = Linear(config.hidden_size, kv // 2, bias=bias)
+        self.v_proj_delayed = Linear(config.hidden_size, kv // 2, bias=bias)
         self.conv_qk_depthwise = nn.Conv1d(q + kv, q + kv, config.cca_time0, groups=q + kv)
         self.conv_qk_grouped = nn.Conv1d(q + kv, q + kv, config.cca_time1, groups=self.heads + self.kv_heads)
 
-    def forward(
-        self, hidden_TD: torch.Tensor, plan: Plan, state: SequenceState | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns q_THD, k_TGD, v_TGD, and what the cache keeps: x_TC (q/k projections) and delayed_TW."""
-        q_TC, k_TC = self.q_proj(hidden_TD), self.k_proj(hidden_TD)
-        x_TC, delayed_TW = torch.cat([q_TC, k_TC], dim=-1), self.v_proj_delayed(hidden_TD)
-        x_TAC, previous_TW = self._ancestors(x_TC, delayed_TW, plan, state)
+    def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns x_TC, the q/k projections, and the halves of the values: current_TW and delayed_TW."""
+        x_TC = torch.cat([self.q_proj(hidden_TD), self.k_proj(hidden_TD)], dim=-1)
+        return x_TC, self.v_proj_current(hidden_TD), self.v_proj_delayed(hidden_TD)
+
+    def weights(self, temperature_G: torch.Tensor) -> CCAWeights:
+        """Everything CCA needs beside the projections."""
         depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
         assert depthwise.bias is not None and grouped.bias is not None
-        mixed_TC = convolve(x_TAC, depthwise.weight, depthwise.bias, grouped.weight, grouped.bias)
-        mixed_THD = mixed_TC.unflatten(-1, (self.heads + self.kv_heads, self.head_dim))
-        group = self.heads // self.kv_heads
-        q_TGUD = q_TC.unflatten(-1, (self.kv_heads, group, self.head_dim))
-        k_TG1D = k_TC.unflatten(-1, (self.kv_heads, 1, self.head_dim))
-        q_THD = torch.add(mixed_THD[:, : self.heads], (q_TGUD + k_TG1D).flatten(1, 2), alpha=0.5)
-        # A sum over the views of so few heads is several times as fast as torch's mean over a middle dimension.
-        k_TGD = torch.add(mixed_THD[:, self.heads :], k_TG1D[:, :, 0] + sum(q_TGUD.unbind(2)) / group, alpha=0.5)
-        v_TGD = torch.cat([self.v_proj_current(hidden_TD), previous_TW], dim=-1).unflatten(-1, (-1, self.head_dim))
-        return q_THD, k_TGD, v_TGD, x_TC, delayed_TW
+        return CCAWeights(
+            depthwise.weight, depthwise.bias, grouped.weight, grouped.bias, temperature_G, self.v_proj_delayed.bias
+        )
 
-    def _ancestors(
+    def ancestors(
         self, x_TC: torch.Tensor, delayed_TW: torch.Tensor, plan: Plan, state: SequenceState | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x_TAC of each row and its ancestors, and the parent's delayed value."""
@@ -176,18 +172,6 @@ class QKNorm(nn.Module):
         super().__init__()
         self.temp = nn.Parameter(torch.ones(config.num_key_value_heads))
 
-    def forward(self, q_THD: torch.Tensor, k_TGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return normalise(q_THD), normalise(k_TGD) * self.temp[:, None]
-
-
-def rotate(x_THD: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor) -> torch.Tensor:
-    """Partial RoPE on the first P of D features (arXiv 2104.09864, half-split convention)."""
-    half = cos_TP.shape[-1] // 2
-    left, right, kept = x_THD[..., :half], x_THD[..., half : 2 * half], x_THD[..., 2 * half :]
-    # Both halves of the tables are equal.
-    cos, sin = cos_TP[:, None, :half], sin_TP[:, None, :half]
-    return torch.cat([left * cos - right * sin, right * cos + left * sin, kept], dim=-1)
-
 
 class Attention(nn.Module):
     """CCA attention of one layer (`self_attn`)."""
@@ -195,7 +179,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer: int) -> None:
         super().__init__()
         self.layer, self.kind, self.scale = layer, config.layer_types[layer], config.head_dim**-0.5
-        self.o_proj = nn.Linear(
+        self.o_proj = Linear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_bias
         )
         self.qkv_proj = Projection(config, layer)
@@ -204,14 +188,24 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden_TD: torch.Tensor,
-        plan: Plan,
+        plan: Plan | PagedPlan,
         rope: tuple[torch.Tensor, torch.Tensor],
         state: SequenceState | None,
     ) -> torch.Tensor:
-        q, k, v, x, delayed = self.qkv_proj(hidden_TD, plan, state)
-        q, k = self.qk_norm(q, k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        q, k, v = (y.to(v.dtype) for y in (q, k, v))
+        project = self.qkv_proj
+        x, current, delayed = project(hidden_TD)
+        weights = project.weights(self.qk_norm.temp)
+        if isinstance(plan, PagedPlan):
+            pools = None if state is None else state.pools(self.layer)
+            q, k, v = cca(x, current, delayed, weights, *rope, plan.places, pools)
+            # Without a cache nothing is read from the pools.
+            k_pool, v_pool = (k, v) if pools is None else (pools.k, pools.v)
+            out_THD = paged_attend(q, k, v, k_pool, v_pool, plan.rows[self.kind], self.scale)
+            return self.o_proj(out_THD.flatten(1))
+        x_TAC, previous = project.ancestors(x, delayed, plan, state)
+        q, k = mix(x_TAC, weights, *rope)
+        v = torch.cat([current, previous], dim=-1).unflatten(-1, (-1, project.head_dim))
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if plan.padded is None:
             return self.o_proj(plan.flat[self.kind].attend(q, k, v, self.scale).flatten(1))
         row_SR = plan.padded.row_SR

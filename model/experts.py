@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from ..kernels.experts import route_top1
+from ..kernels.experts import RouterWeights, route, route_top1
 from ..kernels.residual import rms_norm
 
 
@@ -33,10 +33,6 @@ class RouterMLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(size, size), nn.Linear(size, size)
         self.out_proj = nn.Linear(size, classes, bias=False)
 
-    def forward(self, x_TP: torch.Tensor) -> torch.Tensor:
-        x_TP = nn.functional.gelu(self.fc1(self.norm(x_TP)))
-        return self.out_proj(nn.functional.gelu(self.fc2(x_TP)))
-
 
 class Router(nn.Module):
     """Chooses one of E experts or the skip expert (number E) per row (`mlp.gate`)."""
@@ -57,12 +53,12 @@ class Router(nn.Module):
 
         The balancing biases take part in the choice, never in the weight.
         """
-        hidden_TP = self.down_proj(x_TD)
-        if self.router_states_scale is not None and state_TP is not None:
-            hidden_TP = hidden_TP + state_TP * self.router_states_scale
-        probs_TE = torch.softmax(self.router_mlp(hidden_TP), dim=-1)
-        expert_T = (probs_TE.detach() + self.balancing_biases).argmax(dim=-1)
-        return expert_T, probs_TE.gather(1, expert_T[:, None])[:, 0], hidden_TP, probs_TE
+        mlp = self.router_mlp
+        weights = RouterWeights(
+            self.down_proj.weight, self.down_proj.bias, self.router_states_scale, mlp.norm.weight, mlp.fc1.weight,
+            mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, mlp.out_proj.weight, self.balancing_biases,
+        )  # fmt: skip
+        return route(x_TD, state_TP, weights, mlp.norm.eps)
 
 
 class Experts(nn.Module):

@@ -18,10 +18,13 @@ from torch import nn
 from transformers import ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
-from ..kernels.residual import scale_residual
+from ..kernels.dispatch import takes_triton
+from ..kernels.residual import scale_residual, scale_residual_norm
 from .cca import Attention, Plan
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
+from .linear import Linear
+from .paged import PagedPlan
 from .state import SequenceState
 from .vocabulary import recomputed
 
@@ -42,15 +45,13 @@ class ResidualScale(nn.Module):
         self.hidden_states_scale, self.residual_scale = (nn.Parameter(torch.ones(size)) for _ in range(2))
         self.hidden_states_bias, self.residual_bias = (nn.Parameter(torch.zeros(size)) for _ in range(2))
 
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `kernels.residual` takes them."""
+        return self.hidden_states_scale, self.hidden_states_bias, self.residual_scale, self.residual_bias
+
     def forward(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
-        return scale_residual(
-            hidden_TD,
-            residual_TD,
-            self.hidden_states_scale,
-            self.hidden_states_bias,
-            self.residual_scale,
-            self.residual_bias,
-        )
+        return scale_residual(hidden_TD, residual_TD, *self.scales)
 
 
 class Layer(nn.Module):
@@ -69,14 +70,17 @@ class Layer(nn.Module):
         self,
         residual_TD: torch.Tensor,
         router_TP: torch.Tensor | None,
-        plan: Plan,
+        plan: Plan | PagedPlan,
         rope: tuple[torch.Tensor, torch.Tensor],
         state: SequenceState | None,
         routing: Routing | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         attended_TD = self.self_attn(self.input_layernorm(residual_TD), plan, rope, state)
-        residual_TD = self.post_attention_residual_scale(attended_TD, residual_TD)
-        mixed_TD, router_TP, expert_T, probs_TE = self.mlp(self.post_attention_layernorm(residual_TD), router_TP)
+        norm = self.post_attention_layernorm
+        residual_TD, normed_TD = scale_residual_norm(
+            attended_TD, residual_TD, *self.post_attention_residual_scale.scales, norm.weight, norm.eps
+        )
+        mixed_TD, router_TP, expert_T, probs_TE = self.mlp(normed_TD, router_TP)
         if routing is not None:
             routing.expert_LT.append(expert_T)
             routing.probs_LTE.append(probs_TE)
@@ -146,7 +150,7 @@ class Policy(nn.Module):
         self.windows = {kind: config.sliding_window if kind == "hybrid_sliding" else None
                         for kind in set(config.layer_types)}
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         rank: int = diffusion.get("markov_rank", 0)
@@ -168,11 +172,31 @@ class Policy(nn.Module):
         eos = self.config.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
+    def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
+        """What `layout` asks of every layer. For kernels it is made on the host, best from a layout that is still there."""
+        if self.dtype == torch.float64 or not takes_triton(self.model.embed_tokens.weight):
+            return Plan.of(layout, self.hops, None if state is None else state.longest, self.windows)
+        config = self.config
+        return PagedPlan.of(
+            layout, state, self.hops, self.windows, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, dtype=self.dtype, device=self.device,
+        )  # fmt: skip
+
     def forward(
-        self, layout: TokenLayout, state: SequenceState | None = None, routing: Routing | None = None
+        self,
+        layout: TokenLayout,
+        state: SequenceState | None = None,
+        routing: Routing | None = None,
+        plan: Plan | PagedPlan | None = None,
     ) -> torch.Tensor:
-        """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits."""
-        plan = Plan.of(layout, self.hops, None if state is None else state.longest, self.windows)
+        """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits.
+
+        Args:
+            state: the cache; None without one.
+            routing: filled with the experts chosen.
+            plan: of this layout and state, where the caller has made it.
+        """
+        plan = self.plan(layout, state) if plan is None else plan
         trunk = self.model
         hidden_TD = trunk.embed_tokens(layout.token_T)
         hidden_TD = (hidden_TD + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale

@@ -9,9 +9,31 @@ N = S * hops tail entries, W width of the delayed value.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from ..kernels.cca import Pools
+
+
+@dataclass(frozen=True)
+class Paging:
+    """Where kernels that work on the cache in place find what `read` and `write` move. Host tensors, of one layout.
+
+    Attributes:
+        page_size: positions per page. table_SP: page numbers of each sequence.
+        tail_SH: tail entry of each of the hops tokens before each start, nearest first.
+        write_T, tail_T: pool position, and tail entry, that keeps each row; -1 for none.
+        apart: some row may be kept in a tail entry that another one still reads.
+    """
+
+    page_size: int
+    table_SP: torch.Tensor
+    tail_SH: torch.Tensor
+    write_T: torch.Tensor
+    tail_T: torch.Tensor
+    apart: bool
 
 
 class SequenceState(Protocol):
@@ -32,3 +54,9 @@ class SequenceState(Protocol):
         self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
     ) -> None:
         """Keep the clean rows of the pack at their positions; mask rows are ignored."""
+
+    def paging(self) -> Paging:
+        """The places of this layout's rows."""
+
+    def pools(self, layer: int) -> Pools:
+        """What the places are places in."""

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ..kernels.cca import NOTHING, Pools
 from ..model.layout import CLEAN, TokenLayout
 from ..model.policy import Policy
+from ..model.state import Paging
 
 
 @dataclass(slots=True)
@@ -119,65 +123,90 @@ class PagedCache:
 
 
 class CacheView:
-    """`model.state.SequenceState` of one layout: where its sequences' past lies and where its clean rows go."""
+    """`model.state.SequenceState` of one layout: where its sequences' past lies and where its clean rows go.
+
+    Host arrays are made at once; index tensors on the device only for `read` and `write`, which kernels on pages do
+    without.
+    """
 
     def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout) -> None:
-        self._cache = cache
+        self._cache, self._device = cache, layout.token_T.device
         size, ring = cache.page_size, cache.ring
         starts = layout.start_S.cpu().numpy()
         self._longest = int(starts.max())
         width = max(len(held.pages) for held in sequences)
-        table = np.zeros((len(sequences), width), dtype=np.int64)
-        for row, held in zip(table, sequences, strict=True):
+        self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
+        for row, held in zip(self._table_SP, sequences, strict=True):
             row[: len(held.pages)] = held.pages
-        past = np.arange(self._longest)
-        read_SL = table[:, past // size] * size + past % size
 
         slots = np.array([held.slot for held in sequences])
         back = starts[:, None] - 1 - np.arange(cache.hops)
-        tail_SH = slots[:, None] * ring + back % ring
+        self._tail_SH = slots[:, None] * ring + back % ring
 
         sequence, position = layout.sequence_T.cpu().numpy(), layout.position_T.cpu().numpy()
-        clean = np.flatnonzero(layout.block_T.cpu().numpy() == CLEAN)
+        self._clean = clean = np.flatnonzero(layout.block_T.cpu().numpy() == CLEAN)
         end = np.zeros(len(sequences), dtype=np.int64)
         np.maximum.at(end, sequence[clean], position[clean])
         # A chunk longer than the ring keeps its last rows only.
-        kept = clean[position[clean] > end[sequence[clean]] - ring]
-        device = layout.token_T.device
-
-        def move(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        self._read = move(read_SL.ravel())
-        self._tail = move(tail_SH.ravel())
-        self._rows = move(clean)
-        self._write = move(table[sequence[clean], position[clean] // size] * size + position[clean] % size)
-        self._tail_rows = move(kept)
-        self._tail_write = move(slots[sequence[kept]] * ring + position[kept] % ring)
-        self._shape = (len(sequences), -1)
+        self._kept = kept = clean[position[clean] > end[sequence[clean]] - ring]
+        self._write = self._table_SP[sequence[clean], position[clean] // size] * size + position[clean] % size
+        self._tail_write = slots[sequence[kept]] * ring + position[kept] % ring
+        self._apart = bool((end + 1 - starts + cache.hops > ring).any())
+        self._rows = len(sequence)
 
     @property
     def longest(self) -> int:
         """L."""
         return self._longest
 
+    def paging(self) -> Paging:
+        """Where this layout's rows lie, for kernels that work on the pages in place."""
+        write, tail = np.full((2, self._rows), NOTHING)
+        write[self._clean], tail[self._kept] = self._write, self._tail_write
+        table, entries, write_T, tail_T = (torch.from_numpy(x) for x in (self._table_SP, self._tail_SH, write, tail))
+        return Paging(self._cache.page_size, table, entries, write_T, tail_T, self._apart)
+
+    def pools(self, layer: int) -> Pools:
+        """One layer's cache."""
+        cache = self._cache
+        return Pools(cache.k[layer], cache.v[layer], cache.x[layer], cache.delayed[layer])
+
     def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD."""
-        shape = (self._shape[0], self._longest)
-        k, v = (pool[layer].index_select(0, self._read) for pool in (self._cache.k, self._cache.v))
+        shape = (len(self._table_SP), self._longest)
+        k, v = (pool[layer].index_select(0, self._indices.read) for pool in (self._cache.k, self._cache.v))
         return k.unflatten(0, shape), v.unflatten(0, shape)
 
     def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x_SHC and the nearest delayed_SW."""
-        shape = (self._shape[0], self._cache.hops)
-        x = self._cache.x[layer].index_select(0, self._tail).unflatten(0, shape)
-        return x, self._cache.delayed[layer].index_select(0, self._tail).unflatten(0, shape)[:, 0]
+        x, delayed = (pool[layer].index_select(0, self._indices.tail).unflatten(0, self._tail_SH.shape)
+                      for pool in (self._cache.x, self._cache.delayed))
+        return x, delayed[:, 0]
 
     def write(
         self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
     ) -> None:
         """Keep the clean rows."""
-        self._cache.k[layer].index_copy_(0, self._write, k_TGD.index_select(0, self._rows))
-        self._cache.v[layer].index_copy_(0, self._write, v_TGD.index_select(0, self._rows))
-        self._cache.x[layer].index_copy_(0, self._tail_write, x_TC.index_select(0, self._tail_rows))
-        self._cache.delayed[layer].index_copy_(0, self._tail_write, delayed_TW.index_select(0, self._tail_rows))
+        at = self._indices
+        self._cache.k[layer].index_copy_(0, at.write, k_TGD.index_select(0, at.rows))
+        self._cache.v[layer].index_copy_(0, at.write, v_TGD.index_select(0, at.rows))
+        self._cache.x[layer].index_copy_(0, at.tail_write, x_TC.index_select(0, at.tail_rows))
+        self._cache.delayed[layer].index_copy_(0, at.tail_write, delayed_TW.index_select(0, at.tail_rows))
+
+    @cached_property
+    def _indices(self) -> _Indices:
+        size, past = self._cache.page_size, np.arange(self._longest)
+        read_SL = self._table_SP[:, past // size] * size + past % size
+        arrays = read_SL.ravel(), self._tail_SH.ravel(), self._clean, self._write, self._kept, self._tail_write
+        return _Indices(*(torch.from_numpy(array).to(self._device) for array in arrays))
+
+
+class _Indices(NamedTuple):
+    """Pool positions and tail entries read, then the rows kept and where, on the device."""
+
+    read: torch.Tensor
+    tail: torch.Tensor
+    rows: torch.Tensor
+    write: torch.Tensor
+    tail_rows: torch.Tensor
+    tail_write: torch.Tensor

@@ -13,6 +13,7 @@ and has gradients: FlexAttention on an accelerator, tile by tile on a CPU.
 
 import torch
 
+from ..dispatch import takes_triton
 from . import reference
 from .long import LongPack
 from .reference import attend
@@ -39,10 +40,10 @@ def paged_attend(
             only below each sequence's `start_S`; the pack's own keys come from k_TGD and v_TGD.
         rows: who sees what. Nothing is read back from the device, so the call can be captured in a graph.
 
-    On an accelerator this is one or two Triton launches without gradients, on a CPU plain torch.
+    In Triton this is one or two launches, without gradients.
     """
-    if q_THD.device.type == "cpu":
-        return reference.paged_attend(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)
-    from .triton import paged_attend as fast
+    if takes_triton(q_THD, k_TGD, v_TGD):
+        from . import triton as fast
 
-    return fast(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)
+        return fast.paged_attend(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)
+    return reference.paged_attend(q_THD, k_TGD, v_TGD, k_pool_KGD, v_pool_KGD, rows, scale)

@@ -20,6 +20,8 @@ value, N tail entries.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -206,11 +208,9 @@ def _tail_kernel(
     tl.store(delayed_pool + tail * W + w, tl.load(delayed_TW + row * delayed_row + w, w < W, 0), w < W)
 
 
-def _tile(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(rows of a tile, channels summed at once, warps). 64 rows and 64 channels spill on gfx942, with 8 warps more so."""
-    m = 64 if rows > 512 or batch_invariant() else 16
-    k = 64 if m == 16 and dtype.itemsize == 2 else 32
-    return m, min(k, max(16, triton.next_power_of_2(size))), 4
+def _tile(rows: int, size: int) -> tuple[int, int]:
+    """(rows of a tile, channels summed at once). 64 channels at once spill: with 64 rows on gfx942, with 16 on sm_90."""
+    return 64 if rows > 512 or batch_invariant() else 16, min(32, max(16, triton.next_power_of_2(size)))
 
 
 def cca(
@@ -233,12 +233,14 @@ def cca(
     keep = pools is not None
     assert rows * max(x_TC.stride(0), h * d) < 1 << 31, "offsets into a pack are 32 bits"
     k_pool, v_pool, x_pool, delayed_pool = pools if pools is not None else (k_TGD, v_TGD, x_TC, delayed_TW)
-    m, k, warps = _tile(rows, d, dtype)
-    strides = dict(x_row=x_TC.stride(0), delayed_row=delayed_TW.stride(0))
-    entries = dict(x_TC=x_TC, delayed_TW=delayed_TW, tail_T=places.tail_T, x_pool=x_pool, delayed_pool=delayed_pool, W=w)
+    m, k = _tile(rows, d)
+    strides: dict[str, Any] = dict(x_row=x_TC.stride(0), delayed_row=delayed_TW.stride(0))
+    entries: dict[str, Any] = dict(
+        x_TC=x_TC, delayed_TW=delayed_TW, tail_T=places.tail_T, x_pool=x_pool, delayed_pool=delayed_pool, W=w
+    )
     width = max(16, triton.next_power_of_2(w))
     launch(
-        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=warps, stages=2, dot_rows=m,
+        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=4, stages=2, dot_rows=m,
         current_TW=current_TW, source_TA=places.source_TA, write_T=places.write_T, k_pool=k_pool, v_pool=v_pool,
         depthwise_CJ=weights.depthwise_weight, depthwise_bias_C=weights.depthwise_bias,
         grouped_COI=weights.grouped_weight, grouped_bias_C=weights.grouped_bias, temperature_G=weights.temperature_G,
@@ -282,6 +284,6 @@ def cases(shape: Shape) -> Iterator[Case]:
 
     for rows in (1, max(shape.sequences) * max(shape.rows)):
         for positions, name in ((shape.positions, ""), (shape.large_positions, " large"), (0, " without a cache")):
-            yield Case(f"{rows} rows{name}", lambda rows=rows, positions=positions: case(rows, positions, False, False))
-    yield Case("prefill", lambda: case(shape.prefill, shape.positions, True, False))
-    yield Case("invariant", lambda: case(1, shape.positions, False, True))
+            yield Case(f"{rows} rows{name}", partial(case, rows, positions, False, False))
+    yield Case("prefill", partial(case, shape.prefill, shape.positions, True, False))
+    yield Case("invariant", partial(case, 1, shape.positions, False, True))

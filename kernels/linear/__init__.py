@@ -1,0 +1,25 @@
+"""Matrix product with a weight.
+
+    out_t = W x_t + b
+
+The library's product serves everywhere but under `batch_invariant`: libraries choose tiles, and with them the order of a
+row's sum, by the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..dispatch import batch_invariant, takes_triton
+
+__all__ = ["linear"]
+
+
+def linear(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns out_TF; any leading shape."""
+    if batch_invariant() and x_TD.dtype != torch.float64 and takes_triton(x_TD, weight_FD, bias_F):
+        from . import triton as fast
+
+        return fast.linear(x_TD, weight_FD, bias_F)
+    return F.linear(x_TD, weight_FD, bias_F)
