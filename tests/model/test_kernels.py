@@ -73,12 +73,18 @@ def test_packs_without_a_cache(policy) -> None:
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_sequence_alone_equals_it_among_64(policy) -> None:
-    """batch_invariant, bit for bit: every logit of its rows, with another's prefill beside it."""
-    others = [steps(4 + i % 3, i % 2, (1,) if i % 3 else (), seed=i) for i in range(63)]
-    mine = steps(30, 2, (1, 3))
-    together, alone = Run(policy, 64), Run(policy, 1)
-    for number, step in enumerate(mine):
-        rows = len(step.clean) + 4 * len(step.proposals)
-        among = together("triton", [step] + [other[number] for other in others], invariant=True)[:rows]
-        assert torch.equal(alone("triton", [step], invariant=True), among)
+def test_a_sequence_alone_equals_it_among_64(make_policy) -> None:
+    """batch_invariant, bit for bit: every logit of its rows, over a past of random keys, values and tails."""
+    policy = make_policy(torch.float32, **{**SMALL, "num_hidden_layers": 1, "layer_types": ["hybrid_sliding"]})
+    plans = [DecodeRows([5, 6, 7], 30, (1, 3), 4)]
+    plans += [DecodeRows([3 + i % 30] * (1 + i % 2), i, (1,) if i % 9 == 0 else (), 4) for i in range(1, 64)]
+    together = Run(policy, 64)
+    for held, plan in zip(together.held, plans, strict=True):
+        held.length = plan.start
+    for number, pool in enumerate((together.cache.k, together.cache.v, together.cache.x, together.cache.delayed)):
+        pool.normal_(generator=torch.Generator().manual_seed(number))
+    alone = Run(policy, 1)
+    alone.cache, alone.held = together.cache, together.held[:1]
+    among = together("triton", plans, invariant=True)
+    together.held[0].length = plans[0].start
+    assert torch.equal(alone("triton", plans[:1], invariant=True), among[:11])
