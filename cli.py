@@ -169,8 +169,10 @@ def generate(
     ] = "lossless",
     mix_weight: Annotated[float, typer.Option(help="mixed: weight of p's logits.")] = 0.5,
     schedule: Annotated[
-        str, typer.Option(metavar="auto|ar|two_pass|fused", help="What a step runs; auto: ar or fused, by sampler.")
-    ] = "auto",
+        str,
+        typer.Option(metavar="auto|ar|two_pass|fused", help="What a step runs; auto: what is fastest here, step by step. "
+                     "Samples of lossless and mixed depend on it."),
+    ] = "fused",
     levels: Annotated[str, typer.Option(help="fused: acceptance lengths drafted for, 0 among them.")] = "0,4,8",
     block_size: Annotated[int, typer.Option(help="Mask rows of a block, 2 to 64.")] = 16,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -263,7 +265,13 @@ def bench_decode(
     policy: PolicyOption,
     batch: Annotated[str, typer.Option(help="Samples decoded at once, one or several.")] = "1,8",
     samplers: Annotated[str, typer.Option(help="Samplers to measure; ar is always measured.")] = "ar,lossless",
-    peer: Annotated[str | None, typer.Option(metavar="transformers", help="An engine to compare with.")] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar="auto|ar|two_pass|fused", help="What steps run, but for ar; auto: the planner chooses.")
+    ] = "auto",
+    peer: Annotated[
+        str | None, typer.Option(metavar="transformers,..", help="Compare with transformers, transformers-lookup (its "
+                                 "prompt-lookup decoding), transformers-continuous (its continuous batching).")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the rows there.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 128,
@@ -283,8 +291,8 @@ def bench_decode(
     from .rollout import bench as benchmark
 
     benchmark.bench_decode(
-        policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), peer=peer, output=json,
-        temperature=temperature, max_tokens=max_tokens, rounds=rounds,
+        policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), schedule=schedule, peer=peer,
+        output=json, temperature=temperature, max_tokens=max_tokens, rounds=rounds,
     )
 
 

@@ -1,14 +1,16 @@
 """`blockroll bench decode`: how fast this machine decodes, and whether what it decoded is right.
 
 Invariants:
-- Everything compared runs in one process with one torch thread, in turn, on the same prompts: a round is one batch
-  through every contestant, and a figure is the median over three rounds or more. The first round warms up and is not
-  counted.
-- A batch is served to its end without refilling, prefill included, on both sides. Tokens count up to the one that ends
-  a sample.
+- Everything compared runs in one process with one torch thread, in turn, on the same prompts: a round is `WAVES` batches
+  of prompts through every contestant, and a figure is the median over three rounds or more. The first round warms up and
+  is not counted.
+- Each side serves the round as it would: our engine keeps `batch` samples running while there are more, `generate` takes
+  one batch after another. Prefill is included, on both sides. Tokens count up to the one that ends a sample.
 - Each of our rows carries the largest difference between its log-probabilities and a recomputation in the same run, and
   `coupled` whether its tokens were those of `ar`; a peer's row says whether its greedy tokens are ours.
-- All prompts have one length: nobody pads, so no side is slowed by how the other would.
+- All prompts have one length: nobody pads, so no side is slowed by how the other would. They are held-out tasks of all
+  families, each with as much of its worked answer as fills that length.
+- A planner knows nothing when its first round begins; step times it takes from its table, or measures before.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,37 +29,40 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from ..errors import InvalidInput
 from ..files import write_json
-from ..model.checkpoint import load_policy, resolve
+from ..model.checkpoint import load_policy
 from ..model.policy import Policy
 from ..model.scoring import score
 from ..model.tasks import make_tasks
 from ..model.tokenizer import encode_prompt
+from .bench_peers import PEERS, Decode, Prompts, load_transformers, make_peer
 from .engine import Engine, EngineConfig
 from .machine import describe
 from .progress import Meter
 from .schedule import Schedule
 from .types import RolloutRequest, SamplingParams, Trajectory
 
-PEERS = ("transformers",)
 LEAST_ROUNDS = 3
+WAVES = 4
+"""Batches of prompts in a round."""
 _RANDOM_PROMPT = 32
-
-Prompts = Sequence[tuple[int, ...]]
+SCHEDULES = {
+    "auto": Schedule("auto"), "ar": Schedule("ar"), "two_pass": Schedule("two_pass"),
+    "fused": Schedule("fused", levels=(0, 4, 8)),
+}  # fmt: skip
+"""What `--schedule` may name."""
 
 
 @dataclass
 class _Contestant:
-    """One engine with one way to decode; `decode(prompts, seed)` returns tokens and forwards, summed over samples."""
+    """One engine with one way to decode."""
 
     engine: str
     sampler: str
     schedule: Schedule
-    decode: Callable[[Prompts, int], tuple[int, int]]
+    decode: Decode
     check: dict[str, Any]
     rates: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -69,6 +74,7 @@ def bench_decode(
     *,
     batches: Sequence[int] = (1, 8),
     samplers: Sequence[str] = ("ar", "lossless"),
+    schedule: str = "auto",
     peer: str | None = None,
     output: str | os.PathLike[str] | None = None,
     temperature: float = 1.0,
@@ -78,43 +84,56 @@ def bench_decode(
     """Measures each sampler (`ar` always) and the peer at each batch; prints a table, writes rows to `output` as JSON.
 
     Args:
-        peer: `transformers`, or None.
+        schedule: of the samplers but `ar`: one of `SCHEDULES`.
+        peer: one or several of `PEERS`, separated by commas, or None.
         max_tokens: most tokens per sample, on every side.
         rounds: measured rounds, at least 3, after one that warms up.
 
     Returns:
         Rows with `engine`, `sampler`, `schedule`, `levels`, `batch`, `context` (prompt tokens), `temperature`,
         `tokens_per_s` (median), `tokens_per_forward` (per sequence, prefill not counted), `ratio_to_ar` (to our own
-        `ar` at the same batch), `max_tokens`, `rounds`, the check, and `machine`: processor, cores, threads, versions
-        and date.
+        `ar` at the same batch), `max_tokens`, `rounds`, the check,
+        `planned` (with `auto`: steps by schedule), and `machine`: processor, cores, threads, versions and date. The
+        figures of a peer that refuses the policy are null, and `unsupported` says why.
 
     Raises:
-        InvalidInput: an unknown sampler or peer, or a number out of range.
+        InvalidInput: an unknown sampler, schedule or peer, or a number out of range.
     """
     for name in samplers:
         SamplingParams(sampler=name, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
-    if peer is not None and peer not in PEERS:
-        raise InvalidInput("peer", f"unknown peer {peer!r}", f"use one of {', '.join(PEERS)}")
+    peers = [word.strip() for word in peer.split(",")] if peer else []
+    for name in peers:
+        if name not in PEERS:
+            raise InvalidInput("peer", f"unknown peer {name!r}", f"use one of {', '.join(PEERS)}")
+    if schedule not in SCHEDULES:
+        raise InvalidInput("schedule", f"unknown schedule {schedule!r}", f"use one of {', '.join(SCHEDULES)}")
     if (smallest := min(batches, default=0)) < 1:
         raise InvalidInput("batch", f"{smallest} is less than 1", "use positive numbers")
     if rounds < LEAST_ROUNDS:
         raise InvalidInput("rounds", f"{rounds} is less than {LEAST_ROUNDS}", "a median of fewer says little")
     order = list(dict.fromkeys(["ar", *samplers]))
     policy = load_policy(policy_name)
-    prompts = _prompts(policy, max(batches) * (rounds + 1))
-    other = _load_transformers(policy_name) if peer else None
+    prompts = prompts_of_one_length(policy, max(batches) * WAVES * (rounds + 1))
+    other = load_transformers(policy_name) if peers else None
 
     rows: list[dict[str, Any]] = []
-    steps = len(batches) * (rounds + 1) * (len(order) + (other is not None))
+    steps = len(batches) * (rounds + 1) * (len(order) + len(peers))
     with _one_thread(), Meter("bench decode", steps) as meter:
         machine = describe()
         for batch in batches:
-            contestants = [_ours(policy, sampler, batch, temperature, max_tokens) for sampler in order]
-            if other is not None:
-                contestants.append(_transformers(policy, other, prompts[0], temperature, max_tokens))
+            contestants = [
+                _ours(policy, sampler, SCHEDULES["ar" if sampler == "ar" else schedule], batch, temperature, max_tokens)
+                for sampler in order
+            ]
+            for name in peers:
+                made = make_peer(name, policy, other, prompts[0], batch, temperature, max_tokens)
+                contestants.append(_Contestant(name, "ar", Schedule("ar"), *made))
             for number in range(rounds + 1):
-                chosen = prompts[number * batch : (number + 1) * batch]
+                chosen = prompts[number * WAVES * batch : (number + 1) * WAVES * batch]
                 for contestant in contestants:
+                    if "unsupported" in contestant.check:
+                        meter.advance(0, 0)
+                        continue
                     start = time.perf_counter()
                     tokens, forwards = contestant.decode(chosen, number)
                     seconds = time.perf_counter() - start
@@ -123,12 +142,14 @@ def bench_decode(
                         contestant.rates.append(tokens / seconds)
                         contestant.tokens += tokens
                         contestant.forwards += forwards
-            reference = statistics.median(contestants[0].rates)
             common = {"batch": batch, "context": len(prompts[0]), "temperature": temperature, "max_tokens": max_tokens}
-            rows += [_row(contestant, reference) | common | {"machine": machine} for contestant in contestants]
+            rows += [_row(contestant, contestants[0]) | common | {"machine": machine} for contestant in contestants]
     if output is not None:
         write_json(output, rows)
-    Console().print(_table(rows))
+    console = Console()
+    console.print(_table(rows))
+    for name, why in {row["engine"]: row["unsupported"] for row in rows if "unsupported" in row}.items():
+        console.print(f"{name} does not serve this policy: {why}")
     return rows
 
 
@@ -143,25 +164,25 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prompts(policy: Policy, count: int) -> list[tuple[int, ...]]:
-    """Prompts of one length, so that no side pads: held-out tasks where the policy reads text, else random tokens."""
+def prompts_of_one_length(policy: Policy, count: int) -> list[tuple[int, ...]]:
+    """Held-out tasks where the policy reads text, each with the beginning of its answer, else random tokens."""
     if policy.tokenizer is None:
         draw = random.Random(0)
         length = min(_RANDOM_PROMPT, policy.config.max_position_embeddings // 2)
         return [tuple(draw.randrange(policy.config.vocab_size) for _ in range(length)) for _ in range(count)]
-    encoded = [tuple(encode_prompt(policy.tokenizer, task.prompt)) for task in make_tasks("heldout", 512)]
-    (usual, _), = Counter(map(len, encoded)).most_common(1)
-    alike = [prompt for prompt in encoded if len(prompt) == usual]
+    tokenizer = policy.tokenizer
+    texts = [
+        (encode_prompt(tokenizer, task.prompt), tokenizer.encode(task.completion, add_special_tokens=False))
+        for task in make_tasks("heldout", 512)
+    ]
+    length = max(len(prompt) for prompt, _ in texts)
+    alike = [tuple([*prompt, *answer][:length]) for prompt, answer in texts if len(prompt) + len(answer) > length]
     return [alike[i % len(alike)] for i in range(count)]
 
 
-def _load_transformers(policy_name: str | os.PathLike[str]) -> Any:
-    logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(resolve(policy_name), dtype=torch.float32).eval()
-
-
-def _ours(policy: Policy, sampler: str, batch: int, temperature: float, max_tokens: int) -> _Contestant:
-    schedule = Schedule("ar") if sampler == "ar" else Schedule("fused", levels=(0, 4, 8))
+def _ours(
+    policy: Policy, sampler: str, schedule: Schedule, batch: int, temperature: float, max_tokens: int
+) -> _Contestant:
     engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=batch))
     params = SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
     check: dict[str, Any] = {"max_logprob_error": 0.0}
@@ -175,13 +196,15 @@ def _ours(policy: Policy, sampler: str, batch: int, temperature: float, max_toke
             check["max_logprob_error"] = float(max(errors))
             if sampler == "coupled":
                 check["tokens_equal_ar"] = _tokens(samples) == _tokens(_sample_ar(policy, requests))
+        elif engine.planner is not None:
+            check["planned"] = dict(Counter(decision.schedule.label for decision in engine.planner.log).most_common())
         return sum(len(sample.tokens) for sample in samples), sum(sample.forwards for sample in samples)
 
     return _Contestant("blockroll", sampler, schedule, decode, check)
 
 
 def _sample_ar(policy: Policy, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-    engine = Engine(policy, EngineConfig(schedule=Schedule("ar"), max_batch=len(requests)))
+    engine = Engine(policy, EngineConfig(schedule=Schedule("ar")))
     return engine.generate([replace(request, params=replace(request.params, sampler="ar")) for request in requests])
 
 
@@ -189,41 +212,8 @@ def _tokens(samples: Sequence[Trajectory]) -> list[list[int]]:
     return [sample.tokens for sample in samples]
 
 
-def _transformers(
-    policy: Policy, model: Any, prompt: tuple[int, ...], temperature: float, max_tokens: int
-) -> _Contestant:
-    ends = list(policy.eos_token_ids)
-
-    def generate(prompts: Prompts, **options: Any) -> list[list[int]]:
-        tokens = torch.tensor(prompts)
-        with torch.inference_mode():
-            made = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0, **options,
-            )
-        return [_until_end(row, ends) for row in made[:, tokens.shape[1] :].tolist()]
-
-    def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        count = sum(map(len, generate(prompts, **(sampling if temperature > 0 else {"do_sample": False}))))
-        return count, count
-
-    greedy = SamplingParams(sampler="ar", temperature=0.0, max_tokens=max_tokens)
-    mine = Engine(policy, EngineConfig(schedule=Schedule("ar"), max_batch=1)).generate(
-        [RolloutRequest("greedy", prompt, greedy)]
-    )
-    check = {"greedy_tokens_equal": generate([prompt], do_sample=False)[0] == mine[0].tokens}
-    return _Contestant("transformers", "ar", Schedule("ar"), decode, check)
-
-
-def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens) - 1)
-    return tokens[: stop + 1]
-
-
-def _row(contestant: _Contestant, reference: float) -> dict[str, Any]:
-    rate = statistics.median(contestant.rates)
+def _row(contestant: _Contestant, reference: _Contestant) -> dict[str, Any]:
+    rate = statistics.median(contestant.rates) if contestant.rates else None
     schedule = contestant.schedule
     return {
         "engine": contestant.engine,
@@ -231,8 +221,8 @@ def _row(contestant: _Contestant, reference: float) -> dict[str, Any]:
         "schedule": schedule.kind,
         "levels": list(schedule.levels) if schedule.kind == "fused" else [],
         "tokens_per_s": rate,
-        "tokens_per_forward": contestant.tokens / contestant.forwards,
-        "ratio_to_ar": rate / reference,
+        "tokens_per_forward": contestant.tokens / contestant.forwards if contestant.forwards else None,
+        "ratio_to_ar": rate / statistics.median(reference.rates) if rate else None,
         "rounds": len(contestant.rates),
         **contestant.check,
     }
@@ -245,6 +235,9 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
     for heading in ("batch", "tokens/s", "per forward", "x ar", "check"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
+        if "unsupported" in row:
+            table.add_row(row["engine"], row["sampler"], row["schedule"], str(row["batch"]), "-", "-", "-", "refused")
+            continue
         if "greedy_tokens_equal" in row:
             check = "greedy equal" if row["greedy_tokens_equal"] else "greedy differs"
         else:

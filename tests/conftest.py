@@ -21,6 +21,12 @@ from random_zaya import randomise, zaya_config
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Step times that tests measure are kept apart from the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def make_policy():
     """make_policy(dtype=, seed=, sharpness=, **config): a random policy."""

@@ -46,7 +46,7 @@ def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert [(row["batch"], row["engine"], row["sampler"], row["schedule"]) for row in rows] == [
         (batch, *contestant)
         for batch in (1, 3)
-        for contestant in [("blockroll", "ar", "ar"), ("blockroll", "lossless", "fused"), ("transformers", "ar", "ar")]
+        for contestant in [("blockroll", "ar", "ar"), ("blockroll", "lossless", "auto"), ("transformers", "ar", "ar")]
     ]
     for row in rows:
         assert (row["context"], row["temperature"], row["rounds"]) == (32, 1.0, 3)
@@ -62,10 +62,21 @@ def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert lossless["ratio_to_ar"] == pytest.approx(lossless["tokens_per_s"] / ar["tokens_per_s"])
 
 
+def test_a_peer_that_refuses_says_why(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "decode.json"
+    peers = ["--peer", "transformers-lookup,transformers-continuous"]
+    assert run(monkeypatch, "--policy", policy, "--batch", 1, "--samplers", "ar", *peers, "--json", path,
+               "--rounds", 3, "--max-tokens", 4) == 0  # fmt: skip
+    _, *refused = json.loads(path.read_text())
+    assert [row["engine"] for row in refused] == ["transformers-lookup", "transformers-continuous"]
+    assert all(row["unsupported"] and row["tokens_per_s"] is row["ratio_to_ar"] is None for row in refused)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers"),
+        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers, transformers-lookup, transformers-continuous"),
+        (["--schedule", "best"], "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused"),
         (["--samplers", "best"], "sampler: unknown sampler 'best'"),
         (["--batch", "0"], "batch: 0 is less than 1"),
         (["--batch", ""], "batch: 0 is less than 1"),
