@@ -85,7 +85,8 @@ def test_admitted_keys_do_everything(serve: Callable[..., Gateway]) -> None:
 @pytest.mark.parametrize("keys, why", [
     (ClientKeys(SERVER.public, STRANGER), "does not admit this client's key"),
     (ClientKeys(SERVER.public, CONTROL), "not allowed on the data plane"),
-    (ClientKeys(STRANGER.public, DATA), "breaks off every handshake"), (None, "one side has CURVE keys")])
+    (ClientKeys(STRANGER.public, DATA), "breaks off every handshake"),
+    (None, "CURVE keys")])  # libzmq tells why, or only that the line broke
 def test_other_keys_are_refused_within_seconds(
         serve: Callable[..., Gateway], keys: ClientKeys | None, why: str) -> None:
     gateway = serve(ToyBackend(), keys=SERVER_KEYS)
