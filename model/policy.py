@@ -175,7 +175,7 @@ class Policy(nn.Module):
     def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
         """What `layout` asks of every layer. For kernels it is made on the host, best from a layout that is still there."""
         if self.dtype == torch.float64 or not takes_triton(self.model.embed_tokens.weight):
-            return Plan.of(layout, self.hops, None if state is None else state.longest, self.windows)
+            return Plan.of(layout.to(self.device), self.hops, None if state is None else state.longest, self.windows)
         config = self.config
         return PagedPlan.of(
             layout, state, self.hops, self.windows, heads=config.num_attention_heads,

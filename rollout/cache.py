@@ -130,7 +130,7 @@ class CacheView:
     """
 
     def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout) -> None:
-        self._cache, self._device = cache, layout.token_T.device
+        self._cache, self._device = cache, cache.k.device
         size, ring = cache.page_size, cache.ring
         starts = layout.start_S.cpu().numpy()
         self._longest = int(starts.max())

@@ -11,7 +11,7 @@ Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,12 +105,15 @@ class Drafts:
         logq_SMV: the distribution each draft was drawn from; None when no row of the batch has drafts that need it.
             Padding and rows whose sampler does not need it may hold anything.
         q_logits_SMV: q's own logits, the mask token at -inf; as logq_SMV, for `mixed`.
+        q_lse_SM: float64, their log-sum-exp over the temperature, where kernels drew the drafts: they keep it and
+            q_logits_SMV in place of logq_SMV.
     """
 
     token_SM: torch.Tensor
     count_S: torch.Tensor
     logq_SMV: torch.Tensor | None = None
     q_logits_SMV: torch.Tensor | None = None
+    q_lse_SM: torch.Tensor | None = None
 
     @classmethod
     def none(cls, sequences: int, device: torch.device | str = "cpu") -> Drafts:
@@ -125,6 +128,7 @@ class Drafts:
             self.count_S[index_N],
             None if self.logq_SMV is None else self.logq_SMV[index_N],
             None if self.q_logits_SMV is None else self.q_logits_SMV[index_N],
+            None if self.q_lse_SM is None else self.q_lse_SM[index_N],
         )
 
     def limit(self, most_S: torch.Tensor) -> Drafts:
@@ -132,7 +136,7 @@ class Drafts:
         count_S = torch.minimum(self.count_S, most_S)
         slot_M = torch.arange(self.token_SM.shape[1], device=self.token_SM.device)
         token_SM = self.token_SM.masked_fill(slot_M >= count_S[:, None], -1)
-        return Drafts(token_SM, count_S, self.logq_SMV, self.q_logits_SMV).narrow(int(count_S.max()))
+        return replace(self, token_SM=token_SM, count_S=count_S).narrow(int(count_S.max()))
 
     def narrow(self, m: int) -> Drafts:
         """The same drafts with M = m, which no count exceeds."""
@@ -141,6 +145,7 @@ class Drafts:
             self.count_S,
             None if self.logq_SMV is None else self.logq_SMV[:, :m],
             None if self.q_logits_SMV is None else self.q_logits_SMV[:, :m],
+            None if self.q_lse_SM is None else self.q_lse_SM[:, :m],
         )
 
     @staticmethod
@@ -151,6 +156,7 @@ class Drafts:
             torch.cat([part.count_S for part in parts]),
             _stack_distributions([(part.token_SM, part.logq_SMV) for part in parts]),
             _stack_distributions([(part.token_SM, part.q_logits_SMV) for part in parts]),
+            _stack_distributions([(part.token_SM, part.q_lse_SM) for part in parts]),
         )
 
 
@@ -168,14 +174,13 @@ def _stack(parts: Sequence[torch.Tensor], pad: float) -> torch.Tensor:
 
 
 def _stack_distributions(parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor | None:
-    known = next((x_SMV for _, x_SMV in parts if x_SMV is not None), None)
+    """[S, M, ...]; -inf where a part has none. In the widest of their dtypes."""
+    known = next((x for _, x in parts if x is not None), None)
     if known is None:
         return None
-    vocab_size = known.shape[-1]
-    filled = [
-        known.new_full((*token_SM.shape, vocab_size), -torch.inf) if x_SMV is None else x_SMV
-        for token_SM, x_SMV in parts
-    ]
+    filled = [known.new_full((*token_SM.shape, *known.shape[2:]), -torch.inf) if x is None else x for token_SM, x in parts]
+    if any(x.dtype != known.dtype for x in filled):
+        filled = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in filled]
     return _stack(filled, -torch.inf)
 
 

@@ -14,6 +14,7 @@ Invariants:
 | `lossless` | drafts from q; accepted with min(1, p/q), else the residual: distributed as p |
 | `mixed` | as `lossless`, with m = softmax of the mixed logits in place of p; m = p in rows without a draft |
 
+Rows without cut-offs take the kernels where there are any (`sampler_kernels`); this is the plain path, and every cut-off's.
 At temperature 0 every sampler accepts while the draft is the most probable token of its target.
 
 Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V = vocabulary, G = rows of a group.
@@ -27,6 +28,7 @@ import torch
 
 from ..kernels.philox import Purpose, gumbel, uniform
 from ..kernels.verify import count_accepted, count_matching, draw, gumbel_argmax, mix_logits, residual_weights
+from . import sampler_kernels
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, full_logprobs, processed, widen
 
@@ -62,7 +64,8 @@ def draft(
     """Draw drafts from q.
 
     Args:
-        q_logits_SMV: raw logits of the mask rows; row k - 1 predicts position anchor + k. Padding may hold anything.
+        q_logits_SMV: raw logits of the mask rows; row k - 1 predicts position anchor + k. Padding may hold anything. Given
+            away: the drafts may keep this very tensor, the mask token's logit replaced.
         anchor_S: int64, position of the last committed token.
         mask_token: its id; never drafted.
         count_S: int64, how many rows of each sequence are real; None: all M. `ar` rows get no drafts in any case.
@@ -70,7 +73,7 @@ def draft(
             one before it, and q, wherever it is kept or compared, is that conditional distribution.
         previous_S: int64, the token at the anchor, for `markov`.
     """
-    s, m, vocab_size = q_logits_SMV.shape
+    s, m, _ = q_logits_SMV.shape
     device = q_logits_SMV.device
     if count_S is None:
         count_S = torch.full((s,), m, dtype=torch.int64, device=device)
@@ -83,12 +86,13 @@ def draft(
         before = None if previous_S is None else previous_S[i]
         part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before)
         count_S[i], token_SM[i] = part.count_S, part.token_SM
-        for name, part_GMV in (("logq", part.logq_SMV), ("q_logits", part.q_logits_SMV)):
-            if part_GMV is not None:
+        for name in ("logq_SMV", "q_logits_SMV", "q_lse_SM"):
+            known = getattr(part, name)
+            if known is not None:
                 if name not in large:
-                    large[name] = part_GMV.new_full((s, m, vocab_size), -torch.inf)
-                large[name][i] = part_GMV
-    return Drafts(token_SM, count_S, large.get("logq"), large.get("q_logits"))
+                    large[name] = widen(known).new_full((s, m, *known.shape[2:]), -torch.inf)
+                large[name][i] = known.to(large[name].dtype)
+    return Drafts(token_SM, count_S, **large)
 
 
 def _draft_group(
@@ -105,6 +109,8 @@ def _draft_group(
     device = q_logits_SMV.device
     if group.sampler == "ar" or m == 0:
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
+    if sampler_kernels.serves(group, q_logits_SMV):
+        return sampler_kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
     slot_M = torch.arange(m, device=device)
@@ -172,6 +178,8 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
 
 def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     (group,) = rows.groups
+    if sampler_kernels.serves(group, p_logits_SRV):
+        return sampler_kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
     r, vocab_size = p_logits_SRV.shape[1:]
     m = r - 1
     p_logits_SRV = widen(p_logits_SRV)

@@ -157,10 +157,10 @@ def test_the_reference_gives_the_tokens_of_the_samplers(sampler: str) -> None:
     p, q, (_, anchor) = normal(s, m + 1, v), normal(s, m + 1, v)[:, :m] + normal(s, m, v, seed=1) / 6, keys(s)
     params = SamplingParams(sampler=sampler, temperature=0.8, mix_weight=0.3)
     rows = SamplerRows.make([params] * s, range(100, 100 + s))
-    drafts = draft(rows, q, anchor, mask)
-    verdict = verify(rows, p, drafts if sampler != "ar" else Drafts(drafts.token_SM, drafts.count_S), anchor)
     common = rows.temperature_S, rows.seed_S
     with using("reference"):
+        drafts = draft(rows, q, anchor, mask)
+        verdict = verify(rows, p, drafts if sampler != "ar" else Drafts(drafts.token_SM, drafts.count_S), anchor)
         if sampler in ("lossless", "mixed"):
             ours = sample_cdf(q, *common, anchor + 1, mask)
             assert torch.equal(ours.token_SR, drafts.token_SM)
