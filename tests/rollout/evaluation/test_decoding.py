@@ -1,57 +1,20 @@
-"""Evaluation: figures that follow from the trajectories, and seeds that follow from the task."""
+"""Figures that follow from the trajectories, and seeds that follow from the task."""
 
 from __future__ import annotations
+
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 from blockroll.errors import InvalidInput
-from blockroll.model.conversion.config import Architecture, ConversionConfig, Stage
-from blockroll.model.conversion.train import new_policy
 from blockroll.model.layout import causal
 from blockroll.model.policy import Policy
 from blockroll.model.tasks import make_tasks, score
 from blockroll.model.tokenizer import encode_prompt
-from blockroll.rollout.evaluation import acceptance_by_slot, evaluate, evaluate_ar_loss
+from blockroll.rollout.evaluation import evaluate, evaluate_ar_loss
 from blockroll.rollout.schedule import Schedule
-from blockroll.rollout.types import StepTrace, Trajectory
-
-SMALL = Architecture(
-    hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=2, expert_size=32, router_size=8,
-    max_position_embeddings=256,
-)
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    """Random weights with a tokenizer: writes nonsense, rarely ends by itself."""
-    config = ConversionConfig(
-        output="unused", architecture=SMALL, block_size=8, stages=(Stage(name="ar", kind="ar", tokens=1),)
-    )
-    return new_policy(config).requires_grad_(False).eval()
-
-
-def trajectory(trace: tuple[StepTrace, ...], prompt: int, tokens: int) -> Trajectory:
-    zeros = np.zeros(tokens, dtype=np.float32)
-    return Trajectory(
-        "a", 0, tuple(range(prompt)), [1] * tokens, zeros, zeros, zeros.astype(np.int32), zeros.astype(bool), "stop",
-        len(trace), trace,
-    )
-
-
-def test_acceptance_by_slot() -> None:
-    # Prompt of 3, so the first anchor is at 2. Steps commit 3, 1, then 2 of the 4 that were accepted: the second ends it.
-    trace = (StepTrace(2, 3, 2, 3, 4, 1), StepTrace(5, 2, 0, 5, 4, 1), StepTrace(6, 4, 4, 7, 4, 1))
-    acceptance, survival = acceptance_by_slot([trajectory(trace, prompt=3, tokens=6)])
-    assert survival == pytest.approx((2 / 3, 2 / 3, 0.0))
-    assert acceptance == pytest.approx((2 / 3, 1.0, 0.0))
-
-
-def test_acceptance_counts_a_rejection_before_the_end() -> None:
-    # One draft accepted of four, and the token that replaced the second one ended the sample.
-    trace = (StepTrace(0, 4, 1, 1, 4, 1),)
-    acceptance, survival = acceptance_by_slot([trajectory(trace, prompt=1, tokens=2)])
-    assert (acceptance, survival) == ((1.0, 0.0), (1.0, 0.0, 0.0, 0.0))
+from blockroll.rollout.types import Trajectory
 
 
 def test_figures_follow_from_the_trajectories(policy: Policy) -> None:
@@ -76,6 +39,8 @@ def test_figures_follow_from_the_trajectories(policy: Policy) -> None:
     ]
     assert result.pass_at_1 == pytest.approx(np.mean(scores))
     assert set(result.families) == {task.family for task in tasks}
+    assert result.pass_at == {1: result.pass_at_1}
+    assert result.surprise == pytest.approx(-sum(float(sample.logprobs.sum()) for sample in made) / tokens, rel=1e-5)
     assert (result.schedule, result.levels, result.mix_weight, result.block_size) == ("two_pass", (), None, 8)
 
 
@@ -88,6 +53,23 @@ def test_a_right_answer_counts_when_it_ended(policy: Policy, monkeypatch: pytest
     assert result.pass_at_1 == pytest.approx(result.finish_reasons["stop"] / 20)
     share = result.pass_at_1
     assert result.standard_error == pytest.approx((share * (1 - share) / 20) ** 0.5)
+
+
+def test_pass_at_k_counts_the_right_ones_of_each_task(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Right are the samples whose text has an even length, whether or not they ended.
+    monkeypatch.setattr("blockroll.rollout.evaluation.decoding.score", lambda task, text: float(len(text) % 2 == 0))
+    made: list[Trajectory] = []
+    result = evaluate(policy, make_tasks("heldout", 6), sampler="ar", schedule=Schedule("ar"), samples=4, k=(1, 2, 4),
+                      max_tokens=60, batch=24, on_finish=made.append)  # fmt: skip
+    outcomes: dict[str, list[bool]] = {}
+    for sample in made:
+        text = policy.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+        outcomes.setdefault(sample.request_id, []).append(sample.finish_reason == "stop" and len(text) % 2 == 0)
+    assert 0 < sum(map(sum, outcomes.values())) < 24
+    for k in (1, 2, 4):
+        shares = [np.mean([any(some) for some in combinations(task, k)]) for task in outcomes.values()]
+        assert result.pass_at[k] == pytest.approx(np.mean(shares))
+        assert result.pass_at_standard_error[k] == pytest.approx(np.std(shares) / 6**0.5)
 
 
 def test_seeds_follow_the_task(policy: Policy) -> None:
@@ -124,6 +106,8 @@ def test_bad_input(policy: Policy) -> None:
         evaluate(policy, [], sampler="ar", schedule=ar)
     with pytest.raises(InvalidInput, match="a task is given twice"):
         evaluate(policy, task * 2, sampler="ar", schedule=ar)
+    with pytest.raises(InvalidInput, match=r"k: 4 is more than the 2 sample"):
+        evaluate(policy, task, sampler="ar", schedule=ar, samples=2, k=(1, 4))
     with pytest.raises(InvalidInput, match="seed: -1 is negative"):
         evaluate(policy, task, sampler="ar", schedule=ar, seed=-1)
     tokenizer, policy.tokenizer = policy.tokenizer, None
