@@ -1,0 +1,101 @@
+"""Time on a device, and the ceilings that times are held against.
+
+Invariants:
+- A time is the median over repeats of a captured graph, by device events; where a call cannot be captured it is timed as
+  it is, and says so. On a CPU it is the clock.
+- Inputs are random: zeros run faster than data.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .sizes import Sizes
+
+Call = Callable[[], object]
+
+
+def capture(call: Call) -> torch.cuda.CUDAGraph:
+    """A graph of `call`, which has run before (Triton compiles on the first run)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def timed(call: Call, sizes: Sizes, device: torch.device, captured: bool = True) -> dict[str, Any]:
+    """{"seconds": median, "fastest", "repeats", "captured"}."""
+    if device.type != "cuda":
+        return _figures([_clock(call) for _ in range(sizes.repeats)], False)
+    call()
+    torch.cuda.synchronize()
+    run: Call = call
+    if captured:
+        run = capture(call).replay
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    repeats = max(sizes.repeats, min(200, int(sizes.seconds / (time.perf_counter() - start))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return _figures([begin.elapsed_time(end) / 1e3 for begin, end in events], captured)
+
+
+def _clock(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _figures(seconds: list[float], captured: bool) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {"seconds": median, "fastest": min(seconds), "repeats": len(seconds), "captured": captured}
+
+
+def copy_ceiling(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """Bytes read and written per second by torch's copy of a large tensor."""
+    source = torch.randn(sizes.copy_bytes // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    row = timed(lambda: target.copy_(source), sizes, device)
+    return row | {"copy_bytes_per_s": 2 * 4 * source.numel() / row["seconds"]}
+
+
+def matmul_ceiling(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """FLOP/s of the library's square matrix product."""
+    n = sizes.matmul
+    a, b = (torch.randn(n, n, device=device).to(sizes.dtype) for _ in range(2))
+    row = timed(lambda: a @ b, sizes, device)
+    return row | {"matmul_flops_per_s": 2 * n**3 / row["seconds"], "size": n}
+
+
+def launch_ceiling(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """Seconds that one small kernel of a captured step takes."""
+    count = 200 if device.type == "cuda" else 2
+    x = torch.randn(1024, device=device)
+
+    def many() -> None:
+        for _ in range(count):
+            x.mul_(1.0)
+
+    row = timed(many, sizes, device)
+    return row | {"seconds_per_launch": row["seconds"] / count}
+
+
+CEILINGS = {"copy": copy_ceiling, "matmul": matmul_ceiling, "launch": launch_ceiling}
