@@ -21,7 +21,7 @@ from ...files import make_directory, write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
 from ...model.conversion.config import ConversionConfig
 from ...model.policy import Policy
-from ...model.tasks import Task, make_tasks
+from ...model.tasks import Task
 from ..machine import describe
 from ..progress import Meter
 from ..types import Trajectory
@@ -30,7 +30,7 @@ from .decoding import Evaluation, ar_loss, evaluate, tokenizer_of
 from .options import Options, Way
 from .places import acceptance_at_places
 from .plots import plot
-from .training import Disjointness, check_disjoint, recipes_of
+from .training import Disjointness, check_disjoint, heldout_tasks, recipes_of
 
 _BATCH_1_TASKS = 16
 
@@ -71,8 +71,7 @@ def evaluate_policy(
     policy = load_policy(directory)
     parent = None if parent_name is None else _load_parent(parent_name, policy)
     recipes, not_compared = recipes_of(directory)
-    families = recipes[0].data.families if recipes else ()
-    tasks = make_tasks("heldout", options.tasks, options.seed, families or None)
+    tasks = heldout_tasks(recipes, options.tasks, options.seed)
     disjoint = _check_disjoint(recipes, not_compared, tasks, tokenizer_of(policy, tasks))
     figures: dict[str, Any] = dict(
         policy=directory.name, parent=None if parent_name is None else resolve(parent_name).name, split="heldout",

@@ -1,4 +1,4 @@
-"""Whether the tasks a policy is judged on were among what it was trained on.
+"""Which tasks a policy is judged on, and whether they were among what it was trained on.
 
 Invariants:
 - The training documents are drawn again from the recipe beside the policy, and from the recipes of its parents as far as
@@ -16,9 +16,9 @@ from typing import Any
 
 from ...errors import BlockrollError, DataError
 from ...model.checkpoint import resolve
-from ...model.conversion.config import ConversionConfig, Stage
+from ...model.conversion.config import ConversionConfig, Stage, Tasks
 from ...model.conversion.data import Document, PackStream
-from ...model.tasks import Task
+from ...model.tasks import Task, make_tasks
 from ...model.tokenizer import encode_prompt
 from ...settings import load_yaml
 
@@ -52,6 +52,13 @@ def recipes_of(directory: Path) -> tuple[list[ConversionConfig], list[str]]:
         except BlockrollError as error:  # of another version of the recipe's language, or of another machine
             return recipes, [str(error)]
     return recipes, [f"no {RECIPE} beside the policy, or beside a parent that its recipe names"]
+
+
+def heldout_tasks(recipes: Sequence[ConversionConfig], count: int, seed: int) -> list[Task]:
+    """Held-out tasks of the families the policy was trained on, as difficult as those where the recipe says it of all tasks."""
+    sources = [source for source in recipes[0].data.sources if isinstance(source, Tasks)] if recipes else []
+    families = recipes[0].data.families if recipes else ()
+    return make_tasks("heldout", count, seed, families or None, sources[0].difficulty if len(sources) == 1 else None)
 
 
 def check_disjoint(

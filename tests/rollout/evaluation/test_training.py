@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from blockroll.errors import DataError
-from blockroll.model.conversion.config import ConversionConfig, Data, JsonLines, Stage
+from blockroll.model.conversion.config import ConversionConfig, Data, JsonLines, Stage, Tasks
 from blockroll.model.conversion.data import PackStream
 from blockroll.model.tasks import make_tasks
-from blockroll.rollout.evaluation.training import RECIPE, check_disjoint, recipes_of
+from blockroll.rollout.evaluation.training import RECIPE, check_disjoint, heldout_tasks, recipes_of
 
 STAGES = (Stage(name="ar", kind="ar", tokens=3000, pack_tokens=1024),
           Stage(name="d", kind="diffusion", tokens=2500, pack_tokens=512, packs_per_step=2))  # fmt: skip
@@ -61,6 +61,15 @@ def test_files_that_are_not_here_are_named(policy, tmp_path: Path) -> None:
     assert result.training_tasks_compared == 0
     assert result.not_compared[0] == "no recipe"
     assert "gone.jsonl" in result.not_compared[1]
+
+
+def test_heldout_tasks_are_like_those_of_the_recipe() -> None:
+    assert {task.family for task in heldout_tasks([], 20, 0)} > {"gcd", "count_bits"}
+    harder = Tasks(families=("gcd",), difficulty={"gcd": {"max_value": 400}})
+    mixture = (harder, Tasks(families=("gcd",)))
+    one, two = (RUN.model_copy(update={"data": Data(sources=sources)}) for sources in ((harder,), mixture))
+    assert heldout_tasks([one], 4, 1) == make_tasks("heldout", 4, 1, ["gcd"], harder.difficulty)
+    assert heldout_tasks([two], 4, 1) == make_tasks("heldout", 4, 1, ["gcd"])
 
 
 def test_recipes_are_followed_to_the_first_parent(tmp_path: Path) -> None:
