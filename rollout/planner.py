@@ -6,8 +6,8 @@ For the next G tokens of each sample a schedule needs
 
 with `tokens` its expected tokens per step (`survival`) and `cold`, for `fused`, the share of samples whose next step has no
 drafts to verify, because the last step proposed none. That is the price of turning to `fused`; turning away drops the
-drafts that wait. Now and then a step or two of the second best are spent on learning, for at most `PROBE_SHARE` of the
-time, counted as if its drafts all failed.
+drafts that wait. Now and then a step or two of one that is nearly as good are spent on learning, for at most `PROBE_SHARE`
+of the time, counted as if its drafts all failed.
 
 Invariants, for exactness. A sampler stays exact under any schedule that is fixed in advance; so it does when each step's
 schedule depends only on numbers that no later draw uses again:
@@ -33,6 +33,7 @@ from .survival import Survival
 
 PROBE_SHARE = 0.015
 _PROBE_EVERY = 24  # steps between two probes, at least
+_NEAR = 1.5  # times the best one's seconds: what is probed in turn
 _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
@@ -66,15 +67,15 @@ class Decision:
 def candidates(block_size: int) -> tuple[Schedule, ...]:
     """What a planner chooses from, with sizes for blocks of `block_size`, without repetition."""
     b = block_size
+    quarter, half = max(b // 4, 1), max(b // 2, 1)
     wanted = [
         Schedule("ar"),
-        *(Schedule("two_pass", m) for m in (b // 4, b // 2, b)),
-        Schedule("fused", b // 4, (0,), b // 2),
-        Schedule("fused", b // 2, (0,), 3 * b // 4),
-        *(Schedule("fused", None, levels) for levels in ((0,), (0, b // 4), (0, b // 4, b // 2))),
+        *(Schedule("two_pass", m) for m in (quarter, half, b)),
+        Schedule("fused", quarter, (0,), max(half, 2)),
+        Schedule("fused", half, (0,), max(half + quarter, 2)),
+        *(Schedule("fused", None, levels) for levels in ((0,), (0, quarter), (0, quarter, half))),
     ]
-    small = [s for s in wanted if (s.drafts is None or s.drafts >= 1) and (s.block is None or s.block >= 2)]
-    return tuple(dict.fromkeys(schedule.within(b) for schedule in small))
+    return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
 
 
 class Planner:
@@ -107,7 +108,7 @@ class Planner:
         self._decision: Decision | None = None
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
-        self._since, self._pinned = 0, 0
+        self._since = self._pinned = self._turn = 0
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
@@ -172,10 +173,12 @@ class Planner:
                 steps += cold * (1 - 1 / tokens)
             ranked.append((decision.expected_seconds * steps, decision))
         ranked.sort(key=lambda pair: pair[0])
-        best, second = ranked[0][1], ranked[1][1] if len(ranked) > 1 else ranked[0][1]
+        best = ranked[0][1]
         self._since += 1
-        if second.schedule.kind == "ar" and len(ranked) > 2:
-            second = ranked[2][1]  # `ar` teaches nothing about drafts
+        # `ar` teaches nothing about drafts.
+        others = [(seconds, decision) for seconds, decision in ranked[1:] if decision.schedule.kind != "ar"]
+        near = [decision for seconds, decision in others if seconds <= _NEAR * ranked[0][0]] or [others[0][1]]
+        second = near[self._turn % len(near)]
         # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
         steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
@@ -185,7 +188,11 @@ class Planner:
         if self._since < _PROBE_EVERY or self._probed + excess > PROBE_SHARE * self._total:
             return best
         self._since, self._pinned, second.probe = 0, steps - 1, True
+        self._turn += 1
         self._probed += max(excess, 0.0)
+        if best.schedule.kind == "ar":  # nothing else is learnt from, and a policy in training moves
+            for kind in kinds:
+                self._of(kind).fade()
         return second
 
     def _decide(self, schedule: Schedule, kinds: dict[Kind, int], batch: int, context: float, probe: bool) -> Decision:

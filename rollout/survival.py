@@ -21,7 +21,7 @@ import numpy as np
 from .schedule import Schedule
 
 _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and that one from the prior
-_MEMORY = 8192  # tries after which older ones count half: a policy in training moves
+_MEMORY = 4096  # tries after which older ones count half: a policy in training moves
 
 
 class Survival:
@@ -61,6 +61,10 @@ class Survival:
             self._fresh = 0.0
             if self.tries > _MEMORY:
                 self._seen *= 0.5
+
+    def fade(self) -> None:
+        """What was seen counts a little less from here on."""
+        self._seen *= 0.95
 
     def rates(self) -> tuple[np.ndarray, np.ndarray]:
         """first_B, later_B: acceptance by slot."""

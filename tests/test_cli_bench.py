@@ -75,7 +75,7 @@ def test_a_peer_that_refuses_says_why(policy: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers, transformers-lookup, transformers-continuous"),
+        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers, transformers-lookup, "),
         (["--schedule", "best"], "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused"),
         (["--samplers", "best"], "sampler: unknown sampler 'best'"),
         (["--batch", "0"], "batch: 0 is less than 1"),
