@@ -1,19 +1,19 @@
-"""Paged attention in Triton against the rule of the layout, row by row (run by test_interpreter.py)."""
+"""Paged attention in Triton (interpreted) against the rule of the layout, row by row."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("triton")
 
 from blockroll.kernels.attention import Rows
 from blockroll.kernels.attention.triton import paged_attend
 from blockroll.model.layout import CLEAN, DecodeRows, TokenLayout, decode
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 is wrong (it truncates), so 16 bits means float16 here.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 
@@ -50,12 +50,12 @@ class Pack:
         rows = Rows.of(
             layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.start_S, self.table_SP,
             page_size=self.page, heads=self.heads, kv_heads=self.kv_heads, dtype=self.dtype, window=self.window,
-            batch_invariant=batch_invariant, device=DEVICE,
+            batch_invariant=batch_invariant,
         )  # fmt: skip
         return dataclasses.replace(rows, **changes)
 
     def run(self, rows: Rows) -> torch.Tensor:
-        return paged_attend(*(x.to(DEVICE) for x in self.tensors), rows, self.scale).cpu()
+        return paged_attend(*self.tensors, rows, self.scale)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -94,9 +94,17 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("window", [None, 11, 40])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "splits", "window"),
+    [
+        (torch.float32, 1, None),
+        (torch.float32, 3, None),
+        (torch.float32, 1, 11),
+        (torch.float32, 3, 40),
+        (torch.float16, 1, 40),
+        (torch.float16, 3, 11),
+    ],
+)
 def test_ragged_pack(dtype, splits, window) -> None:
     pack = Pack(MIXED, dtype=dtype, window=window)
     close(pack.run(pack.rows(splits=splits)), pack.expected())
@@ -119,7 +127,7 @@ def test_every_tile_gives_the_same(m) -> None:
     counts = rows.first_S1.diff().tolist()
     tiles = [(s, row) for s, count in enumerate(counts) for row in range(0, count, per)]
     tile = dataclasses.replace(rows.tile, m=m)
-    padded = torch.tensor([*tiles, (-1, -1)], dtype=torch.int32, device=DEVICE)
+    padded = torch.tensor([*tiles, (-1, -1)], dtype=torch.int32)
     close(pack.run(dataclasses.replace(rows, tile=tile, tile_N2=padded)), pack.expected())
 
 
@@ -136,14 +144,11 @@ def test_strides_between_rows() -> None:
 @pytest.mark.parametrize("window", [None, 19])
 def test_alone_equals_in_a_batch_bit_for_bit(window) -> None:
     """batch_invariant: among others, with longer neighbours and a wider page table, nothing changes."""
-    generator = np.random.default_rng(0)
-    plans = [
-        DecodeRows(list(range(1 + i % 3)), int(start), (1,), 16) for i, start in enumerate([1500, 70, 0, 2200, 1023])
-    ]
+    plans = [DecodeRows(list(range(1 + i % 3)), start, (1,), 16) for i, start in enumerate([70, 1100, 0, 1023])]
     pack = Pack(plans, page=32, window=window, heads=4, kv_heads=2, size=16)
     together = pack.run(pack.rows(batch_invariant=True))
-    for s in generator.permutation(len(plans))[:3]:
-        own = pack.layout.sequence_T == int(s)
+    for s in (0, 1):
+        own = pack.layout.sequence_T == s
         alone = Pack([plans[s]], page=32, window=window, heads=4, kv_heads=2, size=16)
         alone.q, alone.k, alone.v, alone.pools = pack.q[own], pack.k[own], pack.v[own], pack.pools
         alone.table_SP = pack.table_SP[s : s + 1, : max(-(-plans[s].start // 32), 1)]
