@@ -43,12 +43,13 @@ class Meter:
 
 
 class TrainingMeter:
-    """The stages of a conversion, one bar each: speed, losses, overlap of p and q. Call it with each reported row."""
+    """The stages of a conversion, one bar each: tokens seen, speed, both losses (nats per token) and the mean chance that a
+    draft is accepted at temperature 1. Call it with each reported row."""
 
     def __init__(self) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=Console(stderr=True),
+            TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[seen]}"),
+            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(compact=True), console=Console(stderr=True), expand=True,
         )
         self._tasks: dict[str, Any] = {}
 
@@ -62,8 +63,18 @@ class TrainingMeter:
     def __call__(self, row: dict[str, Any]) -> None:
         name = row["stage"]
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=row["of"], figures="")
-        figures = f"{row['tokens_per_s']:,} tokens/s  AR {row['ar_loss']:.3f}"
+            self._tasks[name] = self._progress.add_task(name, total=row["of"], seen="", figures="")
+        seen = f"{_short(row['tokens'])}/{_short(row['of'])} tokens"
+        figures = f"{_short(row['tokens_per_s'])}/s  AR {row['ar_loss']:.3f}"
         if row["draft_loss"]:
-            figures += f"  draft {row['draft_loss']:.3f}  overlap {row['overlap']:.2f}"
-        self._progress.update(self._tasks[name], completed=min(row["tokens"], row["of"]), figures=figures)
+            figures += f"  draft {row['draft_loss']:.3f}  accepted {row['overlap']:.2f}"
+        self._progress.update(self._tasks[name], completed=min(row["tokens"], row["of"]), seen=seen, figures=figures)
+
+
+def _short(count: float) -> str:
+    """Three digits and a thousand's letter: 60.2k, 12.0M, 600B."""
+    for unit in ("", "k", "M", "B"):
+        if count < 999.5 or unit == "B":
+            break
+        count /= 1000
+    return f"{count:.0f}{unit}" if count >= 100 or not unit else f"{count:.{1 if count >= 9.95 else 2}f}{unit}"
