@@ -213,6 +213,7 @@ def test_torchrun_ends_when_a_rank_is_killed_and_goes_on(commands: Commands, und
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ray_equals_torchrun_and_goes_on_after_a_lost_worker(commands: Commands, under_torchrun: Path) -> None:
     assert curve(commands.finish("ray", "ray")) == curve(under_torchrun)
     status, errors = commands.kill_a_rank("ray-killed", "ray", "RayTrainWorker")

@@ -94,13 +94,23 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_replaced(tmp_path)
     weights, rows = (tmp_path / "policy" / "model.safetensors").read_bytes(), curve(tmp_path)
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    for name, line in {"cut": '{"text": "cut o', "long": json.dumps({"text": "long " * 700}), "empty": '{"text": ""}'}.items():
+        (tmp_path / f"{name}.jsonl").write_text(line)
+
+    def reading(name: str) -> dict:
+        sources = [dict(kind="jsonl", paths=[str(tmp_path / f"{name}.jsonl")])]
+        return dict(parent=str(tmp_path / "policy"), data=dict(pool=1, sources=sources))
+
     for problem, changes in {
+        r"cut.jsonl line 1: not valid JSON": reading("cut"),
+        r"long.jsonl line 1: a document of \d+ tokens, more than the 600 of stage 'more'": reading("long"),
+        r"empty.jsonl line 1 field 'text': an empty document": reading("empty"),
         "'gpt2' model": dict(parent=str(tmp_path / "gpt")),
         "is no directory": dict(parent=str(tmp_path / "nowhere")),
         "outside the parent's vocabulary": dict(parent=str(tmp_path / "policy"), mask_token=100_000),
         "1 process": dict(launcher=dict(kind="torchrun", workers=2)),
     }.items():
-        with pytest.raises((CheckpointError, ConfigError), match=problem):
+        with pytest.raises((CheckpointError, ConfigError, DataError), match=problem):
             run(recipe(tmp_path, dict(name="more", kind="diffusion", tokens=600), **changes))
     with pytest.raises(InvalidInput, match=r"stages\.wild\.learning_rate: the loss is (nan|inf)"):
         run(recipe(tmp_path, dict(name="wild", kind="ar", tokens=60_000, learning_rate=1e30, warmup_steps=0, clip=1e30)))
