@@ -13,6 +13,7 @@ G key heads, D head size, C = (H + G) * D channels, A = hops + 1 ancestors, W = 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from ..kernels.attention import attend, paged_attend
 from ..kernels.attention.long import LongPack
 from ..kernels.attention.rule import Rule
 from ..kernels.cca import CCAWeights, cca, mix
+from ..kernels.linear import linear
 from .layout import CLEAN, FROM_TAIL, TokenLayout
 from .linear import Linear
 from .paged import PagedPlan
@@ -134,9 +136,45 @@ class Projection(nn.Module):
         self.v_proj_delayed = Linear(config.hidden_size, kv // 2, bias=bias)
         self.conv_qk_depthwise = nn.Conv1d(q + kv, q + kv, config.cca_time0, groups=q + kv)
         self.conv_qk_grouped = nn.Conv1d(q + kv, q + kv, config.cca_time1, groups=self.heads + self.kv_heads)
+        self._packed: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    @property
+    def _projections(self) -> tuple[Linear, Linear, Linear, Linear]:
+        return self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Move the four projections' parameters side by side in memory, for one product where no gradient is asked for.
+        They stay parameters of their own, and what is copied into them is seen. Another device or dtype undoes it."""
+
+        def side_by_side(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+            whole = torch.cat([parameter.data for parameter in parameters])
+            for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+                parameter.data = part
+            return whole
+
+        biases = [layer.bias for layer in self._projections if layer.bias is not None]
+        weight = side_by_side([layer.weight for layer in self._projections])
+        self._packed = weight, side_by_side(biases) if biases else None
+
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """What `pack` made, while the parameters still lie there."""
+        if self._packed is None or torch.is_grad_enabled():
+            return None
+        weight, _ = self._packed
+        if self.q_proj.weight.data_ptr() != weight.data_ptr() or self.q_proj.weight.dtype != weight.dtype:
+            self._packed = None
+        return self._packed
 
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns x_TC, the q/k projections, and the halves of the values: current_TW and delayed_TW."""
+        whole = self._whole()
+        if whole is not None:
+            width = self.kv_heads * self.head_dim // 2
+            x_TC, current_TW, delayed_TW = linear(hidden_TD, *whole).split(
+                [len(whole[0]) - 2 * width, width, width], dim=-1
+            )
+            return x_TC, current_TW, delayed_TW
         x_TC = torch.cat([self.q_proj(hidden_TD), self.k_proj(hidden_TD)], dim=-1)
         return x_TC, self.v_proj_current(hidden_TD), self.v_proj_delayed(hidden_TD)
 

@@ -20,7 +20,7 @@ from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
 from ..kernels.residual import scale_residual, scale_residual_norm
-from .cca import Attention, Plan
+from .cca import Attention, Plan, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
 from .linear import Linear
@@ -171,6 +171,13 @@ class Policy(nn.Module):
         """Tokens that end a sequence."""
         eos = self.config.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    def pack(self) -> Policy:
+        """Lay out in memory, for decoding, what is multiplied by the same rows (`Projection.pack`)."""
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.pack()
+        return self
 
     def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
         """What `layout` asks of every layer. For kernels it is made on the host, best from a layout that is still there."""

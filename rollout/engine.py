@@ -69,6 +69,8 @@ class Engine:
 
     def __init__(self, policy: Policy, config: EngineConfig | None = None) -> None:
         self.policy, self.config = policy, config or EngineConfig()
+        if policy.device.type != "cpu":
+            policy.pack()
         self.block_size = self.config.block_size or policy.block_size
         size = self.config.page_size
         longest = min(512, policy.config.max_position_embeddings)

@@ -89,3 +89,23 @@ def test_a_sequence_alone_equals_it_among_64(make_policy) -> None:
     among = together("triton", plans, invariant=True)
     together.held[0].length = plans[0].start
     assert torch.equal(alone("triton", plans[:1], invariant=True), among[:11])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_projections_are_the_same_parameters(make_policy, bias) -> None:
+    policy, other = (make_policy(torch.float32, seed=seed, **SMALL, attention_bias=bias) for seed in (0, 1))
+    layout = causal([list(range(3, 20))])
+    state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    with torch.no_grad():
+        expected, expected_other = policy(layout), other(layout)
+        close = dict(atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(policy.pack()(layout), expected, **close)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in policy.state_dict().items())
+        with using("triton"):
+            torch.testing.assert_close(policy(layout), expected, **close)
+        policy.load_state_dict(other.state_dict())
+        torch.testing.assert_close(policy(layout), expected_other, **close)
+        torch.testing.assert_close(policy.double()(layout), other.double()(layout), atol=1e-12, rtol=1e-12)
+    weight = policy.model.layers[0].self_attn.qkv_proj.q_proj.weight.requires_grad_()
+    policy.pack()(layout).sum().backward()
+    assert weight.grad is not None and weight.grad.any()
