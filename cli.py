@@ -296,6 +296,31 @@ def bench_decode(
     )
 
 
+@bench.command("gpu")
+def bench_gpu(
+    json: Annotated[Path, typer.Option("--json", metavar="PATH", help="Written as it goes, with a plot.")] = Path("gpu.json"),
+    minutes: Annotated[float, typer.Option(help="Time limit; what no longer fits is skipped, and said so.")] = 9.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The same code on a CPU, on a few numbers, through Triton's interpreter.")
+    ] = False,
+) -> None:
+    """Measure this accelerator: correctness, kernels, and decode steps of a ZAYA1-8B with random weights.
+
+    Every op against its reference on the device; bytes and FLOPs per second of each kernel as fractions of a copy and a
+    matrix product measured in the same run; seconds and tokens/s of captured steps by schedule, batch and context, with
+    acceptance forced to stated curves. Exit status 1 where a check fails. `blockroll plan --measured PATH` reads the JSON.
+
+    \b
+    Example:
+      blockroll bench gpu --json gpu.json
+      python -m blockroll.rollout.gpu_bench --json gpu.json
+    """
+    from .rollout.gpu_bench import runner
+
+    if not runner.bench_gpu(json, minutes, dry_run):
+        raise typer.Exit(1)
+
+
 @kernels.command("check")
 def kernels_check(
     target: Annotated[str, typer.Option(metavar="gfx942,gfx950,sm_90", help="Devices; all by default.")] = "",
@@ -317,6 +342,34 @@ def kernels_check(
 
     if not kernel_check.check_kernels(_words(target), _words(op), quick=quick, workers=workers, output=json):
         raise typer.Exit(1)
+
+
+@bench.command("planner")
+def bench_planner(
+    policy: PolicyOption,
+    batch: Annotated[int, typer.Option(help="Requests at the start; the batch falls from this to 1.")] = 32,
+    sampler: Annotated[
+        str, typer.Option(metavar="coupled|lossless|mixed", help="coupled: everyone makes the same tokens.")
+    ] = "coupled",
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the longest request.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
+) -> None:
+    """Measure what the planner chooses against every fixed schedule in hindsight.
+
+    A fixed list of requests that end one after another, served by each schedule in turn and by the planner: total time
+    and tokens per second of each, and per range of batches the best schedule and what the planner chose.
+
+    \b
+    Example:
+      blockroll bench planner --policy tiny-reasoner --json planner.json
+    """
+    from .rollout.bench_planner import bench_planner as measure
+
+    measure(
+        policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -118,7 +118,7 @@ def bench_decode(
 
     rows: list[dict[str, Any]] = []
     steps = len(batches) * (rounds + 1) * (len(order) + len(peers))
-    with _one_thread(), Meter("bench decode", steps) as meter:
+    with one_thread(), Meter("bench decode", steps) as meter:
         machine = describe()
         for batch in batches:
             contestants = [
@@ -154,7 +154,7 @@ def bench_decode(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One torch thread, as an engine's process has; threads that wait for each other blur every comparison."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -31,8 +31,8 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    monkeypatch.setattr(sys, "argv", ["blockroll", "bench", "decode", *map(str, arguments)])
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, command: str = "decode") -> object:
+    monkeypatch.setattr(sys, "argv", ["blockroll", "bench", command, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code
@@ -91,3 +91,28 @@ def test_bad_options(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {said}")
     assert error.count("\n") == 1
+
+
+def test_planner_against_fixed_schedules(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "planner.json"
+    options = ["--batch", 3, "--rounds", 3, "--max-tokens", 6, "--json", path]
+    assert run(monkeypatch, "--policy", policy, *options, command="planner") == 0
+    result = json.loads(path.read_text())
+    assert result["tokens_equal"] is True
+    labels = [row["schedule"] for row in result["rows"]]
+    assert {"ar", "auto", result["best"]} <= set(labels) and len(labels) == len(set(labels)) == 10
+    assert [row["seconds"] for row in result["rows"]] == sorted(row["seconds"] for row in result["rows"])
+    (planned,) = [row for row in result["rows"] if row["schedule"] == "auto"]
+    assert planned["ratio_to_best"] == result["planner_ratio"] > 0
+    assert [(part["from"], part["to"]) for part in result["by_batch"]] == [(1, 1), (2, 3)]
+    for part in result["by_batch"]:
+        assert part["best"] in labels and set(part["chosen"]) <= set(labels)
+        assert part["best_tokens_per_s"] > 0 and part["planner_tokens_per_s"] > 0
+
+
+def test_bad_options_of_the_planner_s_bench(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, said in ((["--rounds", 2], "rounds: 2 is less than 3"), (["--batch", 0], "batch: 0 is less than 1")):
+        assert run(monkeypatch, "--policy", policy, *options, command="planner") == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
