@@ -55,10 +55,14 @@ def recipes_of(directory: Path) -> tuple[list[ConversionConfig], list[str]]:
 
 
 def heldout_tasks(recipes: Sequence[ConversionConfig], count: int, seed: int) -> list[Task]:
-    """Held-out tasks of the families the policy was trained on, as difficult as those where the recipe says it of all tasks."""
-    sources = [source for source in recipes[0].data.sources if isinstance(source, Tasks)] if recipes else []
-    families = recipes[0].data.families if recipes else ()
-    return make_tasks("heldout", count, seed, families or None, sources[0].difficulty if len(sources) == 1 else None)
+    """Held-out tasks of the families the last stage was trained on, and as difficult as its only source of tasks says; at
+    their own difficulty where there are several."""
+    if not recipes:
+        return make_tasks("heldout", count, seed)
+    data = recipes[0].runs[-1].data or recipes[0].data
+    sources = [source for source in data.sources if isinstance(source, Tasks)]
+    difficulty = sources[0].difficulty if len(sources) == 1 else None
+    return make_tasks("heldout", count, seed, data.families or None, difficulty)
 
 
 def check_disjoint(

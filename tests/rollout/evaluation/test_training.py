@@ -70,6 +70,10 @@ def test_heldout_tasks_are_like_those_of_the_recipe() -> None:
     one, two = (RUN.model_copy(update={"data": Data(sources=sources)}) for sources in ((harder,), mixture))
     assert heldout_tasks([one], 4, 1) == make_tasks("heldout", 4, 1, ["gcd"], harder.difficulty)
     assert heldout_tasks([two], 4, 1) == make_tasks("heldout", 4, 1, ["gcd"])
+    # What the last stage was trained on counts, where it has data of its own.
+    last = two.stages[-1].model_copy(update={"data": one.data})
+    of_its_own = two.model_copy(update={"stages": (*two.stages[:-1], last)})
+    assert heldout_tasks([of_its_own], 4, 1) == heldout_tasks([one], 4, 1)
 
 
 def test_recipes_are_followed_to_the_first_parent(tmp_path: Path) -> None:
