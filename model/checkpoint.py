@@ -127,7 +127,10 @@ def load_policy(
                                   "use a checkpoint from before the training went wrong")  # fmt: skip
     policy = Policy(config)
     policy.load_state_dict(tensors, strict=False)
-    policy = policy.to(device=device, dtype=DTYPES[dtype])
+    # Buffers are rotary frequencies and balancing biases: half a number's digits would turn far positions by radians.
+    policy = policy.to(device=device, dtype=torch.promote_types(DTYPES[dtype], torch.float32))
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
     if any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         try:
             policy.tokenizer = AutoTokenizer.from_pretrained(directory)

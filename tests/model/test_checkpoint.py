@@ -37,3 +37,14 @@ def test_export_that_fails_half_way_leaves_the_older_policy(make_policy, tmp_pat
     assert checkpoint.read_config(path).rope_parameters == older.config.rope_parameters
     assert torch.equal(blockroll.load_policy(path).lm_head.weight, older.lm_head.weight)
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_half_precision_keeps_the_buffers_whole(make_policy, tmp_path):
+    """Rotary frequencies in bfloat16 would be off by an eighth of a per cent: radians, at far positions."""
+    policy = make_policy(dtype=torch.float32)
+    half = blockroll.load_policy(save_policy(policy, tmp_path / "policy"), "bfloat16")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for (name, mine), (_, theirs) in zip(half.named_buffers(), policy.named_buffers(), strict=True):
+        assert mine.dtype == torch.float32, name
+        if "inv_freq" in name:
+            assert torch.equal(mine, theirs), name
