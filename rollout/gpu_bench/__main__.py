@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from ...errors import BlockrollError
 from .runner import SECTIONS, bench_gpu, child
 
 
 def main() -> int:
-    """Returns the exit status: 1 where a check failed."""
+    """Returns the exit status: 1 where a check failed, 2 for what cannot be run."""
     parser = argparse.ArgumentParser(prog="blockroll.rollout.gpu_bench", description="Measure kernels and decode steps.")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="written as it goes, a plot beside it")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
@@ -22,10 +23,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.section:
         return child(options.section, options.lines, options.deadline, options.dry_run)
-    sections = tuple(name for name in SECTIONS if name in options.sections.split(","))
-    result = bench_gpu(options.json, options.minutes, options.dry_run, sections)
-    checks = result["sections"].get("correctness", {}).values()
-    return 0 if all(row.get("ok", "error" not in row) for row in checks) else 1
+    try:
+        good = bench_gpu(options.json, options.minutes, options.dry_run, tuple(options.sections.split(",")))
+    except BlockrollError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

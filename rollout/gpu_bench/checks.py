@@ -206,7 +206,8 @@ def check_cca(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         weights = module.qkv_proj.weights(module.qk_norm.temp)
         wide_pools = _wide(pools)
         arguments = x, current, delayed, weights, *rope, places
-        got, expected = cca.cca(*arguments, pools), cca.reference.cca(*_wide(arguments), wide_pools)
+        op: Any = cca
+        got, expected = op.cca(*arguments, pools), op.reference.cca(*_wide(arguments), wide_pools)
         kept, tail = (at[at >= 0].long() for at in (places.write_T, places.tail_T))
         at = kept, kept, tail, tail
         stored = [[pool[i] for pool, i in zip(each, at)] for each in (pools, wide_pools)]

@@ -43,6 +43,7 @@ def random_policy(config: ZayaConfig, dtype: torch.dtype, device: torch.device, 
     with _default_dtype(dtype), torch.device(device):
         policy = Policy(config)
     policy.initialise(torch.Generator(device).manual_seed(seed))
+    policy.pack()
     return policy.requires_grad_(False).eval()
 
 

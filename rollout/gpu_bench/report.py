@@ -57,7 +57,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
 def _with_fractions(row: dict[str, Any], ceilings: Mapping[str, float]) -> dict[str, Any]:
     if "parts" in row:
         return row | {"parts": {name: _with_fractions(part, ceilings) for name, part in row["parts"].items()}}
-    if not row.get("seconds"):
+    if not isinstance(row.get("seconds"), float):
         return row
     row = row | {"bytes_per_s": row["bytes"] / row["seconds"], "flops_per_s": row["flops"] / row["seconds"]}
     if "copy_bytes_per_s" in ceilings:
@@ -81,7 +81,7 @@ def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) 
     if {"copy_bytes_per_s", "matmul_flops_per_s"} <= ceilings.keys():
         copies, products = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
         rates = Rates(products, copies, products, copies)
-    measured = [row for row in steps.values() if "seconds" in row]
+    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float)]
     ar = {(row["batch"], row["context"]): row["seconds"] for row in measured if row["kind"] == "ar"}
     rows = []
     for row in measured:
@@ -124,9 +124,8 @@ def _columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def text(result: Mapping[str, Any]) -> str:
-    """The tables to print."""
-    made = summarise(result)
+def text(made: Mapping[str, Any]) -> str:
+    """The tables of a summary, to print."""
     machine, ceilings, sections = made["machine"], made["ceilings"], made["sections"]
     parts = [f"{machine.get('device', 'no device')}, {machine.get('versions', {})}", NOTE]
     if ceilings:
@@ -141,7 +140,7 @@ def text(result: Mapping[str, Any]) -> str:
     timed = []
     for name, row in sections.get("kernels", {}).items():
         for part, each in row.get("parts", {"": row}).items():
-            if "seconds" in each:
+            if isinstance(each.get("seconds"), float):
                 timed.append((
                     f"{name} {part}".strip(), f"{each['seconds'] * 1e6:.1f}", f"{each.get('of_copy', 0):.2f}",
                     f"{each.get('of_matmul', 0):.2f}",
@@ -167,9 +166,8 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *failed])
 
 
-def write_plot(result: Mapping[str, Any], path: Path) -> bool:
+def write_plot(made: Mapping[str, Any], path: Path) -> bool:
     """Tokens per second by batch, one panel per context, and attention's fractions; False without matplotlib or rows."""
-    made = summarise(result)
     contexts = sorted({row["context"] for row in made["decode"]})
     kernels = made["sections"].get("kernels", {}).values()
     attention = [row for row in kernels if row.get("kind") == "attention" and "of_copy" in row]

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...errors import InvalidInput
 from ...files import append_jsonl, write_json
 from .report import summarise, text, write_plot
 
@@ -31,6 +32,8 @@ _SHARE = {"ceilings": 0.15, "correctness": 0.35, "kernels": 0.6, "steps": 1.0}
 """When a section must have ended, as a share of the whole time."""
 _ITEM_SECONDS = 100.0
 """Most seconds of one item, compilation included."""
+_START_SECONDS = 120.0
+"""Most seconds until a child announces its first item."""
 _CLOSING_SECONDS = 5.0
 _LOST = 3
 """Exit status of a child whose device is lost."""
@@ -123,13 +126,21 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS) -> dict[str, Any]:
-    """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns what it wrote.
+def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS) -> bool:
+    """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks hold.
 
     Args:
         minutes: of the clock, start and compilation included.
         dry: the same code on a CPU through Triton's interpreter, on a few numbers.
+    Raises:
+        InvalidInput: no accelerator, or an unknown section.
     """
+    import torch
+
+    if unknown := set(sections) - set(SECTIONS):
+        raise InvalidInput("sections", f"unknown section {min(unknown)!r}", f"use {', '.join(SECTIONS)}")
+    if not dry and not torch.cuda.is_available():
+        raise InvalidInput("device", "torch sees no accelerator here", "run it on one, or give --dry-run")
     start = time.time()
     result: dict[str, Any] = {"machine": {}, "minutes": minutes, "sections": {}}
     for section in sections:
@@ -142,10 +153,11 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
             _collect(result, section, path, output)
             path.unlink(missing_ok=True)
     result["seconds"] = time.time() - start
-    write_json(output, summarise(result))
-    print(text(result), flush=True)
-    write_plot(result, output.with_suffix(".png"))
-    return result
+    made = _write(result, output)
+    if "summary_error" not in made:
+        print(text(made), flush=True)
+        write_plot(made, output.with_suffix(".png"))
+    return all(row.get("ok", "skipped" in row) for row in result["sections"].get("correctness", {}).values())
 
 
 def _section(section: str, path: Path, deadline: float, dry: bool, collect: Callable[[], None]) -> None:
@@ -177,7 +189,8 @@ def _section(section: str, path: Path, deadline: float, dry: bool, collect: Call
 
 def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collect: Callable[[], None]) -> str:
     """Wait for its end, with one; why it was ended, or nothing."""
-    seen, since = -1, time.time()
+    before = seen = len(_lines(path))
+    since = time.time()
     while process.poll() is None:
         time.sleep(0.2)
         count = len(_lines(path))
@@ -185,10 +198,11 @@ def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collec
             seen, since = count, time.time()
             collect()
         late = time.time() > deadline + _CLOSING_SECONDS / 2
-        if late or time.time() - since > _ITEM_SECONDS:
+        limit = _ITEM_SECONDS if count > before else _START_SECONDS
+        if late or time.time() - since > limit:
             process.kill()
             process.wait()
-            return "the time of its section was over" if late else f"took more than {_ITEM_SECONDS:.0f} s"
+            return "the time of its section was over" if late else f"took more than {limit:.0f} s"
     return ""
 
 
@@ -203,4 +217,14 @@ def _collect(result: dict[str, Any], section: str, path: Path, output: Path) -> 
         elif "row" in line:
             found[line["item"]] = line["row"]
     result["sections"][section] = found
-    write_json(output, summarise(result))
+    _write(result, output)
+
+
+def _write(result: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The summary as JSON; what was measured must not be lost to a fault in it."""
+    try:
+        made = summarise(result)
+    except Exception:
+        made = {**result, "summary_error": traceback.format_exc()}
+    write_json(output, made)
+    return made
