@@ -151,7 +151,7 @@ class Commands:
     def finish(self, name: str, kind: str) -> Path:
         """The folder of a conversion that ended well."""
         process = self.start(name, kind)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
         return self.folder / name
 
@@ -213,7 +213,7 @@ def test_torchrun_ends_when_a_rank_is_killed_and_goes_on(commands: Commands, und
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_ray_equals_torchrun_and_goes_on_after_a_lost_worker(commands: Commands, under_torchrun: Path) -> None:
     assert curve(commands.finish("ray", "ray")) == curve(under_torchrun)
     status, errors = commands.kill_a_rank("ray-killed", "ray", "RayTrainWorker")
