@@ -21,8 +21,8 @@ from transformers import ZayaConfig
 from ..model.conversion.budget import size
 from .schedule import Schedule
 
-KERNELS_PER_LAYER = 15
-"""Launches of one layer in a decode step: norms, projections, CCA, attention and its combination, router, experts."""
+KERNELS_PER_LAYER = 13
+"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 3, router 2, experts 3."""
 
 
 @dataclass(frozen=True)

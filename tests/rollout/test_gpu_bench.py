@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ pytest.importorskip("triton")
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.dispatch import using
+from blockroll.kernels.launch import record
+from blockroll.model.policy import Policy
 from blockroll.rollout.gpu_bench import checks, runner
 from blockroll.rollout.gpu_bench.kernels import KernelBench
+from blockroll.rollout.gpu_bench.parts import DecodeStep, FilledCache
 from blockroll.rollout.gpu_bench.report import summarise, text, write_plot
 from blockroll.rollout.gpu_bench.sizes import DEVICE, DRY
 from blockroll.rollout.gpu_bench.steps import StepBench
+from blockroll.rollout.schedule import Schedule
 
 CPU = torch.device("cpu")
 
@@ -72,6 +77,24 @@ def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -
     assert names[0] == "ar 16 at 2048" and len(names) == 60
     assert [name.partition(" ")[0].partition("(")[0] for name in names[:3]] == ["ar", "fused", "two_pass"]
     assert DEVICE.zaya.num_hidden_layers == 40 and DEVICE.zaya.vocab_size == 262272
+
+
+@pytest.mark.parametrize("schedule", DEVICE.schedules, ids=lambda schedule: schedule.label)
+def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
+    """On `meta` tensors there is nothing to ask for: what reads a value back fails. So the step can be captured."""
+    config = {**DEVICE.config, "num_hidden_layers": 1, "layer_types": ["hybrid"]}
+    with torch.inference_mode(), using("triton"):
+        with torch.device("meta"):
+            policy = Policy(replace(DEVICE, config=config).zaya).to(DEVICE.dtype).requires_grad_(False)
+        policy.pack()
+        filled = FilledCache(policy, 64 * 16384, 64, DEVICE.page_size, policy.block_size + 1)
+        with record("sm_90") as launches:
+            step = DecodeStep(policy, filled, schedule, 32, 16384)
+            prepared = len(launches)
+            step.run()
+    kernels = [launch.kernel.__name__ for launch in launches[prepared:]]
+    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(step.passes)
+    assert len(kernels) >= 10
 
 
 def made_up() -> dict[str, Any]:
