@@ -91,11 +91,11 @@ def test_shipped_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     # Without the recipe: to draw millions of tokens again takes a minute, and that is not the point here.
     shutil.copytree(SHIPPED / "tiny-reasoner", tmp_path / "policy", ignore=shutil.ignore_patterns("recipe.yaml"))
     path = tmp_path / "eval.json"
-    options = ["--tasks", 10, "--samples", 1, "--samplers", "lossless", "--temperatures", "1.0", "--block-sizes", 16]
+    options = ["--tasks", 6, "--samples", 1, "--samplers", "lossless", "--temperatures", "1.0", "--block-sizes", 16]
     assert run(monkeypatch, tmp_path / "policy", *options, "--json", path) == 0
     figures = json.loads(path.read_text())
     assert figures["tokens_per_forward"]["lossless"]["1.0"] > 2
-    assert figures["batch_1"]["equal_samples"] >= 9
+    assert figures["batch_1"]["equal_samples"] >= 5
     assert 0 < figures["ar_entropy"]["1.0"] < 1
     assert "no recipe.yaml" in figures["disjoint"]["not_compared"][0]
     assert "Not compared: no recipe.yaml" in capsys.readouterr().out

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.model.checkpoint import load_policy
+from blockroll.model.tasks import make_tasks
 from blockroll.rollout.engine import Engine, EngineConfig
-from blockroll.rollout.evaluation import places
+from blockroll.rollout.evaluation import evaluate, places
 from blockroll.rollout.schedule import Schedule
-from blockroll.rollout.types import RolloutRequest, SamplingParams
+from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
 
 PROMPTS = [(5, 6, 4), (3,)]
 
@@ -68,3 +70,14 @@ def test_greedy_counts_equal_tokens(make_policy, monkeypatch, markov: bool) -> N
     for slot, (value, _) in enumerate(places.acceptance_at_places(policy, texts, [8], 0.0)[8]):
         reached = [a for a in accepted if a >= slot]
         assert value == pytest.approx(np.mean([a > slot for a in reached]) if reached else 0.0)
+
+
+@pytest.mark.slow
+def test_no_slot_of_the_shipped_policy_falls_off_a_cliff() -> None:
+    policy = load_policy("tiny-reasoner")
+    texts: list[Trajectory] = []
+    evaluate(policy, make_tasks("heldout", 300), sampler="ar", schedule=Schedule("ar"), batch=32, on_finish=texts.append)
+    slots = places.acceptance_at_places(policy, texts, [4, 8, 16, 32], 1.0)
+    for size, most in ((8, 0.05), (4, 0.15), (32, 0.15)):
+        for (own, _), (usual, _) in zip(slots[size], slots[16], strict=False):
+            assert abs(own / usual - 1) < most
