@@ -49,15 +49,16 @@ def _target(
     return scaled_of(p_at, v, temperature, V, -1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _chunk_kernel(
     p_SRV, q_SMV, temperature_S, mix_S, count_S, top_C, total_C, p_top_C, p_total_C, p_s_stride, p_r_stride, q_s_stride,
-    q_r_stride, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr,
+    q_r_stride, R, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr,
     MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * R, C)."""
     row, chunk = tl.program_id(0), tl.program_id(1)
-    s, r = row // R, row % R
+    s = row // R
+    r = row - s * R
     count = tl.load(count_S + s)
     if r > count:
         return
@@ -79,15 +80,16 @@ def _chunk_kernel(
         tl.store(total_C + at, tl.sum(tl.exp(x - finite(top)).to(tl.float64), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _accept_kernel(
     p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, mix_S, count_S, seed_S, anchor_S, top_C, total_C, p_top_C,
     p_total_C, lse_SR, p_lse_SR, logprob_SR, behavior_SR, pass_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
-    R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
+    R, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * R): normalisers of a row, and whether its draft passes u q(d) < p(d)."""
     row = tl.program_id(0)
-    s, r = row // R, row % R
+    s = row // R
+    r = row - s * R
     count = tl.load(count_S + s)
     tl.store(pass_SR + row, 0)
     if r > count:
@@ -117,7 +119,7 @@ def _accept_kernel(
 
 
 @triton.jit
-def _leading(pass_SR, count, s, R: tl.constexpr, ROWS: tl.constexpr):
+def _leading(pass_SR, count, s, R, ROWS: tl.constexpr):
     """How many leading drafts passed."""
     r = tl.arange(0, ROWS)
     passed = tl.load(pass_SR + s * R + r, r < R, 0)
@@ -127,7 +129,7 @@ def _leading(pass_SR, count, s, R: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _row_chunk(
     p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, lse_SR, s, a, chunk, drafted, p_s_stride, p_r_stride, q_s_stride,
-    q_r_stride, R: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
+    q_r_stride, R, V: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """float32 (target, max(target - q, 0)) of one chunk of the row after a accepted drafts."""
     temperature, _ = temperature_of(temperature_S, s)
@@ -149,10 +151,10 @@ def _row_chunk(
     return p, residual
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _mass_kernel(
     p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, count_S, lse_SR, pass_SR, p_mass_C, mass_C, p_s_stride, p_r_stride,
-    q_s_stride, q_r_stride, R: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    q_s_stride, q_r_stride, R, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, C)."""
@@ -167,11 +169,11 @@ def _mass_kernel(
     tl.store(mass_C + s * C + chunk, tl.sum(residual.to(tl.float64), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _verdict_kernel(
     p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, mix_S, count_S, seed_S, anchor_S, lse_SR, p_lse_SR, pass_SR,
     p_mass_C, mass_C, accepted_S, token_SR, logprob_SR, behavior_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
-    R: tl.constexpr, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    R, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S)."""

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch
-from ..philox.triton import gumbel_of, uniform_of
+from ..philox.triton import gumbel_of, rough_gumbel_of, uniform_of
 from .reference import Purpose, Sampled
 
 LARGEST_CHUNK = 4096
@@ -37,7 +37,7 @@ def scaled_of(row_at, v, temperature, V: tl.constexpr, EXCLUDED: tl.constexpr):
 
 
 @triton.jit
-def row_at(logits_SRV, row, s_stride, r_stride, R: tl.constexpr):
+def row_at(logits_SRV, row, s_stride, r_stride, R):
     """Where row `row` of S * R begins."""
     return logits_SRV + (row // R).to(tl.int64) * s_stride + (row % R).to(tl.int64) * r_stride
 
@@ -79,9 +79,9 @@ def find(weight, target, fallback):
     return index, tl.sum(tl.where(i < index, weight, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _chunk_kernel(
-    logits_SRV, temperature_S, seed_S, position_S, top_C, total_C, score_C, best_C, s_stride, r_stride, R: tl.constexpr,
+    logits_SRV, temperature_S, seed_S, position_S, top_C, total_C, score_C, best_C, s_stride, r_stride, R,
     V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, PURPOSE: tl.constexpr,
     NOISE: tl.constexpr,
 ):  # fmt: skip
@@ -96,17 +96,29 @@ def _chunk_kernel(
     tl.store(top_C + at, top)
     tl.store(total_C + at, tl.sum(tl.exp(x - finite(top)).to(tl.float64), 0))
     if NOISE:
+        best, score = tl.argmax(x, 0), top
         if drawn:
-            position = tl.load(position_S + s) + row % R
-            x += gumbel_of(tl.load(seed_S + s), position, PURPOSE, chunk * CHUNK, CHUNK).to(tl.float32)
-        tl.store(score_C + at, tl.max(x, 0))
-        tl.store(best_C + at, chunk * CHUNK + tl.argmax(x, 0))
+            seed, position = tl.load(seed_S + s), tl.load(position_S + s) + row % R
+            rough = x + rough_gumbel_of(seed, position, PURPOSE, chunk * CHUNK, CHUNK)
+            best, score = tl.argmax(rough, 0), tl.max(rough, 0)
+            # All but one token cannot win, unless another comes within what the rough noise and its sum may be off.
+            margin = 1e-4 + 1e-6 * tl.abs(score)
+            if tl.sum((rough >= score - margin).to(tl.int32), 0) == 1:
+                x_best = tl.sum(tl.where(v == chunk * CHUNK + best, x, 0.0), 0)
+                lane = tl.arange(0, 4)
+                noise = gumbel_of(seed, position, PURPOSE, chunk * CHUNK + best // 4 * 4, 4)
+                score = x_best + tl.sum(tl.where(lane == best % 4, noise, 0.0), 0).to(tl.float32)
+            else:
+                x += gumbel_of(seed, position, PURPOSE, chunk * CHUNK, CHUNK).to(tl.float32)
+                best, score = tl.argmax(x, 0), tl.max(x, 0)
+        tl.store(score_C + at, score)
+        tl.store(best_C + at, chunk * CHUNK + best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _gumbel_kernel(
     logits_SRV, temperature_S, top_C, total_C, score_C, best_C, token_SR, logprob_SR, lse_SR, s_stride, r_stride,
-    R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+    R, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * R): the best of the chunks' best."""
     row = tl.program_id(0)
@@ -122,10 +134,10 @@ def _gumbel_kernel(
     tl.store(lse_SR + row, lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _cdf_kernel(
     logits_SRV, temperature_S, seed_S, position_S, top_C, total_C, token_SR, logprob_SR, lse_SR, s_stride, r_stride,
-    R: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+    R, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     EXCLUDED: tl.constexpr, PURPOSE: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * R): the chunk that the uniform number falls into, then the token in it."""

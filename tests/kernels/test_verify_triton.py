@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.philox import Purpose
+from blockroll.kernels.philox.reference import gumbel
 from blockroll.kernels.verify import count_matching, reference, sample_cdf, sample_gumbel, verify_rejection
 from blockroll.rollout.sampler import Drafts, SamplerRows, draft, verify
 from blockroll.rollout.types import SamplingParams
@@ -70,6 +71,15 @@ def test_ties_go_to_the_lower_token_also_across_chunks() -> None:
     logits[..., [4100, 4200, 8500]] = 3.0
     seed, position = keys(1)
     assert sample_gumbel(logits, torch.zeros(1), seed, position).token_SR.item() == 4100
+
+
+def test_tokens_too_close_for_rough_noise_are_told_apart() -> None:
+    seed, position = keys(3)
+    noise = gumbel(seed[:, None], position[:, None] + torch.arange(2), 5000, Purpose.NOISE)
+    logits = 1e-6 * normal(3, 2, 5000) - noise
+    logits[0] *= 300  # larger numbers are rounded more coarsely
+    temperature = torch.tensor([300.0, 1.0, 1.0])
+    same(sample_gumbel(logits, temperature, seed, position), reference.sample_gumbel(logits, temperature, seed, position))
 
 
 def test_minus_infinity_is_never_drawn_and_whole_chunks_of_it_do_no_harm() -> None:
