@@ -14,7 +14,9 @@ prints the table of ARCHITECTURE.md. Legend: rows of a pack are clean and mask r
 
 from __future__ import annotations
 
+import json
 from dataclasses import astuple, dataclass
+from functools import lru_cache
 
 import torch
 from transformers import ZayaConfig
@@ -101,6 +103,12 @@ class Memory:
 
 def size(config: ZayaConfig) -> Size:
     """Counted on the network, without its weights."""
+    return _size(config.to_json_string())
+
+
+@lru_cache(maxsize=4)
+def _size(config_json: str) -> Size:
+    config = ZayaConfig(**json.loads(config_json))
     with torch.device("meta"):
         policy = Policy(config)
     layers = policy.model.layers

@@ -120,6 +120,7 @@ def test_stages_are_skipped_and_repeated(tmp_path: Path) -> None:
         recipe(tmp_path, dict(STAGES[0], repeat=2), dict(STAGES[0], name="ar-2"))
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on_bit_for_bit(uninterrupted: Path, tmp_path: Path) -> None:
     """kill -9, no exception to clean up after."""
     path = tmp_path / "recipe.json"
