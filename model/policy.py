@@ -74,8 +74,14 @@ class Layer(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         state: SequenceState | None,
         routing: Routing | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        attended_TD = self.self_attn(self.input_layernorm(residual_TD), plan, rope, state)
+        normed_TD: torch.Tensor | None = None,
+        after: RMSNorm | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the residual stream and the router state, and the stream normed by `after`, the norm that follows this
+        layer: in one pass with the residual. `normed_TD` is that of the layer below; None where `after` is."""
+        if normed_TD is None:
+            normed_TD = self.input_layernorm(residual_TD)
+        attended_TD = self.self_attn(normed_TD, plan, rope, state)
         norm = self.post_attention_layernorm
         residual_TD, normed_TD = scale_residual_norm(
             attended_TD, residual_TD, *self.post_attention_residual_scale.scales, norm.weight, norm.eps
@@ -84,7 +90,11 @@ class Layer(nn.Module):
         if routing is not None:
             routing.expert_LT.append(expert_T)
             routing.probs_LTE.append(probs_TE)
-        return self.post_mlp_residual_scale(mixed_TD, residual_TD), router_TP
+        scale = self.post_mlp_residual_scale
+        if after is None:
+            return scale(mixed_TD, residual_TD), router_TP, None
+        residual_TD, normed_TD = scale_residual_norm(mixed_TD, residual_TD, *scale.scales, after.weight, after.eps)
+        return residual_TD, router_TP, normed_TD
 
 
 class Trunk(nn.Module):
@@ -210,11 +220,19 @@ class Policy(nn.Module):
         ropes = {kind: tuple(x[0] for x in trunk.rotary_emb(hidden_TD, layout.position_T[None], kind))
                  for kind in self.windows}
         residual_TD = hidden_TD.to(torch.promote_types(self.dtype, torch.float32))
-        router_TP = None
-        for kind, layer in zip(self.config.layer_types, trunk.layers, strict=True):
-            inputs = residual_TD, router_TP, plan, ropes[kind], state, routing
-            residual_TD, router_TP = recomputed(layer, *inputs) if self.recompute_layers else layer(*inputs)
-        return trunk.norm(residual_TD)
+        router_TP = normed_TD = None
+        for kind, layer, after in zip(self.config.layer_types, trunk.layers, self._norms_after(plan), strict=True):
+            inputs = residual_TD, router_TP, plan, ropes[kind], state, routing, normed_TD, after
+            residual_TD, router_TP, normed_TD = recomputed(layer, *inputs) if self.recompute_layers else layer(*inputs)
+        return trunk.norm(residual_TD) if normed_TD is None else normed_TD
+
+    def _norms_after(self, plan: Plan | PagedPlan) -> list[RMSNorm | None]:
+        """The norm after each layer, where kernels take it in with the layer's residual. Elsewhere each layer norms its own
+        input: a norm of another layer may lie in another shard."""
+        if not isinstance(plan, PagedPlan):
+            return [None] * len(self.model.layers)
+        layers = [layer for layer in self.model.layers if isinstance(layer, Layer)]
+        return [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head."""
