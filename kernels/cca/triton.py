@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import batch_invariant, using
+from ..experts.tiles import pipeline
 from ..launch import Case, Shape, architecture, launch
 from .places import Places, Pools
 from .reference import CCAWeights
@@ -209,8 +210,11 @@ def _tail_kernel(
 
 
 def _tile(rows: int, size: int) -> tuple[int, int]:
-    """(rows of a tile, channels summed at once). 64 channels at once spill: with 64 rows on gfx942, with 16 on sm_90."""
-    return 64 if rows > 512 or batch_invariant() else 16, min(32, max(16, triton.next_power_of_2(size)))
+    """(rows of a tile, channels summed at once). 64 channels at once spill: with 64 rows on gfx942, with 16 on sm_90; there
+    32 with 16 rows keep 8 bytes on the stack, with one Triton or another."""
+    m = 64 if rows > 512 or batch_invariant() else 16
+    most = 16 if m == 16 and architecture().startswith("sm_") else 32
+    return m, min(most, max(16, triton.next_power_of_2(size)))
 
 
 def cca(
@@ -240,7 +244,7 @@ def cca(
     )
     width = max(16, triton.next_power_of_2(w))
     launch(
-        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=4, stages=2, dot_rows=m,
+        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=4, stages=pipeline(3), dot_rows=m,
         current_TW=current_TW, source_TA=places.source_TA, write_T=places.write_T, k_pool=k_pool, v_pool=v_pool,
         depthwise_CJ=weights.depthwise_weight, depthwise_bias_C=weights.depthwise_bias,
         grouped_COI=weights.grouped_weight, grouped_bias_C=weights.grouped_bias, temperature_G=weights.temperature_G,
