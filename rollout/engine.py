@@ -156,6 +156,7 @@ class Engine:
             in_flight: `keep` goes on with the old K/V, `recompute` prefills running samples again under the new weights.
         """
         self.policy.load_state_dict(dict(tensors), strict=False)
+        self.steps.take_weights()
         self.version = version
         self.scheduler.forget_prompts()
         if in_flight == "recompute":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..model.layout import DecodeRows, decode
+from ..model.packed import PackedForward
 from ..model.policy import Policy, Routing
 from .cache import PagedCache
 from .drafts import Drafts, SamplerRows, Verdict
@@ -49,6 +50,11 @@ class StepRunner:
         self.policy, self.cache, self.block_size = policy, cache, block_size
         self._rows_of: list[Sample] = []
         self._rows: SamplerRows | None = None
+        self.take_weights()
+
+    def take_weights(self) -> None:
+        """To be called when the policy's weights have changed."""
+        self._network = PackedForward(self.policy) if PackedForward.serves(self.policy) else self.policy
 
     def run(self, schedule: Schedule, step: Step) -> Verdict | None:
         """The verdict on the decoding samples, in the step's order; None when there are none.
@@ -167,7 +173,7 @@ class StepRunner:
         wanted = [s for s, (sample, _) in enumerate(step) if sample.experts is not None]
         routing = Routing([], []) if wanted else None
         held = [sample.held for sample, _ in step if sample.held is not None]
-        hidden_TD = self.policy(layout, self.cache.view(held, layout), routing)
+        hidden_TD = self._network(layout, self.cache.view(held, layout), routing)
         counts = np.array([len(p.clean) + len(p.proposals) * p.block_length for p in plans])
         first_S = np.cumsum(counts) - counts
         if routing is not None:

@@ -1,0 +1,303 @@
+"""The network of `Policy.forward` with its weights folded for decoding on a CPU, where a small step is paid by the operation.
+
+Folded once, from the policy's own parameters: norms' weights and sizes into the matrices after them, the two convolutions
+into one over all ancestors, the means of queries and keys into the projection, residual scales and biases into the matrices
+before them. Few rows go through all experts at once, as one pair of products, which is cheaper than to sort them.
+
+Invariants:
+- Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
+- The weights are copies: after the policy's change, make a new one.
+
+Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.functional import linear
+
+from ..kernels.attention import attend
+from ..kernels.dispatch import takes_triton
+from ..kernels.experts.reference import route_top1
+from .cca import Padded, Plan, Projection
+from .layout import TokenLayout
+from .policy import Layer, Policy, Routing
+from .state import SequenceState
+
+MOST_PARAMETERS = 2**26
+"""A larger policy is not paid by the operation, and its copy would weigh."""
+_ALL_EXPERTS_ROWS = 8
+_LEAST_LENGTH = torch.finfo(torch.float32).eps
+
+Angles = tuple[torch.Tensor, torch.Tensor, int]
+
+
+@dataclass
+class _Layer:
+    """One layer, folded. Matrices are [out, in], as `linear` takes them."""
+
+    kind: str
+    in_floor: torch.Tensor
+    projection: torch.Tensor  # q and k, delayed value, current value, then q and k with their means
+    projection_bias: torch.Tensor | None
+    before_W: torch.Tensor  # delayed value before the document
+    convolution_N_AE_O: torch.Tensor
+    convolution_bias_N1O: torch.Tensor
+    temperature_N1: torch.Tensor
+    output: torch.Tensor
+    output_bias: torch.Tensor
+    attention_residual_D: torch.Tensor
+    post_floor: torch.Tensor
+    router_down: torch.Tensor
+    router_down_bias: torch.Tensor
+    router_scale: torch.Tensor | None
+    router_floor: torch.Tensor
+    fc1: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2: torch.Tensor
+    fc2_bias: torch.Tensor
+    router_out: torch.Tensor
+    balance_C: torch.Tensor
+    gate_up_E2FD: torch.Tensor
+    down_EDF: torch.Tensor
+    down_all: torch.Tensor  # [D, E * F]
+    mlp_bias: torch.Tensor
+    mlp_residual_D: torch.Tensor
+
+
+class PackedForward:
+    """Callable as `Policy.forward` is, over a cache."""
+
+    def __init__(self, policy: Policy) -> None:
+        with torch.inference_mode():
+            config, trunk = policy.config, policy.model
+            self._policy = policy
+            self._heads, self._kv_heads, self._size = (
+                config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+            )  # fmt: skip
+            self._scale = self._size**-0.5
+            self._embedded_VD = (
+                trunk.embed_tokens.weight + trunk.input_hidden_states_bias
+            ) * trunk.input_hidden_states_scale
+            self._layers = [_fold(layer) for layer in _layers(policy)]
+            size = config.hidden_size
+            self._norm, self._norm_floor = trunk.norm.weight * size**0.5, _floor(size, trunk.norm.eps)
+            self._rope: dict[str, Angles] = {}
+
+    @staticmethod
+    def serves(policy: Policy) -> bool:
+        """Whether this policy decodes so."""
+        return (
+            policy.device.type == "cpu"
+            and not takes_triton(policy.model.embed_tokens.weight)
+            and policy.dtype == torch.float32
+            and policy.config.hidden_act == "silu"
+            and sum(parameter.numel() for parameter in policy.parameters()) <= MOST_PARAMETERS
+        )
+
+    def __call__(
+        self, layout: TokenLayout, state: SequenceState, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """Final hidden states, hidden_TD, of every row."""
+        plan = Plan.of(layout, self._policy.hops, state.longest, self._policy.windows)
+        assert plan.padded is not None
+        residual_TD = self._embedded_VD.index_select(0, layout.token_T)
+        ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
+        # No padding; and then one row each, whose ancestors are all in the tail.
+        flat = plan.padded.row_SR.numel() == layout.rows
+        single = layout.rows == layout.sequences and int(layout.start_S.min()) >= plan.hops
+        router_TP: torch.Tensor | None = None
+        for number, layer in enumerate(self._layers):
+            attended = self._attend(number, layer, residual_TD, plan, plan.padded, flat, single, ropes[layer.kind], state)
+            residual_TD = torch.addcmul(attended, residual_TD, layer.attention_residual_D)
+            residual_TD, router_TP = self._mix(layer, residual_TD, router_TP, routing)
+        return _unit(residual_TD, self._norm_floor) * self._norm
+
+    def _attend(
+        self, number: int, layer: _Layer, residual_TD: torch.Tensor, plan: Plan, padded: Padded, flat: bool, single: bool,
+        rope: Angles, state: SequenceState,
+    ) -> torch.Tensor:  # fmt: skip
+        """Attention's output, scaled and with all biases, to which the scaled residual is added."""
+        size, heads, kv_heads = self._size, self._heads, self._kv_heads
+        channels, width = (heads + kv_heads) * size, kv_heads * size // 2
+        normed_TD = _unit(residual_TD, layer.in_floor)
+        projected = linear(normed_TD, layer.projection, layer.projection_bias)
+        x_TC, delayed_TW, current_TW, means_TC = projected.split([channels, width, width, channels], dim=-1)
+        tail_SHC, tail_SW = state.read_tail(number)
+        ancestors = plan.hops + 1
+        if single:
+            x_TAC, previous_TW = torch.cat([x_TC[:, None], tail_SHC], dim=1), tail_SW
+        else:
+            x_NC = torch.cat([x_TC.new_zeros(1, channels), tail_SHC.flatten(0, 1), x_TC])
+            x_TAC = x_NC.index_select(0, plan.ancestor_TA.flatten())
+            before_NW = torch.cat([layer.before_W, tail_SW.repeat_interleave(plan.hops, dim=0), delayed_TW])
+            previous_TW = before_NW.index_select(0, plan.ancestor_TA[:, 1])
+        x_NTE = x_TAC.view(-1, ancestors, heads + kv_heads, size).permute(2, 0, 1, 3)
+        x_NTE = x_NTE.reshape(heads + kv_heads, -1, ancestors * size)
+        mixed_NTO = torch.baddbmm(layer.convolution_bias_N1O, x_NTE, layer.convolution_N_AE_O)
+        qk_TNO = mixed_NTO.transpose(0, 1) + means_TC.view(-1, heads + kv_heads, size)
+        length_TN1 = torch.linalg.vector_norm(qk_TNO, dim=-1, keepdim=True).clamp_(min=_LEAST_LENGTH)
+        qk_TNO = _rotate(qk_TNO * (layer.temperature_N1 / length_TN1), rope)
+        q_THD, k_TGD = qk_TNO[:, :heads], qk_TNO[:, heads:]
+        v_TGD = torch.cat([current_TW, previous_TW], dim=-1).view(-1, kv_heads, size)
+
+        shape = padded.row_SR.shape
+        if flat:
+            q_SRHD, k_SRGD, v_SRGD = (y.unflatten(0, shape) for y in (q_THD, k_TGD, v_TGD))
+        else:
+            rows = padded.row_SR.flatten()
+            q_SRHD, k_SRGD, v_SRGD = (y.index_select(0, rows).unflatten(0, shape) for y in (q_THD, k_TGD, v_TGD))
+        past_k, past_v = state.read(number)
+        keys, values = torch.cat([past_k, k_SRGD], dim=1), torch.cat([past_v, v_SRGD], dim=1)
+        state.write(number, k_TGD, v_TGD, x_TC, delayed_TW)
+        out = attend(q_SRHD, keys, values, padded.bias(layer.kind, q_THD.dtype), self._scale).flatten(2).flatten(0, 1)
+        if not flat:
+            out = out.index_select(0, padded.place_T)
+        return linear(out, layer.output, layer.output_bias)
+
+    def _mix(
+        self, layer: _Layer, residual_TD: torch.Tensor, router_TP: torch.Tensor | None, routing: Routing | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Router and experts: the next residual and router state."""
+        normed_TD = _unit(residual_TD, layer.post_floor)
+        state_TP = linear(normed_TD, layer.router_down, layer.router_down_bias)
+        if router_TP is not None and layer.router_scale is not None:
+            state_TP = torch.addcmul(state_TP, router_TP, layer.router_scale)
+        hidden = _unit(state_TP, layer.router_floor)
+        hidden = F.gelu(linear(hidden, layer.fc1, layer.fc1_bias))
+        hidden = F.gelu(linear(hidden, layer.fc2, layer.fc2_bias))
+        probs_TC = linear(hidden, layer.router_out).softmax(dim=-1)
+        expert_T1 = (probs_TC + layer.balance_C).argmax(dim=-1, keepdim=True)
+        weight_T1 = probs_TC.gather(1, expert_T1)
+        if routing is not None:
+            routing.expert_LT.append(expert_T1[:, 0])
+            routing.probs_LTE.append(probs_TC)
+        if len(normed_TD) <= _ALL_EXPERTS_ROWS:
+            experts, width, _ = layer.gate_up_E2FD.shape
+            share_TE1 = torch.zeros_like(probs_TC).scatter_(1, expert_T1, weight_T1)[:, :experts, None]
+            gate, up = linear(normed_TD, layer.gate_up_E2FD.flatten(0, 1)).view(-1, experts, width).chunk(2, dim=-1)
+            inner = (F.silu(gate) * up * share_TE1).flatten(1)
+            mixed_TD = linear(inner, layer.down_all, layer.mlp_bias)
+        else:
+            mixed_TD = route_top1(normed_TD, expert_T1[:, 0], weight_T1[:, 0], layer.gate_up_E2FD, layer.down_EDF)
+            mixed_TD += layer.mlp_bias
+        return torch.addcmul(mixed_TD, residual_TD, layer.mlp_residual_D), state_TP
+
+    def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
+        """cos_T1D and sin_T1D over whole heads, and half the features that turn: 1 and 0 where nothing turns, and the sign
+        of the rotated half in the sine."""
+        longest = int(position_T.max()) + 1
+        known = self._rope.get(kind)
+        if known is None or len(known[0]) < longest:
+            line = torch.arange(2 ** (longest - 1).bit_length())[None]
+            cos, sin = (x[0] for x in self._policy.model.rotary_emb(torch.zeros(1), line, kind))
+            rest, half = self._size - cos.shape[-1], cos.shape[-1] // 2
+            known = self._rope[kind] = (
+                F.pad(cos, (0, rest), value=1.0)[:, None],
+                F.pad(torch.cat([-sin[:, :half], sin[:, half:]], dim=-1), (0, rest))[:, None],
+                half,
+            )
+        return known[0].index_select(0, position_T), known[1].index_select(0, position_T), known[2]
+
+
+def _floor(size: int, eps: float) -> torch.Tensor:
+    return torch.tensor((size * eps) ** 0.5)
+
+
+def _unit(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(sum x^2 + floor^2): RMS norm but for its weight and the square root of its size, in three operations."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+
+
+def _rotate(x_TNO: torch.Tensor, angles: Angles) -> torch.Tensor:
+    cos_T1O, sin_T1O, half = angles
+    left, right, kept = x_TNO.split([half, half, x_TNO.shape[-1] - 2 * half], dim=-1)
+    return torch.addcmul(x_TNO * cos_T1O, torch.cat([right, left, kept], dim=-1), sin_T1O)
+
+
+def _layers(policy: Policy) -> Iterator[Layer]:
+    for layer in policy.model.layers:
+        assert isinstance(layer, Layer)
+        yield layer
+
+
+def _fold(layer: Layer) -> _Layer:
+    attention, router, experts = layer.self_attn, layer.mlp.gate, layer.mlp.experts
+    mlp = router.router_mlp
+    weight, bias = _projection(layer)
+    convolution, convolution_bias = _convolution(attention.qkv_proj)
+    turn_hidden, hidden_bias, turn_residual, residual_bias = layer.post_attention_residual_scale.scales
+    mlp_hidden, mlp_bias, mlp_residual, mlp_residual_bias = layer.post_mlp_residual_scale.scales
+    own_bias = attention.o_proj.bias
+    hidden, width = layer.input_layernorm.weight.numel(), mlp.norm.weight.numel()
+    norm = layer.post_attention_layernorm.weight * hidden**0.5
+    delayed = attention.qkv_proj.v_proj_delayed
+    down = experts.down_proj * mlp_hidden[:, None]
+    query_heads, size = attention.qkv_proj.heads, attention.qkv_proj.head_dim
+    return _Layer(
+        kind=attention.kind,
+        in_floor=_floor(hidden, layer.input_layernorm.eps),
+        projection=weight * layer.input_layernorm.weight * hidden**0.5,
+        projection_bias=bias,
+        before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
+        convolution_N_AE_O=convolution,
+        convolution_bias_N1O=convolution_bias,
+        temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp])[:, None] * size**0.5,
+        output=attention.o_proj.weight * turn_hidden[:, None],
+        output_bias=(hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden
+        + residual_bias * turn_residual,
+        attention_residual_D=turn_residual.clone(),
+        post_floor=_floor(hidden, layer.post_attention_layernorm.eps),
+        router_down=router.down_proj.weight * norm,
+        router_down_bias=router.down_proj.bias.clone(),
+        router_scale=None if router.router_states_scale is None else router.router_states_scale.clone(),
+        router_floor=_floor(width, mlp.norm.eps),
+        fc1=mlp.fc1.weight * mlp.norm.weight * width**0.5,
+        fc1_bias=mlp.fc1.bias.clone(),
+        fc2=mlp.fc2.weight.clone(),
+        fc2_bias=mlp.fc2.bias.clone(),
+        router_out=mlp.out_proj.weight.clone(),
+        balance_C=router.balancing_biases.clone(),
+        gate_up_E2FD=experts.gate_up_proj * norm,
+        down_EDF=down,
+        down_all=down.transpose(0, 1).flatten(1),
+        mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
+        mlp_residual_D=mlp_residual.clone(),
+    )
+
+
+def _projection(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows: q and k, delayed value, current value, and half of q + k and of k + mean q, as CCA adds them."""
+    project = layer.self_attn.qkv_proj
+    groups, size = project.kv_heads, project.head_dim
+
+    def whole(q: torch.Tensor, k: torch.Tensor, delayed: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
+        q_GUO, k_G1O = q.unflatten(0, (groups, -1, size)), k.unflatten(0, (groups, 1, size))
+        means = (q_GUO + k_G1O).flatten(0, 2) / 2, (k_G1O[:, 0] + q_GUO.mean(1)).flatten(0, 1) / 2
+        return torch.cat([q, k, delayed, current, *means])
+
+    layers = project.q_proj, project.k_proj, project.v_proj_delayed, project.v_proj_current
+    biases = [each.bias for each in layers if each.bias is not None]
+    return whole(*(each.weight for each in layers)), whole(*biases) if biases else None
+
+
+def _convolution(project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both convolutions as one product per head over all ancestors, and its bias."""
+    depthwise, grouped = project.conv_qk_depthwise, project.conv_qk_grouped
+    assert depthwise.bias is not None and grouped.bias is not None
+    heads, size = project.heads + project.kv_heads, project.head_dim
+    w_NOEH = grouped.weight.flip(-1).unflatten(0, (heads, size))
+    taps_NEJ = depthwise.weight[:, 0].flip(-1).unflatten(0, (heads, size))
+    time0, time1 = taps_NEJ.shape[-1], w_NOEH.shape[-1]
+    whole_NAEO = w_NOEH.new_zeros(heads, time0 + time1 - 1, size, size)
+    for h in range(time1):
+        for j in range(time0):
+            whole_NAEO[:, h + j] += (w_NOEH[..., h] * taps_NEJ[:, None, :, j]).transpose(1, 2)
+    bias_NO = grouped.bias.unflatten(0, (heads, size)) + torch.einsum(
+        "noeh,ne->no", w_NOEH, depthwise.bias.unflatten(0, (heads, size))
+    )
+    return whole_NAEO.flatten(1, 2), bias_NO[:, None]

@@ -1,0 +1,57 @@
+"""The folded network computes what the network computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from blockroll.model.layout import DecodeRows, decode
+from blockroll.model.packed import PackedForward
+from blockroll.model.policy import Routing
+from blockroll.rollout.cache import PagedCache
+
+
+def steps():
+    """Prefill of three sequences of different lengths, a step of `fused` with gaps, one of `ar`, and a single row."""
+    rows = np.random.default_rng(0)
+
+    def tokens(count):
+        return rows.integers(0, 40, count).tolist()
+
+    yield [DecodeRows(tokens(n), 0, (), 0) for n in (1, 9, 30)]
+    yield [DecodeRows(tokens(4), 1, (1, 3), 5), DecodeRows(tokens(1), 9, (1,), 5), DecodeRows(tokens(3), 30, (), 0)]
+    yield [DecodeRows(tokens(1), start, (), 0) for start in (4, 10, 33)]
+    yield [DecodeRows(tokens(2), start, (1,), 4) for start in (5, 11, 34)]
+    yield [DecodeRows(tokens(1), 6, (), 0)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"cca_time0": 3}], ids=str)
+@torch.inference_mode()
+def test_packed_equals_the_network(make_policy, changes):
+    policy = make_policy(torch.float32, seed=4, **changes)
+    assert PackedForward.serves(policy)
+    packed = PackedForward(policy)
+    caches = [PagedCache(policy, 24, 4, 3, 8) for _ in range(2)]
+    held = [[cache.open() for _ in range(3)] for cache in caches]
+    experts = set()
+    for plans in steps():
+        layout = decode(plans, policy.mask_token_id)
+        outs, routings = [], []
+        for cache, mine, forward in zip(caches, held, (policy, packed), strict=True):
+            for sequence, plan in zip(mine, plans, strict=False):
+                assert cache.reserve(sequence, plan.start + len(plan.clean))
+            routings.append(Routing([], []))
+            outs.append(forward(layout, cache.view(mine[: len(plans)], layout), routings[-1]))
+        assert (outs[0] - outs[1]).abs().max() < 2e-5 * outs[0].abs().max()
+        for one, other in zip(*(routing.expert_LT for routing in routings), strict=True):
+            assert torch.equal(one, other)
+            experts |= set(one.tolist())
+        for name in ("k", "v", "x", "delayed"):
+            assert torch.allclose(getattr(caches[0], name), getattr(caches[1], name), atol=1e-4, rtol=1e-4), name
+    assert experts == {0, 1, 2, 3}, "every expert and the skip expert"
+
+
+def test_what_is_not_served(make_policy):
+    assert not PackedForward.serves(make_policy(torch.float64))
+    assert not PackedForward.serves(make_policy(torch.bfloat16))
