@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from blockroll.kernels.dispatch import using
+from blockroll.model.paged import PagedPlan
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
@@ -21,7 +22,14 @@ def policy(make_policy):
 
 
 @pytest.mark.parametrize("schedule", [Schedule("fused", levels=(0, 2)), Schedule("two_pass")])
-def test_same_trajectories(policy, schedule) -> None:
+def test_same_trajectories(policy, schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, plans = type(policy).plan, []
+
+    def noted(*arguments):
+        plans.append(plan(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(type(policy), "plan", noted)
     requests = [
         RolloutRequest("coupled", tuple(range(3, 11)), SamplingParams(sampler="coupled", max_tokens=5), seed=1),
         RolloutRequest("lossless", tuple(range(5, 9)), SamplingParams(sampler="lossless", max_tokens=4), seed=2),
@@ -31,6 +39,8 @@ def test_same_trajectories(policy, schedule) -> None:
         config = EngineConfig(schedule, block_size=4, page_size=8, prefill_rows=6, pages=24)
         with using(implementation):
             out[implementation] = Engine(policy, config).generate(requests)
+        if implementation == "triton":
+            assert plans and all(isinstance(made, PagedPlan) for made in plans)
     for got, expected in zip(out["triton"], out["reference"], strict=True):
         assert got.tokens == expected.tokens
         assert [step.accepted for step in got.trace] == [step.accepted for step in expected.trace]
