@@ -228,6 +228,7 @@ def test_ray_reports_what_a_worker_was_refused(commands: Commands) -> None:
     checkpoints.mkdir(parents=True)
     (checkpoints / "latest").write_text("step-00000004\n")
     refused = commands.start("bad", "ray")
-    _, errors = refused.communicate(timeout=200)
+    _, errors = refused.communicate(timeout=280)
     last = errors.strip().splitlines()[-1]
-    assert refused.returncode == 2 and last.startswith("error: checkpoint: ") and "cannot be resumed" in last
+    assert refused.returncode == 2, errors
+    assert last.startswith("error: checkpoint: ") and "cannot be resumed" in last
