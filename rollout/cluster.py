@@ -13,6 +13,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections import defaultdict, deque
@@ -252,6 +253,8 @@ class RayCluster:
 
 def _start_ray(address: str | None, actors: int) -> None:
     """Connect to the Ray at `address`, or start one here; its logger says errors only."""
+    # Ray starts its workers at niceness 15: any other process of the machine would come before the engines.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():
