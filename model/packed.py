@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.functional import linear
 
 from ..kernels.attention import attend
 from ..kernels.dispatch import takes_triton
-from ..kernels.experts.reference import route_top1
 from .cca import Padded, Plan, Projection
 from .layout import TokenLayout
 from .policy import Layer, Policy, Routing
@@ -183,8 +183,7 @@ class PackedForward:
             inner = (F.silu(gate) * up * share_TE1).flatten(1)
             mixed_TD = linear(inner, layer.down_all, layer.mlp_bias)
         else:
-            mixed_TD = route_top1(normed_TD, expert_T1[:, 0], weight_T1[:, 0], layer.gate_up_E2FD, layer.down_EDF)
-            mixed_TD += layer.mlp_bias
+            mixed_TD = torch.addcmul(layer.mlp_bias, _by_expert(layer, normed_TD, expert_T1[:, 0]), weight_T1)
         return torch.addcmul(mixed_TD, residual_TD, layer.mlp_residual_D), state_TP
 
     def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
@@ -202,6 +201,28 @@ class PackedForward:
                 half,
             )
         return known[0].index_select(0, position_T), known[1].index_select(0, position_T), known[2]
+
+
+def _by_expert(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
+    """Each row through its expert; 0 for the skip expert. Rows are sorted on the host, so that all but the products is done
+    for all experts at once."""
+    expert = expert_T.numpy()
+    order = np.argsort(expert, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    ends = np.bincount(expert, minlength=len(layer.down_EDF) + 1).cumsum().tolist()
+    spans = [(e, begin, end) for e, (begin, end) in enumerate(zip([0, *ends[:-2]], ends[:-1], strict=True)) if end > begin]
+    routed = ends[-2]
+    sorted_TD = x_TD.index_select(0, torch.from_numpy(order[:routed]))
+    inner = x_TD.new_empty(routed, layer.gate_up_E2FD.shape[1])
+    for e, begin, end in spans:
+        torch.mm(sorted_TD[begin:end], layer.gate_up_E2FD[e].t(), out=inner[begin:end])
+    gate, up = inner.chunk(2, dim=-1)
+    inner = F.silu(gate).mul_(up)
+    out = x_TD.new_zeros(x_TD.shape)
+    for e, begin, end in spans:
+        torch.mm(inner[begin:end], layer.down_EDF[e].t(), out=out[begin:end])
+    return out.index_select(0, torch.from_numpy(place))
 
 
 def _floor(size: int, eps: float) -> torch.Tensor:
