@@ -10,6 +10,8 @@ import torch
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` gives NaN, or -7 in integers, so that an output nobody wrote is seen."""
     empty = torch.empty
+    with torch.device("cpu"):
+        empty(0)  # torch lists its constructors when such a context is first used, and must not list ours
 
     def poisoned(*size, **options) -> torch.Tensor:
         tensor = empty(*size, **options)
