@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from .planner import Planner, candidates
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample
+from .step_costs import clock
 from .steps import StepRunner
 from .types import RolloutRequest, Trajectory
 
@@ -80,6 +80,7 @@ class Engine:
         self.steps = StepRunner(policy, self.cache, self.block_size)
         self.version = self.forwards = self.decode_tokens = self._arrivals = 0
         self.schedule = self.config.schedule.within(self.block_size)
+        self._now = clock(policy)
         self.planner = self._plan() if self.schedule.kind == "auto" else None
 
     @property
@@ -139,13 +140,13 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Trajectory]:
         """One decode step of every running sample; returns the samples that ended."""
-        start = time.perf_counter()
+        start = self._now()
         step = self.scheduler.next(self.block_size + 1)
         decoding = [sample for sample, chunk in step if not chunk]
         schedule = self.planner.choose(decoding) if self.planner and decoding else self.schedule
         self._run(schedule, step, decoding)
         if self.planner and decoding:
-            self.planner.observe(decoding, time.perf_counter() - start if len(decoding) == len(step) else None)
+            self.planner.observe(decoding, self._now() - start if len(decoding) == len(step) else None)
         return self._finish(decoding)
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:

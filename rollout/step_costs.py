@@ -16,7 +16,8 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,14 @@ from .schedule import Schedule
 _FORMAT = 1
 _FAST, _SLOW = 0.1, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
+
+
+def clock(policy: Policy) -> Callable[[], float]:
+    """What step times are read from. On a CPU with one torch thread that thread's own time: a step that the operating
+    system interrupts does not cost more than another. Elsewhere the wall clock; a step ends when its tokens are known."""
+    if policy.device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.thread_time
+    return time.perf_counter
 
 
 def rows(schedule: Schedule) -> int:
