@@ -91,10 +91,9 @@ def test_a_sequence_alone_equals_it_among_64(make_policy) -> None:
     assert torch.equal(alone("triton", plans[:1], invariant=True), among[:11])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_projections_are_the_same_parameters(make_policy, bias) -> None:
-    policy, other = (make_policy(torch.float32, seed=seed, **SMALL, attention_bias=bias) for seed in (0, 1))
-    layout = causal([list(range(3, 20))])
+def test_packed_projections_are_the_same_parameters(make_policy) -> None:
+    policy, other = (make_policy(torch.float32, seed=seed, **SMALL, attention_bias=True) for seed in (0, 1))
+    layout = causal([list(range(3, 8))])
     state = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     with torch.no_grad():
         expected, expected_other = policy(layout), other(layout)

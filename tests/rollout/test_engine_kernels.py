@@ -21,7 +21,9 @@ def policy(make_policy):
     )
 
 
-@pytest.mark.parametrize("schedule", [Schedule("fused", levels=(0, 2)), Schedule("two_pass")])
+@pytest.mark.parametrize(
+    "schedule", [Schedule("fused", levels=(0, 2)), pytest.param(Schedule("two_pass"), marks=pytest.mark.slow)]
+)
 def test_same_trajectories(policy, schedule, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, plans = type(policy).plan, []
 
@@ -31,8 +33,8 @@ def test_same_trajectories(policy, schedule, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(type(policy), "plan", noted)
     requests = [
-        RolloutRequest("coupled", tuple(range(3, 11)), SamplingParams(sampler="coupled", max_tokens=5), seed=1),
-        RolloutRequest("lossless", tuple(range(5, 9)), SamplingParams(sampler="lossless", max_tokens=4), seed=2),
+        RolloutRequest("coupled", tuple(range(3, 10)), SamplingParams(sampler="coupled", max_tokens=4), seed=1),
+        RolloutRequest("lossless", tuple(range(5, 9)), SamplingParams(sampler="lossless", max_tokens=3), seed=2),
     ]
     out = {}
     for implementation in ("triton", "reference"):

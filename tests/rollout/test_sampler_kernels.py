@@ -48,11 +48,20 @@ def step(implementation, params, dtype=torch.float32, markov=None):
         return drafts, verify(rows, p[:, : drafts.token_SM.shape[1] + 1], drafts, anchor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sampler", ["ar", "coupled", "lossless", "mixed"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("sampler", "temperature", "dtype"),
+    [
+        ("ar", 0.7, torch.float16),
+        ("coupled", 0.7, torch.float32),
+        ("coupled", 0.0, torch.float16),
+        ("lossless", 0.7, torch.float16),
+        ("lossless", 0.0, torch.float32),
+        ("mixed", 0.7, torch.float32),
+        ("mixed", 0.0, torch.float32),
+    ],
+)
 def test_the_tokens_of_torch(sampler, temperature, dtype) -> None:
-    params = [SamplingParams(sampler=sampler, temperature=temperature, mix_weight=0.3)] * 9
+    params = [SamplingParams(sampler=sampler, temperature=temperature, mix_weight=0.3)] * 8
     drafts, verdict = step("triton", params, dtype)
     assert drafts.logq_SMV is None or sampler == "mixed"
     expected_drafts, expected = step("reference", params, dtype)
