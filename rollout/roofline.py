@@ -22,7 +22,7 @@ from ..model.conversion.budget import size
 from .schedule import Schedule
 
 KERNELS_PER_LAYER = 13
-"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 3, router 2, experts 3."""
+"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4."""
 
 
 @dataclass(frozen=True)

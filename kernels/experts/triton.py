@@ -214,7 +214,7 @@ def cases(shape: Shape) -> Iterator[Case]:
     d, f, p, e = shape.hidden, shape.ffn, shape.router, shape.experts
     weights = RouterWeights(
         empty(p, d), empty(p), empty(p), empty(p), empty(p, p), empty(p), empty(p, p), empty(p), empty(e + 1, p),
-        empty(e + 1),
+        empty(e + 1, dtype=torch.float32),  # in half precision too
     )  # fmt: skip
     packs = sorted({s * r for s in shape.sequences for r in shape.rows} | {shape.prefill})
 

@@ -115,7 +115,7 @@ def router_weights(config: Any, dtype: torch.dtype, device: torch.device) -> Rou
 
     return RouterWeights(
         matrix(p, d), vector(p), vector(p), vector(p), matrix(p, p), vector(p), matrix(p, p), vector(p),
-        matrix(classes, p), torch.zeros(classes, dtype=dtype, device=device),
+        matrix(classes, p), torch.zeros(classes, dtype=torch.float32, device=device),
     )  # fmt: skip
 
 

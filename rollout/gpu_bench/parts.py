@@ -42,6 +42,9 @@ def random_policy(config: ZayaConfig, dtype: torch.dtype, device: torch.device, 
     """Random weights, made on the device."""
     with _default_dtype(dtype), torch.device(device):
         policy = Policy(config)
+    for layer in layers(policy):  # buffers stay in float32, as `load_policy` keeps them
+        router = layer.mlp.gate
+        router.balancing_biases = torch.nn.Buffer(router.balancing_biases.float())
     policy.initialise(torch.Generator(device).manual_seed(seed))
     policy.pack()
     return policy.requires_grad_(False).eval()
