@@ -13,12 +13,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from transformers import ZayaConfig
 
 pytest.importorskip("triton")
 
 from blockroll import kernels
 from blockroll.kernels.check import OPS
-from blockroll.kernels.shapes import TARGETS
+from blockroll.kernels.launch import Shape
+from blockroll.kernels.shapes import TARGETS, TINY_REASONER, ZAYA1_8B
+from blockroll.model.checkpoint import read_config, resolve
+
+
+@pytest.mark.parametrize("shape, name", [(ZAYA1_8B, None), (TINY_REASONER, "tiny-reasoner")], ids=["zaya1-8b", "tiny"])
+def test_shapes_are_those_of_the_policies(shape: Shape, name: str | None) -> None:
+    config = ZayaConfig() if name is None else read_config(resolve(name))
+    rope = config.rope_parameters["hybrid"]["partial_rotary_factor"]
+    assert (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.rotary) == (
+        config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim * rope
+    )  # fmt: skip
+    assert (shape.experts, shape.ffn, shape.router, shape.vocab, shape.conv) == (
+        config.num_experts, config.moe_intermediate_size, config.router_hidden_size, config.vocab_size,
+        (config.cca_time0, config.cca_time1),
+    )  # fmt: skip
 
 
 def run(arguments: Sequence[object], folder: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
