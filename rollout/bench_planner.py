@@ -6,6 +6,8 @@ largest to 1, and no schedule is best all the way.
 Invariants:
 - All schedules serve the same requests in turn, round by round, in one process with one torch thread; figures are medians
   over three rounds or more. A first round warms up and is not counted; in it the planner learns how far drafts survive.
+- Seconds are those of `step_costs.clock`, which the planner decides by: on a CPU the engine's own thread, so that work
+  beside it counts for nobody.
 - With `coupled` everyone must make the same tokens, which is checked: then times compare directly. With other samplers
   tokens differ, and what compares is tokens per second.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from .machine import describe
 from .planner import Decision, candidates
 from .progress import Meter
 from .schedule import Schedule
+from .step_costs import clock
 from .types import RolloutRequest, SamplingParams
 
 
@@ -66,8 +68,9 @@ def bench_planner(
 
     Returns:
         `rows` (by median seconds of a round: `schedule`, `seconds`, `tokens_per_s`, `ratio_to_best`: its speed over that
-        of the best fixed schedule), `best` (that schedule), `planner_ratio`, `by_batch` (per range of batches: `best`,
-        `best_tokens_per_s`, `planner_tokens_per_s`, `chosen`: steps by schedule), `tokens_equal`, and the conditions.
+        of the best fixed schedule, median over rounds), `best` (that schedule), `planner_ratio`, `by_batch` (per range of
+        batches: `best`, `best_tokens_per_s`, `planner_tokens_per_s`, `chosen`: steps by schedule), `tokens_equal`, and the
+        conditions.
 
     Raises:
         InvalidInput: an unknown sampler, or a number out of range.
@@ -114,15 +117,15 @@ def _requests(
 
 
 def _serve(contestant: _Contestant, requests: Sequence[RolloutRequest], counted: bool) -> list[list[int]]:
-    engine, done, total = contestant.engine, [], 0.0
+    engine, now, done, total = contestant.engine, clock(contestant.engine.policy), [], 0.0
     tokens_before = engine.decode_tokens
     for request in requests:
         engine.add(request)
     while engine.has_work:
         running, before = len(engine.scheduler.running) or len(requests), engine.decode_tokens
-        start = time.perf_counter()
+        start = now()
         done += engine.step()
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         total += seconds
         if counted:
             at = contestant.at[running]
@@ -138,13 +141,13 @@ def _serve(contestant: _Contestant, requests: Sequence[RolloutRequest], counted:
 
 
 def _compare(contestants: Sequence[_Contestant], auto: _Contestant) -> dict[str, Any]:
-    best = max(contestants, key=lambda c: statistics.median(c.rates))
+    best = min(contestants, key=lambda c: statistics.median(c.seconds))
     rows = [
         {
             "schedule": c.label,
             "seconds": statistics.median(c.seconds),
             "tokens_per_s": statistics.median(c.rates),
-            "ratio_to_best": statistics.median(c.rates) / statistics.median(best.rates),
+            "ratio_to_best": statistics.median(mine / its for mine, its in zip(c.rates, best.rates, strict=True)),
         }
         for c in (*contestants, auto)
     ]

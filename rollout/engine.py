@@ -217,5 +217,6 @@ class Engine:
             self.add, run, self.scheduler.clear,
         )  # fmt: skip
         self.forwards = self.decode_tokens = self._arrivals = 0
-        prior = 0.7 if self.policy.converted else 0.05
+        # Hopeful where drafts were trained: what is tried is known after a few steps, what is not stays unknown for long.
+        prior = 0.85 if self.policy.converted else 0.05
         return Planner(costs, schedules, self.block_size, prior=prior, repeatable=self.config.repeatable)

@@ -21,7 +21,7 @@ import numpy as np
 from .schedule import Schedule
 
 _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and that one from the prior
-_MEMORY = 4096  # tries after which older ones count half: a policy in training moves
+_MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
 
 
 class Survival:
