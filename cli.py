@@ -98,7 +98,7 @@ def ablate(
 ) -> None:
     """Measure what each part of a conversion recipe is worth.
 
-    From one autoregressive parent, trains every variant of CONFIG with every seed at the same token budget, decodes each
+    From one autoregressive parent, trains every variant of CONFIG with every seed, decodes each
     with the engine, and writes a JSON, a Markdown table and a plot beside CONFIG, under its name. A finished cell is not
     run again.
 

@@ -1,4 +1,4 @@
-"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent, at one token budget.
+"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent. The file sets each variant's budget.
 
 Invariants:
 - A cell is a (variant, seed): the base stage with the variant's changes, trained from the parent and decoded by the engine. Its
