@@ -60,7 +60,7 @@ class Connection:
         # The process's own context, never terminated: a client nobody closed must not hang the interpreter's exit.
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._link: Link | None = None
-        self._early: list[list[bytes]] = []
+        self._early: list[list[memoryview]] = []
         self._opened = self._pinged = self._heard = 0.0
         self.begin()
 

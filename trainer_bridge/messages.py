@@ -40,8 +40,8 @@ MAX_FRAMES = 1 + MAX_PER_SUBMIT
 MAX_STATS = 512
 TO_GATEWAY = max(MAX_REQUEST, MAX_CHUNK, MAX_MANIFEST, MAX_HEADER)
 """Largest frame a gateway reads, bytes."""
-TO_CLIENT = max(MAX_TRAJECTORY, MAX_HEADER)
-"""Largest frame a client reads, bytes."""
+TO_CLIENT = MAX_TRAJECTORY + 2 * MAX_HEADER
+"""Largest message a client reads, bytes; its frames come joined."""
 
 _ID = Text(MAX_ID, empty=False)
 _NAME = Text(128, empty=False)

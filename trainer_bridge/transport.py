@@ -5,6 +5,8 @@ Invariants:
 - Every queue and every frame has a limit; a full queue is told to the caller, never dropped from.
 - No message is lost silently: a send to a peer that is gone says so, a lost connection or a failed handshake is observed.
 - The control plane has keys of its own: a data key cannot push weights, a control key cannot take trajectories.
+- Towards a client a message is one frame of ZeroMQ, its own frames joined. A DEALER whose line breaks between two frames
+  of a message it is reading aborts the process (`Assertion failed: !_more`, zeromq/libzmq#3485); here there are no two.
 
 A dead link shows through TCP keepalive and user timeout here, through Ping and Pong above. ZMTP's own heartbeats stay off:
 in libzmq 4.3 they abort the process (`Assertion failed: !_io_error`, zeromq/libzmq#4364) when a peer whose messages wait
@@ -18,6 +20,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +31,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from ..errors import InvalidInput, StorageError, TransportError
-from .codec import Buffer
+from .codec import Buffer, refuse
 from .messages import MAX_FRAMES
 
 HANDSHAKE_MS, DEAD_MS = 5_000, 15_000
@@ -149,6 +152,28 @@ def _bound(socket: zmq.Socket[bytes], address: str, max_frame: int) -> None:
         socket.setsockopt(option, value)
 
 
+def join_frames(frames: Sequence[Buffer]) -> bytes:
+    """The frames as one: their count and lengths (uint32, little-endian), then their bytes."""
+    lengths = [memoryview(frame).nbytes for frame in frames]
+    return b"".join([struct.pack(f"<{1 + len(lengths)}I", len(lengths), *lengths), *frames])
+
+
+def split_frames(joined: Buffer) -> list[memoryview]:
+    """The frames of `join_frames`, without a copy. Raises TransportError for anything else."""
+    view = memoryview(joined)
+    count = int.from_bytes(view[:4], "little")
+    start = 4 + 4 * count
+    if len(view) < 4 or count > MAX_FRAMES or len(view) < start:
+        raise refuse("message", f"{len(view)} bytes that are no joined frames")
+    frames = []
+    for length in struct.unpack(f"<{count}I", view[4:start]):
+        frames.append(view[start:start + length])
+        start += length
+    if start != len(view):
+        raise refuse("message", f"{len(view)} bytes where its frames have {start}")
+    return frames
+
+
 class Link:
     """A client's connection to a gateway: one DEALER and its monitor. One thread at a time."""
 
@@ -184,14 +209,14 @@ class Link:
                     return False
                 self._socket.poll(int(min(left, 0.1) * 1000) + 1, zmq.POLLOUT)
 
-    def receive(self, wait: float) -> list[list[bytes]]:
+    def receive(self, wait: float) -> list[list[memoryview]]:
         """Messages that are there, after waiting `wait` seconds for the first."""
         self._poller.poll(int(wait * 1000))
         self.observe()
-        found: list[list[bytes]] = []
+        found: list[list[memoryview]] = []
         while len(found) < QUEUE:
             try:
-                found.append(self._socket.recv_multipart(zmq.NOBLOCK))
+                found.append(split_frames(self._socket.recv(zmq.NOBLOCK)))
             except zmq.Again:
                 break
         return found
@@ -273,7 +298,7 @@ class Router:
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> Sent:
         """Queues a message for a peer, or says why not; never drops one."""
         try:
-            self.socket.send_multipart([peer, *frames], zmq.NOBLOCK)
+            self.socket.send_multipart([peer, join_frames(frames)], zmq.NOBLOCK)
             return "sent"
         except zmq.Again:
             return "full"
