@@ -45,6 +45,7 @@ class Tasks(Source):
     difficulty: dict[str, dict[str, int]] = Field(
         {}, description="by family, options of its reasoning-gym data set that replace the family's own"
     )
+    unworked: float = Field(0.0, ge=0, lt=1, description="share of the documents that give the answer without its steps")
 
     @model_validator(mode="after")
     def _drawable(self) -> Tasks:

@@ -29,6 +29,7 @@ SPLITS: dict[Split, range] = {"train": range(0, 80), "rl": range(80, 90), "heldo
 _ID = re.compile(r"(?P<family>\w+)(\((?P<options>[\w=,-]+)\))?:(?P<index>[0-9]+)")
 _INDICES = 10**9
 _SEED = 20_011
+_ANSWER = "\nA:"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Task:
     completion: str
     answer: str
     entry: dict[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def unworked(self) -> str:
+        """The completion of one who shows no steps."""
+        return self.completion[self.completion.rindex(_ANSWER):]
 
 
 def families() -> tuple[str, ...]:
@@ -78,7 +84,7 @@ def task_from_id(task_id: str) -> Task:
         id=task_id,
         family=family,
         prompt=f"Q:{writer.question(entry['metadata'])}\nS:",
-        completion=f"{steps}\nA:{entry['answer']}",
+        completion=f"{steps}{_ANSWER}{entry['answer']}",
         answer=entry["answer"],
         entry=entry,
     )
@@ -133,7 +139,7 @@ def make_tasks(
 
 def score(task: Task, completion: str) -> float:
     """1.0 if the answer after the last `A:` is right, else 0.0; any text is accepted."""
-    _, mark, answer = completion.rpartition("A:")
+    _, mark, answer = completion.rpartition(_ANSWER.strip())
     if not mark or not answer.strip():
         return 0.0
     return float(_dataset(task.family).score_answer(answer=answer.strip(), entry=task.entry) == 1.0)

@@ -49,10 +49,11 @@ class TaskPools:
     def pool(self, number: int) -> list[Named]:
         start, end = _range(self._share * self._data.pool, number)
         seed, tokenizer = seed_of(self._data.seed, self._stage, number), self._tokenizer
-        made = []
+        made, chance = [], random.Random(seed)
         for task in self._source.make(end - start, seed):
             prompt = encode_prompt(tokenizer, task.prompt)
-            completion = tokenizer.encode(task.completion, add_special_tokens=False)
+            worked = chance.random() >= self._source.unworked
+            completion = tokenizer.encode(task.completion if worked else task.unworked, add_special_tokens=False)
             made.append((task.id, Document((*prompt, *completion, tokenizer.eos_token_id), len(prompt))))
         return made
 

@@ -42,6 +42,20 @@ def test_a_stage_may_have_easier_tasks_than_the_run(tmp_path: Path) -> None:
     assert all(re.search(r"Q:\d\*\d\n", question) for question in prompts(easy, plain, tokenizer) if "*" in question)
 
 
+def test_a_share_of_the_answers_comes_without_its_steps(tmp_path: Path) -> None:
+    tokenizer = new_policy(recipe(tmp_path)).tokenizer
+    stage = Stage(name="s", kind="ar", tokens=1, pack_tokens=100_000)
+
+    def answers(unworked: float) -> list[str]:
+        pack = next(packs(data({**EASY, "unworked": unworked}, pool=400), tokenizer, stage))
+        return [tokenizer.decode(document.tokens[document.prompt :], skip_special_tokens=True) for document in pack]
+
+    worked, some = answers(0.0), answers(0.25)
+    bare = [answer for answer in some if re.fullmatch(r"\nA:-?\d+", answer)]
+    assert 60 <= len(bare) <= 140 and not any(answer.startswith("\nA:") for answer in worked)
+    assert {answer[answer.index("\nA:"):] for answer in worked} >= set(bare)
+
+
 @pytest.mark.parametrize(("difficulty", "problem"), [
     ({"gdc": {"max_value": 3}}, "unknown families ['gdc'] in recipe; use some of chain_sum, gcd"),
     ({"gcd": {"max_value": 30}}, "'gcd' is none of families in recipe; add it there"),
