@@ -47,7 +47,7 @@ def test_a_share_of_the_answers_comes_without_its_steps(tmp_path: Path) -> None:
     stage = Stage(name="s", kind="ar", tokens=1, pack_tokens=100_000)
 
     def answers(unworked: float) -> list[str]:
-        pack = next(packs(data({**EASY, "unworked": unworked}, pool=400), tokenizer, stage))
+        pack = next(packs(data(dict(kind="tasks", families=["chain_sum"], unworked=unworked), pool=400), tokenizer, stage))
         return [tokenizer.decode(document.tokens[document.prompt :], skip_special_tokens=True) for document in pack]
 
     worked, some = answers(0.0), answers(0.25)
