@@ -69,7 +69,8 @@ def convert(
     if log.is_file():
         write_atomic(output / "training.jsonl", log.read_bytes())
     if config.evaluation_tasks:
-        options = Options(tasks=config.evaluation_tasks, mix_weights=(0.5,), seed=config.seed)
+        tasks, samples = config.evaluation_tasks, config.evaluation_samples
+        options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed)
         parent = parent_of(config)
         evaluate_policy(output, options, parent_name=parent, json_path=output / _FIGURES, card_path=output / _CARD)
     return output

@@ -245,6 +245,7 @@ class ConversionConfig(Config):
     launcher: Launcher = Launcher()
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     evaluation_tasks: int = Field(0, ge=0, description="held-out tasks for the figures of the card")
+    evaluation_samples: int = Field(4, ge=1, description="samples of each; pass@k is measured up to as many")
 
     @model_validator(mode="after")
     def _names(self) -> ConversionConfig:
