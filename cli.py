@@ -86,7 +86,7 @@ def convert(config: ConfigArgument) -> None:
       blockroll convert configs/conversion/tiny-reasoner.yaml
       torchrun --nproc-per-node 8 -m blockroll.cli convert CONFIG
     """
-    from .rollout import convert as conversion
+    from .rollout.conversion import convert as conversion
 
     conversion.convert(config)
 
@@ -106,7 +106,7 @@ def ablate(
     Example:
       blockroll ablate configs/conversion/ablation.yaml
     """
-    from .rollout import ablation
+    from .rollout.conversion import ablation
 
     ablation.ablate(config, workers)
 
@@ -252,7 +252,7 @@ def plan(
     Example:
       blockroll plan --model zaya1-8b --hardware mi300x,h200 --batch 1,16,64
     """
-    from .rollout import plan as planning
+    from .rollout.planning import plan as planning
 
     planning.plan(
         model, _words(hardware), _integers("batch", batch), _integers("context", context), tokens_per_step=tpf,
@@ -288,7 +288,7 @@ def bench_decode(
       blockroll bench decode --policy tiny-reasoner --batch 1,8 --samplers ar,lossless --peer transformers \\
         --json decode.json
     """
-    from .rollout import bench as benchmark
+    from .rollout.bench import decode as benchmark
 
     benchmark.bench_decode(
         policy, batches=_integers("batch", batch), samplers=tuple(_words(samplers)), schedule=schedule, peer=peer,
@@ -313,9 +313,9 @@ def bench_gpu(
     \b
     Example:
       blockroll bench gpu --json gpu.json
-      python -m blockroll.rollout.gpu_bench --json gpu.json
+      python -m blockroll.rollout.bench.gpu --json gpu.json
     """
-    from .rollout.gpu_bench import runner
+    from .rollout.bench.gpu import runner
 
     if not runner.bench_gpu(json, minutes, dry_run):
         raise typer.Exit(1)
@@ -338,7 +338,7 @@ def kernels_check(
     Example:
       blockroll kernels check --target gfx942,sm_90
     """
-    from .rollout import kernel_check
+    from .rollout.bench import kernel_check
 
     if not kernel_check.check_kernels(_words(target), _words(op), quick=quick, workers=workers, output=json):
         raise typer.Exit(1)
@@ -365,9 +365,9 @@ def bench_planner(
     Example:
       blockroll bench planner --policy tiny-reasoner --json planner.json
     """
-    from .rollout.bench_planner import bench_planner as measure
+    from .rollout.bench import planner as benchmark
 
-    measure(
+    benchmark.bench_planner(
         policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json
     )
 
