@@ -1,6 +1,6 @@
-"""A pool of engines on Ray, which serves the bridge: placement, deaths, weight versions. The one folder that needs Ray to serve.
+"""A pool of engines on Ray, which serves the bridge: placement, deaths, weight versions. Imports Ray.
 
-Knows engines and `backend`, the interface it implements. Does not know requests' trainers, leases or ledgers.
+Knows engines, and the interface it implements (`backend`). Does not know trainers, sockets or ledgers.
 
 `pool`: the cluster. `actor`: one engine in a process of its own.
 """
