@@ -17,10 +17,10 @@ import torch
 from ..errors import RequestError
 from ..model.policy import Policy
 from .cache import PagedCache
-from .drafts import Verdict
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
 from .planning.step_costs import clock
+from .sampling.drafts import Verdict
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample

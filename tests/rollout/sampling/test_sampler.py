@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from blockroll.kernels.philox import Purpose
-from blockroll.rollout import sampler as sampler_module
-from blockroll.rollout.processing import process
-from blockroll.rollout.sampler import Drafts, SamplerRows, Verdict, draft, sample_seed, verify
+from blockroll.rollout.sampling import sampler as sampler_module
+from blockroll.rollout.sampling.processing import process
+from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, sample_seed, verify
 from blockroll.rollout.types import SamplingParams
 
 N = 200_000

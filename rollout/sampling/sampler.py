@@ -14,7 +14,7 @@ Invariants:
 | `lossless` | drafts from q; accepted with min(1, p/q), else the residual: distributed as p |
 | `mixed` | as `lossless`, with m = softmax of the mixed logits in place of p; m = p in rows without a draft |
 
-Rows without cut-offs take the kernels where there are any (`sampler_kernels`); this is the plain path, and every cut-off's.
+Rows without cut-offs take the kernels where there are any (`kernels`); this is the plain path, and every cut-off's.
 At temperature 0 every sampler accepts while the draft is the most probable token of its target.
 
 Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V = vocabulary, G = rows of a group.
@@ -26,9 +26,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.philox import Purpose, gumbel, uniform
-from ..kernels.verify import count_accepted, count_matching, draw, gumbel_argmax, mix_logits, residual_weights
-from . import sampler_kernels
+from ...kernels.philox import Purpose, gumbel, uniform
+from ...kernels.verify import count_accepted, count_matching, draw, gumbel_argmax, mix_logits, residual_weights
+from . import kernels
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, full_logprobs, processed, widen
 
@@ -109,8 +109,8 @@ def _draft_group(
     device = q_logits_SMV.device
     if group.sampler == "ar" or m == 0:
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
-    if sampler_kernels.serves(group, q_logits_SMV):
-        return sampler_kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
+    if kernels.serves(group, q_logits_SMV):
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
     slot_M = torch.arange(m, device=device)
@@ -178,8 +178,8 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
 
 def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     (group,) = rows.groups
-    if sampler_kernels.serves(group, p_logits_SRV):
-        return sampler_kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
+    if kernels.serves(group, p_logits_SRV):
+        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
     r, vocab_size = p_logits_SRV.shape[1:]
     m = r - 1
     p_logits_SRV = widen(p_logits_SRV)

@@ -8,9 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from blockroll.kernels.dispatch import using
-from blockroll.rollout import sampler_kernels
-from blockroll.rollout.drafts import Drafts
-from blockroll.rollout.sampler import SamplerRows, draft, sample_seed, verify
+from blockroll.rollout.sampling import kernels
+from blockroll.rollout.sampling.drafts import Drafts
+from blockroll.rollout.sampling.sampler import SamplerRows, draft, sample_seed, verify
 from blockroll.rollout.types import SamplingParams
 
 VOCAB, MASK, M = 30, 29, 3
@@ -95,6 +95,6 @@ def test_rows_that_the_kernels_serve() -> None:
     )
     p, _ = logits(1)
     with using("triton"):
-        assert sampler_kernels.serves(plain, p) and not sampler_kernels.serves(plain, p.double())
-        assert not sampler_kernels.serves(cut, p) and not sampler_kernels.serves(greedy, p)
-    assert not sampler_kernels.serves(plain, p)  # a CPU
+        assert kernels.serves(plain, p) and not kernels.serves(plain, p.double())
+        assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
+    assert not kernels.serves(plain, p)  # a CPU

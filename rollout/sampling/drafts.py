@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .types import SamplingParams
+from ..types import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

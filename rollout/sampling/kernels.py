@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..kernels.dispatch import takes_triton
-from ..kernels.verify import count_matching, sample_cdf, sample_gumbel, verify_rejection
+from ...kernels.dispatch import takes_triton
+from ...kernels.verify import count_matching, sample_cdf, sample_gumbel, verify_rejection
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import widen
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blockroll.rollout.processing import full_logprobs, process, processed
+from blockroll.rollout.sampling.processing import full_logprobs, process, processed
 
 
 def plain(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
