@@ -17,13 +17,13 @@ import torch
 from ..errors import RequestError
 from ..model.policy import Policy
 from .cache import PagedCache
-from .calibration import step_costs
-from .drafts import Verdict
-from .planner import Planner, candidates
+from .planning.calibration import step_costs
+from .planning.planner import Planner, candidates
+from .planning.step_costs import clock
+from .sampling.drafts import Verdict
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample
-from .step_costs import clock
 from .steps import StepRunner
 from .types import RolloutRequest, Trajectory
 

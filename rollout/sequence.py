@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .cache import Held
-from .drafts import Drafts
-from .sampler import sample_seed
+from .sampling.drafts import Drafts
+from .sampling.sampler import sample_seed
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 

@@ -21,8 +21,8 @@ from ..model.layout import DecodeRows, decode
 from ..model.packed import PackedForward
 from ..model.policy import Policy, Routing
 from .cache import PagedCache
-from .drafts import Drafts, SamplerRows, Verdict
-from .sampler import draft, verify
+from .sampling.drafts import Drafts, SamplerRows, Verdict
+from .sampling.sampler import draft, verify
 from .schedule import Schedule
 from .sequence import Sample
 from .types import StepTrace

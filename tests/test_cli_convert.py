@@ -10,7 +10,7 @@ import pytest
 
 import blockroll
 from blockroll import cli
-from blockroll.rollout.convert import convert as run_conversion
+from blockroll.rollout.conversion.convert import convert as run_conversion
 
 RECIPE = """
 output: {folder}/policy

@@ -61,6 +61,7 @@ def test_errors_import_nothing(graph: grimp.ImportGraph) -> None:
         ("blockroll.cli", {"torch", "transformers", "ray", "zmq", "pydantic", "numpy"}),
         ("blockroll.rollout.types", {"torch", "ray", "zmq", "pydantic"}),
         ("blockroll.rollout.engine", {"ray", "zmq", "pydantic"}),
+        ("blockroll.rollout.bench.gpu.runner", {"ray", "zmq", "pydantic", "typer", "rich"}),
         ("blockroll.trainer_bridge.client", {"ray", "torch", "transformers", "blockroll.rollout.engine"}),
     ],
 )

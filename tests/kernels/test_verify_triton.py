@@ -11,7 +11,7 @@ from blockroll.kernels.dispatch import using
 from blockroll.kernels.philox import Purpose
 from blockroll.kernels.philox.reference import gumbel
 from blockroll.kernels.verify import count_matching, reference, sample_cdf, sample_gumbel, verify_rejection
-from blockroll.rollout.sampler import Drafts, SamplerRows, draft, verify
+from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, draft, verify
 from blockroll.rollout.types import SamplingParams
 
 NAN = torch.nan

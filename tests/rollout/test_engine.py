@@ -12,8 +12,8 @@ from blockroll.errors import RequestError
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.model.policy import Routing
 from blockroll.model.scoring import score
-from blockroll.rollout import processing
 from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.sampling import processing
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from blockroll.model.layout import CLEAN, causal, diffusion
-from blockroll.rollout import sampler as sampler_module
 from blockroll.rollout import steps as steps_module
 from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.sampling import sampler as sampler_module
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 

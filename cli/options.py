@@ -1,0 +1,39 @@
+"""What several commands take, and lists as they are written on a command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InvalidInput
+
+PolicyOption = Annotated[
+    str, typer.Option("--policy", metavar="NAME_OR_DIR", help="A shipped policy, or a directory with a ZAYA model.")
+]
+InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
+OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+
+
+def words(text: str) -> list[str]:
+    """`a, b` as ["a", "b"]."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def integers(name: str, text: str) -> tuple[int, ...]:
+    """`0,4,8` as numbers; `name` is what the error calls the option."""
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError:
+        raise InvalidInput(name, f"{text!r} is not a list of whole numbers", "write them like 0,4,8") from None
+
+
+def numbers(name: str, text: str) -> tuple[float, ...]:
+    """`0.25,0.5` as numbers; `name` is what the error calls the option."""
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError:
+        raise InvalidInput(name, f"{text!r} is not a list of numbers", "write them like 0.25,0.5") from None

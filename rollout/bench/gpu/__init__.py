@@ -1,0 +1,19 @@
+"""`blockroll bench gpu`: one command, a few minutes, what the kernels and a decode step are worth on this device.
+
+    python -m blockroll.rollout.bench.gpu --json gpu.json
+
+is the same without the command line's own dependencies: it needs torch, triton, transformers and numpy, and matplotlib for
+the plot. Sections, in this order:
+
+    ceilings      copy bandwidth, matrix products and launches of this device, in this run
+    correctness   every op against its reference on this device; captured against eager, one batch against another
+    kernels       time of each kernel at ZAYA1-8B's sizes, as fractions of the ceilings
+    steps         decode steps of a ZAYA1-8B with random weights, captured in graphs
+
+Invariants:
+- Every section's items run in a process of their own, one after another; the JSON is written after each item. What fails,
+  hangs or loses the device costs its item, which then records its error, and the rest goes on in a fresh process.
+- The time limit holds: what no longer fits is listed as skipped.
+- Weights are random and acceptance is forced to a stated survival curve; experts are forced to a uniform choice. The output
+  says so.
+"""

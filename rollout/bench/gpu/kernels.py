@@ -1,0 +1,206 @@
+"""Time of each kernel at a policy's sizes, with the bytes it must move and the FLOPs it must do.
+
+Invariants:
+- A call goes through the weights and pages of several layers in turn, as a step does, so that none finds its data in the
+  device's cache; the time is that of one layer.
+- Bytes count each input read once and each output written once, and weights only of the experts that were chosen.
+
+Legend: S sequences, T rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ....kernels.attention import paged_attend
+from ....kernels.cca import cca
+from ....kernels.experts import route, route_top1
+from ....kernels.residual import scale_residual_norm
+from ....kernels.verify import sample_cdf, sample_gumbel, verify_rejection
+from ....model.layout import DecodeRows
+from ....model.policy import Policy
+from .checks import router_weights
+from .parts import FilledCache, Pass, layers, random_policy
+from .sizes import Sizes
+from .timing import timed
+
+_LAYERS = 8
+_CCA_CONTEXT = 20  # cached positions, of which the convolutions look back at two
+_BEYOND_CACHE = 256 << 20
+"""Bytes a call goes through, several times the last-level cache of the devices."""
+
+
+class KernelBench:
+    """The kernels of one process, by item name (`items`)."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        self.sizes, self.device = sizes, device
+        count = min(_LAYERS, sizes.zaya.num_hidden_layers)
+        self.config = replace(
+            sizes, config={**sizes.config, "num_hidden_layers": count, "layer_types": ["hybrid"] * count}
+        ).zaya
+        self.items: dict[str, Callable[[], dict[str, Any]]] = {}
+        for batch, rows, context in sizes.attention:
+            self.items[f"attention {batch} x {rows} at {context}"] = partial(self.attention, batch, rows, context)
+        for rows in sizes.kernel_rows:
+            for call in (self.experts, self.router, self.cca, self.residual, self.projections):
+                self.items[f"{call.__name__} {rows}"] = partial(call, rows)
+        for batch in sizes.batches:
+            self.items[f"verify {batch}"] = partial(self.verify, batch)
+            self.items[f"head {batch}"] = partial(self.head, batch)
+
+    @cached_property
+    def policy(self) -> Policy:
+        """A few layers of the policy."""
+        return random_policy(self.config, self.sizes.dtype, self.device)
+
+    @cached_property
+    def filled(self) -> FilledCache:
+        """Room for the largest attention case, and for the packs of `cca`."""
+        block, packs = self.policy.block_size, max(self.sizes.kernel_rows)
+        most = max(batch * (context + 3 * rows) for batch, rows, context in self.sizes.attention)
+        sequences = max(max(batch for batch, _, _ in self.sizes.attention), packs // block)
+        return FilledCache(self.policy, most + packs * (_CCA_CONTEXT + 1), sequences, self.sizes.page_size, block + 1)
+
+    def _randn(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, device=self.device).to(self.sizes.dtype)
+
+    def _per_layer(self, call: Callable[[int], object], moved: float, flops: float) -> dict[str, Any]:
+        count = len(layers(self.policy))
+        used = max(1, min(count, -(-_BEYOND_CACHE // max(int(moved), 1))))
+
+        def run() -> None:
+            for layer in range(used):
+                call(layer)
+
+        row = timed(run, self.sizes, self.device)
+        return row | {"seconds": row["seconds"] / used, "fastest": row["fastest"] / used, "bytes": moved, "flops": flops}
+
+    def _pass(self, batch: int, rows: int, context: int) -> Pass:
+        block = self.policy.block_size
+        proposals = (rows - 1) // block if rows > block else 0
+        clean = rows - proposals * block
+        levels = tuple(range(1, proposals + 1))
+        plans = [DecodeRows([5] * clean, context, levels, block if levels else 0)] * batch
+        return Pass.of(self.policy, self.filled.cache, self.filled.held([context] * batch, clean), plans)
+
+    def attention(self, batch: int, rows: int, context: int) -> dict[str, Any]:
+        """Paged attention of one layer; verify rows first, mask blocks behind them."""
+        step = self._pass(batch, rows, context)
+        config, T = self.config, step.layout.rows
+        heads, groups, wide = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        q, k, v = self._randn(T, heads, wide), self._randn(T, groups, wide), self._randn(T, groups, wide)
+        plan = step.paged.rows["hybrid"]
+        pools = [step.view.pools(layer) for layer in range(config.num_hidden_layers)]
+        item = self.sizes.dtype.itemsize
+        moved = item * (2 * groups * wide * (batch * context + T) + 2 * T * heads * wide)
+        flops = 4 * heads * wide * T * (context + rows)
+        row = self._per_layer(lambda i: paged_attend(q, k, v, pools[i].k, pools[i].v, plan, wide**-0.5), moved, flops)
+        return row | {"kind": "attention", "batch": batch, "rows": rows, "context": context}
+
+    def experts(self, rows: int) -> dict[str, Any]:
+        """Grouped experts, chosen uniformly."""
+        config, item = self.config, self.sizes.dtype.itemsize
+        x, weight = self._randn(rows, config.hidden_size), self._randn(rows)
+        chosen = torch.randint(0, config.num_experts, (rows,), device=self.device)
+        mlp = [layer.mlp.experts for layer in layers(self.policy)]
+        one = 3 * config.hidden_size * config.moe_intermediate_size
+        moved = item * (one * len(chosen.unique()) + rows * 2 * (config.hidden_size + config.moe_intermediate_size))
+        return self._per_layer(
+            lambda i: route_top1(x, chosen, weight, mlp[i].gate_up_proj, mlp[i].down_proj), moved, 2 * one * rows
+        ) | {"kind": "experts", "rows": rows}
+
+    def router(self, rows: int) -> dict[str, Any]:
+        """The choice of an expert."""
+        config, item = self.config, self.sizes.dtype.itemsize
+        x, state = self._randn(rows, config.hidden_size), self._randn(rows, config.router_hidden_size)
+        weights = [router_weights(config, self.sizes.dtype, self.device) for _ in layers(self.policy)]
+        wide, classes = config.router_hidden_size, config.num_experts + 1
+        count = wide * (config.hidden_size + 2 * wide + classes)
+        moved = item * (count + rows * (config.hidden_size + 2 * wide + classes))
+        return self._per_layer(lambda i: route(x, state, weights[i], 1e-5), moved, 2 * count * rows) | {
+            "kind": "router", "rows": rows,
+        }  # fmt: skip
+
+    def cca(self, rows: int) -> dict[str, Any]:
+        """Convolutions, norm, RoPE and the writes to the cache."""
+        block = self.policy.block_size
+        width = min(rows, block)
+        step = self._pass(rows // width, width, _CCA_CONTEXT)
+        rows = step.layout.rows
+        attentions = [layer.self_attn for layer in layers(self.policy)]
+        x, current, delayed = attentions[0].qkv_proj(self._randn(rows, self.config.hidden_size))
+        cos, sin = (y[0] for y in self.policy.model.rotary_emb(x, step.layout.position_T[None], "hybrid"))
+        weights = [each.qkv_proj.weights(each.qk_norm.temp) for each in attentions]
+        places, pools = step.paged.places, [step.view.pools(layer) for layer in range(len(attentions))]
+        matrices = sum(w.numel() for w in weights[0] if w is not None)
+        channels = x.shape[1]
+        moved = self.sizes.dtype.itemsize * (matrices + rows * (2 * channels + 6 * current.shape[1]))
+        flops = 2 * rows * weights[0].grouped_weight.numel()
+        return self._per_layer(
+            lambda i: cca(x, current, delayed, weights[i], cos, sin, places, pools[i]), moved, flops
+        ) | {"kind": "cca", "rows": rows}
+
+    def residual(self, rows: int) -> dict[str, Any]:
+        """Scaled residual and norm."""
+        width = self.config.hidden_size
+        hidden, stream = self._randn(rows, width), torch.randn(rows, width, device=self.device)
+        a, b, c, d, norm = (self._randn(width) for _ in range(5))
+        moved = rows * width * (4 + 4 + 2 * self.sizes.dtype.itemsize)
+        return self._per_layer(lambda i: scale_residual_norm(hidden, stream, a, b, c, d, norm, 1e-5), moved, 0.0) | {
+            "kind": "residual", "rows": rows,
+        }  # fmt: skip
+
+    def projections(self, rows: int) -> dict[str, Any]:
+        """The library's products around attention."""
+        attentions = [layer.self_attn for layer in layers(self.policy)]
+        x = self._randn(rows, self.config.hidden_size)
+        out = self._randn(rows, self.config.num_attention_heads * self.config.head_dim)
+        first = attentions[0]
+        count = sum(
+            m.weight.numel() for m in (first.qkv_proj.q_proj, first.qkv_proj.k_proj, first.qkv_proj.v_proj_current,
+                                       first.qkv_proj.v_proj_delayed, first.o_proj)
+        )  # fmt: skip
+        moved = self.sizes.dtype.itemsize * (count + 4 * rows * self.config.hidden_size)
+
+        def call(i: int) -> None:
+            attentions[i].qkv_proj(x)
+            attentions[i].o_proj(out)
+
+        return self._per_layer(call, moved, 2 * count * rows) | {"kind": "projections", "rows": rows}
+
+    def head(self, batch: int) -> dict[str, Any]:
+        """The vocabulary head on one block of rows per sequence."""
+        rows, weight = batch * self.policy.block_size, self.policy.lm_head.weight
+        x = self._randn(rows, self.config.hidden_size)
+        row = timed(lambda: F.linear(x, weight), self.sizes, self.device)
+        moved = self.sizes.dtype.itemsize * (weight.numel() + rows * sum(weight.shape))
+        return row | {"bytes": moved, "flops": 2 * rows * weight.numel(), "kind": "head", "batch": batch, "rows": rows}
+
+    def verify(self, batch: int) -> dict[str, Any]:
+        """Verification of a block of drafts, and the draw of the next ones; AR's draw beside it."""
+        drafts, vocab, device = self.policy.block_size - 1, self.config.vocab_size, self.device
+        p, q = self._randn(batch, drafts + 1, vocab), self._randn(batch, drafts, vocab)
+        temperature = torch.ones(batch, dtype=torch.float64, device=device)
+        seed, anchor = torch.arange(batch, device=device), torch.full((batch,), 1000, device=device)
+        count = torch.full((batch,), drafts, device=device)
+        made = sample_cdf(q, temperature, seed, anchor, vocab - 1)
+        # p equal to q accepts every draft, so that all rows count.
+        p[:, :drafts] = q
+        parts = {
+            "verify": (lambda: verify_rejection(p, q, made.lse_SR, made.token_SR, count, temperature, seed, anchor, vocab - 1),
+                       2 * p.numel() + q.numel() // drafts),
+            "draft": (lambda: sample_cdf(q, temperature, seed, anchor, vocab - 1), q.numel()),
+            "ar": (lambda: sample_gumbel(p[:, :1], temperature, seed, anchor), batch * vocab),
+        }  # fmt: skip
+        rows = {}
+        for name, (call, read) in parts.items():
+            row = timed(call, self.sizes, device)
+            rows[name] = row | {"bytes": self.sizes.dtype.itemsize * read, "flops": 0.0}
+        return {"kind": "verify", "batch": batch, "parts": rows}

@@ -1,0 +1,209 @@
+"""What the bench's rows say: fractions of the ceilings, tokens per second under a forced acceptance, tables and a plot.
+
+Invariants: nothing is measured here; the summary can be made again from the rows. Tokens per second are of steps on the
+device, one after another; what the host prepares for a step stands beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ...planning.roofline import Rates, Roofline, expected_tokens, geometric_survival
+from ...schedule import Schedule
+from .sizes import DEVICE, DRY, Sizes
+
+FORCED = (4.6, 6.8)
+"""Tokens that a step with a whole block of drafts commits, each draft being accepted alike: ZAYA1-8B-Diffusion-Preview's
+published figure, and that of the published H100 run at batch 16."""
+
+PUBLISHED = {
+    "source": "Zyphra/vllm, docs/amd_nvidia_tidar_tput_tests.md: ZAYA1-8B on one H100, tokens/s, K = 16, greedy",
+    "ar": {"1": 79.7, "8": 539.0, "16": 968.0, "64": 3094.0},
+    "two_pass": {"1": 207.6, "8": 973.0, "16": 1603.0, "64": 3483.0},
+    "two_pass_tokens_per_step": {"1": 7.6, "8": 6.1, "16": 6.8, "64": 6.9},
+}
+NOTE = (
+    "Random weights; acceptance forced to geometric survival curves; experts forced to a uniform choice. Steps are captured"
+    " and timed on the device alone."
+)
+
+
+def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`result` with ceilings and attention's best rates in front, a fraction in every row of a kernel, and `decode`.
+
+    Of a forced acceptance of n tokens a row holds what its schedule makes of the curve that commits n with a whole block of
+    drafts, and the ratio if it committed exactly n.
+    """
+    sections = {name: dict(rows) for name, rows in result["sections"].items()}
+    ceilings: dict[str, float] = {}
+    for row in sections.get("ceilings", {}).values():
+        ceilings |= {name: row[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s", "seconds_per_launch") if name in row}
+    kernels = {name: _with_fractions(row, ceilings) for name, row in sections.get("kernels", {}).items()}
+    if kernels:
+        sections["kernels"] = kernels
+    attention = [row for row in kernels.values() if row.get("kind") == "attention" and "bytes_per_s" in row]
+    best = {
+        f"best_{unit}_per_s": max((row[f"{unit}_per_s"] for row in attention), default=None) for unit in ("bytes", "flops")
+    }
+    return {
+        "note": NOTE, **result, "ceilings": ceilings, "attention": best, "published": PUBLISHED,
+        "decode": _decode(sections.get("steps", {}), ceilings, bool(result["machine"].get("dry_run"))), "sections": sections,
+    }  # fmt: skip
+
+
+def _with_fractions(row: dict[str, Any], ceilings: Mapping[str, float]) -> dict[str, Any]:
+    if "parts" in row:
+        return row | {"parts": {name: _with_fractions(part, ceilings) for name, part in row["parts"].items()}}
+    if not isinstance(row.get("seconds"), float):
+        return row
+    row = row | {"bytes_per_s": row["bytes"] / row["seconds"], "flops_per_s": row["flops"] / row["seconds"]}
+    if "copy_bytes_per_s" in ceilings:
+        row["of_copy"] = row["bytes_per_s"] / ceilings["copy_bytes_per_s"]
+    if "matmul_flops_per_s" in ceilings:
+        row["of_matmul"] = row["flops_per_s"] / ceilings["matmul_flops_per_s"]
+    return row
+
+
+@lru_cache(maxsize=2)
+def _roofline(dry: bool) -> tuple[Sizes, Roofline]:
+    sizes = DRY if dry else DEVICE
+    return sizes, Roofline.of(sizes.zaya)
+
+
+def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) -> list[dict[str, Any]]:
+    """One row per schedule, batch and context that was measured."""
+    sizes, roofline = _roofline(dry)
+    by_label = {schedule.within(roofline.block).label: schedule for schedule in sizes.schedules}
+    rates = None
+    if {"copy_bytes_per_s", "matmul_flops_per_s"} <= ceilings.keys():
+        copies, products = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
+        rates = Rates(products, copies, products, copies)
+    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float)]
+    ar = {(row["batch"], row["context"]): row["seconds"] for row in measured if row["kind"] == "ar"}
+    rows = []
+    for row in measured:
+        batch, context, seconds = row["batch"], row["context"], row["seconds"]
+        schedule = by_label[row["schedule"]]
+        made: dict[str, Any] = {
+            name: row[name] for name in ("schedule", "kind", "batch", "context", "rows", "seconds", "host_seconds")
+        }
+        if rates is not None:
+            made["roofline_seconds"] = roofline.step(schedule, batch, context).seconds(rates)
+            made["of_roofline"] = seconds / made["roofline_seconds"]
+        made["forced"] = {
+            f"{tokens:g}": _forced(schedule, tokens, roofline.block, batch, seconds, ar.get((batch, context)))
+            for tokens in FORCED
+        }
+        rows.append(made)
+    return rows
+
+
+def _forced(
+    schedule: Schedule, tokens: float, block: int, batch: int, seconds: float, ar_seconds: float | None
+) -> dict[str, float]:
+    survival = geometric_survival(min(tokens, block), block)
+    expected = expected_tokens(schedule, survival, block)
+    made = {"tokens_per_step": expected, "tokens_per_s": batch * expected / seconds}
+    if ar_seconds is not None:
+        made["ratio_to_ar"] = expected * ar_seconds / seconds
+        if schedule.kind != "ar":
+            made["ratio_to_ar_if_exactly"] = tokens * ar_seconds / seconds
+    return made
+
+
+def _columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table: the first column to the left, numbers to the right."""
+    table = [list(headings), *map(list, rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(headings))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in table
+    )
+
+
+def text(made: Mapping[str, Any]) -> str:
+    """The tables of a summary, to print."""
+    machine, ceilings, sections = made["machine"], made["ceilings"], made["sections"]
+    parts = [f"{machine.get('device', 'no device')}, {machine.get('versions', {})}", NOTE]
+    if ceilings:
+        parts.append(", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
+    checks = [
+        (name, "ok" if row.get("ok") else row.get("skipped") or row.get("error", "FAILED")[:90],
+         f"{row['worst']:.1e}" if isinstance(row.get("worst"), float) else "")
+        for name, row in sections.get("correctness", {}).items()
+    ]  # fmt: skip
+    if checks:
+        parts.append(_columns(("check", "", "worst error"), checks))
+    timed = []
+    for name, row in sections.get("kernels", {}).items():
+        for part, each in row.get("parts", {"": row}).items():
+            if isinstance(each.get("seconds"), float):
+                timed.append((
+                    f"{name} {part}".strip(), f"{each['seconds'] * 1e6:.1f}", f"{each.get('of_copy', 0):.2f}",
+                    f"{each.get('of_matmul', 0):.2f}",
+                ))  # fmt: skip
+            else:
+                timed.append((name, each.get("skipped") or each.get("error", "")[:60], "", ""))
+    if timed:
+        parts.append(_columns(("kernel", "us", "of copy", "of matmul"), timed))
+    rows = [
+        (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
+         f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
+         *(cell for forced in row["forced"].values() for cell in
+           (f"{forced['tokens_per_step']:.2f}", f"{forced['tokens_per_s']:,.0f}", f"{forced.get('ratio_to_ar', 0):.2f}")))
+        for row in sorted(made["decode"], key=lambda row: (row["context"], row["batch"], row["kind"] != "ar"))
+    ]  # fmt: skip
+    if rows:
+        forced = [cell for tokens in FORCED for cell in (f"tokens at {tokens:g}", "tokens/s", "x ar")]
+        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *forced), rows))
+        parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
+    failed = [
+        f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
+    ]
+    return "\n\n".join([*parts, *failed])
+
+
+def write_plot(made: Mapping[str, Any], path: Path) -> bool:
+    """Tokens per second by batch, one panel per context, and attention's fractions; False without matplotlib or rows."""
+    contexts = sorted({row["context"] for row in made["decode"]})
+    kernels = made["sections"].get("kernels", {}).values()
+    attention = [row for row in kernels if row.get("kind") == "attention" and "of_copy" in row]
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = len(contexts) + bool(attention)
+    if not panels:
+        return False
+    figure, axes = pyplot.subplots(1, panels, figsize=(6 * panels, 4.5), squeeze=False)
+    for axis, context in zip(axes[0], contexts):
+        for label in dict.fromkeys(row["schedule"] for row in made["decode"]):
+            rows = sorted((row for row in made["decode"] if (row["schedule"], row["context"]) == (label, context)),
+                          key=lambda row: row["batch"])  # fmt: skip
+            axis.plot([row["batch"] for row in rows], [row["forced"][f"{FORCED[-1]:g}"]["tokens_per_s"] for row in rows],
+                      marker="o", label=label)  # fmt: skip
+        for kind, style in (("ar", ":"), ("two_pass", "--")):
+            known = PUBLISHED[kind]
+            assert isinstance(known, dict)
+            batches = [int(batch) for batch in known]
+            axis.plot(batches, list(known.values()), style, color="grey", label=f"H100, published: {kind}")
+        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s",
+                 title=f"context {context}, forced {FORCED[-1]:g} tokens per full step")  # fmt: skip
+        axis.legend(fontsize=7)
+    if attention:
+        axis = axes[0][-1]
+        names = [f"{row['batch']} x {row['rows']} at {row['context']}" for row in attention]
+        axis.barh(names, [max(row["of_copy"], row["of_matmul"]) for row in attention])
+        axis.set(xlabel="of the copy or matmul ceiling, the larger", title="attention", xlim=(0, 1))
+    device = made["machine"].get("device")
+    figure.suptitle(f"{device}: random weights, forced acceptance, device time of captured steps", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True

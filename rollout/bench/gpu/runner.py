@@ -1,0 +1,230 @@
+"""Runs the sections, each in processes of its own, and writes what is known so far after every item.
+
+Invariants:
+- The parent never touches the device. A child announces an item, runs it, and writes its row whole; an item that was
+  announced and has no row when its child ends is what ended it.
+- A child that hangs is ended at its item's limit. One that lost the device ends itself; a fresh one takes the next item.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ....errors import InvalidInput
+from ....files import append_jsonl, write_json
+from .report import summarise, text, write_plot
+
+SECTIONS = ("ceilings", "correctness", "kernels", "steps")
+_SHARE = {"ceilings": 0.15, "correctness": 0.35, "kernels": 0.6, "steps": 1.0}
+"""When a section must have ended, as a share of the whole time."""
+_ITEM_SECONDS = 100.0
+"""Most seconds of one item, compilation included."""
+_START_SECONDS = 120.0
+"""Most seconds until a child announces its first item."""
+_CLOSING_SECONDS = 5.0
+_LOST = 3
+"""Exit status of a child whose device is lost."""
+
+
+def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str, Any]]]:
+    """Names of a section's items, and what runs one. Imports torch."""
+    import torch
+
+    from .checks import CHECKS, checked
+    from .kernels import KernelBench
+    from .sizes import DEVICE, DRY
+    from .steps import StepBench
+    from .timing import CEILINGS
+
+    sizes, device = (DRY, torch.device("cpu")) if dry else (DEVICE, torch.device("cuda"))
+    if section == "ceilings":
+        return list(CEILINGS), lambda name: CEILINGS[name](sizes, device)
+    if section == "correctness":
+        return list(CHECKS), lambda name: checked(name, sizes, device)
+    if section == "kernels":
+        kernels = KernelBench(sizes, device)
+        return list(kernels.items), lambda name: kernels.items[name]()
+    steps = StepBench(sizes, device)
+    return list(steps.items), steps.run
+
+
+def child(section: str, path: Path, deadline: float, dry: bool) -> int:
+    """Run the items of a section that `path` has no line for; returns the exit status."""
+    import torch
+
+    from ....kernels.dispatch import using
+
+    names, run = items(section, dry)
+    if not path.exists():
+        append_jsonl(path, {"items": names, "machine": machine(dry)})
+    known = {line["item"] for line in _lines(path) if "item" in line}
+    for name in names:
+        if name in known:
+            continue
+        if time.time() > deadline:
+            append_jsonl(path, {"item": name, "skipped": "no time left"})
+            continue
+        append_jsonl(path, {"item": name})
+        try:
+            with torch.inference_mode(), using("triton" if dry else "auto"):
+                row = run(name)
+        except Exception as error:  # recorded, and the next item goes on
+            row = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-3000:]}
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            elif "CUDA error" in str(error) or "HIP error" in str(error):
+                append_jsonl(path, {"item": name, "row": row})
+                return _LOST
+        append_jsonl(path, {"item": name, "row": _plain(row)})
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; NaN and infinities by name."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, bool | int | float | str) or value is None else str(value)
+
+
+def machine(dry: bool) -> dict[str, Any]:
+    """Device, versions and date (UTC)."""
+    import torch
+    import transformers
+    import triton
+
+    return {
+        "device": platform.machine() if dry else torch.cuda.get_device_name(0),
+        "dry_run": dry,
+        "versions": {
+            "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip,
+        },
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines only: the child may be writing the next one."""
+    whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS) -> bool:
+    """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks hold.
+
+    Args:
+        minutes: of the clock, start and compilation included.
+        dry: the same code on a CPU through Triton's interpreter, on a few numbers.
+    Raises:
+        InvalidInput: no accelerator, or an unknown section.
+    """
+    import torch
+
+    if unknown := set(sections) - set(SECTIONS):
+        raise InvalidInput("sections", f"unknown section {min(unknown)!r}", f"use {', '.join(SECTIONS)}")
+    if not dry and not torch.cuda.is_available():
+        raise InvalidInput("device", "torch sees no accelerator here", "run it on one, or give --dry-run")
+    start = time.time()
+    result: dict[str, Any] = {"machine": {}, "minutes": minutes, "sections": {}}
+    for section in sections:
+        path = output.with_name(f".{output.name}.{section}.jsonl")
+        path.unlink(missing_ok=True)
+        limit = start + 60 * minutes * _SHARE[section] - _CLOSING_SECONDS
+        try:
+            _section(section, path, limit, dry, partial(_collect, result, section, path, output))
+        finally:
+            _collect(result, section, path, output)
+            path.unlink(missing_ok=True)
+    result["seconds"] = time.time() - start
+    made = _write(result, output)
+    if "summary_error" not in made:
+        print(text(made), flush=True)
+        write_plot(made, output.with_suffix(".png"))
+    return all(row.get("ok", "skipped" in row) for row in result["sections"].get("correctness", {}).values())
+
+
+def _section(section: str, path: Path, deadline: float, dry: bool, collect: Callable[[], None]) -> None:
+    """Children until every item has its line, or no time is left."""
+    environment = dict(os.environ)
+    if dry:
+        environment["TRITON_INTERPRET"] = "1"
+    else:
+        environment.pop("TRITON_INTERPRET", None)
+    barren = 0
+    while time.time() < deadline and barren < 2:
+        before = len(_lines(path))
+        command = [sys.executable, "-m", __package__, "--section", section, "--lines", str(path), "--deadline", str(deadline)]
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], env=environment, stderr=said)
+            why = _watch(process, path, deadline, collect)
+            said.seek(0)
+            last = said.read()[-1500:].strip()
+        if process.returncode == 0:
+            return
+        lines = _lines(path)
+        if lines and lines[-1].keys() == {"item"}:
+            why = why or f"the process ended with status {process.returncode}: {last}"
+            append_jsonl(path, {"item": lines[-1]["item"], "row": {"error": why}})
+        barren = barren + 1 if len(_lines(path)) == before else 0
+        if barren:
+            print(f"{section}: {last}", file=sys.stderr, flush=True)
+
+
+def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collect: Callable[[], None]) -> str:
+    """Wait for its end, with one; why it was ended, or nothing."""
+    before = seen = len(_lines(path))
+    since = time.time()
+    while process.poll() is None:
+        time.sleep(0.2)
+        count = len(_lines(path))
+        if count != seen:
+            seen, since = count, time.time()
+            collect()
+        late = time.time() > deadline + _CLOSING_SECONDS / 2
+        limit = _ITEM_SECONDS if count > before else _START_SECONDS
+        if late or time.time() - since > limit:
+            process.kill()
+            process.wait()
+            return "the time of its section was over" if late else f"took more than {limit:.0f} s"
+    return ""
+
+
+def _collect(result: dict[str, Any], section: str, path: Path, output: Path) -> None:
+    """The section's lines into the result, and the result into `output`."""
+    lines = _lines(path)
+    found: dict[str, Any] = {}
+    for line in lines:
+        if "machine" in line:
+            result["machine"] = result["machine"] or line["machine"]
+            found |= {name: {"skipped": "no time left"} for name in line["items"]}
+        elif "row" in line:
+            found[line["item"]] = line["row"]
+    result["sections"][section] = found
+    _write(result, output)
+
+
+def _write(result: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The summary as JSON; what was measured must not be lost to a fault in it."""
+    try:
+        made = summarise(result)
+    except Exception:
+        made = {**result, "summary_error": traceback.format_exc()}
+    write_json(output, made)
+    return made

@@ -1,0 +1,127 @@
+"""A Ray actor around one engine.
+
+Invariants:
+- One share of work at a time, served whole and in the order it came, so what an actor computes does not depend on when
+  its results are fetched. Samples leave as they finish, by a stream.
+- A weight version is staged beside the one that serves and taken between two steps, also in the middle of a share.
+- Whatever ends a share early leaves nothing of it in the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from ...errors import RequestError
+from ...model.checkpoint import load_policy
+from ..backend import Completed, InFlightPolicy
+from ..engine import Engine, EngineConfig
+from ..types import RolloutRequest
+
+
+@ray.remote(max_restarts=0, num_cpus=1, concurrency_groups={"control": 1})
+class RolloutActor:
+    """One engine in a process of its own. `run` in one thread; staging, commits and figures in another beside it.
+
+    Args:
+        version, arrays: the weights to serve; None for those of `policy` itself.
+    """
+
+    def __init__(
+        self, policy: str, config: EngineConfig, dtype: str, version: int, arrays: Mapping[str, np.ndarray] | None
+    ) -> None:
+        torch.set_num_threads(1)
+        self._engine = Engine(load_policy(policy, dtype), config)
+        self._staged: dict[int, dict[str, torch.Tensor]] = {}
+        self._between_steps = threading.Lock()
+        self._epoch: int | None = None
+        self._ended: list[Completed] = []
+        if arrays is not None:
+            self._engine.load_weights(self._fitting(arrays), version)
+
+    def ready(self) -> int:
+        """The weight version that serves; answers once the policy is loaded."""
+        return self._engine.version
+
+    @ray.method(num_returns="streaming")
+    def run(
+        self, batch: Sequence[RolloutRequest], epoch: int, done: Mapping[str, frozenset[int]]
+    ) -> Iterator[list[Completed]]:
+        """Serves a share to its end; a request the engine refuses is reported, the others go on.
+
+        Args:
+            done: numbers of the samples, by request id, that are not wanted: they are there already.
+        """
+        torch.set_num_threads(1)  # OpenMP's setting belongs to the thread
+        refused = []
+        try:
+            with self._between_steps:
+                self._epoch = epoch
+                for request in batch:
+                    try:
+                        self._engine.add(request, without=done.get(request.id, frozenset()))
+                    except RequestError as error:
+                        refused.append(Completed(epoch, request.id, error=str(error)))
+            if refused:
+                yield refused
+            while True:
+                with self._between_steps:
+                    if not self._engine.has_work and not self._ended:
+                        return
+                    finished = self._engine.step() if self._engine.has_work else []
+                    completed = self._ended + [Completed(epoch, t.request_id, t) for t in finished]
+                    self._ended = []
+                if completed:
+                    yield completed
+        finally:
+            with self._between_steps:
+                self._engine.abort()
+                self._epoch, self._ended = None, []
+
+    @ray.method(concurrency_group="control")
+    def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Hold a version's tensors ready; raises if one does not fit the policy."""
+        self._staged = {version: self._fitting(arrays)}
+
+    @ray.method(concurrency_group="control")
+    def commit(self, version: int, in_flight: InFlightPolicy) -> int:
+        """Take the staged version between two steps.
+
+        Args:
+            in_flight: what happens to unfinished samples: `keep` and `recompute` as `Engine.load_weights` has it; `abort`
+                ends them where they are; `finish`: the caller knows that there are none.
+        """
+        with self._between_steps:
+            if in_flight == "abort" and self._epoch is not None:
+                self._ended += [Completed(self._epoch, t.request_id, t) for t in self._engine.abort()]
+            self._engine.load_weights(self._staged.pop(version), version,
+                                      "recompute" if in_flight == "recompute" else "keep")
+        return version
+
+    @ray.method(concurrency_group="control")
+    def stats(self) -> dict[str, Any]:
+        """Process id, and totals of the engine."""
+        return {
+            "pid": os.getpid(),
+            "forwards": self._engine.forwards,
+            "decode_tokens": self._engine.decode_tokens,
+            "preemptions": self._engine.scheduler.preemptions,
+        }
+
+    def _fitting(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        own = self._engine.policy.state_dict()
+        tensors = {}
+        for name, array in arrays.items():
+            tensor = torch.from_numpy(np.array(array))
+            if own[name].dtype == torch.bfloat16 and tensor.dtype == torch.uint16:
+                tensor = tensor.view(torch.bfloat16)
+            if tensor.shape != own[name].shape:
+                raise RequestError("weights", f"{name} has shape {tuple(tensor.shape)}", f"send {tuple(own[name].shape)}")
+            tensors[name] = tensor
+        return tensors

@@ -1,0 +1,7 @@
+"""Conversions as commands: train by `model.conversion`, then measure with engines, which only this floor has.
+
+Knows recipes and `evaluation`. Does not know how a stage trains.
+
+`convert`: `blockroll convert`, from a file to a policy with its figures and card. `ray_train`: its stages on Ray's workers.
+`ablation`: `blockroll ablate`, variants of a stage from one parent.
+"""

@@ -1,0 +1,144 @@
+"""Step times of an engine, measured at start-up and kept on disk.
+
+Invariants:
+- What is timed is the engine's own step on samples of its own, in its own cache; it is idle before and after, and counts
+  nothing of it.
+- Schedules take turns, several times over, and the shortest time counts: what else the machine does lengthens them all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ...errors import StorageError
+from ...model.policy import Policy
+from ..schedule import Schedule
+from ..sequence import Sample
+from ..types import RolloutRequest, SamplingParams
+from .step_costs import StepCosts, clock, measured_on, rows, table_path
+
+_AR = Schedule("ar").within(2)
+_TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 5, 12, 0.5
+_SHORT, _LONG = 64, 1024  # prompt tokens of the two contexts, where the policy and the cache allow them
+
+Begin = Callable[[RolloutRequest], None]
+"""Queues a request."""
+Run = Callable[[Schedule], list[Sample]]
+"""One step under this schedule, prefill included; the samples that decoded."""
+End = Callable[[], object]
+"""Gives up every sample."""
+
+
+def batches_of(max_batch: int) -> tuple[int, ...]:
+    """Batches that are measured: powers of four, and the largest."""
+    sizes = [1]
+    while sizes[-1] * 4 < max_batch:
+        sizes.append(sizes[-1] * 4)
+    return tuple(dict.fromkeys([*sizes, max_batch]))
+
+
+def step_costs(
+    policy: Policy, schedules: Sequence[Schedule], max_batch: int, pages: int, page_size: int,
+    begin: Begin, run: Run, end: End,
+) -> StepCosts:  # fmt: skip
+    """The table for this machine and policy: from disk where it was measured before, else measured now and kept.
+
+    Args:
+        pages, page_size: the cache; batches it cannot hold without preemption are not measured.
+    """
+    what = measured_on(policy, page_size)
+    path = table_path(what, schedules)
+    bench = _Bench(policy, max(schedule.block or 1 for schedule in schedules), pages, page_size, begin, run, end)
+    context = max(min(_SHORT, bench.longest(1) // 4), 1)
+    batches = [batch for batch in batches_of(max_batch) if batch == 1 or bench.fits(batch, context)]
+    known = StepCosts.load(path)
+    if known is not None and known.context == context and known.covers(schedules, batches):
+        return known
+    table: dict[str, dict[int, float]] = {schedule.label: {} for schedule in schedules}
+    for batch in batches:
+        for label, seconds in bench.time(schedules, batch, context).items():
+            table[label][batch] = seconds
+    costs = StepCosts(table, context)
+    _add_context(costs, bench, schedules, batches[-1])
+    if known is not None and known.context == context:
+        for label, line in known.seconds_at.items():
+            costs.seconds_at.setdefault(label, {}).update(
+                {batch: s for batch, s in line.items() if batch not in costs.seconds_at[label]}
+            )
+    try:
+        costs.save(path, what)
+    except StorageError as error:
+        warnings.warn(f"step times are measured again next time: {error}", stacklevel=2)
+    return costs
+
+
+def _add_context(costs: StepCosts, bench: _Bench, schedules: Sequence[Schedule], batch: int) -> None:
+    """What a longer context costs: per position, and per row and position, from the narrowest and the widest step."""
+    context = min(_LONG, bench.longest(batch) // 2)
+    extra = context - costs.context
+    if extra < costs.context or not bench.fits(batch, context):
+        return
+    narrow, wide = min(schedules, key=rows), max(schedules, key=rows)
+    longer = bench.time([narrow, wide], batch, context)
+    slope = {s.label: max(longer[s.label] - costs.seconds_at[s.label][batch], 0.0) / (extra * batch) for s in (narrow, wide)}
+    if rows(wide) > rows(narrow):
+        costs.per_row = max(slope[wide.label] - slope[narrow.label], 0.0) / (rows(wide) - rows(narrow))
+    costs.per_position = max(slope[narrow.label] - rows(narrow) * costs.per_row, 0.0)
+
+
+class _Bench:
+    """Times steps of an idle engine."""
+
+    def __init__(
+        self, policy: Policy, block: int, pages: int, page_size: int, begin: Begin, run: Run, end: End
+    ) -> None:
+        self._policy, self._pages, self._page_size = policy, pages, page_size
+        self._room = 2 * (block + 1)  # most tokens the two steps of one measurement commit
+        self._begin, self._run, self._end = begin, run, end
+
+    def longest(self, batch: int) -> int:
+        """Positions each sample may take."""
+        return min(self._policy.config.max_position_embeddings, self._pages // batch * self._page_size)
+
+    def fits(self, batch: int, context: int) -> bool:
+        """Whether so many samples of this context can take full steps."""
+        return self.longest(batch) >= context + self._room
+
+    def time(self, schedules: Sequence[Schedule], batch: int, context: int) -> dict[str, float]:
+        """Shortest seconds of a step at this batch, by label."""
+        best: dict[str, float] = {}
+        room = self.longest(batch) - context
+        params = SamplingParams("lossless", max_tokens=room, ignore_eos=True)
+        draw = torch.Generator().manual_seed(context)
+        prompt = torch.randint(self._policy.config.vocab_size, (context,), generator=draw).tolist()
+        request = RolloutRequest("calibration", tuple(prompt), params, samples=batch)
+        left, now = 0, clock(self._policy)
+        began = now()
+        for number in range(_MOST_TURNS):
+            if number >= _TURNS and now() - began > _ENOUGH_SECONDS:
+                break
+            for schedule in schedules:
+                if left < self._room:
+                    left = self._restart(request, batch)
+                # A schedule's first step has no drafts of its own to verify.
+                for turn in range(2 if schedule.kind == "fused" else 1):
+                    start = now()
+                    decoded = self._run(schedule)
+                    seconds = now() - start
+                    left = min((sample.remaining for sample in decoded), default=0)
+                    if turn or schedule.kind != "fused":
+                        best[schedule.label] = min(seconds, best.get(schedule.label, seconds))
+        self._end()
+        return best
+
+    def _restart(self, request: RolloutRequest, batch: int) -> int:
+        """Prefills the samples; the tokens each may still make."""
+        self._end()
+        self._begin(request)
+        while True:
+            decoded = self._run(_AR)
+            if len(decoded) == batch:
+                return min(sample.remaining for sample in decoded)

@@ -1,0 +1,222 @@
+"""Which schedule the next step runs: the one that makes the coming tokens soonest.
+
+For the next G tokens of each sample a schedule needs
+
+    seconds(schedule, batch, context) * (G / tokens + cold * (1 - 1 / tokens))
+
+with `tokens` its expected tokens per step (`survival`) and `cold`, for `fused`, the share of samples whose next step has no
+drafts to verify, because the last step proposed none. That is the price of turning to `fused`; turning away drops the
+drafts that wait. Now and then a step or two of one that is nearly as good are spent on learning, for at most `PROBE_SHARE`
+of the time, counted as if its drafts all failed.
+
+Invariants, for exactness. A sampler stays exact under any schedule that is fixed in advance; so it does when each step's
+schedule depends only on numbers that no later draw uses again:
+- A schedule is chosen before the step, from how many drafts earlier steps verified and accepted. Accepting `a` of them
+  shows the random numbers of positions up to anchor + a + 1, which are then committed; the numbers of later positions will
+  be used again, and nothing that depends on them is counted. Waiting drafts are counted, never looked at.
+- How long a step took can depend on tokens that were rejected unread (they choose experts). So a step's time counts only
+  after every sample of the step has committed all positions it had drafted by then.
+- `coupled` gives the tokens of `ar` whatever is chosen. `repeatable` leaves times out altogether: then the same requests
+  and the same table of step times give the same choices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..schedule import Schedule
+from ..sequence import Sample
+from .step_costs import StepCosts
+from .survival import Survival
+
+PROBE_SHARE = 0.015
+_PROBE_EVERY = 24  # steps between two probes, at least
+_NEAR = 1.5  # times the best one's seconds: what is probed in turn
+_HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
+_LOG = 4096
+_LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
+_AR = Schedule("ar").within(2)
+
+Kind = tuple[str, float, bool]
+"""What acceptance depends on: sampler, temperature, whether anything is cut off."""
+
+
+@dataclass(slots=True)
+class Decision:
+    """One step: what was chosen for which batch, what was expected of it, and what came of it.
+
+    Attributes:
+        batch: samples decoding; context: their mean length in tokens.
+        expected_seconds, expected_tokens: of one step in the long run, tokens per sample.
+        seconds, tokens: of this step, tokens per sample; 0 until it has run.
+        probe: spent on learning.
+    """
+
+    schedule: Schedule
+    batch: int
+    context: float
+    expected_seconds: float
+    expected_tokens: float
+    probe: bool
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+
+def candidates(block_size: int) -> tuple[Schedule, ...]:
+    """What a planner chooses from, with sizes for blocks of `block_size`, without repetition."""
+    b = block_size
+    quarter, half = max(b // 4, 1), max(b // 2, 1)
+    wanted = [
+        Schedule("ar"),
+        *(Schedule("two_pass", m) for m in (quarter, half, b)),
+        Schedule("fused", quarter, (0,), max(half, 2)),
+        Schedule("fused", half, (0,), max(half + quarter, 2)),
+        *(Schedule("fused", None, levels) for levels in ((0,), (0, quarter), (0, quarter, half))),
+    ]
+    return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
+
+
+class Planner:
+    """Chooses schedules for one engine.
+
+    Args:
+        costs: step times of all `schedules`.
+        schedules: what to choose from, `ar` among them, all with sizes.
+        block_size: most slots of a block.
+        prior: acceptance rate of a draft before anything is seen.
+        repeatable: leave measured times out of all choices.
+
+    Attributes:
+        log: the last decisions, oldest first.
+    """
+
+    def __init__(
+        self,
+        costs: StepCosts,
+        schedules: Sequence[Schedule],
+        block_size: int,
+        *,
+        prior: float = 0.7,
+        repeatable: bool = False,
+    ) -> None:
+        self.costs, self.schedules, self.repeatable = costs, tuple(schedules), repeatable
+        self.log: deque[Decision] = deque(maxlen=_LOG)
+        self._block_size, self._prior = block_size, prior
+        self._survival: dict[Kind, Survival] = {}
+        self._decision: Decision | None = None
+        self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
+        self._total = self._probed = 0.0
+        self._since = self._pinned = self._turn = 0
+
+    def choose(self, decoding: Sequence[Sample]) -> Schedule:
+        """The schedule of the step that decodes these samples."""
+        self._settle()
+        kinds: dict[Kind, int] = {}
+        waiting = drafting = remaining = context = 0
+        for sample in decoding:
+            context += len(sample.tokens)
+            if sample.request.params.sampler != "ar":
+                kind = _kind(sample)
+                kinds[kind] = kinds.get(kind, 0) + 1
+                drafting += 1
+                waiting += sample.draft_count > 0
+                remaining += sample.remaining
+        batch = len(decoding)
+        if not drafting:
+            self._decision = None
+            return _AR
+        mean_context = context / batch
+        if self._pinned and self._decision is not None and self._decision.probe:
+            self._pinned -= 1
+            decision = self._decide(self._decision.schedule, kinds, batch, mean_context, probe=True)
+        else:
+            horizon = min(remaining / drafting, _HORIZON)
+            decision = self._best(kinds, batch, mean_context, horizon, 1 - waiting / drafting)
+        self._decision = decision
+        self._total += decision.expected_seconds
+        self.log.append(decision)
+        return decision.schedule
+
+    def observe(self, decoding: Sequence[Sample], seconds: float | None) -> None:
+        """What became of the step that was chosen last, after its commit.
+
+        Args:
+            seconds: how long it took; None when it did more than decode.
+        """
+        decision = self._decision
+        if decision is None:
+            return
+        made = 0
+        for sample in decoding:
+            step = sample.trace[-1]
+            made += step.accepted + 1
+            # A sample that ended may have accepted drafts past its end, which say nothing.
+            if step.drafted and sample.finish is None:
+                self._of(_kind(sample)).note(step.anchor + 1 - step.draft_start, step.drafted, step.accepted)
+        decision.tokens = made / len(decoding)
+        if seconds is None:
+            return
+        decision.seconds = seconds
+        if not self.repeatable:
+            drafted = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
+            self._late.append((decision, drafted))
+
+    def _best(self, kinds: dict[Kind, int], batch: int, context: float, horizon: float, cold: float) -> Decision:
+        ranked = []
+        for schedule in self.schedules:
+            decision = self._decide(schedule, kinds, batch, context, probe=False)
+            tokens = decision.expected_tokens
+            steps = horizon / tokens
+            if schedule.kind == "fused":
+                steps += cold * (1 - 1 / tokens)
+            ranked.append((decision.expected_seconds * steps, decision))
+        ranked.sort(key=lambda pair: pair[0])
+        best = ranked[0][1]
+        self._since += 1
+        # `ar` teaches nothing about drafts.
+        others = [(seconds, decision) for seconds, decision in ranked[1:] if decision.schedule.kind != "ar"]
+        near = [decision for seconds, decision in others if seconds <= _NEAR * ranked[0][0]] or [others[0][1]]
+        second = near[self._turn % len(near)]
+        # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
+        steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
+        back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
+        rate = best.expected_tokens / best.expected_seconds
+        excess = steps * (second.expected_seconds - 1 / rate)
+        excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
+        if self._since < _PROBE_EVERY or self._probed + excess > PROBE_SHARE * self._total:
+            return best
+        self._since, self._pinned, second.probe = 0, steps - 1, True
+        self._turn += 1
+        self._probed += max(excess, 0.0)
+        if best.schedule.kind == "ar":  # nothing else is learnt from, and a policy in training moves
+            for kind in kinds:
+                self._of(kind).fade()
+        return second
+
+    def _decide(self, schedule: Schedule, kinds: dict[Kind, int], batch: int, context: float, probe: bool) -> Decision:
+        drafting = sum(kinds.values())
+        tokens = sum(count * self._of(kind).tokens(schedule) for kind, count in kinds.items()) + batch - drafting
+        return Decision(schedule, batch, context, self.costs.seconds(schedule, batch, context), tokens / batch, probe)
+
+    def _of(self, kind: Kind) -> Survival:
+        known = self._survival.get(kind)
+        if known is None:
+            if len(self._survival) >= 64:
+                self._survival.pop(next(iter(self._survival)))
+            known = self._survival[kind] = Survival(self._block_size, self._prior)
+        return known
+
+    def _settle(self) -> None:
+        """Count the times of steps whose drafted positions are all committed by now."""
+        while self._late and all(s.finish is not None or s.anchor >= end for s, end in self._late[0][1]):
+            decision, _ = self._late.popleft()
+            self.costs.note(decision.schedule, decision.batch, decision.context, decision.seconds)
+        if len(self._late) > _LATE:
+            self._late.popleft()
+
+
+def _kind(sample: Sample) -> Kind:
+    params = sample.request.params
+    return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

@@ -1,0 +1,142 @@
+"""Seconds of a decode step, by schedule, batch and context.
+
+    seconds(schedule, S, L) = measured(schedule, S) + (L - L0) * S * (a + b * rows(schedule))
+
+`measured` is a table from the calibration at context L0, straight lines between its batches; a and b come from the same
+calibration at a longer context (what a cached position costs a sequence, and each of its rows). What steps turn out to
+take later corrects a schedule's line against the others', so that a machine that is slower today, for all of them, changes
+no choice.
+
+Invariants: the table file is whole or absent; one that cannot be read is measured anew.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import write_json
+from ...model.policy import Policy
+from ..machine import describe
+from ..schedule import Schedule
+
+_FORMAT = 1
+_FAST, _SLOW = 0.1, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
+_OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
+
+
+def clock(policy: Policy) -> Callable[[], float]:
+    """What step times are read from. On a CPU with one torch thread that thread's own time: a step that the operating
+    system interrupts does not cost more than another. Elsewhere the wall clock; a step ends when its tokens are known."""
+    if policy.device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.thread_time
+    return time.perf_counter
+
+
+def rows(schedule: Schedule) -> int:
+    """Rows per sequence of a full step with sizes."""
+    if schedule.kind == "ar":
+        return 1
+    assert schedule.drafts is not None and schedule.block is not None
+    if schedule.kind == "two_pass":
+        return 1 + 2 * schedule.drafts
+    return 1 + schedule.drafts + len(schedule.levels) * schedule.block
+
+
+@dataclass
+class StepCosts:
+    """The table, and what was learnt since.
+
+    Attributes:
+        seconds_at: by schedule label and batch, at context `context`.
+        per_position, per_row: a and b of the formula, seconds.
+    """
+
+    seconds_at: dict[str, dict[int, float]]
+    context: int
+    per_position: float = 0.0
+    per_row: float = 0.0
+    _all: float = 1.0
+    _own: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, schedule: Schedule, batch: int, context: float) -> float:
+        """Expected seconds of a step of `batch` sequences with `context` cached positions each."""
+        return self._table(schedule, batch, context) * self._own.get(schedule.label, 1.0)
+
+    def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
+        """One step took so long."""
+        expected = self._table(schedule, batch, context)
+        own = self._own.get(schedule.label, 1.0)
+        ratio = seconds / (expected * own * self._all)
+        ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
+        self._own[schedule.label] = own * ratio**_SLOW
+        self._all *= ratio**_FAST
+
+    def _table(self, schedule: Schedule, batch: int, context: float) -> float:
+        known = self.seconds_at[schedule.label]
+        batches = sorted(known)
+        # Outside its batches the nearest two go on as they were.
+        i = min(max(bisect.bisect_left(batches, batch), 1), len(batches) - 1)
+        if len(batches) == 1:
+            at = known[batches[0]]
+        else:
+            low, high = batches[i - 1], batches[i]
+            at = known[low] + (known[high] - known[low]) * (batch - low) / (high - low)
+        longer = (context - self.context) * batch * (self.per_position + self.per_row * rows(schedule))
+        return max(at + longer, 0.25 * known[batches[0]])
+
+    def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
+        """Whether the table holds all of these."""
+        wanted = set(batches)
+        return all(wanted <= self.seconds_at.get(schedule.label, {}).keys() for schedule in schedules)
+
+    def save(self, path: Path, what: dict[str, Any]) -> None:
+        """Write the table, next to `what` it was measured on."""
+        write_json(path, {
+            "format": _FORMAT, "measured_on": what, "context": self.context, "per_position": self.per_position,
+            "per_row": self.per_row, "seconds": self.seconds_at,
+        })
+
+    @classmethod
+    def load(cls, path: Path) -> StepCosts | None:
+        """The table at `path`; None when there is none that can be used."""
+        try:
+            found = json.loads(path.read_bytes())
+            if found["format"] != _FORMAT:
+                return None
+            table = {label: {int(batch): float(s) for batch, s in line.items()} for label, line in found["seconds"].items()}
+            return cls(table, int(found["context"]), float(found["per_position"]), float(found["per_row"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
+    """What step times depend on, weights aside: device, threads, versions, dtype and sizes of the policy."""
+    ignored = ("transformers_version", "_name_or_path", "architectures", "dtype")
+    sizes = {key: value for key, value in policy.config.to_dict().items() if key not in ignored}
+    machine = describe()
+    cuda = policy.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(policy.device) if cuda else machine["processor"],
+        "torch_threads": machine["torch_threads"],
+        "versions": {name: machine["versions"][name] for name in ("blockroll", "torch")},
+        "dtype": str(policy.dtype),
+        "page_size": page_size,
+        "policy": sizes,
+    }
+
+
+def table_path(what: dict[str, Any], schedules: Iterable[Schedule]) -> Path:
+    """Where the table of these conditions is kept: below $XDG_CACHE_HOME, or ~/.cache."""
+    key = json.dumps([what, [schedule.label for schedule in schedules]], sort_keys=True, default=str)
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "blockroll" / "step_costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

@@ -1,0 +1,7 @@
+"""Which tokens: drawn from q as drafts, verified against p, and what follows them.
+
+Knows logits, seeds and sampling parameters. Does not know policies, caches or requests.
+
+`sampler`: the four samplers, in torch. `kernels`: the same for rows that kernels serve. `processing`: temperature and cut-offs.
+`drafts`: what passes between two steps, and what a step commits.
+"""

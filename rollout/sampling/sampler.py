@@ -1,0 +1,257 @@
+"""The four samplers: which drafts are drawn, which are accepted, and which token follows them.
+
+Invariants:
+- Every number drawn for a position is keyed by (seed of the sample, position, purpose, token id) and by nothing else:
+  not by batch, row, step or retry.
+- p is never altered: the mask token is an ordinary token to it. q gives the mask token probability zero.
+- Draft k (k = 1 .. count) stands for position anchor + k, and verify row k - 1 holds p for that position. `draft` and
+  `verify` count from the same anchor, so drafts and rows cannot be misaligned here.
+
+| sampler | committed tokens |
+|---|---|
+| `ar` | x = argmax(log p + g); no drafts |
+| `coupled` | the same x with the same g; drafts argmax(log q + g), accepted while they are the tokens of `ar` |
+| `lossless` | drafts from q; accepted with min(1, p/q), else the residual: distributed as p |
+| `mixed` | as `lossless`, with m = softmax of the mixed logits in place of p; m = p in rows without a draft |
+
+Rows without cut-offs take the kernels where there are any (`kernels`); this is the plain path, and every cut-off's.
+At temperature 0 every sampler accepts while the draft is the most probable token of its target.
+
+Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V = vocabulary, G = rows of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...kernels.philox import Purpose, gumbel, uniform
+from ...kernels.verify import count_accepted, count_matching, draw, gumbel_argmax, mix_logits, residual_weights
+from . import kernels
+from .drafts import Drafts, Group, SamplerRows, Verdict
+from .processing import Processed, full_logprobs, processed, widen
+
+__all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "sample_seed", "verify"]
+
+Markov = Callable[[torch.Tensor], torch.Tensor]
+"""int64[...] tokens -> what they add to the logits of the rows after them, [..., V]."""
+
+_WORD = (1 << 64) - 1
+
+
+def sample_seed(request_seed: int, sample: int) -> int:
+    """The seed of one sample of a group, in [0, 2^63): SplitMix64 of the pair."""
+
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) & _WORD
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+        return x ^ (x >> 31)
+
+    return mix(mix(request_seed) ^ sample) >> 1
+
+
+def draft(
+    rows: SamplerRows,
+    q_logits_SMV: torch.Tensor,
+    anchor_S: torch.Tensor,
+    mask_token: int,
+    count_S: torch.Tensor | None = None,
+    markov: Markov | None = None,
+    previous_S: torch.Tensor | None = None,
+) -> Drafts:
+    """Draw drafts from q.
+
+    Args:
+        q_logits_SMV: raw logits of the mask rows; row k - 1 predicts position anchor + k. Padding may hold anything. Given
+            away: the drafts may keep this very tensor, the mask token's logit replaced.
+        anchor_S: int64, position of the last committed token.
+        mask_token: its id; never drafted.
+        count_S: int64, how many rows of each sequence are real; None: all M. `ar` rows get no drafts in any case.
+        markov: what a token adds to the logits of the row after it (`MarkovHead`). Each draft is then drawn given the
+            one before it, and q, wherever it is kept or compared, is that conditional distribution.
+        previous_S: int64, the token at the anchor, for `markov`.
+    """
+    s, m, _ = q_logits_SMV.shape
+    device = q_logits_SMV.device
+    if count_S is None:
+        count_S = torch.full((s,), m, dtype=torch.int64, device=device)
+    if len(rows.groups) == 1:
+        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
+    count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
+    large: dict[str, torch.Tensor] = {}
+    for group in rows.groups:
+        i = group.index_G
+        before = None if previous_S is None else previous_S[i]
+        part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before)
+        count_S[i], token_SM[i] = part.count_S, part.token_SM
+        for name in ("logq_SMV", "q_logits_SMV", "q_lse_SM"):
+            known = getattr(part, name)
+            if known is not None:
+                if name not in large:
+                    large[name] = widen(known).new_full((s, m, *known.shape[2:]), -torch.inf)
+                large[name][i] = known.to(large[name].dtype)
+    return Drafts(token_SM, count_S, **large)
+
+
+def _draft_group(
+    rows: SamplerRows,
+    q_logits_SMV: torch.Tensor,
+    anchor_S: torch.Tensor,
+    mask_token: int,
+    count_S: torch.Tensor,
+    markov: Markov | None,
+    previous_S: torch.Tensor | None,
+) -> Drafts:
+    (group,) = rows.groups
+    s, m, vocab_size = q_logits_SMV.shape
+    device = q_logits_SMV.device
+    if group.sampler == "ar" or m == 0:
+        return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
+    if kernels.serves(group, q_logits_SMV):
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
+    q_logits_SMV = widen(q_logits_SMV).clone()
+    q_logits_SMV[..., mask_token] = -torch.inf
+    slot_M = torch.arange(m, device=device)
+    seed_S1, position_SM = rows.seed_S[:, None], anchor_S[:, None] + 1 + slot_M
+    noise = None
+    if not group.greedy:
+        noise = gumbel(seed_S1, position_SM, vocab_size, Purpose.NOISE, q_logits_SMV.dtype) \
+            if group.sampler == "coupled" else uniform(seed_S1, position_SM, Purpose.DRAFT)
+    if markov is None:
+        token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
+    else:
+        assert previous_S is not None
+        chosen, previous_S1 = [], previous_S[:, None]
+        for k in range(m):
+            q_logits_SMV[:, k : k + 1] += markov(previous_S1)
+            chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
+            previous_S1 = chosen[-1][0]
+        token_SM = torch.cat([token_S1 for token_S1, _ in chosen], 1)
+        kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
+        logq_SMV = torch.cat(kept, 1) if kept else None
+    token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
+    return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
+
+
+def _choose(
+    rows: SamplerRows, group: Group, q_logits_SKV: torch.Tensor, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens drawn from q, and log q where verification compares with it. (token_SK, logq_SKV)"""
+    if group.greedy:
+        return q_logits_SKV.argmax(-1), None
+    assert noise is not None
+    q = _process(rows, group, q_logits_SKV)
+    if group.sampler == "coupled":
+        return gumbel_argmax(q.scaled, noise), None
+    return draw(q.logp.exp(), noise), q.logp
+
+
+def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+    """Accept drafts and draw the token after them.
+
+    Args:
+        p_logits_SRV: raw logits of the verify rows [anchor, d_1 .. d_M], so R = M + 1; row k is p of position
+            anchor + 1 + k. Rows past a sequence's count may hold anything.
+        drafts: drawn by `draft` for the same rows and the same anchors; `Drafts.none` where there are none.
+        anchor_S: int64, position of the last committed token.
+    """
+    assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
+    if len(rows.groups) == 1:
+        return _verify_group(rows, p_logits_SRV, drafts, anchor_S)
+    s, r = p_logits_SRV.shape[:2]
+    out: Verdict | None = None
+    for group in rows.groups:
+        i = group.index_G
+        assert i is not None
+        # No drafts in a group of `ar` rows: its padding is not worth the noise of a whole row each.
+        part_drafts = drafts.select(i)
+        width = int(part_drafts.count_S.max()) + 1
+        part_drafts = part_drafts.narrow(width - 1)
+        part = _verify_group(rows.of(group), p_logits_SRV[i, :width], part_drafts, anchor_S[i])
+        out = Verdict.padding(s, r, part) if out is None else out
+        out.put(i, part)
+    assert out is not None
+    return out
+
+
+def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+    (group,) = rows.groups
+    if kernels.serves(group, p_logits_SRV):
+        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
+    r, vocab_size = p_logits_SRV.shape[1:]
+    m = r - 1
+    p_logits_SRV = widen(p_logits_SRV)
+    row_R = torch.arange(r, device=p_logits_SRV.device)
+    seed_S1, position_SR = rows.seed_S[:, None], anchor_S[:, None] + 1 + row_R
+
+    target_SRV = p_logits_SRV
+    if group.sampler == "mixed" and drafts.q_logits_SMV is not None:
+        p_SMV = p_logits_SRV[:, :m]
+        mixed_SMV = mix_logits(p_SMV, drafts.q_logits_SMV, rows.mix_weight_S[:, None])
+        drafted_SM = row_R[:m] < drafts.count_S[:, None]
+        target_SRV = torch.cat((torch.where(drafted_SM[..., None], mixed_SMV, p_SMV), p_logits_SRV[:, m:]), 1)
+    target = _process(rows, group, target_SRV)
+    full_logp_SRV = target.full_logp
+    if target_SRV is not p_logits_SRV:
+        full_logp_SRV = full_logprobs(p_logits_SRV, rows.temperature_S[:, None])
+
+    if group.greedy or group.sampler in ("ar", "coupled"):
+        if group.greedy:
+            x_SR = target_SRV.argmax(-1)
+        else:
+            noise_SRV = gumbel(seed_S1, position_SR, vocab_size, Purpose.NOISE, p_logits_SRV.dtype)
+            x_SR = gumbel_argmax(target.scaled, noise_SRV)
+        accepted_S = count_matching(x_SR[:, :m], drafts.token_SM, drafts.count_S)
+        token_SR = x_SR
+    else:
+        accepted_S, x_S = _reject(target.logp, drafts, seed_S1, position_SR)
+        token_SR = torch.cat((drafts.token_SM, x_S[:, None]), 1).where(row_R != accepted_S[:, None], x_S[:, None])
+
+    committed_SR, from_draft_SR = row_R <= accepted_S[:, None], row_R < accepted_S[:, None]
+    index_SR1 = token_SR.clamp(min=0)[..., None]
+
+    def at_token(logp_SRV: torch.Tensor) -> torch.Tensor:
+        return torch.where(committed_SR, logp_SRV.gather(-1, index_SR1)[..., 0], 0.0)
+
+    logprob_SR = at_token(full_logp_SRV)
+    return Verdict(
+        accepted_S=accepted_S,
+        token_SR=torch.where(committed_SR, token_SR, -1),
+        logprob_SR=logprob_SR,
+        behavior_logprob_SR=logprob_SR if target.logp is full_logp_SRV else at_token(target.logp),
+        support_logmass_SR=torch.where(committed_SR, target.support_logmass, 0.0),
+        from_draft_SR=from_draft_SR,
+    )
+
+
+def _reject(
+    logp_SRV: torch.Tensor, drafts: Drafts, seed_S1: torch.Tensor, position_SR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection against logp: how many drafts are accepted, and the token after them. (accepted_S, x_S)"""
+    s, r, _ = logp_SRV.shape
+    device = logp_SRV.device
+    purpose_211 = torch.tensor((Purpose.ACCEPT, Purpose.RESAMPLE), device=device)[:, None, None]
+    u_accept_SR, u_resample_SR = uniform(seed_S1, position_SR, purpose_211)
+    logq_SMV = drafts.logq_SMV
+    if r == 1 or logq_SMV is None:
+        return torch.zeros_like(drafts.count_S), draw(logp_SRV[:, 0].exp(), u_resample_SR[:, 0])
+    accepted_S = count_accepted(logp_SRV[:, :-1], logq_SMV, drafts.token_SM, drafts.count_S, u_accept_SR[:, :-1])
+    s_S = torch.arange(s, device=device)
+    rejected_S = accepted_S < drafts.count_S
+    logq_SV = logq_SMV[s_S, accepted_S.clamp(max=r - 2)]
+    weight_SV = residual_weights(logp_SRV[s_S, accepted_S], logq_SV, rejected_S)
+    return accepted_S, draw(weight_SV, u_resample_SR[s_S, accepted_S])
+
+
+def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor) -> Processed:
+    return processed(
+        logits_SRV,
+        rows.temperature_S[:, None],
+        rows.top_k_S[:, None],
+        rows.top_p_S[:, None],
+        rows.min_p_S[:, None],
+        any_cut=group.cut,
+        any_greedy=group.greedy,
+    )

@@ -1,0 +1,230 @@
+"""`blockroll bench gpu`: its items on a few numbers through the interpreter, and what becomes of items that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from blockroll.errors import InvalidInput
+from blockroll.kernels.dispatch import using
+from blockroll.kernels.launch import record
+from blockroll.model.policy import Policy
+from blockroll.rollout.bench.gpu import checks, runner
+from blockroll.rollout.bench.gpu.kernels import KernelBench
+from blockroll.rollout.bench.gpu.parts import DecodeStep, FilledCache
+from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
+from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
+from blockroll.rollout.bench.gpu.steps import StepBench
+from blockroll.rollout.schedule import Schedule
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def interpreted():
+    with torch.inference_mode(), using("triton"):
+        yield
+
+
+@pytest.mark.parametrize("name", [name for name in checks.CHECKS if name not in ("batch", "coupled")])
+def test_checks_hold(interpreted, name: str) -> None:
+    row = checks.checked(name, DRY, CPU)
+    assert row["ok"], row
+    assert runner._plain(row)
+
+
+def test_a_wrong_kernel_fails_its_check(interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
+    from blockroll.kernels.attention import triton as fast
+
+    right = fast.paged_attend
+    monkeypatch.setattr(fast, "paged_attend", lambda *arguments: right(*arguments) * 1.01)
+    assert not checks.checked("attention", DRY, CPU)["ok"]
+    # Not written at all: fresh memory is no result.
+    monkeypatch.setattr(fast, "paged_attend", lambda q, *arguments: torch.empty(q.shape, dtype=q.dtype))
+    row = checks.checked("attention", DRY, CPU)
+    assert not row["ok"] and row["worst"] != row["worst"]
+
+
+def test_kernels_have_times_bytes_and_flops(interpreted) -> None:
+    bench = KernelBench(DRY, CPU)
+    for name in ("attention 2 x 5 at 9", "experts 5", "router 5", "cca 5", "residual 5", "projections 5", "head 2", "verify 2"):
+        row = bench.items[name]()
+        for part in row.get("parts", {"": row}).values():
+            assert part["seconds"] > 0 and part["bytes"] > 0 and part["flops"] >= 0
+
+
+def test_steps_commit_what_their_schedules_verify(interpreted) -> None:
+    bench = StepBench(DRY, CPU)
+    assert len(bench.items) == len(DRY.schedules) * len(DRY.batches) * len(DRY.contexts)
+    for name in bench.items:
+        row = bench.run(name)
+        assert row["rows"] == {"ar": 1, "fused": 4 + 2 * 4, "two_pass": 3 + 2}[row["kind"]]
+        assert row["seconds"] > 0 and row["host_seconds"] > 0
+
+
+def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -> None:
+    names = list(StepBench(DEVICE, CPU).items)
+    assert names[0] == "ar 16 at 2048" and len(names) == 60
+    assert [name.partition(" ")[0].partition("(")[0] for name in names[:3]] == ["ar", "fused", "two_pass"]
+    assert DEVICE.zaya.num_hidden_layers == 40 and DEVICE.zaya.vocab_size == 262272
+
+
+@pytest.mark.parametrize("schedule", DEVICE.schedules, ids=lambda schedule: schedule.label)
+def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
+    """On `meta` tensors there is nothing to ask for: what reads a value back fails. So the step can be captured."""
+    config = {**DEVICE.config, "num_hidden_layers": 1, "layer_types": ["hybrid"]}
+    with torch.inference_mode(), using("triton"):
+        with torch.device("meta"):
+            policy = Policy(replace(DEVICE, config=config).zaya).to(DEVICE.dtype).requires_grad_(False)
+        policy.pack()
+        filled = FilledCache(policy, 64 * 16384, 64, DEVICE.page_size, policy.block_size + 1)
+        with record("sm_90") as launches:
+            step = DecodeStep(policy, filled, schedule, 32, 16384)
+            prepared = len(launches)
+            step.run()
+    kernels = [launch.kernel.__name__ for launch in launches[prepared:]]
+    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(step.passes)
+    assert len(kernels) >= 10
+
+
+def made_up() -> dict[str, Any]:
+    """Rows as a device would give them."""
+    steps = {}
+    for schedule, seconds in (("ar", 0.01), ("fused(15, {0}, 16)", 0.02), ("two_pass(16)", 0.03)):
+        for batch in (16, 64):
+            steps[f"{schedule} {batch}"] = {
+                "schedule": schedule, "kind": schedule.partition("(")[0], "batch": batch, "context": 2048, "rows": 1,
+                "seconds": seconds, "host_seconds": 0.001,
+            }  # fmt: skip
+    attention = {"kind": "attention", "batch": 1, "rows": 1, "context": 9, "seconds": 1e-3, "bytes": 2e9, "flops": 1e9}
+    return {
+        "machine": {"device": "NVIDIA H200", "versions": {}},
+        "sections": {
+            "ceilings": {"copy": {"copy_bytes_per_s": 4e12}, "matmul": {"matmul_flops_per_s": 8e14}},
+            "correctness": {"philox": {"ok": True, "worst": 0.0}, "cca": {"error": "RuntimeError: out of luck"}},
+            "kernels": {"attention": attention, "router": {"skipped": "no time left"}},
+            "steps": steps | {"ar 128": {"error": "out of memory"}},
+        },
+    }
+
+
+def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> None:
+    made = summarise(made_up())
+    assert made["ceilings"] == {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+    assert made["sections"]["kernels"]["attention"]["of_copy"] == pytest.approx(0.5)
+    assert made["attention"]["best_bytes_per_s"] == pytest.approx(2e12)
+    rows = {(row["kind"], row["batch"]): row for row in made["decode"]}
+    fused = rows["fused", 16]
+    assert fused["forced"]["6.8"]["ratio_to_ar_if_exactly"] == pytest.approx(6.8 / 2)
+    tokens = fused["forced"]["6.8"]["tokens_per_step"]
+    assert 5 < tokens < 6.8
+    assert fused["forced"]["6.8"]["tokens_per_s"] == pytest.approx(16 * tokens / 0.02)
+    assert rows["two_pass", 64]["forced"]["6.8"]["tokens_per_step"] == pytest.approx(6.8)
+    assert fused["of_roofline"] == pytest.approx(0.02 / fused["roofline_seconds"])
+    printed = text(made)
+    assert "RuntimeError: out of luck" in printed and "Random weights" in printed and "H100" in printed
+    assert write_plot(made, tmp_path / "gpu.png") and (tmp_path / "gpu.png").stat().st_size > 5000
+    json.dumps(made, allow_nan=False)
+
+
+CHILD = """
+import os, sys, time
+from pathlib import Path
+from blockroll.rollout.bench.gpu import runner
+
+def run(name):
+    if name == "dies":
+        os.abort()
+    if name == "hangs":
+        time.sleep(600)
+    return {"seconds": 1.0}
+
+runner.items = lambda section, dry: (["good", "dies", "hangs", "last"], run)
+sys.exit(runner.child("ceilings", Path(sys.argv[sys.argv.index("--lines") + 1]), time.time() + 600, True))
+"""
+
+
+@pytest.mark.timeout(600)  # three processes import torch
+def test_an_item_that_dies_or_hangs_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess, "Popen", lambda command, **options: real([command[0], str(child), *command[3:]], **options)
+    )
+    monkeypatch.setattr(runner, "_ITEM_SECONDS", 3.0)
+    monkeypatch.setattr(runner, "_START_SECONDS", 300.0)
+    lines, output = tmp_path / "lines.jsonl", tmp_path / "gpu.json"
+    result: dict[str, Any] = {"machine": {}, "sections": {}}
+
+    def collect() -> None:
+        runner._collect(result, "ceilings", lines, output)
+
+    runner._section("ceilings", lines, time.time() + 500, True, collect)
+    collect()
+    rows = json.loads(output.read_text())["sections"]["ceilings"]
+    assert rows["good"] == rows["last"] == {"seconds": 1.0}
+    assert f"status {-signal.SIGABRT}" in rows["dies"]["error"]
+    assert "took more than" in rows["hangs"]["error"]
+
+
+def test_an_error_is_a_row_and_a_lost_device_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {"raises": ValueError("as told"), "lost": RuntimeError("CUDA error: an illegal memory access")}
+
+    def run(name: str) -> dict[str, Any]:
+        if name in errors:
+            raise errors[name]
+        return {"error_of": float("nan")}
+
+    monkeypatch.setattr(runner, "items", lambda section, dry: (["raises", "nan", "lost", "last"], run))
+    lines = tmp_path / "lines.jsonl"
+    assert runner.child("steps", lines, time.time() + 60, True) == runner._LOST
+    assert runner.child("steps", lines, time.time() - 1, True) == 0  # a fresh one, when the time is over
+    result: dict[str, Any] = {"machine": {}, "sections": {}}
+    runner._collect(result, "steps", lines, tmp_path / "gpu.json")
+    rows = result["sections"]["steps"]
+    assert rows["raises"]["error"] == "ValueError: as told" and "illegal memory" in rows["lost"]["error"]
+    assert rows["nan"] == {"error_of": "nan"} and rows["last"] == {"skipped": "no time left"}
+    assert result["machine"]["dry_run"] is True
+
+
+def test_a_fault_of_the_summary_costs_no_row(tmp_path: Path) -> None:
+    output, row = tmp_path / "gpu.json", {"seconds": 1.0}  # a kernel's row without its bytes
+    made = runner._write({"machine": {}, "sections": {"kernels": {"odd": row}}}, output)
+    assert "KeyError: 'bytes'" in made["summary_error"]
+    assert json.loads(output.read_text())["sections"]["kernels"]["odd"] == row
+
+
+def test_without_an_accelerator_one_line_says_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InvalidInput, match="device: torch sees no accelerator here; run it on one"):
+        runner.bench_gpu(tmp_path / "gpu.json")
+    with pytest.raises(InvalidInput, match="unknown section 'step'"):
+        runner.bench_gpu(tmp_path / "gpu.json", dry=True, sections=("step",))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "blockroll.cli", "bench", "gpu", "--dry-run", "--json", "gpu.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((tmp_path / "gpu.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.png"]
+    rows = [row for section in made["sections"].values() for row in section.values()]
+    assert rows and not any("error" in row or "skipped" in row for row in rows)
+    assert len(made["decode"]) == len(DRY.schedules)

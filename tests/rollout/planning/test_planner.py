@@ -1,0 +1,327 @@
+"""The planner: what it picks from known costs, what it learns, and that no choice of its changes what is sampled."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.planning import survival as survival_module
+from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
+from blockroll.rollout.planning.step_costs import StepCosts, rows
+from blockroll.rollout.planning.survival import Survival
+from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+BLOCK = 16
+SCHEDULES = candidates(BLOCK)
+
+
+@dataclass
+class Running:
+    """What a planner reads of a sample."""
+
+    request: RolloutRequest
+    tokens: list[int]
+    remaining: int = 100
+    draft_count: int = 0
+    finish: str | None = None
+    trace: list = field(default_factory=list)
+
+    @property
+    def anchor(self):
+        return len(self.tokens) - 1
+
+
+@dataclass
+class Traced:
+    anchor: int
+    drafted: int
+    accepted: int
+    draft_start: int
+
+
+def costs(base, per_row):
+    """A forward takes base + per_row for each row of each sequence."""
+    forwards = {s: 2 if s.kind == "two_pass" else 1 for s in SCHEDULES}
+    return StepCosts({s.label: {b: forwards[s] * base + per_row * b * rows(s) for b in (1, 64)} for s in SCHEDULES}, 64)
+
+
+class World:
+    """Samples whose drafts survive with a constant rate, under a planner."""
+
+    def __init__(self, base, per_row, rate, batch, sampler="lossless", seed=0):
+        self.costs, self.rate, self.draw = costs(base, per_row), rate, random.Random(seed)
+        self.planner = Planner(costs(base, per_row), SCHEDULES, BLOCK)
+        request = RolloutRequest("r", (1,) * 8, SamplingParams(sampler))
+        self.samples = [Running(request, [1] * 8) for _ in range(batch)]
+        self.seconds, self.made, self.chosen = 0.0, 0, []
+
+    def step(self, seconds_of=None):
+        schedule = self.planner.choose(self.samples)
+        seconds = (seconds_of or self.costs.seconds)(schedule, len(self.samples), 64)
+        for sample in self.samples:
+            drafted = schedule.drafts if schedule.kind == "two_pass" else min(sample.draft_count, schedule.drafts or 0)
+            accepted = next((k for k in range(drafted) if self.draw.random() >= self.rate), drafted)
+            slot = 0 if schedule.kind == "two_pass" else 1
+            sample.trace.append(Traced(sample.anchor, drafted, accepted, sample.anchor + 1 - slot))
+            sample.tokens += [1] * (accepted + 1)
+            sample.draft_count = schedule.drafts if schedule.kind == "fused" else 0
+            self.made += accepted + 1
+        self.planner.observe(self.samples, seconds)
+        self.seconds += seconds
+        self.chosen.append(schedule)
+        return schedule
+
+    def most(self, last=200):
+        labels = [s.kind for s in self.chosen[-last:]]
+        return max(set(labels), key=labels.count)
+
+
+def test_free_rows_are_drafted_and_dear_rows_are_not():
+    for per_row, rate, kind in ((0.0, 0.8, "fused"), (1.0, 0.5, "ar"), (0.001, 0.0, "ar")):
+        world = World(1.0, per_row, rate, batch=8)
+        for _ in range(400):
+            world.step()
+        assert world.most() == kind, (per_row, rate)
+
+
+def test_two_passes_where_a_pass_is_cheap_and_blocks_are_not():
+    """A second forward costs little, but a fused step's many rows cost a lot."""
+    table = {s.label: {1: 1.0, 64: 1.0} for s in SCHEDULES}
+    for s in SCHEDULES:
+        if s.kind == "fused":
+            table[s.label] = {1: 9.0, 64: 9.0}
+    world = World(1.0, 0.0, 0.8, batch=2)
+    world.costs = world.planner.costs = StepCosts(table, 64)
+    for _ in range(300):
+        world.step()
+    assert world.most() == "two_pass"
+
+
+@pytest.mark.parametrize(("per_row", "rate"), [(0.0005, 0.85), (0.005, 0.7), (0.02, 0.5), (0.05, 0.3), (0.1, 0.0)])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_within_five_percent_of_the_best_fixed_schedule(per_row, rate, batch):
+    world = World(1.0, per_row, rate, batch)
+    steps = 800
+    for _ in range(steps):
+        world.step()
+    truth = Survival(BLOCK, rate)
+    best = max(truth.tokens(s) / world.costs.seconds(s, batch, 64) for s in SCHEDULES)
+    assert world.made / batch / world.seconds >= 0.95 * best
+
+
+def test_learning_is_cheap_and_goes_on_under_ar():
+    """Drafts that never survive are not paid for; when they begin to, that is noticed."""
+    world = World(1.0, 0.02, 0.0, batch=4)
+    for _ in range(2000):
+        world.step()
+    ar = world.costs.seconds(Schedule("ar").within(2), 4, 64)
+    # Each step makes one token per sample, so ar would have taken this long; the first steps had to be learnt from.
+    assert world.seconds <= (1 + PROBE_SHARE) * world.made / 4 * ar + 20 * ar
+    assert any(d.probe for d in world.planner.log)
+    world.rate = 0.95
+    for _ in range(3000):
+        world.step()
+    assert world.most() != "ar", "drafts survive again, and nobody noticed"
+
+
+def test_turning_to_fused_costs_a_step_without_drafts():
+    """With few tokens left that step does not pay; with many it does."""
+    table = {s.label: {1: 100.0, 64: 100.0} for s in SCHEDULES}
+    table["ar"] = {1: 1.0, 64: 1.0}
+    fused = next(s for s in SCHEDULES if s.kind == "fused" and s.drafts == BLOCK - 1)
+    table[fused.label] = {1: 1.5, 64: 1.5}
+    request = RolloutRequest("r", (1,) * 8)
+    for left, waiting, kind in ((2, 0, "ar"), (2, 8, "fused"), (100, 0, "fused")):
+        planner = Planner(StepCosts(table, 64), SCHEDULES, BLOCK, prior=0.6)
+        assert planner.choose([Running(request, [1] * 8, left, waiting)]).kind == kind, (left, waiting)
+
+
+def test_samples_of_ar_are_decoded_by_ar():
+    planner = Planner(costs(1.0, 0.0), SCHEDULES, BLOCK)
+    assert planner.choose([Running(RolloutRequest("r", (1,), SamplingParams("ar")), [1])]).kind == "ar"
+
+
+def test_times_that_differ_from_the_table_are_learnt():
+    """In truth every schedule but the second best takes half as long again as the table says."""
+    table, survival = costs(1.0, 0.005), Survival(BLOCK, 0.8)
+    best, second, *_ = sorted(SCHEDULES, key=lambda s: table.seconds(s, 4, 64) / survival.tokens(s))
+
+    def truth(schedule, batch, context):
+        return table.seconds(schedule, batch, context) * (1.0 if schedule == second else 1.5)
+
+    world, before = (World(1.0, 0.005, 0.8, batch=4) for _ in range(2))
+    for _ in range(1000):
+        world.step(truth)
+        before.step()
+    assert before.chosen[-200:].count(best) > 150
+    assert world.chosen[-200:].count(second) > 150
+
+
+def test_a_machine_that_is_slower_for_all_changes_nothing():
+    table = costs(1.0, 0.01)
+    fused, ar = SCHEDULES[-1], SCHEDULES[0]
+    before = table.seconds(fused, 4, 64) / table.seconds(ar, 4, 64)
+    for _ in range(500):
+        for schedule in SCHEDULES:
+            table.note(schedule, 4, 64, 2 * (1.0 + 0.01 * 4 * rows(schedule)))
+    assert table.seconds(fused, 4, 64) / table.seconds(ar, 4, 64) == pytest.approx(before, rel=0.02)
+
+
+def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
+    """Times depend on tokens nobody has read yet; those tokens' random numbers are still to be used."""
+    world = World(1.0, 0.01, 0.0, batch=2)
+    noted = []
+    world.planner.costs.note = lambda schedule, *rest: noted.append(schedule)
+    for number in range(BLOCK + 3):
+        world.step()
+        assert len(noted) == max(0, number - BLOCK), "a sample advances one token per step here"
+
+
+def test_repeatable_leaves_times_out():
+    planner = Planner(costs(1.0, 0.01), SCHEDULES, BLOCK, repeatable=True)
+    planner.costs.note = lambda *_: pytest.fail("a time was counted")
+    world = World(1.0, 0.01, 0.5, batch=2)
+    world.planner = planner
+    for _ in range(100):
+        world.step()
+
+
+def test_expected_tokens_are_those_of_a_long_run(monkeypatch):
+    """Rates that differ from slot to slot, and levels with gaps, against simulation."""
+    monkeypatch.setattr(survival_module, "_MEMORY", 1e9)  # what is forgotten makes the estimate rougher
+    draw = random.Random(1)
+    first = [0.9 - 0.05 * i for i in range(BLOCK)]
+    later = [0.95 - 0.03 * i for i in range(BLOCK)]
+    for schedule in (*SCHEDULES, Schedule("fused", 9, (0, 2, 7), 12).within(BLOCK)):
+        if schedule.kind != "fused":
+            continue
+        survival = Survival(BLOCK, 0.5)
+        slot, made, steps = BLOCK, 0, 10_000
+        for _ in range(steps):
+            drafted = max(min(schedule.block - slot, schedule.drafts), 0)
+            accepted = 0
+            while accepted < drafted and draw.random() < (later if accepted else first)[slot + accepted]:
+                accepted += 1
+            survival.note(slot, drafted, accepted)
+            slot = min(accepted - max(level for level in schedule.levels if level <= accepted) + 1, schedule.block)
+            made += accepted + 1
+        assert survival.tokens(schedule) == pytest.approx(made / steps, rel=0.04), schedule.label
+    fresh = Survival(BLOCK, 0.5)
+    assert fresh.tokens(Schedule("two_pass", 3).within(BLOCK)) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
+
+
+def test_costs_between_batches_contexts_and_files(tmp_path):
+    ar = Schedule("ar").within(BLOCK)
+    table = StepCosts({"ar": {1: 1.0, 4: 4.0, 16: 4.0}}, 64, per_position=0.01, per_row=0.0)
+    assert table.seconds(ar, 2, 64) == pytest.approx(2.0)
+    assert table.seconds(ar, 8, 64) == pytest.approx(4.0)
+    assert table.seconds(ar, 4, 164) == pytest.approx(8.0)
+    table.save(tmp_path / "t.json", {})
+    again = StepCosts.load(tmp_path / "t.json")
+    assert again is not None and again.seconds_at == table.seconds_at and again.seconds(ar, 4, 164) == pytest.approx(8.0)
+    (tmp_path / "t.json").write_text('{"format": 1, "seconds": 3}')
+    assert StepCosts.load(tmp_path / "t.json") is None
+    assert StepCosts.load(tmp_path / "none.json") is None
+    assert table.covers([ar], [1, 16]) and not table.covers([ar], [8])
+
+
+def test_candidates_fit_every_block():
+    for block in (2, 3, 4, 8, 16, 64):
+        chosen = candidates(block)
+        assert chosen[0].kind == "ar" and len(set(chosen)) == len(chosen)
+        assert {s.kind for s in chosen} == {"ar", "two_pass", "fused"}
+        assert all(s.within(block) == s and (s.block or 0) <= block for s in chosen)
+
+
+# Through the engine.
+
+
+class Restless:
+    """A planner whose every choice is a hash of how many drafts were accepted so far."""
+
+    def __init__(self, block):
+        self.schedules, self.past, self.chosen = (*candidates(block), Schedule("fused", 2, (0, 1), 3).within(block)), 0, set()
+
+    def choose(self, decoding):
+        schedule = self.schedules[hash((self.past, len(decoding))) % len(self.schedules)]
+        self.chosen.add(schedule)
+        return schedule
+
+    def observe(self, decoding, seconds):
+        self.past = hash((self.past, *(sample.trace[-1].accepted for sample in decoding)))
+
+
+def prompt(i):
+    draw = torch.Generator().manual_seed(i)
+    return tuple(torch.randint(4, 40, (1 + (i * 5) % 23,), generator=draw).tolist())
+
+
+def requests(sampler, temperature):
+    cuts = [dict(), dict(top_p=0.8), dict(top_k=5)]
+    return [
+        RolloutRequest(f"r{i:02d}", prompt(i),
+                       SamplingParams(sampler=sampler, max_tokens=22, temperature=temperature, **cuts[i % 3]), i, 2)
+        for i in range(6)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    """float64: a test of tokens must not depend on the order of a sum."""
+    return make_policy(sharpness=0.6)
+
+
+@pytest.mark.parametrize("mode", [dict(max_batch=5, prefill_rows=5), dict(max_batch=8, pages=9, page_size=8)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_coupled_gives_the_tokens_of_ar_whatever_is_chosen(policy, mode, temperature):
+    expected = [s.tokens for s in Engine(policy, EngineConfig(Schedule("ar"))).generate(requests("ar", temperature))]
+    for planner in (None, Restless(8)):
+        engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, **mode))
+        engine.planner = planner or engine.planner
+        assert [s.tokens for s in engine.generate(requests("coupled", temperature))] == expected
+        assert engine.cache.free_pages == engine.cache.total_pages
+        assert planner is None or len(planner.chosen) >= 7
+
+
+def test_the_same_table_gives_the_same_samples(policy):
+    def run():
+        engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, max_batch=4, repeatable=True))
+        return [s.tokens for s in engine.generate(requests("lossless", 1.0))], [d.schedule for d in engine.planner.log]
+
+    assert run() == run()
+
+
+def test_a_later_sample_is_not_taken_for_an_earlier_one(policy):
+    """One engine after another request's samples are gone: nothing that was made for those may serve."""
+    engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
+    for i in range(8):
+        asked = RolloutRequest(f"{i}", prompt(3), SamplingParams("ar", max_tokens=6, ignore_eos=True), seed=i)
+        fresh = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1)).generate([asked])
+        assert engine.generate([asked])[0].tokens == fresh[0].tokens
+
+
+def test_calibration_leaves_nothing_behind_and_is_kept(policy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = Engine(policy, EngineConfig(Schedule("auto"), max_batch=2))
+    assert (first.forwards, first.decode_tokens, first.has_work) == (0, 0, False)
+    assert first.cache.free_pages == first.cache.total_pages
+    (kept,) = (tmp_path / "blockroll" / "step_costs").iterdir()
+    written = kept.read_bytes()
+    again = Engine(policy, EngineConfig(Schedule("auto"), max_batch=2))
+    assert again.planner.costs.seconds_at == first.planner.costs.seconds_at and kept.read_bytes() == written
+    wider = Engine(policy, EngineConfig(Schedule("auto"), max_batch=3))
+    assert set(wider.planner.costs.seconds_at["ar"]) == {1, 2, 3}
+    assert all(0 < s < math.inf for line in wider.planner.costs.seconds_at.values() for s in line.values())
+
+
+def test_a_cache_that_cannot_be_written_is_said(policy, tmp_path, monkeypatch):
+    (tmp_path / "blockroll").write_text("a file stands where the directory should")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(UserWarning, match="step times are measured again next time"):
+        Engine(policy, EngineConfig(Schedule("auto"), max_batch=1, pages=4, page_size=8))

@@ -1,0 +1,100 @@
+"""Samplers on Triton's kernels (interpreted) against the same samplers on torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from blockroll.kernels.dispatch import using
+from blockroll.rollout.sampling import kernels
+from blockroll.rollout.sampling.drafts import Drafts
+from blockroll.rollout.sampling.sampler import SamplerRows, draft, sample_seed, verify
+from blockroll.rollout.types import SamplingParams
+
+VOCAB, MASK, M = 30, 29, 3
+
+
+def logits(s: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """p of the verify rows, and q near it."""
+    generator = torch.Generator().manual_seed(5)
+    p = 2 * torch.randn(s, M + 1, VOCAB, generator=generator)
+    q = p[:, :M] + 0.4 * torch.randn(s, M, VOCAB, generator=generator)
+    return p.to(dtype), q.to(dtype)
+
+
+def same(got, expected) -> None:
+    for name in expected.__slots__:
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a.dtype == b.dtype, name
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6, msg=lambda text, name=name: f"{name}: {text}")
+        else:
+            assert torch.equal(a, b), name
+
+
+def step(implementation, params, dtype=torch.float32, markov=None):
+    """Draft, select half and join them again in another order, then verify."""
+    s = len(params)
+    p, q = logits(s, dtype)
+    rows = SamplerRows.make(params, [sample_seed(2**40 + i, 0) for i in range(s)])
+    anchor, count = torch.arange(s) * 3 + 4, torch.arange(s) % (M + 1)
+    with using(implementation):
+        drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB)
+        half = s // 2
+        drafts = Drafts.join([drafts.select(torch.arange(half)), drafts.select(torch.arange(half, s))])
+        drafts = drafts.limit(torch.full((s,), M))
+        return drafts, verify(rows, p[:, : drafts.token_SM.shape[1] + 1], drafts, anchor)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "temperature", "dtype"),
+    [
+        ("ar", 0.7, torch.float16),
+        ("coupled", 0.7, torch.float32),
+        ("coupled", 0.0, torch.float16),
+        ("lossless", 0.7, torch.float16),
+        ("lossless", 0.0, torch.float32),
+        ("mixed", 0.7, torch.float32),
+        ("mixed", 0.0, torch.float32),
+    ],
+)
+def test_the_tokens_of_torch(sampler, temperature, dtype) -> None:
+    params = [SamplingParams(sampler=sampler, temperature=temperature, mix_weight=0.3)] * 8
+    drafts, verdict = step("triton", params, dtype)
+    assert drafts.logq_SMV is None or sampler == "mixed"
+    expected_drafts, expected = step("reference", params, dtype)
+    assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
+    same(verdict, expected)
+
+
+def test_a_batch_of_every_kind() -> None:
+    """Cut-offs beside plain rows, whose logits are half as wide in memory."""
+    params = [
+        SamplingParams(sampler=sampler, temperature=temperature, top_p=top_p)
+        for sampler in ("lossless", "mixed", "coupled", "ar") for temperature, top_p in ((1.0, 1.0), (0.8, 0.9), (0.0, 1.0))
+    ]  # fmt: skip
+    same(step("triton", params, torch.float16)[1], step("reference", params, torch.float16)[1])
+
+
+@pytest.mark.parametrize("sampler", ["coupled", "lossless"])
+def test_drafts_that_know_the_one_before(sampler) -> None:
+    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
+    params = [SamplingParams(sampler=sampler, temperature=0.9)] * 6
+    drafts, verdict = step("triton", params, markov=table.__getitem__)
+    expected_drafts, expected = step("reference", params, markov=table.__getitem__)
+    assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
+    same(verdict, expected)
+
+
+def test_rows_that_the_kernels_serve() -> None:
+    plain, cut, greedy = (
+        SamplerRows.make([SamplingParams(sampler="mixed", **changes)], [1]).groups[0]
+        for changes in (dict(), dict(top_k=3), dict(temperature=0.0))
+    )
+    p, _ = logits(1)
+    with using("triton"):
+        assert kernels.serves(plain, p) and not kernels.serves(plain, p.double())
+        assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
+    assert not kernels.serves(plain, p)  # a CPU
