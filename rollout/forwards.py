@@ -93,23 +93,26 @@ class Forwards:
             if fill is not None:
                 fill(layout.token_T)
             return self._packed(layout, view, routing)
-        inputs = layout, self._policy.host_plan(layout, view)
-        shape = self._shape(inputs) if recurs and self._policy.device.type == "cuda" else None
-        layout, plan = upload(inputs, self._policy.device) if shape is None else shape.inputs.contents
+        plan = self._policy.host_plan(layout, view)
+        if recurs and isinstance(plan, PagedPlan) and self._policy.device.type == "cuda":
+            shape = self._shape((layout, plan))
+            if shape is not None:
+                if fill is not None:
+                    fill(shape.inputs.contents[0].token_T)
+                return self._again(shape, view)
+        layout, plan = upload((layout, plan), self._policy.device)
         if fill is not None:
             fill(layout.token_T)
-        if shape is None:
-            return self._policy(layout, view, routing, plan)
-        return self._again(shape, view)
+        return self._policy(layout, view, routing, plan)
 
-    def _shape(self, inputs: tuple[TokenLayout, object]) -> _Shape | None:
-        """The shape of these inputs, filled with them; None for what only runs eagerly."""
+    def _shape(self, inputs: tuple[TokenLayout, PagedPlan]) -> _Shape | None:
+        """The shape of these inputs, filled with them; None when there are too many shapes already."""
         key = signature(inputs), batch_invariant()
         shape = self._shapes.get(key)
         if shape is not None:
-            shape.inputs.fill((inputs[0], inputs[1]))
-        elif isinstance(inputs[1], PagedPlan) and len(self._shapes) < _MOST_SHAPES:
-            shape = self._shapes[key] = _Shape(Parcel((inputs[0], inputs[1]), self._policy.device))
+            shape.inputs.fill(inputs)
+        elif len(self._shapes) < _MOST_SHAPES:
+            shape = self._shapes[key] = _Shape(Parcel(inputs, self._policy.device))
         return shape
 
     def _again(self, shape: _Shape, view: CacheView) -> torch.Tensor:

@@ -239,14 +239,14 @@ class StepRunner:
         count_S = clean_S + np.array([len(p.proposals) * p.block_length for p in plans])
         first_S = np.cumsum(count_S) - count_S
         index = np.minimum(first_S[list(where)][:, None] + np.arange(width), count_S.sum() - 1)
-        places = drafted.places(first_S) if drafted is not None else ()
+        fills = drafted is not None and any(drafted.count)
+        places = list(drafted.places(first_S)) if drafted is not None and fills else []
         index_DR, places, also_D = upload(
             (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in also]), self.policy.device
         )
         fill = None
-        if drafted is not None and any(drafted.count):
-            row_N, entry_N = places
-            token_N = drafted.token_DM.flatten().index_select(0, entry_N)
+        if drafted is not None and fills:
+            row_N, token_N = places[0], drafted.token_DM.flatten().index_select(0, places[1])
 
             def fill(token_T: torch.Tensor) -> None:
                 token_T.index_copy_(0, row_N, token_N)

@@ -86,6 +86,9 @@ class Away(torch.Tensor):
         _entered().waits.append("item")
         return self.near.item()
 
+    def __invert__(self) -> torch.Tensor:
+        return torch.bitwise_not(self)
+
     def __int__(self) -> int:
         return int(self.item())
 
