@@ -165,8 +165,10 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     for group in rows.groups:
         i = group.index_G
         assert i is not None
-        # No drafts in a group of `ar` rows: its padding is not worth the noise of a whole row each.
-        width = 1 if group.sampler == "ar" else r
+        # Padding is not worth the noise of a whole row each where the host can tell that a group has no drafts.
+        rejects = group.sampler in ("lossless", "mixed") and not group.greedy
+        known = drafts.logq_SMV is not None or drafts.q_logits_SMV is not None
+        width = 1 if group.sampler == "ar" or (rejects and not known) else r
         part_drafts = drafts.select(i).narrow(width - 1)
         part = _verify_group(rows.of(group), p_logits_SRV[i, :width], part_drafts, anchor_S[i])
         out = Verdict.padding(s, r, part) if out is None else out
