@@ -68,8 +68,11 @@ def compare(got, expected, atol):
 
 @pytest.mark.parametrize(
     ("schedule", "samplers"),
-    [(SCHEDULES[0], ["ar"]), (SCHEDULES[1], ["lossless"]), (SCHEDULES[2], ["coupled", "lossless", "mixed", "ar"])],
-    ids=["ar", "two_pass", "fused"],
+    [
+        pytest.param(SCHEDULES[0], ["ar"], id="ar"),
+        pytest.param(SCHEDULES[1], ["lossless"], id="two_pass", marks=pytest.mark.slow),
+        pytest.param(SCHEDULES[2], ["coupled", "lossless", "mixed", "ar"], id="fused"),
+    ],
 )
 def test_kernels_on_a_device(policy, schedule, samplers, monkeypatch):
     """Prompts in chunks, a group that shares one, samplers side by side, steps padded to few shapes; experts are recorded."""
