@@ -14,11 +14,13 @@ H hops along parents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+
+from ..kernels.transfer import upload
 
 CLEAN = -1
 """`block_T` of a row that is an ordinary token, not part of a mask block."""
@@ -62,7 +64,7 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout on another device."""
-        return TokenLayout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return upload(self, torch.device(device))
 
     def sees(self) -> torch.Tensor:
         """bool[T, T]: does row i attend to row j? The rule itself, for tests and small packs."""

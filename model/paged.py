@@ -1,6 +1,6 @@
 """What a layout asks of every layer where attention and CCA run as kernels on the cache's own pages.
 
-Invariants: made on the host, moved once, and nothing is read back, so that a step can be captured. No mask and no gathered
+Invariants: made on the host, sent in one copy, and nothing is read back, so that a step can be captured. No mask and no gathered
 copy of the cache exists.
 
 Legend: T rows, S sequences, A = hops + 1 ancestors, H = hops.
@@ -42,22 +42,23 @@ class PagedPlan:
         heads: int,
         kv_heads: int,
         dtype: torch.dtype,
-        device: torch.device,
     ) -> PagedPlan:
-        """Args: windows, sliding window by layer type, None sees everything; dtype, of the policy; device, where it is."""
-        layout = layout.to("cpu")
+        """Of host tensors, from a host layout.
+
+        Args: windows, sliding window by layer type, None sees everything; dtype, of the policy.
+        """
         paging = _without_cache(layout, hops) if state is None else state.paging()
         ancestor_TA = layout.ancestors(hops)
         back_TA = (FROM_TAIL - ancestor_TA).clamp_min(0)
         entry_TA = paging.tail_SH[layout.sequence_T[:, None], back_TA.clamp_max(hops - 1)]
         before_TA = torch.where(back_TA < hops, -2 - entry_TA, NOTHING)
         source_TA = torch.where(ancestor_TA >= 0, ancestor_TA, before_TA)
-        places = Places.of(source_TA, paging.write_T, paging.tail_T, paging.apart, device)
+        places = Places.of(source_TA, paging.write_T, paging.tail_T, paging.apart, "cpu")
         rows = {
             window: Rows.of(
                 layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.start_S, paging.table_SP,
                 page_size=paging.page_size, heads=heads, kv_heads=kv_heads, dtype=dtype, window=window,
-                batch_invariant=batch_invariant(), device=device,
+                batch_invariant=batch_invariant(),
             )
             for window in set(windows.values())
         }  # fmt: skip

@@ -20,6 +20,7 @@ from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
 from ..kernels.residual import scale_residual, scale_residual_norm
+from ..kernels.transfer import upload
 from .cca import Attention, Plan, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
@@ -190,14 +191,26 @@ class Policy(nn.Module):
         return self
 
     def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
-        """What `layout` asks of every layer. For kernels it is made on the host, best from a layout that is still there."""
-        if self.dtype == torch.float64 or not takes_triton(self.model.embed_tokens.weight):
-            return Plan.of(layout.to(self.device), self.hops, None if state is None else state.longest, self.windows)
+        """What `layout` asks of every layer, on the policy's device; best from a layout that is still on the host."""
+        if state is None and not self._paged:
+            return Plan.of(layout.to(self.device), self.hops, None, self.windows)
+        return upload(self.host_plan(layout.to("cpu"), state), self.device)
+
+    def host_plan(self, layout: TokenLayout, state: SequenceState | None) -> Plan | PagedPlan:
+        """The same of a host layout, on the host. A plan for torch needs a cache to be made here."""
+        if not self._paged:
+            assert state is not None
+            return Plan.of(layout, self.hops, state.longest, self.windows)
         config = self.config
         return PagedPlan.of(
             layout, state, self.hops, self.windows, heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads, dtype=self.dtype, device=self.device,
+            kv_heads=config.num_key_value_heads, dtype=self.dtype,
         )  # fmt: skip
+
+    @property
+    def _paged(self) -> bool:
+        """Attention and CCA run as kernels on the cache's pages."""
+        return self.dtype != torch.float64 and takes_triton(self.model.embed_tokens.weight)
 
     def forward(
         self,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import RequestError
+from ..kernels.transfer import upload
 from .layout import causal
 from .policy import Policy
 from .vocabulary import rows_at_once
@@ -58,12 +59,13 @@ def score(
 def _score_pack(
     policy: Policy, pack: list[tuple[Sequence[int], Sequence[int]]], temperature: float
 ) -> list[np.ndarray]:
-    layout = causal([[*prompt, *tokens] for prompt, tokens in pack]).to(policy.device)
-    hidden_TD = policy(layout)
+    layout = causal([[*prompt, *tokens] for prompt, tokens in pack])
+    plan = policy.plan(layout)
     counts = [len(tokens) for _, tokens in pack]
     ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])
     rows = np.concatenate([np.arange(end - n - 1, end - 1) for end, n in zip(ends, counts, strict=True)])
-    index = torch.from_numpy(rows).to(policy.device)
+    layout, index = upload((layout, torch.from_numpy(rows)), policy.device)
+    hidden_TD = policy(layout, plan=plan)
     target_N = layout.token_T[index + 1]
     at_once = rows_at_once(policy.config.vocab_size, 3, index.device)
     parts = [

@@ -4,6 +4,7 @@ Invariants:
 - A page belongs to one sequence, or is shared read-only by several: only pages wholly before a fork are shared.
 - Nothing is rolled back: rows past a sequence's length are overwritten by the next step. The tail is a ring over
   positions, longer than the clean rows of a decode step, so a rejected row never overwrites a committed one in reach.
+- A row past its sequence's pages is kept nowhere.
 
 Legend: S sequences, L cached positions of the longest, H hops, G key heads, D head size, C q/k projection channels,
 W width of the delayed value.
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from ..kernels.cca import NOTHING, Pools
+from ..kernels.transfer import upload
 from ..model.layout import CLEAN, TokenLayout
 from ..model.policy import Policy
 from ..model.state import Paging
@@ -117,9 +119,13 @@ class PagedCache:
         self._slots.append(held.slot)
         held.pages, held.length = [], 0
 
-    def view(self, sequences: Sequence[Held], layout: TokenLayout) -> CacheView:
-        """The state of one forward pass over `layout`, whose sequence s is `sequences[s]`."""
-        return CacheView(self, sequences, layout)
+    def view(self, sequences: Sequence[Held], layout: TokenLayout, in_few_sizes: bool = False) -> CacheView:
+        """The state of one forward pass over the host layout `layout`, whose sequence s is `sequences[s]`.
+
+        Args:
+            in_few_sizes: pad the table of pages to a power of two.
+        """
+        return CacheView(self, sequences, layout, in_few_sizes)
 
 
 class CacheView:
@@ -129,12 +135,15 @@ class CacheView:
     without.
     """
 
-    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout) -> None:
+    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout, in_few_sizes: bool) -> None:
         self._cache, self._device = cache, cache.k.device
         size, ring = cache.page_size, cache.ring
-        starts = layout.start_S.cpu().numpy()
+        starts = layout.start_S.numpy()
         self._longest = int(starts.max())
-        width = max(len(held.pages) for held in sequences)
+        pages = np.array([len(held.pages) for held in sequences])
+        width = max(int(pages.max()), 1)
+        if in_few_sizes:
+            width = 1 << (width - 1).bit_length()
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
         for row, held in zip(self._table_SP, sequences, strict=True):
             row[: len(held.pages)] = held.pages
@@ -143,8 +152,9 @@ class CacheView:
         back = starts[:, None] - 1 - np.arange(cache.hops)
         self._tail_SH = slots[:, None] * ring + back % ring
 
-        sequence, position = layout.sequence_T.cpu().numpy(), layout.position_T.cpu().numpy()
-        self._clean = clean = np.flatnonzero(layout.block_T.cpu().numpy() == CLEAN)
+        sequence, position = layout.sequence_T.numpy(), layout.position_T.numpy()
+        inside = position < pages[sequence] * size
+        self._clean = clean = np.flatnonzero((layout.block_T.numpy() == CLEAN) & inside)
         end = np.zeros(len(sequences), dtype=np.int64)
         np.maximum.at(end, sequence[clean], position[clean])
         # A chunk longer than the ring keeps its last rows only.
@@ -198,7 +208,7 @@ class CacheView:
         size, past = self._cache.page_size, np.arange(self._longest)
         read_SL = self._table_SP[:, past // size] * size + past % size
         arrays = read_SL.ravel(), self._tail_SH.ravel(), self._clean, self._write, self._kept, self._tail_write
-        return _Indices(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        return _Indices(*upload(tuple(map(torch.from_numpy, arrays)), self._device))
 
 
 class _Indices(NamedTuple):

@@ -38,6 +38,8 @@ class EngineConfig:
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
         prefill_rows: most prompt rows of one step.
+        captured: pad decode steps to a small set of shapes, and capture their forwards in graphs where the device can; None:
+            where kernels run.
         repeatable: let `auto` choose by stored step times alone, never by what steps take: then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
@@ -48,6 +50,7 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
+    captured: bool | None = None
     repeatable: bool = False
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class Engine:
         pages = self.config.pages or self.config.max_batch * -(-longest // size)
         self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows)
-        self.steps = StepRunner(policy, self.cache, self.block_size)
+        self.steps = StepRunner(policy, self.cache, self.block_size, self.config.captured)
         self.version = self.forwards = self.decode_tokens = self._arrivals = 0
         self.schedule = self.config.schedule.within(self.block_size)
         self._now = clock(policy)

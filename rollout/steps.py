@@ -5,22 +5,26 @@ Invariants:
 - A step may run any schedule, whatever ran before it. Drafts that wait are verified from the first one on, as many as the
   schedule takes, or dropped; which it is never depends on their values.
 - A sample's lengths and tokens are the caller's: nothing is committed here.
+- The host waits for the device once, to hear the verdict. Drafts stay on the device: the host knows how many there are, not
+  which.
 
-Legend: S sequences of the step, D of them decoding, T rows, M most drafts, R = M + 1, V vocabulary, B mask rows.
+Legend: S sequences of the step, D of them decoding, T rows, M most drafts, R = M + 1, V vocabulary, B mask rows, N rows whose
+tokens are drafts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from ..model.layout import DecodeRows, decode
-from ..model.packed import PackedForward
+from ..kernels.transfer import download, upload
+from ..model.layout import DecodeRows
 from ..model.policy import Policy, Routing
 from .cache import PagedCache
+from .forwards import Forwards, padded
 from .sampling.drafts import Drafts, SamplerRows, Verdict
 from .sampling.sampler import draft, verify
 from .schedule import Schedule
@@ -32,11 +36,36 @@ Step = Sequence[tuple[Sample, int]]
 
 
 @dataclass
+class _Drafted:
+    """Drafts that take rows of a pack: those of row `of_N[i]` of `token_DM` stand in sequence `where[i]`, `count_N[i]` of
+    them, from its clean row `first` on."""
+
+    token_DM: torch.Tensor
+    of: Sequence[int]
+    where: Sequence[int]
+    count: Sequence[int]
+    first: int
+
+    def places(self, first_S: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pack rows, and entries of the flat token_DM that go there."""
+        most = self.token_DM.shape[1]
+        slot = np.arange(most)
+        real = slot < np.array(self.count)[:, None]
+        row = (first_S[list(self.where)] + self.first)[:, None] + slot
+        entry = np.array(self.of)[:, None] * most + slot
+        return torch.from_numpy(row[real]), torch.from_numpy(entry[real])
+
+
+@dataclass
 class _Pass:
-    """One forward: final hidden states, and the pack's first row of each sequence."""
+    """One forward: final hidden states, first row and clean rows of each sequence, p's logits where they were asked for, and
+    what was sent along."""
 
     hidden_TD: torch.Tensor
     first_S: np.ndarray
+    clean_S: np.ndarray
+    logits_DRV: torch.Tensor
+    also: list[torch.Tensor]
 
 
 class StepRunner:
@@ -46,52 +75,56 @@ class StepRunner:
         block_size: most mask rows of a block.
     """
 
-    def __init__(self, policy: Policy, cache: PagedCache, block_size: int) -> None:
+    def __init__(self, policy: Policy, cache: PagedCache, block_size: int, captured: bool | None = None) -> None:
         self.policy, self.cache, self.block_size = policy, cache, block_size
+        self.forwards = Forwards(policy, cache, captured)
         self._rows_of: list[Sample] = []
         self._rows: SamplerRows | None = None
-        self.take_weights()
+        self._routed: list[tuple[torch.Tensor, list[tuple[Sample, int, slice]]]] = []
 
     def take_weights(self) -> None:
         """To be called when the policy's weights have changed."""
-        self._network = PackedForward(self.policy) if PackedForward.serves(self.policy) else self.policy
+        self.forwards.take_weights()
 
     def run(self, schedule: Schedule, step: Step) -> Verdict | None:
-        """The verdict on the decoding samples, in the step's order; None when there are none.
+        """The verdict on the decoding samples, in the step's order, on the host; None when there are none.
 
         Args:
             schedule: with sizes (`Schedule.within`).
         """
-        if schedule.kind == "two_pass":
-            return self._two_pass(schedule, step)
-        return self._fused(schedule, step)
+        verdict = self._two_pass(schedule, step) if schedule.kind == "two_pass" else self._fused(schedule, step)
+        if verdict is None and self._routed:
+            self._heard([])
+        return verdict
 
     def _fused(self, schedule: Schedule, step: Step) -> Verdict | None:
         """Verify the last step's drafts and propose for the next step in one forward; `ar` does neither."""
         decoding = [sample for sample, chunk in step if not chunk]
         most, block = (0, 0) if schedule.kind == "ar" else (schedule.drafts or 0, schedule.block or 0)
-        drafts = self._waiting(decoding, most)
-        drafted, counts = drafts.token_SM.tolist(), drafts.count_S.tolist()
+        drafts, counts = self._waiting(decoding, most)
         plans: list[DecodeRows] = []
         where: list[int] = []
         for s, (sample, chunk) in enumerate(step):
             if chunk:
-                plans.append(DecodeRows(_prompt_rows(sample, chunk), _start(sample), (), 0))
+                plans.append(_prompt(sample, chunk))
                 continue
-            d = len(where)
+            count = counts[len(where)]
             where.append(s)
-            levels = [level + 1 for level in _proposals(schedule, sample) if level <= counts[d]]
-            tokens = [sample.tokens[-1], *drafted[d][: counts[d]]]
+            levels = [level + 1 for level in _proposals(schedule, sample) if level <= count]
+            tokens = [sample.tokens[-1], *self._unknown(count)]
             plans.append(DecodeRows(tokens, _start(sample), tuple(levels), block if levels else 0))
-        out = self._forward(step, plans)
+        offsets = () if schedule.kind == "ar" else tuple(level + 1 for level in schedule.levels)
+        full = DecodeRows(self._unknown(1 + most), 0, offsets, block)
+        drafted = _Drafted(drafts.token_SM, range(len(where)), where, counts, 1)
+        anchors = [sample.anchor for sample in decoding]
+        out = self._forward(step, plans, full, where, drafts.token_SM.shape[1] + 1, drafted, [anchors])
         if not decoding:
             return None
-        first_D = out.first_S[where]
-        rows = self._sampler_rows(decoding)
-        anchor_D = torch.tensor([s.anchor for s in decoding])
-        verdict = verify(rows, self._logits(out, first_D, drafts.token_SM.shape[1] + 1), drafts, anchor_D)
+        rows, (anchor_D,) = self._sampler_rows(decoding), out.also
+        verdict = verify(rows, out.logits_DRV, drafts, anchor_D)
+        heard = self._heard_verdict(verdict)
         count_D, slot_D = [], []
-        for d, (sample, a) in enumerate(zip(decoding, verdict.accepted_S.tolist(), strict=True)):
+        for d, (sample, a) in enumerate(zip(decoding, heard.accepted_S.tolist(), strict=True)):
             plan = plans[where[d]]
             _trace(sample, counts[d], a, forwards=1)
             usable = [i for i, offset in enumerate(plan.proposals) if offset - 1 <= a]
@@ -104,89 +137,127 @@ class StepRunner:
             # places further, and the next drafts begin after it.
             skip = a - (plan.proposals[i] - 1) + 1
             count_D.append(max(min(block - skip, most), 0))
-            slot_D.append(int(first_D[d]) + len(plan.clean) + i * block + skip)
+            slot_D.append(out.first_S[where[d]] + out.clean_S[where[d]] + i * block + skip)
             sample.draft_start, sample.draft_length = plan.start + plan.proposals[i], block
         sampled_D = verdict.token_SR.gather(1, verdict.accepted_S[:, None])[:, 0]
         fresh = self._draft(rows, out, np.array(slot_D), count_D, anchor_D + verdict.accepted_S + 1, sampled_D)
         for d, sample in enumerate(decoding):
             sample.drafts, sample.draft_index, sample.draft_count = fresh, d, count_D[d]
-        return verdict
+        return heard
 
     def _two_pass(self, schedule: Schedule, step: Step) -> Verdict | None:
         """Pass A: anchor and masks, giving p after the anchor and drafts that know it. Pass B: the drafts."""
-        plans, decoding, counts, where = [], [], [], []
+        most = schedule.drafts or 0
+        plans: list[DecodeRows] = []
+        decoding, counts, where = [], [], []
         for s, (sample, chunk) in enumerate(step):
             if chunk:
-                plans.append(DecodeRows(_prompt_rows(sample, chunk), _start(sample), (), 0))
+                plans.append(_prompt(sample, chunk))
                 continue
-            wide = 0 if sample.request.params.sampler == "ar" else min(schedule.drafts or 0, sample.remaining - 1)
-            plans.append(DecodeRows(sample.tokens[-1:], _start(sample), (1,) if wide > 0 else (), max(wide, 0)))
+            count = 0 if sample.request.params.sampler == "ar" else max(min(most, sample.remaining - 1), 0)
+            # A block is never cut short: how long it is would tell the draft where the sample ends.
+            plans.append(DecodeRows(sample.tokens[-1:], _start(sample), (1,) if count else (), most if count else 0))
             decoding.append(sample)
-            counts.append(max(wide, 0))
+            counts.append(count)
             where.append(s)
-        out = self._forward(step, plans)
+        anchors = [[sample.anchor for sample in decoding], [sample.tokens[-1] for sample in decoding]]
+        out = self._forward(step, plans, DecodeRows(self._unknown(1), 0, (1,), most), where, 1, None, anchors)
         if not decoding:
             return None
+        rows, (anchor_D, anchored_D) = self._sampler_rows(decoding), out.also
         first_D = out.first_S[where]
-        rows = self._sampler_rows(decoding)
-        anchor_D = torch.tensor([s.anchor for s in decoding])
-        anchored_D = torch.tensor([s.tokens[-1] for s in decoding])
-        drafts = self._draft(rows, out, first_D + 1, counts, anchor_D, anchored_D) or Drafts.none(len(decoding))
-        p_logits = [self._logits(out, first_D, 1)]
-        second = [d for d, count in enumerate(counts) if count]
-        if second:
-            drafted = drafts.token_SM.tolist()
-            plans_b = [DecodeRows(drafted[d][: counts[d]], decoding[d].anchor + 1, (), 0) for d in second]
-            after = self._forward([(decoding[d], 0) for d in second], plans_b)
-            logits = self._logits(after, after.first_S, drafts.token_SM.shape[1])
+        drafts = self._draft(rows, out, first_D + 1, counts, anchor_D, anchored_D)
+        p_logits_DRV = out.logits_DRV
+        if drafts is None:
+            drafts = Drafts.none(len(decoding), self.policy.device)
+        else:
+            second = [d for d, count in enumerate(counts) if count]
+            count_N, where_N = [counts[d] for d in second], range(len(second))
+            plans = [DecodeRows(self._unknown(counts[d]), decoding[d].anchor + 1, (), 0) for d in second]
+            drafted = _Drafted(drafts.token_SM, second, where_N, count_N, 0)
+            after = self._forward(
+                [(decoding[d], 0) for d in second], plans, DecodeRows(self._unknown(most), 0, (), 0), where_N,
+                drafts.token_SM.shape[1], drafted, [second],
+            )  # fmt: skip
+            rest_DMV = after.logits_DRV
             if len(second) < len(decoding):
-                rest = logits.new_zeros(len(decoding), *logits.shape[1:])
-                rest[second] = logits
-                logits = rest
-            p_logits.append(logits)
-        verdict = verify(rows, torch.cat(p_logits, dim=1), drafts, anchor_D)
-        for d, (sample, a) in enumerate(zip(decoding, verdict.accepted_S.tolist(), strict=True)):
-            sample.draft_start, sample.draft_length = sample.anchor + 1, counts[d]
+                rest_DMV = rest_DMV.new_zeros(len(decoding), *rest_DMV.shape[1:]).index_copy_(0, after.also[0], rest_DMV)
+            p_logits_DRV = torch.cat([p_logits_DRV, rest_DMV], dim=1)
+        heard = self._heard_verdict(verify(rows, p_logits_DRV, drafts, anchor_D))
+        for d, (sample, a) in enumerate(zip(decoding, heard.accepted_S.tolist(), strict=True)):
+            sample.draft_start, sample.draft_length = sample.anchor + 1, most if counts[d] else 0
             _trace(sample, counts[d], a, forwards=2 if counts[d] else 1)
             sample.drafts, sample.draft_count = None, 0
-        return verdict
+        return heard
 
-    def _waiting(self, decoding: Sequence[Sample], most: int) -> Drafts:
-        """The first `most` drafts of each sample, in order; runs of one batch are selected together."""
-        if not most or all(sample.drafts is None for sample in decoding):
-            return Drafts.none(len(decoding), self.policy.device)
+    def _waiting(self, decoding: Sequence[Sample], most: int) -> tuple[Drafts, list[int]]:
+        """The first `most` drafts of each sample, in order, and how many; runs of one batch are selected together."""
+        device = self.policy.device
+        counts = [min(s.draft_count, max(s.remaining - 1, 0), most) if s.drafts else 0 for s in decoding]
+        if not any(counts):
+            return Drafts.none(len(decoding), device), counts
         parts: list[tuple[Drafts | None, list[int]]] = []
         for sample in decoding:
             if parts and parts[-1][0] is sample.drafts:
                 parts[-1][1].append(sample.draft_index)
             else:
                 parts.append((sample.drafts, [sample.draft_index]))
-        chosen = [
-            Drafts.none(len(index), self.policy.device) if batch is None else batch.select(torch.tensor(index))
-            for batch, index in parts
-        ]
+        count_D, *index = upload([torch.tensor(counts), *(torch.tensor(mine) for _, mine in parts)], device)
+        chosen = []
+        for (batch, mine), index_N in zip(parts, index, strict=True):
+            if batch is None:
+                chosen.append(Drafts.none(len(mine), device))
+            else:  # The batch of the last step, mostly: nothing of it is copied then.
+                chosen.append(batch if mine == list(range(len(batch.count_S))) else batch.select(index_N))
         drafts = chosen[0] if len(chosen) == 1 else Drafts.join(chosen)
-        return drafts.limit(torch.tensor([min(max(s.remaining - 1, 0), most) for s in decoding]))
+        return drafts.limit(count_D, max(counts)), counts
 
-    def _forward(self, step: Step, plans: list[DecodeRows]) -> _Pass:
-        layout = decode(plans, self.policy.mask_token_id).to(self.policy.device)
+    def _forward(
+        self,
+        step: Step,
+        plans: list[DecodeRows],
+        full: DecodeRows,
+        where: Sequence[int],
+        width: int,
+        drafted: _Drafted | None,
+        also: list[list[int]],
+    ) -> _Pass:
+        """One forward, and logits_DRV of the first `width` rows of the sequences `where`; rows past a sequence's own hold
+        anything.
+
+        Args:
+            full: the rows of a sequence with nothing left out, for padding.
+            drafted: rows whose tokens only the device knows.
+            also: numbers to send along.
+        """
         wanted = [s for s, (sample, _) in enumerate(step) if sample.experts is not None]
-        routing = Routing([], []) if wanted else None
         held = [sample.held for sample, _ in step if sample.held is not None]
-        hidden_TD = self._network(layout, self.cache.view(held, layout), routing)
-        counts = np.array([len(p.clean) + len(p.proposals) * p.block_length for p in plans])
-        first_S = np.cumsum(counts) - counts
-        if routing is not None:
-            expert_TL = torch.stack(routing.expert_LT, dim=1).cpu().numpy()
-            for s in wanted:
-                rows = expert_TL[first_S[s] : first_S[s] + len(plans[s].clean)]
-                step[s][0].record_experts(plans[s].start, rows)
-        return _Pass(hidden_TD, first_S)
+        recurs = self.forwards.captured and not wanted and not any(chunk for _, chunk in step)
+        if recurs:
+            plans, held = padded(plans, held, full)
+        clean_S = np.array([len(p.clean) for p in plans])
+        count_S = clean_S + np.array([len(p.proposals) * p.block_length for p in plans])
+        first_S = np.cumsum(count_S) - count_S
+        index = np.minimum(first_S[list(where)][:, None] + np.arange(width), count_S.sum() - 1)
+        fills = drafted is not None and any(drafted.count)
+        places = list(drafted.places(first_S)) if drafted is not None and fills else []
+        index_DR, places, also_D = upload(
+            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in also]), self.policy.device
+        )
+        fill = None
+        if drafted is not None and fills:
+            row_N, token_N = places[0], drafted.token_DM.flatten().index_select(0, places[1])
 
-    def _logits(self, out: _Pass, first_D: np.ndarray, width: int) -> torch.Tensor:
-        """logits_DRV of `width` rows from each first row; rows past a sequence's own hold anything."""
-        index = torch.from_numpy(first_D[:, None] + np.arange(width)).clamp_max(out.hidden_TD.shape[0] - 1)
-        return self.policy.head(out.hidden_TD[index.to(out.hidden_TD.device)])
+            def fill(token_T: torch.Tensor) -> None:
+                token_T.index_copy_(0, row_N, token_N)
+
+        routing = Routing([], []) if wanted else None
+        hidden_TD = self.forwards.run(plans, held, fill, routing, recurs)
+        if routing is not None:
+            spans = [(step[s][0], plans[s].start, slice(first_S[s], first_S[s] + clean_S[s])) for s in wanted]
+            self._routed.append((torch.stack(routing.expert_LT, dim=1), spans))
+        logits_DRV = self.policy.head(hidden_TD[index_DR]) if len(where) else hidden_TD[:0]
+        return _Pass(hidden_TD, first_S, clean_S, logits_DRV, also_D)
 
     def _draft(
         self,
@@ -201,8 +272,27 @@ class StepRunner:
         width = max(count_D, default=0)
         if not width:
             return None
-        logits, counts_D = self._logits(out, slot_D, width), torch.tensor(count_D)
-        return draft(rows, logits, anchor_D, self.policy.mask_token_id, counts_D, self.policy.markov, previous_D)
+        index = np.minimum(slot_D[:, None] + np.arange(width), len(out.hidden_TD) - 1)
+        index_DM, counts_D = upload((torch.from_numpy(index), torch.tensor(count_D)), self.policy.device)
+        logits_DMV = self.policy.head(out.hidden_TD[index_DM])
+        return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.policy.markov, previous_D)
+
+    def _unknown(self, count: int) -> list[int]:
+        """Tokens of rows that are to be filled on the device."""
+        return [self.policy.mask_token_id] * count
+
+    def _heard_verdict(self, verdict: Verdict) -> Verdict:
+        """The verdict on the host."""
+        return Verdict(*self._heard([getattr(verdict, field.name) for field in fields(verdict)]))
+
+    def _heard(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors on the host; with them comes which experts were chosen, where a sample keeps that."""
+        routed, self._routed = self._routed, []
+        heard = download([*tensors, *(expert_TL for expert_TL, _ in routed)])
+        for (_, spans), expert_TL in zip(routed, heard[len(tensors) :], strict=True):
+            for sample, position, span in spans:
+                sample.record_experts(position, expert_TL[span].numpy())
+        return heard[: len(tensors)]
 
     def _sampler_rows(self, decoding: list[Sample]) -> SamplerRows:
         # The samples themselves are kept and compared: another sample may come to live at a finished one's address.
@@ -219,9 +309,9 @@ def _start(sample: Sample) -> int:
     return sample.held.length
 
 
-def _prompt_rows(sample: Sample, chunk: int) -> list[int]:
+def _prompt(sample: Sample, chunk: int) -> DecodeRows:
     start = _start(sample)
-    return sample.tokens[start : start + chunk]
+    return DecodeRows(sample.tokens[start : start + chunk], start, (), 0)
 
 
 def _proposals(schedule: Schedule, sample: Sample) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from ...kernels.transfer import upload
 from ...model.layout import diffusion
 from ...model.policy import Policy
 from ...model.vocabulary import rows_at_once
@@ -102,9 +103,10 @@ def _log_ratios(
             clean_M.append(first + start - 1 + np.arange(inside))
             counts.append(inside)
             row += size
-    layout = layout.to(policy.device)
-    hidden_TD = policy(layout)
-    mask, clean = (torch.from_numpy(np.concatenate(rows)).to(policy.device) for rows in (mask_M, clean_M))
+    plan = policy.plan(layout)
+    index = tuple(torch.from_numpy(np.concatenate(rows)) for rows in (mask_M, clean_M))
+    layout, (mask, clean) = upload((layout, index), policy.device)
+    hidden_TD = policy(layout, plan=plan)
     at_once = rows_at_once(policy.config.vocab_size, 4, policy.device)
     logr_M = torch.cat([
         _log_ratio(policy, hidden_TD[m], hidden_TD[c], layout.token_T[c], layout.token_T[c + 1], temperature)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ...kernels.transfer import upload
 from ..types import SamplingParams
 
 
@@ -63,22 +64,22 @@ class SamplerRows:
             cut = not greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
             members.setdefault((p.sampler, greedy, cut), []).append(s)
         groups = tuple(
-            Group(*key, None if len(members) == 1 else torch.tensor(index, device=device))
-            for key, index in members.items()
+            Group(*key, None if len(members) == 1 else torch.tensor(index)) for key, index in members.items()
         )
 
         def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float64, device=device)
+            return torch.tensor(values, dtype=torch.float64)
 
-        return cls(
-            seed_S=torch.tensor(list(seeds), dtype=torch.int64, device=device),
+        rows = cls(
+            seed_S=torch.tensor(list(seeds), dtype=torch.int64),
             temperature_S=column([p.temperature for p in params]),
-            top_k_S=torch.tensor([p.top_k for p in params], dtype=torch.int64, device=device),
+            top_k_S=torch.tensor([p.top_k for p in params], dtype=torch.int64),
             top_p_S=column([p.top_p for p in params]),
             min_p_S=column([p.min_p for p in params]),
             mix_weight_S=column([p.mix_weight for p in params]),
             groups=groups,
         )
+        return upload(rows, torch.device(device))
 
     def of(self, group: Group) -> SamplerRows:
         """The rows of one group alone."""
@@ -131,12 +132,15 @@ class Drafts:
             None if self.q_lse_SM is None else self.q_lse_SM[index_N],
         )
 
-    def limit(self, most_S: torch.Tensor) -> Drafts:
-        """At most `most_S` (int64[S]) drafts of each sequence: the first ones. M becomes the largest count left."""
+    def limit(self, most_S: torch.Tensor, most: int | None = None) -> Drafts:
+        """At most `most_S` (int64[S]) drafts of each sequence: the first ones.
+
+        Args: most, M after it, which no count left exceeds; None for the largest of them, which is read from the device.
+        """
         count_S = torch.minimum(self.count_S, most_S)
         slot_M = torch.arange(self.token_SM.shape[1], device=self.token_SM.device)
         token_SM = self.token_SM.masked_fill(slot_M >= count_S[:, None], -1)
-        return replace(self, token_SM=token_SM, count_S=count_S).narrow(int(count_S.max()))
+        return replace(self, token_SM=token_SM, count_S=count_S).narrow(int(count_S.max()) if most is None else most)
 
     def narrow(self, m: int) -> Drafts:
         """The same drafts with M = m, which no count exceeds."""

@@ -73,7 +73,8 @@ def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: 
     count = keep.sum(-1, keepdim=True)
     edge = value.gather(-1, (count - 1).clamp(min=0))
     keep = scaled >= edge
-    if bool((keep.sum(-1, keepdim=True) > count).any()):
+    # Rare, and worth a look on a CPU; to look at an accelerator would be to wait for it.
+    if scaled.device.type != "cpu" or bool((keep.sum(-1, keepdim=True) > count).any()):
         tied = scaled == edge
         room = count - (scaled > edge).sum(-1, keepdim=True)
         keep &= ~tied | (tied.cumsum(-1) <= room)

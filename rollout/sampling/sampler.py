@@ -165,10 +165,11 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     for group in rows.groups:
         i = group.index_G
         assert i is not None
-        # No drafts in a group of `ar` rows: its padding is not worth the noise of a whole row each.
-        part_drafts = drafts.select(i)
-        width = int(part_drafts.count_S.max()) + 1
-        part_drafts = part_drafts.narrow(width - 1)
+        # Padding is not worth the noise of a whole row each where the host can tell that a group has no drafts.
+        rejects = group.sampler in ("lossless", "mixed") and not group.greedy
+        known = drafts.logq_SMV is not None or drafts.q_logits_SMV is not None
+        width = 1 if group.sampler == "ar" or (rejects and not known) else r
+        part_drafts = drafts.select(i).narrow(width - 1)
         part = _verify_group(rows.of(group), p_logits_SRV[i, :width], part_drafts, anchor_S[i])
         out = Verdict.padding(s, r, part) if out is None else out
         out.put(i, part)
@@ -232,7 +233,8 @@ def _reject(
     """Rejection against logp: how many drafts are accepted, and the token after them. (accepted_S, x_S)"""
     s, r, _ = logp_SRV.shape
     device = logp_SRV.device
-    purpose_211 = torch.tensor((Purpose.ACCEPT, Purpose.RESAMPLE), device=device)[:, None, None]
+    # Filled there: a tensor of numbers would be copied up.
+    purpose_211 = torch.cat([torch.full((1, 1, 1), p, device=device) for p in (Purpose.ACCEPT, Purpose.RESAMPLE)])
     u_accept_SR, u_resample_SR = uniform(seed_S1, position_SR, purpose_211)
     logq_SMV = drafts.logq_SMV
     if r == 1 or logq_SMV is None:

@@ -21,6 +21,7 @@ from ....kernels import attention, cca, experts, philox, residual, verify
 from ....kernels.cca import Pools
 from ....kernels.dispatch import using
 from ....kernels.experts import RouterWeights
+from ....kernels.graphs import capture
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
 from ...cache import Held
@@ -29,7 +30,6 @@ from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
 from .parts import FilledCache, Pass, force_experts, layers, random_policy
 from .sizes import Sizes
-from .timing import capture
 
 Check = Callable[[Sizes, torch.device], dict[str, Any]]
 _FLOAT32, _BFLOAT16 = 1e-4, 1e-2

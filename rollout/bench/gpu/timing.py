@@ -15,23 +15,10 @@ from typing import Any
 
 import torch
 
+from ....kernels.graphs import capture
 from .sizes import Sizes
 
 Call = Callable[[], object]
-
-
-def capture(call: Call) -> torch.cuda.CUDAGraph:
-    """A graph of `call`, which has run before (Triton compiles on the first run)."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 def timed(call: Call, sizes: Sizes, device: torch.device, captured: bool = True) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""The engine with its policy on an accelerator (a pretended one): the tokens of the CPU, and one wait per decode step."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pretend_device import PretendDevice
+
+from blockroll.kernels.dispatch import using
+from blockroll.kernels.transfer import signature
+from blockroll.model.paged import PagedPlan
+from blockroll.model.scoring import score
+from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.evaluation.places import acceptance_at_places
+from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
+ROWS = 1 + 3 + 2 * 4
+"""Of a sequence in a step of the last schedule with blocks of 4."""
+SCHEDULES = [Schedule("ar"), Schedule("two_pass"), Schedule("fused", levels=(0, 2))]
+
+
+def requests(samplers, samples=1, **params):
+    return [
+        RolloutRequest(name, tuple(range(3 + i, 12)), SamplingParams(sampler=name, **params), seed=i, samples=samples)
+        for i, name in enumerate(samplers)
+    ]
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    """With a Markov head."""
+    made = make_policy(torch.float32, sharpness=0.6, **SMALL)
+    made.add_markov(4, torch.Generator().manual_seed(3))
+    made.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(4))
+    return made
+
+
+def generate(policy, schedule, asked, device=None, **config):
+    """Trajectories by id and sample, and how often each step that decoded waited for the device."""
+    sizes = dict(block_size=4, page_size=8, prefill_rows=6, pages=64) | config
+    engine, done, waits = Engine(policy, EngineConfig(schedule, **sizes)), [], []
+    for request in asked:
+        engine.add(request)
+    while engine.has_work:
+        before, decoded = (0 if device is None else len(device.waits)), engine.forwards
+        done += engine.step()
+        if device is not None:
+            waits.append((engine.forwards - decoded, device.waits[before:]))
+    return sorted(done, key=lambda sample: sample.key), waits
+
+
+def compare(got, expected, atol):
+    for mine, its in zip(got, expected, strict=True):
+        assert mine.tokens == its.tokens
+        assert [step.accepted for step in mine.trace] == [step.accepted for step in its.trace]
+        np.testing.assert_allclose(mine.logprobs, its.logprobs, atol=atol)
+        np.testing.assert_allclose(mine.behavior_logprobs, its.behavior_logprobs, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "samplers"),
+    [
+        pytest.param(SCHEDULES[0], ["ar"], id="ar"),
+        pytest.param(SCHEDULES[1], ["lossless"], id="two_pass", marks=pytest.mark.slow),
+        pytest.param(SCHEDULES[2], ["coupled", "lossless", "mixed", "ar"], id="fused"),
+    ],
+)
+def test_kernels_on_a_device(policy, schedule, samplers, monkeypatch):
+    """Prompts in chunks, a group that shares one, samplers side by side, steps padded to few shapes; experts are recorded."""
+    # Steps that record experts are not padded.
+    group = requests(samplers[:1], samples=2, max_tokens=4, routed_experts=schedule.kind != "fused")
+    asked = [*requests(samplers, max_tokens=4), *group]
+    asked = [RolloutRequest(str(i), r.prompt_tokens, r.params, r.seed, r.samples) for i, r in enumerate(asked)]
+    expected, _ = generate(policy, schedule, asked)
+    forward, places = type(policy).forward, defaultdict(list)
+
+    def noted(self, layout, state, routing, plan):
+        if isinstance(plan, PagedPlan) and layout.rows == ROWS * layout.sequences:
+            pointers = [x.data_ptr() for x in (layout.token_T, plan.places.write_T, plan.rows["hybrid_sliding"].table_SP)]
+            places[signature((layout, plan))].append(tuple(pointers))
+        return forward(self, layout, state, routing, plan)
+
+    monkeypatch.setattr(type(policy), "forward", noted)
+    away = copy.deepcopy(policy)
+    with PretendDevice() as device:
+        got, waits = generate(away.to("cuda:0"), schedule, asked, device)
+    compare(got, expected, 1e-4)
+    for mine, its in zip(got, expected, strict=True):
+        if its.routed_experts is not None:
+            np.testing.assert_array_equal(mine.routed_experts, its.routed_experts)
+    assert sum(forwards > 0 for forwards, _ in waits) >= 3
+    for forwards, what in waits:
+        assert len(what) == 1 if forwards else len(what) <= 1, what  # of a prefill alone: which experts it took
+    if schedule.kind == "fused":  # What a graph would read stays where it is, from step to step.
+        assert sum(map(len, places.values())) > len(places) > 0
+        assert all(len(set(pointers)) == 1 for pointers in places.values())
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
+def test_torch_on_a_device(policy, schedule):
+    """All samplers side by side, some with cut-offs, on plain operations."""
+    asked = [
+        *requests(["ar", "coupled", "lossless", "mixed"], max_tokens=6),
+        RolloutRequest("cut", (5, 6), SamplingParams(sampler="lossless", top_p=0.8, top_k=9, max_tokens=6), seed=5),
+        RolloutRequest("greedy", (5, 7), SamplingParams(sampler="mixed", temperature=0, max_tokens=6), seed=6),
+    ]
+    expected, _ = generate(policy, schedule, asked)
+    away = copy.deepcopy(policy)
+    with PretendDevice() as device, using("reference"):
+        got, waits = generate(away.to("cuda:0"), schedule, asked, device)
+    compare(got, expected, 1e-4)
+    # The experts' plain products ask the device too, how many rows each has.
+    for forwards, what in waits:
+        assert len([x for x in what if x not in ("bincount", "tolist (4,)", "item")]) <= (1 if forwards else 0), what
+
+
+def test_scoring_on_a_device(policy):
+    samples, _ = generate(policy, SCHEDULES[0], requests(["ar"], samples=2, max_tokens=8))
+    pairs = [(sample.prompt_tokens, sample.tokens) for sample in samples]
+    expected, places = score(policy, pairs), acceptance_at_places(policy, samples, [2, 4], 1.0)
+    away = copy.deepcopy(policy)
+    with PretendDevice() as device:
+        away.to("cuda:0")
+        before = len(device.waits)
+        got = score(away, pairs)
+        assert len(device.waits) == before + 1
+        there = acceptance_at_places(away, samples, [2, 4], 1.0)
+    for mine, its in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-4)
+    for size in (2, 4):
+        np.testing.assert_allclose(there[size], places[size], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule", [*SCHEDULES, Schedule("fused", drafts=5, levels=(0, 1, 3)), Schedule("two_pass", drafts=3)]
+)
+def test_padded_shapes_change_nothing(make_policy, schedule):
+    """Five samples run as eight, each with every draft and level."""
+    policy = make_policy(sharpness=0.6)
+    asked = requests(["coupled", "lossless", "mixed", "ar"], samples=2, max_tokens=14)
+    exact, padded = (
+        generate(policy, schedule, asked, block_size=8, max_batch=5, captured=captured)[0] for captured in (False, True)
+    )
+    compare(padded, exact, 1e-5)
