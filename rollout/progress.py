@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Meter:
-    """Samples done, tokens per second and, where forwards are counted, tokens per forward, over a `with` block.
+    """What is done, tokens per second and, where forwards are counted, tokens per forward, over a `with` block.
 
     Args:
-        total: samples expected.
+        total: samples expected, or tokens.
     """
 
     def __init__(self, title: str, total: int) -> None:
@@ -22,7 +22,8 @@ class Meter:
             TimeRemainingColumn(), console=Console(stderr=True),
         )
         self._task = self._progress.add_task(title, total=total, rates="")
-        self._tokens = self._forwards = 0
+        self._tokens = self._forwards = self._done = 0
+        self._total = total
         self._start = time.perf_counter()
 
     def __enter__(self) -> Meter:
@@ -32,14 +33,15 @@ class Meter:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def advance(self, tokens: int, forwards: int) -> None:
-        """One more sample, with its tokens and the decode forwards it took."""
+    def advance(self, tokens: int, forwards: int, done: int = 1) -> None:
+        """One more sample (or `done` of what is counted), with its tokens and the decode forwards it took."""
         self._tokens += tokens
         self._forwards += forwards
         rates = f"{self._tokens / max(time.perf_counter() - self._start, 1e-9):,.0f} tokens/s"
         if self._forwards:
             rates += f"  {self._tokens / self._forwards:.2f} tokens/forward"
-        self._progress.update(self._task, advance=1, rates=rates)
+        self._done = min(self._done + done, self._total)
+        self._progress.update(self._task, completed=self._done, rates=rates)
 
 
 class TrainingMeter:

@@ -110,9 +110,9 @@ def _load_parent(name: str | os.PathLike[str], policy: Policy) -> Policy:
 def _check_disjoint(
     recipes: Sequence[ConversionConfig], not_compared: Sequence[str], tasks: Sequence[Task], tokenizer: Any
 ) -> Disjointness:
-    packs = sum(-(-stage.tokens // stage.pack_tokens) for recipe in recipes for stage in recipe.runs)
-    with Meter("packs of the training", packs) as meter:
-        return check_disjoint(recipes, not_compared, tasks, tokenizer, lambda tokens: meter.advance(tokens, 0))
+    total = sum(stage.tokens for recipe in recipes for stage in recipe.runs)
+    with Meter("tokens of the training", total) as meter:
+        return check_disjoint(recipes, not_compared, tasks, tokenizer, lambda tokens: meter.advance(tokens, 0, tokens))
 
 
 def _measure(
