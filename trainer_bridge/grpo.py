@@ -74,7 +74,13 @@ class Trainer:
         )
         policy.train().requires_grad_(True)
         options = config.optimizer
-        self._optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0, foreach=True)
+        gain = policy.model.norm.weight
+        self._rates = [options.learning_rate, options.final_norm_learning_rate or options.learning_rate]
+        groups = [[p for p in policy.parameters() if p is not gain], [gain]]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": params, "lr": rate} for params, rate in zip(groups, self._rates, strict=True)],
+            weight_decay=0.0, foreach=True,
+        )  # fmt: skip
         self._tokens = self._forwards = 0
         self._seconds = 0.0
 
@@ -171,9 +177,9 @@ class Trainer:
     ) -> tuple[list[Figures], float]:
         """`updates_per_step` optimiser steps over the trajectories, whole groups together."""
         options, figures, norm = self.config.optimizer, [], 0.0
-        for group in self._optimizer.param_groups:
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             warm, left = step / (options.warmup_steps + 1), 1 - (step - 1) / self.config.steps
-            group["lr"] = options.learning_rate * min(1.0, warm) * left
+            group["lr"] = rate * min(1.0, warm) * left
         pairs = [(t, float(a)) for t, a in zip(trajectories, advantage, strict=True)]
         size = -(-len(pairs) // options.updates_per_step)
         for number in range(0, len(pairs), size):

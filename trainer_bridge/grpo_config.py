@@ -62,6 +62,9 @@ class Optimizer(Config):
     """AdamW."""
 
     learning_rate: float = Field(2e-4, gt=0)
+    final_norm_learning_rate: float | None = Field(None, gt=0, description="of the last norm's gain, which scales all logits: "
+        "how sure the policy is of what it knows. Few numbers, so their gradient is clear where that of a matrix is still "
+        "noise. None: learning_rate")
     warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; then linear decay to zero at the last step")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     updates_per_step: int = Field(2, ge=1, description="optimiser steps over one batch of trajectories")
