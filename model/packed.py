@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.functional import linear
+from torch import addmm, mm
 
 from ..kernels.attention import attend
 from ..kernels.dispatch import takes_triton
@@ -30,6 +30,8 @@ from .state import SequenceState
 
 MOST_PARAMETERS = 2**26
 """A larger policy is not paid by the operation, and its copy would weigh."""
+_MOST_PAIRS = 2**22
+"""With fewer pairs of tokens, the Markov head is kept as their table."""
 _ALL_EXPERTS_ROWS = 8
 _LEAST_LENGTH = torch.finfo(torch.float32).eps
 
@@ -38,7 +40,8 @@ Angles = tuple[torch.Tensor, torch.Tensor, int]
 
 @dataclass
 class _Layer:
-    """One layer, folded. Matrices are [out, in], as `linear` takes them."""
+    """One layer, folded. Matrices are [in, out] and contiguous: products of few rows with them take half the time that those
+    with their transposes do."""
 
     kind: str
     in_floor: torch.Tensor
@@ -62,9 +65,9 @@ class _Layer:
     fc2_bias: torch.Tensor
     router_out: torch.Tensor
     balance_C: torch.Tensor
-    gate_up_E2FD: torch.Tensor
-    down_EDF: torch.Tensor
-    down_all: torch.Tensor  # [D, E * F]
+    gate_up_ED2F: torch.Tensor
+    gate_up_all: torch.Tensor  # [D, E * 2F]
+    down_EFD: torch.Tensor
     mlp_bias: torch.Tensor
     mlp_residual_D: torch.Tensor
 
@@ -87,6 +90,9 @@ class PackedForward:
             size = config.hidden_size
             self._norm, self._norm_floor = trunk.norm.weight * size**0.5, _floor(size, trunk.norm.eps)
             self._rope: dict[str, Angles] = {}
+            self._markov_VV: torch.Tensor | None = None
+            if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
+                self._markov_VV = policy.markov(torch.arange(config.vocab_size))
 
     @staticmethod
     def serves(policy: Policy) -> bool:
@@ -117,6 +123,13 @@ class PackedForward:
             residual_TD, router_TP = self._mix(layer, residual_TD, router_TP, routing)
         return _unit(residual_TD, self._norm_floor) * self._norm
 
+    def markov(self, previous: torch.Tensor) -> torch.Tensor:
+        """As the policy's Markov head, which it must have; looked up where the vocabulary is small."""
+        if self._markov_VV is not None:
+            return F.embedding(previous, self._markov_VV)
+        assert self._policy.markov is not None
+        return self._policy.markov(previous)
+
     def _attend(
         self, number: int, layer: _Layer, residual_TD: torch.Tensor, plan: Plan, padded: Padded, flat: bool, single: bool,
         rope: Angles, state: SequenceState,
@@ -125,7 +138,7 @@ class PackedForward:
         size, heads, kv_heads = self._size, self._heads, self._kv_heads
         channels, width = (heads + kv_heads) * size, kv_heads * size // 2
         normed_TD = _unit(residual_TD, layer.in_floor)
-        projected = linear(normed_TD, layer.projection, layer.projection_bias)
+        projected = _affine(normed_TD, layer.projection, layer.projection_bias)
         x_TC, delayed_TW, current_TW, means_TC = projected.split([channels, width, width, channels], dim=-1)
         tail_SHC, tail_SW = state.read_tail(number)
         ancestors = plan.hops + 1
@@ -157,31 +170,31 @@ class PackedForward:
         out = attend(q_SRHD, keys, values, padded.bias(layer.kind, q_THD.dtype), self._scale).flatten(2).flatten(0, 1)
         if not flat:
             out = out.index_select(0, padded.place_T)
-        return linear(out, layer.output, layer.output_bias)
+        return addmm(layer.output_bias, out, layer.output)
 
     def _mix(
         self, layer: _Layer, residual_TD: torch.Tensor, router_TP: torch.Tensor | None, routing: Routing | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Router and experts: the next residual and router state."""
         normed_TD = _unit(residual_TD, layer.post_floor)
-        state_TP = linear(normed_TD, layer.router_down, layer.router_down_bias)
+        state_TP = addmm(layer.router_down_bias, normed_TD, layer.router_down)
         if router_TP is not None and layer.router_scale is not None:
             state_TP = torch.addcmul(state_TP, router_TP, layer.router_scale)
         hidden = _unit(state_TP, layer.router_floor)
-        hidden = F.gelu(linear(hidden, layer.fc1, layer.fc1_bias))
-        hidden = F.gelu(linear(hidden, layer.fc2, layer.fc2_bias))
-        probs_TC = linear(hidden, layer.router_out).softmax(dim=-1)
+        hidden = F.gelu(addmm(layer.fc1_bias, hidden, layer.fc1))
+        hidden = F.gelu(addmm(layer.fc2_bias, hidden, layer.fc2))
+        probs_TC = mm(hidden, layer.router_out).softmax(dim=-1)
         expert_T1 = (probs_TC + layer.balance_C).argmax(dim=-1, keepdim=True)
         weight_T1 = probs_TC.gather(1, expert_T1)
         if routing is not None:
             routing.expert_LT.append(expert_T1[:, 0])
             routing.probs_LTE.append(probs_TC)
         if len(normed_TD) <= _ALL_EXPERTS_ROWS:
-            experts, width, _ = layer.gate_up_E2FD.shape
+            experts, _, width = layer.gate_up_ED2F.shape
             share_TE1 = torch.zeros_like(probs_TC).scatter_(1, expert_T1, weight_T1)[:, :experts, None]
-            gate, up = linear(normed_TD, layer.gate_up_E2FD.flatten(0, 1)).view(-1, experts, width).chunk(2, dim=-1)
+            gate, up = mm(normed_TD, layer.gate_up_all).view(-1, experts, width).chunk(2, dim=-1)
             inner = (F.silu(gate) * up * share_TE1).flatten(1)
-            mixed_TD = linear(inner, layer.down_all, layer.mlp_bias)
+            mixed_TD = addmm(layer.mlp_bias, inner, layer.down_EFD.flatten(0, 1))
         else:
             mixed_TD = torch.addcmul(layer.mlp_bias, _by_expert(layer, normed_TD, expert_T1[:, 0]), weight_T1)
         return torch.addcmul(mixed_TD, residual_TD, layer.mlp_residual_D), state_TP
@@ -210,19 +223,28 @@ def _by_expert(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> tor
     order = np.argsort(expert, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    ends = np.bincount(expert, minlength=len(layer.down_EDF) + 1).cumsum().tolist()
+    ends = np.bincount(expert, minlength=len(layer.down_EFD) + 1).cumsum().tolist()
     spans = [(e, begin, end) for e, (begin, end) in enumerate(zip([0, *ends[:-2]], ends[:-1], strict=True)) if end > begin]
     routed = ends[-2]
     sorted_TD = x_TD.index_select(0, torch.from_numpy(order[:routed]))
-    inner = x_TD.new_empty(routed, layer.gate_up_E2FD.shape[1])
+    inner = x_TD.new_empty(routed, layer.gate_up_ED2F.shape[2])
     for e, begin, end in spans:
-        torch.mm(sorted_TD[begin:end], layer.gate_up_E2FD[e].t(), out=inner[begin:end])
+        mm(sorted_TD[begin:end], layer.gate_up_ED2F[e], out=inner[begin:end])
     gate, up = inner.chunk(2, dim=-1)
     inner = F.silu(gate).mul_(up)
     out = x_TD.new_zeros(x_TD.shape)
     for e, begin, end in spans:
-        torch.mm(inner[begin:end], layer.down_EDF[e].t(), out=out[begin:end])
+        mm(inner[begin:end], layer.down_EFD[e], out=out[begin:end])
     return out.index_select(0, torch.from_numpy(place))
+
+
+def _affine(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return mm(x, matrix) if bias is None else addmm(bias, x, matrix)
+
+
+def _turned(matrix: torch.Tensor) -> torch.Tensor:
+    """[..., out, in] as [..., in, out], contiguous."""
+    return matrix.mT.contiguous()
 
 
 def _floor(size: int, eps: float) -> torch.Tensor:
@@ -257,35 +279,35 @@ def _fold(layer: Layer) -> _Layer:
     hidden, width = layer.input_layernorm.weight.numel(), mlp.norm.weight.numel()
     norm = layer.post_attention_layernorm.weight * hidden**0.5
     delayed = attention.qkv_proj.v_proj_delayed
-    down = experts.down_proj * mlp_hidden[:, None]
+    gate_up = experts.gate_up_proj * norm
     query_heads, size = attention.qkv_proj.heads, attention.qkv_proj.head_dim
     return _Layer(
         kind=attention.kind,
         in_floor=_floor(hidden, layer.input_layernorm.eps),
-        projection=weight * layer.input_layernorm.weight * hidden**0.5,
+        projection=_turned(weight * layer.input_layernorm.weight * hidden**0.5),
         projection_bias=bias,
         before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
         convolution_N_AE_O=convolution,
         convolution_bias_N1O=convolution_bias,
         temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp])[:, None] * size**0.5,
-        output=attention.o_proj.weight * turn_hidden[:, None],
+        output=_turned(attention.o_proj.weight * turn_hidden[:, None]),
         output_bias=(hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden
         + residual_bias * turn_residual,
         attention_residual_D=turn_residual.clone(),
         post_floor=_floor(hidden, layer.post_attention_layernorm.eps),
-        router_down=router.down_proj.weight * norm,
+        router_down=_turned(router.down_proj.weight * norm),
         router_down_bias=router.down_proj.bias.clone(),
         router_scale=None if router.router_states_scale is None else router.router_states_scale.clone(),
         router_floor=_floor(width, mlp.norm.eps),
-        fc1=mlp.fc1.weight * mlp.norm.weight * width**0.5,
+        fc1=_turned(mlp.fc1.weight * mlp.norm.weight * width**0.5),
         fc1_bias=mlp.fc1.bias.clone(),
-        fc2=mlp.fc2.weight.clone(),
+        fc2=_turned(mlp.fc2.weight),
         fc2_bias=mlp.fc2.bias.clone(),
-        router_out=mlp.out_proj.weight.clone(),
+        router_out=_turned(mlp.out_proj.weight),
         balance_C=router.balancing_biases.clone(),
-        gate_up_E2FD=experts.gate_up_proj * norm,
-        down_EDF=down,
-        down_all=down.transpose(0, 1).flatten(1),
+        gate_up_ED2F=_turned(gate_up),
+        gate_up_all=_turned(gate_up.flatten(0, 1)),
+        down_EFD=_turned(experts.down_proj * mlp_hidden[:, None]),
         mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
         mlp_residual_D=mlp_residual.clone(),
     )

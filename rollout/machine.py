@@ -1,9 +1,11 @@
-"""What a measurement was made with: the part of a figure that its reader cannot guess."""
+"""What a measurement is made with: the part of a figure that its reader cannot guess."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,18 @@ def describe() -> dict[str, Any]:
         },
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread, as an engine's process has. Several wait for each other at every small operation, and for whatever
+    else runs on their cores: small policies become slower with them, and comparisons blur."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _processor() -> str:

@@ -275,7 +275,7 @@ class StepRunner:
         index = np.minimum(slot_D[:, None] + np.arange(width), len(out.hidden_TD) - 1)
         index_DM, counts_D = upload((torch.from_numpy(index), torch.tensor(count_D)), self.policy.device)
         logits_DMV = self.policy.head(out.hidden_TD[index_DM])
-        return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.policy.markov, previous_D)
+        return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.forwards.markov, previous_D)
 
     def _unknown(self, count: int) -> list[int]:
         """Tokens of rows that are to be filled on the device."""

@@ -20,13 +20,11 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +36,7 @@ from ...model.scoring import score
 from ...model.tasks import make_tasks
 from ...model.tokenizer import encode_prompt
 from ..engine import Engine, EngineConfig
-from ..machine import describe
+from ..machine import describe, one_thread
 from ..progress import Meter
 from ..schedule import Schedule
 from ..types import RolloutRequest, SamplingParams, Trajectory
@@ -151,17 +149,6 @@ def bench_decode(
     for name, why in {row["engine"]: row["unsupported"] for row in rows if "unsupported" in row}.items():
         console.print(f"{name} does not serve this policy: {why}")
     return rows
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread, as an engine's process has; threads that wait for each other blur every comparison."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def prompts_of_one_length(policy: Policy, count: int) -> list[tuple[int, ...]]:

@@ -34,7 +34,7 @@ from ...model.conversion.train import run as run_stages
 from ...model.tasks import make_tasks
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
-from ..machine import describe
+from ..machine import describe, one_thread
 from ..schedule import Schedule
 from ..types import SamplerName
 
@@ -116,7 +116,7 @@ def ablate(
     cells = list(cells_of(config, os.fspath(path)))
     resolve(config.parent)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with one_thread(), Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("cells", total=len(cells))
         for row, fresh in _run_all(cells, config.output, workers):
             progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")

@@ -123,16 +123,38 @@ def _draft_group(
         token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
     else:
         assert previous_S is not None
-        chosen, previous_S1 = [], previous_S[:, None]
-        for k in range(m):
-            q_logits_SMV[:, k : k + 1] += markov(previous_S1)
-            chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
-            previous_S1 = chosen[-1][0]
-        token_SM = torch.cat([token_S1 for token_S1, _ in chosen], 1)
-        kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
-        logq_SMV = torch.cat(kept, 1) if kept else None
+        chain = _chain if group.sampler == "coupled" or group.greedy or group.cut else _plain_chain
+        token_SM, logq_SMV = chain(rows, group, q_logits_SMV, noise, markov, previous_S)
     token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
+
+
+def _chain(
+    rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, noise: torch.Tensor | None, markov: Markov,
+    previous_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """`_choose` slot by slot, each draft given the one before it; what `markov` says is added to the logits."""
+    chosen, previous_S1 = [], previous_S[:, None]
+    for k in range(q_logits_SMV.shape[1]):
+        q_logits_SMV[:, k : k + 1] += markov(previous_S1)
+        chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
+        previous_S1 = chosen[-1][0]
+    kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
+    return torch.cat([token_S1 for token_S1, _ in chosen], 1), torch.cat(kept, 1) if kept else None
+
+
+def _plain_chain(
+    rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, u_SM: torch.Tensor | None, markov: Markov,
+    previous_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`_chain` where q is drawn from as it is: a slot's turn is but a softmax and a draw, and log q is made of all at once."""
+    assert u_SM is not None
+    temperature_S1, chosen = rows.temperature_S[:, None].to(q_logits_SMV.dtype), []
+    for logits_SV, u_S in zip(q_logits_SMV.unbind(1), u_SM.unbind(1), strict=True):
+        logits_SV += markov(previous_S)
+        previous_S = draw((logits_SV / temperature_S1).softmax(-1), u_S)
+        chosen.append(previous_S)
+    return torch.stack(chosen, 1), full_logprobs(q_logits_SMV, rows.temperature_S[:, None])
 
 
 def _choose(

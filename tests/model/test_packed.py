@@ -55,3 +55,12 @@ def test_packed_equals_the_network(make_policy, changes):
 def test_what_is_not_served(make_policy):
     assert not PackedForward.serves(make_policy(torch.float64))
     assert not PackedForward.serves(make_policy(torch.bfloat16))
+
+
+def test_the_markov_head_as_a_table(make_policy):
+    policy = make_policy(torch.float32, seed=4)
+    policy.add_markov(3, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(policy.markov.next.weight)
+    previous = torch.arange(policy.config.vocab_size).flip(0).view(2, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedForward(policy).markov(previous), policy.markov(previous))

@@ -349,3 +349,27 @@ def test_sample_seed() -> None:
     assert sample_seed(0, first_of_splitmix64) == first_of_splitmix64 >> 1
     seeds = {sample_seed(request, sample) for request in (0, 1, 2**63 - 1) for sample in range(1000)}
     assert len(seeds) == 3000 and min(seeds) >= 0 and max(seeds) < 2**63
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("kind", ["lossless", "mixed"])
+def test_the_plain_chain_draws_what_the_chain_draws(monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float) -> None:
+    """Drafts that know the one before them, in the short way for rows without cut-offs and in the way that serves all."""
+    vocab, s, m = 23, 40, 6
+    generator = torch.Generator().manual_seed(7)
+    q_logits_SMV = 2 * torch.randn(s, m, vocab, generator=generator)
+    table_VV = 2 * torch.randn(vocab, vocab, generator=generator)
+    rows = SamplerRows.make([SamplingParams(sampler=kind, temperature=temperature)] * s, range(s))  # type: ignore[arg-type]
+
+    def drafts() -> Drafts:
+        return draft(rows, q_logits_SMV.clone(), torch.arange(s), 3, None, table_VV.__getitem__, torch.arange(s) % vocab)
+
+    short = drafts()
+    monkeypatch.setattr(sampler_module, "_plain_chain", sampler_module._chain)
+    full = drafts()
+    assert torch.equal(short.token_SM, full.token_SM)
+    assert short.logq_SMV is not None and full.logq_SMV is not None
+    torch.testing.assert_close(short.logq_SMV, full.logq_SMV, atol=2e-6, rtol=2e-6)
+    assert (short.q_logits_SMV is None) == (kind == "lossless")
+    if short.q_logits_SMV is not None:
+        torch.testing.assert_close(short.q_logits_SMV, full.q_logits_SMV)
