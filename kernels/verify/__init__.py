@@ -30,6 +30,7 @@ from .reference import (
     draw,
     gumbel_argmax,
     mix_logits,
+    reject,
     residual_weights,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "draw",
     "gumbel_argmax",
     "mix_logits",
+    "reject",
     "residual_weights",
     "sample_cdf",
     "sample_gumbel",

@@ -101,6 +101,36 @@ def residual_weights(logp_SV: torch.Tensor, logq_SV: torch.Tensor, drafted_S: to
     return torch.where(use_S[:, None], residual_SV, p_SV)
 
 
+def reject(
+    logp_SRV: torch.Tensor,
+    logq_SMV: torch.Tensor | None,
+    draft_SM: torch.Tensor,
+    count_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    anchor_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many drafts pass, and the token after them: (accepted_S, x_S), both int64.
+
+    Args:
+        logp_SRV: the target's rows, normalised, R = M + 1; row r is that of position anchor + 1 + r.
+        logq_SMV: what the drafts were drawn from, normalised; None where there are none.
+        draft_SM: int64, -1 in padding. count_S: int64, real drafts of each sequence. seed_S, anchor_S: int64.
+    """
+    s, r, _ = logp_SRV.shape
+    device = logp_SRV.device
+    position_SR = anchor_S[:, None] + 1 + torch.arange(r, device=device)
+    # Filled there: a tensor of numbers would be copied up.
+    purpose_211 = torch.cat([torch.full((1, 1, 1), p, device=device) for p in (Purpose.ACCEPT, Purpose.RESAMPLE)])
+    u_accept_SR, u_resample_SR = uniform(seed_S[:, None], position_SR, purpose_211)
+    if r == 1 or logq_SMV is None:
+        return torch.zeros_like(count_S), draw(logp_SRV[:, 0].exp(), u_resample_SR[:, 0])
+    accepted_S = count_accepted(logp_SRV[:, :-1], logq_SMV, draft_SM, count_S, u_accept_SR[:, :-1])
+    s_S = torch.arange(s, device=device)
+    logq_SV = logq_SMV[s_S, accepted_S.clamp(max=r - 2)]
+    weight_SV = residual_weights(logp_SRV[s_S, accepted_S], logq_SV, accepted_S < count_S)
+    return accepted_S, draw(weight_SV, u_resample_SR[s_S, accepted_S])
+
+
 def mix_logits(p_logits: torch.Tensor, q_logits: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """w * p_logits + (1 - w) * q_logits, where a weight of 1 gives exactly p_logits and a weight of 0 exactly q_logits,
     also for tokens whose other logit is -inf (0 * inf would be NaN). weight broadcasts over the last dimension."""
@@ -187,9 +217,8 @@ def verify_rejection(
         mix_weight_S: float in [0, 1]; None: the target is p. Else softmax((w p_logits + (1 - w) q_logits) / temperature) in
             rows with a draft, and p after them.
     """
-    s, r, _ = p_logits_SRV.shape
-    m, device = r - 1, p_logits_SRV.device
-    row_R, s_S = torch.arange(r, device=device), torch.arange(s, device=device)
+    r = p_logits_SRV.shape[1]
+    m, row_R = r - 1, torch.arange(r, device=p_logits_SRV.device)
     logp_SRV = torch.log_softmax(_scaled(p_logits_SRV, temperature_S, -1), -1)
     q_scaled_SMV = _scaled(q_logits_SMV, temperature_S, excluded)
     logq_SMV = (q_scaled_SMV - q_lse_SM[..., None]).to(logp_SRV.dtype)
@@ -201,16 +230,7 @@ def verify_rejection(
         drafted_SM = row_R[:m] < count_S[:, None]
         mixed_SMV = torch.where(drafted_SM[..., None], torch.log_softmax(mixed_SMV, -1), logp_SRV[:, :m])
         target_SRV = torch.cat((mixed_SMV, logp_SRV[:, m:]), 1)
-    position_SR = anchor_S[:, None] + 1 + row_R
-    accepted_S = torch.zeros_like(count_S)
-    if m:
-        u_SM = uniform(seed_S[:, None], position_SR[:, :m], Purpose.ACCEPT)
-        accepted_S = count_accepted(target_SRV[:, :m], logq_SMV, draft_SM, count_S, u_SM)
-        logq_SV = logq_SMV[s_S, accepted_S.clamp(max=m - 1)]
-        weight_SV = residual_weights(target_SRV[s_S, accepted_S], logq_SV, accepted_S < count_S)
-    else:
-        weight_SV = target_SRV[:, 0].exp()
-    x_S = draw(weight_SV, uniform(seed_S, anchor_S + 1 + accepted_S, Purpose.RESAMPLE))
+    accepted_S, x_S = reject(target_SRV, logq_SMV, draft_SM, count_S, seed_S, anchor_S)
     draft_SR = torch.cat((draft_SM, x_S[:, None]), 1)
     token_SR = draft_SR.where(row_R != accepted_S[:, None], x_S[:, None]).where(row_R <= accepted_S[:, None], -1)
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 
 from ...kernels.philox import Purpose, gumbel, uniform
-from ...kernels.verify import count_accepted, count_matching, draw, gumbel_argmax, mix_logits, residual_weights
+from ...kernels.verify import count_matching, draw, gumbel_argmax, mix_logits, reject
 from . import kernels
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, full_logprobs, processed, widen
@@ -229,7 +229,7 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         accepted_S = count_matching(x_SR[:, :m], drafts.token_SM, drafts.count_S)
         token_SR = x_SR
     else:
-        accepted_S, x_S = _reject(target.logp, drafts, seed_S1, position_SR)
+        accepted_S, x_S = reject(target.logp, drafts.logq_SMV, drafts.token_SM, drafts.count_S, rows.seed_S, anchor_S)
         token_SR = torch.cat((drafts.token_SM, x_S[:, None]), 1).where(row_R != accepted_S[:, None], x_S[:, None])
 
     committed_SR, from_draft_SR = row_R <= accepted_S[:, None], row_R < accepted_S[:, None]
@@ -247,26 +247,6 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         support_logmass_SR=torch.where(committed_SR, target.support_logmass, 0.0),
         from_draft_SR=from_draft_SR,
     )
-
-
-def _reject(
-    logp_SRV: torch.Tensor, drafts: Drafts, seed_S1: torch.Tensor, position_SR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rejection against logp: how many drafts are accepted, and the token after them. (accepted_S, x_S)"""
-    s, r, _ = logp_SRV.shape
-    device = logp_SRV.device
-    # Filled there: a tensor of numbers would be copied up.
-    purpose_211 = torch.cat([torch.full((1, 1, 1), p, device=device) for p in (Purpose.ACCEPT, Purpose.RESAMPLE)])
-    u_accept_SR, u_resample_SR = uniform(seed_S1, position_SR, purpose_211)
-    logq_SMV = drafts.logq_SMV
-    if r == 1 or logq_SMV is None:
-        return torch.zeros_like(drafts.count_S), draw(logp_SRV[:, 0].exp(), u_resample_SR[:, 0])
-    accepted_S = count_accepted(logp_SRV[:, :-1], logq_SMV, drafts.token_SM, drafts.count_S, u_accept_SR[:, :-1])
-    s_S = torch.arange(s, device=device)
-    rejected_S = accepted_S < drafts.count_S
-    logq_SV = logq_SMV[s_S, accepted_S.clamp(max=r - 2)]
-    weight_SV = residual_weights(logp_SRV[s_S, accepted_S], logq_SV, rejected_S)
-    return accepted_S, draw(weight_SV, u_resample_SR[s_S, accepted_S])
 
 
 def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor) -> Processed:

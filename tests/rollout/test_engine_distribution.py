@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.kernels.verify import reference
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.rollout import steps as steps_module
 from blockroll.rollout.engine import Engine, EngineConfig
-from blockroll.rollout.sampling import sampler as sampler_module
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
@@ -180,7 +180,7 @@ def test_mixed_is_its_own_distribution(policy, count):
 
 
 def test_the_check_sees_a_broken_residual(policy, monkeypatch):
-    monkeypatch.setattr(sampler_module, "residual_weights", lambda p, q, *rest: p)
+    monkeypatch.setattr(reference, "residual_weights", lambda p, q, *rest: p)
     assert chi_square(sample(policy, "lossless", 20_000), exact_p(policy)) > BROKEN
 
 

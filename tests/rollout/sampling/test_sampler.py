@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from blockroll.kernels.philox import Purpose
+from blockroll.kernels.verify import reference
 from blockroll.rollout.sampling import sampler as sampler_module
 from blockroll.rollout.sampling.processing import process
 from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, sample_seed, verify
@@ -134,7 +135,7 @@ def test_later_tokens_are_independent_of_earlier_ones() -> None:
 
 
 def test_the_check_sees_a_residual_replaced_by_p(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler_module, "residual_weights", lambda logp, logq, drafted: logp.exp())
+    monkeypatch.setattr(reference, "residual_weights", lambda logp, logq, drafted: logp.exp())
     for kind in ("plain", "mixed"):
         p, q = PAIRS["unrelated"]
         m_row = mixture(p, q, 0.5) if kind == "mixed" else p
@@ -157,7 +158,7 @@ def test_the_check_sees_an_acceptance_that_shares_its_number_with_the_draft(monk
     class Shared:
         NOISE, DRAFT, ACCEPT, RESAMPLE = Purpose.NOISE, Purpose.DRAFT, Purpose.DRAFT, Purpose.RESAMPLE
 
-    monkeypatch.setattr(sampler_module, "Purpose", Shared)
+    monkeypatch.setattr(reference, "Purpose", Shared)
     p, q = PAIRS["unrelated"]
     _, verdict = step(PARAMS["plain"], torch.stack((p, p)), q[None])
     assert chi_square(verdict.token_SR[:, 0], target(p, PARAMS["plain"])) > 100
