@@ -249,7 +249,7 @@ class Attention(nn.Module):
         row_SR = plan.padded.row_SR
         k_SKGD, v_SKGD = (y.index_select(0, row_SR.flatten()).unflatten(0, row_SR.shape) for y in (k, v))
         if state is not None:
-            past_k, past_v = state.read(self.layer)
+            past_k, past_v = state.read(self.layer, state.longest)
             k_SKGD, v_SKGD = torch.cat([past_k, k_SKGD], dim=1), torch.cat([past_v, v_SKGD], dim=1)
             state.write(self.layer, k, v, x, delayed)
         q_SRHD = q.index_select(0, row_SR.flatten()).unflatten(0, row_SR.shape)

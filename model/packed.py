@@ -6,6 +6,8 @@ before them. Few rows go through all experts at once, as one pair of products, w
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
+- What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
+  causal pass over its tokens. For this no product has a single row (`packed_plan`), and an expert's rows are never one.
 - The weights are copies: after the policy's change, make a new one.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert.
@@ -23,8 +25,9 @@ from torch import addmm, mm
 
 from ..kernels.attention import attend
 from ..kernels.dispatch import takes_triton
-from .cca import Padded, Plan, Projection
+from .cca import Projection
 from .layout import TokenLayout
+from .packed_plan import PackedPlan
 from .policy import Layer, Policy, Routing
 from .state import SequenceState
 
@@ -73,7 +76,7 @@ class _Layer:
 
 
 class PackedForward:
-    """Callable as `Policy.forward` is, over a cache."""
+    """Callable as `Policy.forward` is, and with its heads."""
 
     def __init__(self, policy: Policy) -> None:
         with torch.inference_mode():
@@ -89,6 +92,7 @@ class PackedForward:
             self._layers = [_fold(layer) for layer in _layers(policy)]
             size = config.hidden_size
             self._norm, self._norm_floor = trunk.norm.weight * size**0.5, _floor(size, trunk.norm.eps)
+            self._head_DV, self._head_bias = _turned(policy.lm_head.weight), policy.lm_head.bias
             self._rope: dict[str, Angles] = {}
             self._markov_VV: torch.Tensor | None = None
             if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
@@ -106,22 +110,29 @@ class PackedForward:
         )
 
     def __call__(
-        self, layout: TokenLayout, state: SequenceState, routing: Routing | None = None
+        self, layout: TokenLayout, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
-        """Final hidden states, hidden_TD, of every row."""
-        plan = Plan.of(layout, self._policy.hops, state.longest, self._policy.windows)
-        assert plan.padded is not None
-        residual_TD = self._embedded_VD.index_select(0, layout.token_T)
-        ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
-        # No padding; and then one row each, whose ancestors are all in the tail.
-        flat = plan.padded.row_SR.numel() == layout.rows
-        single = layout.rows == layout.sequences and int(layout.start_S.min()) >= plan.hops
+        """Final hidden states, hidden_TD, of every row. Without a cache, of clean rows from the start of their documents."""
+        plan = PackedPlan.of(layout, self._policy.hops, self._policy.windows, self._size)
+        token_T, position_T = (x.expand(2) if plan.twice else x for x in (layout.token_T, layout.position_T))
+        residual_TD = self._embedded_VD.index_select(0, token_T)
+        ropes = {kind: self._angles(kind, position_T) for kind in self._policy.windows}
         router_TP: torch.Tensor | None = None
         for number, layer in enumerate(self._layers):
-            attended = self._attend(number, layer, residual_TD, plan, plan.padded, flat, single, ropes[layer.kind], state)
+            attended = self._attend(number, layer, residual_TD, plan, ropes[layer.kind], state)
             residual_TD = torch.addcmul(attended, residual_TD, layer.attention_residual_D)
             residual_TD, router_TP = self._mix(layer, residual_TD, router_TP, routing)
-        return _unit(residual_TD, self._norm_floor) * self._norm
+        if plan.twice and routing is not None:
+            routing.expert_LT[:] = [expert_T[:1] for expert_T in routing.expert_LT]
+            routing.probs_LTE[:] = [probs_TE[:1] for probs_TE in routing.probs_LTE]
+        return (_unit(residual_TD, self._norm_floor) * self._norm)[: layout.rows]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As the policy's, of hidden states [..., D]."""
+        hidden_RD = hidden.flatten(0, -2)
+        count = len(hidden_RD)
+        logits_RV = _affine(hidden_RD.expand(2, -1) if count == 1 else hidden_RD, self._head_DV, self._head_bias)
+        return logits_RV[:count].unflatten(0, hidden.shape[:-1])
 
     def markov(self, previous: torch.Tensor) -> torch.Tensor:
         """As the policy's Markov head, which it must have; looked up where the vocabulary is small."""
@@ -131,8 +142,8 @@ class PackedForward:
         return self._policy.markov(previous)
 
     def _attend(
-        self, number: int, layer: _Layer, residual_TD: torch.Tensor, plan: Plan, padded: Padded, flat: bool, single: bool,
-        rope: Angles, state: SequenceState,
+        self, number: int, layer: _Layer, residual_TD: torch.Tensor, plan: PackedPlan, rope: Angles,
+        state: SequenceState | None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention's output, scaled and with all biases, to which the scaled residual is added."""
         size, heads, kv_heads = self._size, self._heads, self._kv_heads
@@ -140,37 +151,45 @@ class PackedForward:
         normed_TD = _unit(residual_TD, layer.in_floor)
         projected = _affine(normed_TD, layer.projection, layer.projection_bias)
         x_TC, delayed_TW, current_TW, means_TC = projected.split([channels, width, width, channels], dim=-1)
-        tail_SHC, tail_SW = state.read_tail(number)
-        ancestors = plan.hops + 1
-        if single:
-            x_TAC, previous_TW = torch.cat([x_TC[:, None], tail_SHC], dim=1), tail_SW
-        else:
-            x_NC = torch.cat([x_TC.new_zeros(1, channels), tail_SHC.flatten(0, 1), x_TC])
-            x_TAC = x_NC.index_select(0, plan.ancestor_TA.flatten())
-            before_NW = torch.cat([layer.before_W, tail_SW.repeat_interleave(plan.hops, dim=0), delayed_TW])
-            previous_TW = before_NW.index_select(0, plan.ancestor_TA[:, 1])
-        x_NTE = x_TAC.view(-1, ancestors, heads + kv_heads, size).permute(2, 0, 1, 3)
-        x_NTE = x_NTE.reshape(heads + kv_heads, -1, ancestors * size)
-        mixed_NTO = torch.baddbmm(layer.convolution_bias_N1O, x_NTE, layer.convolution_N_AE_O)
+        x_TAC, previous_TW = self._ancestors(number, layer, x_TC, delayed_TW, plan, state)
+        x_NTE = x_TAC.view(len(x_TC), -1, heads + kv_heads, size).permute(2, 0, 1, 3)
+        mixed_NTO = torch.baddbmm(layer.convolution_bias_N1O, x_NTE.flatten(2), layer.convolution_N_AE_O)
         qk_TNO = mixed_NTO.transpose(0, 1) + means_TC.view(-1, heads + kv_heads, size)
         length_TN1 = torch.linalg.vector_norm(qk_TNO, dim=-1, keepdim=True).clamp_(min=_LEAST_LENGTH)
         qk_TNO = _rotate(qk_TNO * (layer.temperature_N1 / length_TN1), rope)
         q_THD, k_TGD = qk_TNO[:, :heads], qk_TNO[:, heads:]
         v_TGD = torch.cat([current_TW, previous_TW], dim=-1).view(-1, kv_heads, size)
 
-        shape = padded.row_SR.shape
-        if flat:
-            q_SRHD, k_SRGD, v_SRGD = (y.unflatten(0, shape) for y in (q_THD, k_TGD, v_TGD))
+        if state is None:
+            keys, values = _at(k_TGD, plan.clean_SP), _at(v_TGD, plan.clean_SP)
         else:
-            rows = padded.row_SR.flatten()
-            q_SRHD, k_SRGD, v_SRGD = (y.index_select(0, rows).unflatten(0, shape) for y in (q_THD, k_TGD, v_TGD))
-        past_k, past_v = state.read(number)
-        keys, values = torch.cat([past_k, k_SRGD], dim=1), torch.cat([past_v, v_SRGD], dim=1)
-        state.write(number, k_TGD, v_TGD, x_TC, delayed_TW)
-        out = attend(q_SRHD, keys, values, padded.bias(layer.kind, q_THD.dtype), self._scale).flatten(2).flatten(0, 1)
-        if not flat:
-            out = out.index_select(0, padded.place_T)
-        return addmm(layer.output_bias, out, layer.output)
+            state.write(number, k_TGD, v_TGD, x_TC, delayed_TW)
+            keys, values = state.read(number, plan.positions)
+        if plan.mask_SM is not None:
+            keys = torch.cat([keys, _at(k_TGD, plan.mask_SM)], dim=1)
+            values = torch.cat([values, _at(v_TGD, plan.mask_SM)], dim=1)
+        out_SRHD = attend(_at(q_THD, plan.query_SR), keys, values, plan.bias[layer.kind], self._scale)
+        out_TC = out_SRHD.flatten(2).flatten(0, 1).index_select(0, plan.place_T)
+        return addmm(layer.output_bias, out_TC, layer.output)
+
+    def _ancestors(
+        self, number: int, layer: _Layer, x_TC: torch.Tensor, delayed_TW: torch.Tensor, plan: PackedPlan,
+        state: SequenceState | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """x_TAC of each row and its ancestors, and the parent's delayed value."""
+        hops = self._policy.hops
+        if state is None:
+            tail_SHC, tail_SW = x_TC.new_zeros(plan.sequences, hops, x_TC.shape[1]), layer.before_W.expand(plan.sequences, -1)
+        else:
+            tail_SHC, tail_SW = state.read_tail(number)
+        if plan.ancestor_TA is None:
+            if plan.twice:
+                tail_SHC, tail_SW = tail_SHC.expand(2, -1, -1), tail_SW.expand(2, -1)
+            return torch.cat([x_TC[:, None], tail_SHC], dim=1), tail_SW
+        x_NC = torch.cat([x_TC.new_zeros(1, x_TC.shape[1]), tail_SHC.flatten(0, 1), x_TC])
+        before_NW = torch.cat([layer.before_W, tail_SW.repeat_interleave(hops, dim=0), delayed_TW])
+        x_TAC = _at(x_NC, plan.ancestor_TA)
+        return x_TAC, before_NW.index_select(0, plan.ancestor_TA[:, 1])
 
     def _mix(
         self, layer: _Layer, residual_TD: torch.Tensor, router_TP: torch.Tensor | None, routing: Routing | None
@@ -189,14 +208,9 @@ class PackedForward:
         if routing is not None:
             routing.expert_LT.append(expert_T1[:, 0])
             routing.probs_LTE.append(probs_TC)
-        if len(normed_TD) <= _ALL_EXPERTS_ROWS:
-            experts, _, width = layer.gate_up_ED2F.shape
-            share_TE1 = torch.zeros_like(probs_TC).scatter_(1, expert_T1, weight_T1)[:, :experts, None]
-            gate, up = mm(normed_TD, layer.gate_up_all).view(-1, experts, width).chunk(2, dim=-1)
-            inner = (F.silu(gate) * up * share_TE1).flatten(1)
-            mixed_TD = addmm(layer.mlp_bias, inner, layer.down_EFD.flatten(0, 1))
-        else:
-            mixed_TD = torch.addcmul(layer.mlp_bias, _by_expert(layer, normed_TD, expert_T1[:, 0]), weight_T1)
+        few = len(normed_TD) <= _ALL_EXPERTS_ROWS
+        expert_TD = (_by_all if few else _by_expert)(layer, normed_TD, expert_T1[:, 0])
+        mixed_TD = torch.addcmul(layer.mlp_bias, expert_TD, weight_T1)
         return torch.addcmul(mixed_TD, residual_TD, layer.mlp_residual_D), state_TP
 
     def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
@@ -216,23 +230,40 @@ class PackedForward:
         return known[0].index_select(0, position_T), known[1].index_select(0, position_T), known[2]
 
 
+def _at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x's entries at an index of any shape."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _by_all(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
+    """Few rows through every expert, of which each keeps its own; 0 for the skip expert."""
+    rows, (experts, _, width) = len(x_TD), layer.gate_up_ED2F.shape
+    gate_ETF, up_ETF = mm(x_TD, layer.gate_up_all).view(rows, experts, width).transpose(0, 1).chunk(2, dim=-1)
+    out_ETD = torch.bmm(F.silu(gate_ETF) * up_ETF, layer.down_EFD)
+    own_TD = out_ETD.flatten(0, 1).index_select(0, expert_T.clamp(max=experts - 1) * rows + torch.arange(rows))
+    return own_TD * (expert_T < experts)[:, None]
+
+
 def _by_expert(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
     """Each row through its expert; 0 for the skip expert. Rows are sorted on the host, so that all but the products is done
-    for all experts at once."""
+    for all experts at once. A row that its expert has to itself is computed twice, as no product may have one row."""
     expert = expert_T.numpy()
+    counts = np.bincount(expert, minlength=len(layer.down_EFD) + 1)
+    times = np.where(counts == 1, 2, 1)
     order = np.argsort(expert, kind="stable")
+    repeats = times[expert[order]]
     place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    ends = np.bincount(expert, minlength=len(layer.down_EFD) + 1).cumsum().tolist()
+    place[order] = repeats.cumsum() - repeats
+    ends = (counts * times).cumsum().tolist()
     spans = [(e, begin, end) for e, (begin, end) in enumerate(zip([0, *ends[:-2]], ends[:-1], strict=True)) if end > begin]
     routed = ends[-2]
-    sorted_TD = x_TD.index_select(0, torch.from_numpy(order[:routed]))
+    sorted_TD = x_TD.index_select(0, torch.from_numpy(order.repeat(repeats)[:routed]))
     inner = x_TD.new_empty(routed, layer.gate_up_ED2F.shape[2])
     for e, begin, end in spans:
         mm(sorted_TD[begin:end], layer.gate_up_ED2F[e], out=inner[begin:end])
     gate, up = inner.chunk(2, dim=-1)
     inner = F.silu(gate).mul_(up)
-    out = x_TD.new_zeros(x_TD.shape)
+    out = x_TD.new_zeros(ends[-1], x_TD.shape[1])
     for e, begin, end in spans:
         mm(inner[begin:end], layer.down_EFD[e], out=out[begin:end])
     return out.index_select(0, torch.from_numpy(place))

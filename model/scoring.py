@@ -1,5 +1,8 @@
 """Log-probabilities of given tokens by one causal pass: what a trainer recomputes, from nothing but the tokens.
 
+A policy that decodes through `PackedForward` is scored through it: the log-probabilities are then those the engine records, to
+the last bit.
+
 Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
 """
 
@@ -13,8 +16,12 @@ import torch
 from ..errors import RequestError
 from ..kernels.transfer import upload
 from .layout import causal
+from .packed import PackedForward
 from .policy import Policy
 from .vocabulary import rows_at_once
+
+_MOST_PAIRS = 2**25
+"""Packs with more pairs of row and key, padding included, go through the policy itself, which masks long packs by the block."""
 
 
 @torch.inference_mode()
@@ -43,33 +50,38 @@ def score(
         if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
             raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
                                "use the policy's own tokenizer")  # fmt: skip
+    packed = PackedForward(policy) if PackedForward.serves(policy) else None
     scores: list[np.ndarray] = []
     pack: list[tuple[Sequence[int], Sequence[int]]] = []
     held = 0
     for pair in sequences:
         length = len(pair[0]) + len(pair[1])
         if pack and held + length > rows:
-            scores += _score_pack(policy, pack, temperature)
+            scores += _score_pack(policy, packed, pack, temperature)
             pack, held = [], 0
         pack.append(pair)
         held += length
-    return scores + (_score_pack(policy, pack, temperature) if pack else [])
+    return scores + (_score_pack(policy, packed, pack, temperature) if pack else [])
 
 
 def _score_pack(
-    policy: Policy, pack: list[tuple[Sequence[int], Sequence[int]]], temperature: float
+    policy: Policy, packed: PackedForward | None, pack: list[tuple[Sequence[int], Sequence[int]]], temperature: float
 ) -> list[np.ndarray]:
-    layout = causal([[*prompt, *tokens] for prompt, tokens in pack])
-    plan = policy.plan(layout)
+    texts = [[*prompt, *tokens] for prompt, tokens in pack]
+    layout = causal(texts)
+    if packed is not None and len(texts) * max(map(len, texts)) ** 2 > _MOST_PAIRS:
+        packed = None
+    plan = policy.plan(layout) if packed is None else None
     counts = [len(tokens) for _, tokens in pack]
     ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])
     rows = np.concatenate([np.arange(end - n - 1, end - 1) for end, n in zip(ends, counts, strict=True)])
     layout, index = upload((layout, torch.from_numpy(rows)), policy.device)
-    hidden_TD = policy(layout, plan=plan)
+    hidden_TD = policy(layout, plan=plan) if packed is None else packed(layout)
+    head = policy.head if packed is None else packed.head
     target_N = layout.token_T[index + 1]
     at_once = rows_at_once(policy.config.vocab_size, 3, index.device)
     parts = [
-        _logp(policy.head(hidden_TD[some]), target, temperature)
+        _logp(head(hidden_TD[some]), target, temperature)
         for some, target in zip(index.split(at_once), target_N.split(at_once), strict=True)
     ]
     return np.split(torch.cat(parts).float().cpu().numpy(), np.cumsum(counts)[:-1])

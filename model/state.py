@@ -3,7 +3,7 @@
 The network writes the K/V and the convolution tail of clean rows and reads what came before them. It does not know pages,
 slots or lengths. Without a cache (training, scoring) everything a row sees is in the pack.
 
-Legend: S sequences, L cached positions of the longest one, G key heads, D head size, C channels of the q/k projection,
+Legend: S sequences, L positions read, G key heads, D head size, C channels of the q/k projection,
 N = S * hops tail entries, W width of the delayed value.
 """
 
@@ -41,10 +41,10 @@ class SequenceState(Protocol):
 
     @property
     def longest(self) -> int:
-        """L: cached positions of the longest sequence; `read` pads to it."""
+        """Cached positions of the longest sequence."""
 
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """k_SLGD, v_SLGD of positions 0..L-1; entries at or past a sequence's start are never attended to."""
+    def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_SLGD, v_SLGD of so many positions from the first on. What lies past a sequence's end means nothing; it is finite."""
 
     def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x_SHC, delayed_SW: q/k projections of the hops tokens before each start, nearest first, and the delayed value

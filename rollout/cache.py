@@ -163,6 +163,7 @@ class CacheView:
         self._tail_write = slots[sequence[kept]] * ring + position[kept] % ring
         self._apart = bool((end + 1 - starts + cache.hops > ring).any())
         self._rows = len(sequence)
+        self._read: dict[int, torch.Tensor] = {}
 
     @property
     def longest(self) -> int:
@@ -181,10 +182,14 @@ class CacheView:
         cache = self._cache
         return Pools(cache.k[layer], cache.v[layer], cache.x[layer], cache.delayed[layer])
 
-    def read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD."""
-        shape = (len(self._table_SP), self._longest)
-        k, v = (pool[layer].index_select(0, self._indices.read) for pool in (self._cache.k, self._cache.v))
+        if positions not in self._read:
+            size, line = self._cache.page_size, np.arange(positions)
+            page = np.minimum(line // size, self._table_SP.shape[1] - 1)
+            self._read[positions] = upload(torch.from_numpy((self._table_SP[:, page] * size + line % size).ravel()), self._device)
+        shape = (len(self._table_SP), positions)
+        k, v = (pool[layer].index_select(0, self._read[positions]) for pool in (self._cache.k, self._cache.v))
         return k.unflatten(0, shape), v.unflatten(0, shape)
 
     def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,16 +210,13 @@ class CacheView:
 
     @cached_property
     def _indices(self) -> _Indices:
-        size, past = self._cache.page_size, np.arange(self._longest)
-        read_SL = self._table_SP[:, past // size] * size + past % size
-        arrays = read_SL.ravel(), self._tail_SH.ravel(), self._clean, self._write, self._kept, self._tail_write
+        arrays = self._tail_SH.ravel(), self._clean, self._write, self._kept, self._tail_write
         return _Indices(*upload(tuple(map(torch.from_numpy, arrays)), self._device))
 
 
 class _Indices(NamedTuple):
-    """Pool positions and tail entries read, then the rows kept and where, on the device."""
+    """Tail entries read, then the rows kept and where, on the device."""
 
-    read: torch.Tensor
     tail: torch.Tensor
     rows: torch.Tensor
     write: torch.Tensor

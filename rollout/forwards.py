@@ -65,6 +65,7 @@ class Forwards:
 
     Attributes:
         captured: steps that recur are to be padded (`padded`); their forwards are captured where the device can.
+        head: hidden states [..., D] to logits [..., V].
         markov: what a token adds to the logits of the mask row after it; None where the policy has no such head.
     """
 
@@ -79,7 +80,9 @@ class Forwards:
     def take_weights(self) -> None:
         """To be called when the policy's weights have changed; what is captured reads them where they lie."""
         self._packed = PackedForward(self._policy) if PackedForward.serves(self._policy) else None
-        self.markov = self._policy.markov if self._policy.markov is None or self._packed is None else self._packed.markov
+        served = self._policy if self._packed is None else self._packed
+        self.head = served.head
+        self.markov = None if self._policy.markov is None else served.markov
 
     def run(
         self, plans: Sequence[DecodeRows], held: Sequence[Held], fill: Fill | None, routing: Routing | None, recurs: bool

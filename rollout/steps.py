@@ -256,7 +256,7 @@ class StepRunner:
         if routing is not None:
             spans = [(step[s][0], plans[s].start, slice(first_S[s], first_S[s] + clean_S[s])) for s in wanted]
             self._routed.append((torch.stack(routing.expert_LT, dim=1), spans))
-        logits_DRV = self.policy.head(hidden_TD[index_DR]) if len(where) else hidden_TD[:0]
+        logits_DRV = self.forwards.head(hidden_TD[index_DR]) if len(where) else hidden_TD[:0]
         return _Pass(hidden_TD, first_S, clean_S, logits_DRV, also_D)
 
     def _draft(
@@ -274,7 +274,7 @@ class StepRunner:
             return None
         index = np.minimum(slot_D[:, None] + np.arange(width), len(out.hidden_TD) - 1)
         index_DM, counts_D = upload((torch.from_numpy(index), torch.tensor(count_D)), self.policy.device)
-        logits_DMV = self.policy.head(out.hidden_TD[index_DM])
+        logits_DMV = self.forwards.head(out.hidden_TD[index_DM])
         return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.forwards.markov, previous_D)
 
     def _unknown(self, count: int) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockroll.model.layout import DecodeRows, decode
+from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
 from blockroll.model.packed import PackedForward
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
@@ -50,6 +50,52 @@ def test_packed_equals_the_network(make_policy, changes):
         for name in ("k", "v", "x", "delayed"):
             assert torch.allclose(getattr(caches[0], name), getattr(caches[1], name), atol=1e-4, rtol=1e-4), name
     assert experts == {0, 1, 2, 3}, "every expert and the skip expert"
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products of other libraries may add in another order")
+@pytest.mark.parametrize(
+    "changes", [{"head_dim": 16}, {"head_dim": 64, "attention_bias": True}, {"head_dim": 16, "cca_time0": 3}], ids=str
+)
+@torch.inference_mode()
+def test_a_clean_row_depends_on_its_prefix_alone(make_policy, changes):
+    """To the last bit: in one pass without a cache, row by row, in chunks beside others, behind or before mask rows."""
+    policy = make_policy(torch.float32, seed=4, **changes)
+    packed = PackedForward(policy)
+    draw = np.random.default_rng(1)
+    texts = [draw.integers(0, 40, count).tolist() for count in (61, 9, 30, 2)]
+    expected = [packed.head(packed(causal([text]))) for text in texts]
+    together = packed.head(packed(causal(texts)))
+    assert torch.equal(together, torch.cat(expected))
+    plain = policy.head(policy(causal(texts)))
+    assert (together - plain).abs().max() < 2e-5 * plain.abs().max()
+
+    def run(cache, steps):
+        """Steps of (sequence, rows, proposals); the logits of each clean row, by sequence."""
+        held, done, got = [cache.open() for _ in texts], [0] * len(texts), [[] for _ in texts]
+        for step in steps:
+            plans = []
+            for s, count, proposals in step:
+                count = min(count, len(texts[s]) - done[s])
+                plans.append(DecodeRows(texts[s][done[s] : done[s] + count], done[s], proposals, 5 if proposals else 0))
+                assert cache.reserve(held[s], done[s] + count)
+            layout = decode(plans, policy.mask_token_id)
+            logits = packed.head(packed(layout, cache.view([held[s] for s, *_ in step], layout)))
+            for number, (s, *_) in enumerate(step):
+                got[s].append(logits[(layout.sequence_T == number) & (layout.block_T == CLEAN)])
+                done[s] += len(got[s][-1])
+        return got
+
+    cache = PagedCache(policy, 40, 4, 4, 80)
+    alone = run(cache, [[(0, 1, ())]] * 61)
+    assert torch.equal(torch.cat(alone[0]), expected[0])
+    cache = PagedCache(policy, 40, 4, 4, 80)
+    mixed = run(cache, [
+        [(2, 13, ()), (0, 30, ()), (3, 1, ())], [(2, 4, (1, 3)), (0, 1, (1,)), (1, 8, ())],
+        [(3, 1, (1,)), (2, 1, ()), (0, 30, (2,))], [(2, 12, ()), (1, 1, (1,))],
+    ])  # fmt: skip
+    for got, logits in zip(mixed, expected, strict=True):
+        assert torch.equal(torch.cat(got), logits[: sum(map(len, got))])
+    assert [sum(map(len, got)) for got in mixed] == [61, 9, 30, 2]
 
 
 def test_what_is_not_served(make_policy):

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from blockroll.errors import RequestError
+from blockroll.model.checkpoint import load_policy
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.model.policy import Routing
 from blockroll.model.scoring import score
+from blockroll.model.tasks import make_tasks
+from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.sampling import processing
 from blockroll.rollout.schedule import Schedule
@@ -115,6 +118,23 @@ def test_logprobs_are_those_of_one_causal_pass(make_policy, sampler, schedule):
             assert np.abs(sample.logprobs - expected).max() <= 1e-5
             behavior = recompute_behavior(policy, sample, CUTS[int(sample.request_id[1:]) % 4], sampler, temperature)
             assert np.abs(sample.behavior_logprobs - behavior).max() <= 2e-5
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="products of other libraries may add in another order")
+@pytest.mark.parametrize("sampler", ["ar", "lossless", "coupled", "mixed"])
+def test_logprobs_of_the_shipped_policy_are_those_of_scoring_to_the_last_bit(sampler):
+    """Whatever the schedule, the batch, the chunks of the prompt and the cut-offs, preempted or not."""
+    policy = load_policy("tiny-reasoner")
+    prompts = [tuple(encode_prompt(policy.tokenizer, task.prompt)) for task in make_tasks("heldout", 6)]
+    for temperature, schedule, mode in zip((1.0, 0.7, 1.0), ("fused", "fused", "two_pass"), MODES.values(), strict=True):
+        asked = [
+            RolloutRequest(f"r{i}", prompt, SamplingParams(sampler, temperature, max_tokens=40, **CUTS[i % 4]), i, 2)
+            for i, prompt in enumerate(prompts)
+        ]
+        samples = Engine(policy, EngineConfig(Schedule(schedule), **{**mode, "pages": 60})).generate(asked)
+        scores = score(policy, [(s.prompt_tokens, s.tokens) for s in samples], temperature)
+        for sample, expected in zip(samples, scores, strict=True):
+            assert np.array_equal(sample.logprobs, expected)
 
 
 @torch.no_grad()
