@@ -1,13 +1,11 @@
 """The network of `Policy.forward` with its weights folded for decoding on a CPU, where a small step is paid by the operation.
 
-Folded once, from the policy's own parameters: norms' weights and sizes into the matrices after them, the two convolutions
-into one over all ancestors, the means of queries and keys into the projection, residual scales and biases into the matrices
-before them. Few rows go through all experts at once, as one pair of products, which is cheaper than to sort them.
+Few rows go through all experts at once, as one pair of products, which is cheaper than to sort them.
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
 - What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
-  causal pass over its tokens. For this no product has a single row (`packed_plan`), and an expert's rows are never one.
+  causal pass over its tokens. For this no product has a single row (`plan`), and an expert's rows are never one.
 - The weights are copies: after the policy's change, make a new one.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert.
@@ -16,20 +14,19 @@ Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import addmm, mm
 
-from ..kernels.attention import attend
-from ..kernels.dispatch import takes_triton
-from .cca import Projection
-from .layout import TokenLayout
-from .packed_plan import PackedPlan
-from .policy import Layer, Policy, Routing
-from .state import SequenceState
+from ...kernels.attention import attend
+from ...kernels.dispatch import takes_triton
+from ..layout import TokenLayout
+from ..policy import Layer, Policy, Routing
+from ..state import SequenceState
+from .plan import PackedPlan
+from .weights import PackedLayer, floor, fold_layer, turned
 
 MOST_PARAMETERS = 2**26
 """A larger policy is not paid by the operation, and its copy would weigh."""
@@ -39,40 +36,6 @@ _ALL_EXPERTS_ROWS = 8
 _LEAST_LENGTH = torch.finfo(torch.float32).eps
 
 Angles = tuple[torch.Tensor, torch.Tensor, int]
-
-
-@dataclass
-class _Layer:
-    """One layer, folded. Matrices are [in, out] and contiguous: products of few rows with them take half the time that those
-    with their transposes do."""
-
-    kind: str
-    in_floor: torch.Tensor
-    projection: torch.Tensor  # q and k, delayed value, current value, then q and k with their means
-    projection_bias: torch.Tensor | None
-    before_W: torch.Tensor  # delayed value before the document
-    convolution_N_AE_O: torch.Tensor
-    convolution_bias_N1O: torch.Tensor
-    temperature_N1: torch.Tensor
-    output: torch.Tensor
-    output_bias: torch.Tensor
-    attention_residual_D: torch.Tensor
-    post_floor: torch.Tensor
-    router_down: torch.Tensor
-    router_down_bias: torch.Tensor
-    router_scale: torch.Tensor | None
-    router_floor: torch.Tensor
-    fc1: torch.Tensor
-    fc1_bias: torch.Tensor
-    fc2: torch.Tensor
-    fc2_bias: torch.Tensor
-    router_out: torch.Tensor
-    balance_C: torch.Tensor
-    gate_up_ED2F: torch.Tensor
-    gate_up_all: torch.Tensor  # [D, E * 2F]
-    down_EFD: torch.Tensor
-    mlp_bias: torch.Tensor
-    mlp_residual_D: torch.Tensor
 
 
 class PackedForward:
@@ -89,10 +52,10 @@ class PackedForward:
             self._embedded_VD = (
                 trunk.embed_tokens.weight + trunk.input_hidden_states_bias
             ) * trunk.input_hidden_states_scale
-            self._layers = [_fold(layer) for layer in _layers(policy)]
+            self._layers = [fold_layer(layer) for layer in _layers(policy)]
             size = config.hidden_size
-            self._norm, self._norm_floor = trunk.norm.weight * size**0.5, _floor(size, trunk.norm.eps)
-            self._head_DV, self._head_bias = _turned(policy.lm_head.weight), policy.lm_head.bias
+            self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
+            self._head_DV, self._head_bias = turned(policy.lm_head.weight), policy.lm_head.bias
             self._rope: dict[str, Angles] = {}
             self._markov_VV: torch.Tensor | None = None
             if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
@@ -142,7 +105,7 @@ class PackedForward:
         return self._policy.markov(previous)
 
     def _attend(
-        self, number: int, layer: _Layer, residual_TD: torch.Tensor, plan: PackedPlan, rope: Angles,
+        self, number: int, layer: PackedLayer, residual_TD: torch.Tensor, plan: PackedPlan, rope: Angles,
         state: SequenceState | None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention's output, scaled and with all biases, to which the scaled residual is added."""
@@ -173,7 +136,7 @@ class PackedForward:
         return addmm(layer.output_bias, out_TC, layer.output)
 
     def _ancestors(
-        self, number: int, layer: _Layer, x_TC: torch.Tensor, delayed_TW: torch.Tensor, plan: PackedPlan,
+        self, number: int, layer: PackedLayer, x_TC: torch.Tensor, delayed_TW: torch.Tensor, plan: PackedPlan,
         state: SequenceState | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """x_TAC of each row and its ancestors, and the parent's delayed value."""
@@ -192,7 +155,7 @@ class PackedForward:
         return x_TAC, before_NW.index_select(0, plan.ancestor_TA[:, 1])
 
     def _mix(
-        self, layer: _Layer, residual_TD: torch.Tensor, router_TP: torch.Tensor | None, routing: Routing | None
+        self, layer: PackedLayer, residual_TD: torch.Tensor, router_TP: torch.Tensor | None, routing: Routing | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Router and experts: the next residual and router state."""
         normed_TD = _unit(residual_TD, layer.post_floor)
@@ -235,7 +198,7 @@ def _at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
-def _by_all(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
+def _by_all(layer: PackedLayer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
     """Few rows through every expert, of which each keeps its own; 0 for the skip expert."""
     rows, (experts, _, width) = len(x_TD), layer.gate_up_ED2F.shape
     gate_ETF, up_ETF = mm(x_TD, layer.gate_up_all).view(rows, experts, width).transpose(0, 1).chunk(2, dim=-1)
@@ -244,7 +207,7 @@ def _by_all(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.
     return own_TD * (expert_T < experts)[:, None]
 
 
-def _by_expert(layer: _Layer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
+def _by_expert(layer: PackedLayer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
     """Each row through its expert; 0 for the skip expert. Rows are sorted on the host, so that all but the products is done
     for all experts at once. A row that its expert has to itself is computed twice, as no product may have one row."""
     expert = expert_T.numpy()
@@ -273,15 +236,6 @@ def _affine(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) ->
     return mm(x, matrix) if bias is None else addmm(bias, x, matrix)
 
 
-def _turned(matrix: torch.Tensor) -> torch.Tensor:
-    """[..., out, in] as [..., in, out], contiguous."""
-    return matrix.mT.contiguous()
-
-
-def _floor(size: int, eps: float) -> torch.Tensor:
-    return torch.tensor((size * eps) ** 0.5)
-
-
 def _unit(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
     """x / sqrt(sum x^2 + floor^2): RMS norm but for its weight and the square root of its size, in three operations."""
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
@@ -297,81 +251,3 @@ def _layers(policy: Policy) -> Iterator[Layer]:
     for layer in policy.model.layers:
         assert isinstance(layer, Layer)
         yield layer
-
-
-def _fold(layer: Layer) -> _Layer:
-    attention, router, experts = layer.self_attn, layer.mlp.gate, layer.mlp.experts
-    mlp = router.router_mlp
-    weight, bias = _projection(layer)
-    convolution, convolution_bias = _convolution(attention.qkv_proj)
-    turn_hidden, hidden_bias, turn_residual, residual_bias = layer.post_attention_residual_scale.scales
-    mlp_hidden, mlp_bias, mlp_residual, mlp_residual_bias = layer.post_mlp_residual_scale.scales
-    own_bias = attention.o_proj.bias
-    hidden, width = layer.input_layernorm.weight.numel(), mlp.norm.weight.numel()
-    norm = layer.post_attention_layernorm.weight * hidden**0.5
-    delayed = attention.qkv_proj.v_proj_delayed
-    gate_up = experts.gate_up_proj * norm
-    query_heads, size = attention.qkv_proj.heads, attention.qkv_proj.head_dim
-    return _Layer(
-        kind=attention.kind,
-        in_floor=_floor(hidden, layer.input_layernorm.eps),
-        projection=_turned(weight * layer.input_layernorm.weight * hidden**0.5),
-        projection_bias=bias,
-        before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
-        convolution_N_AE_O=convolution,
-        convolution_bias_N1O=convolution_bias,
-        temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp])[:, None] * size**0.5,
-        output=_turned(attention.o_proj.weight * turn_hidden[:, None]),
-        output_bias=(hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden
-        + residual_bias * turn_residual,
-        attention_residual_D=turn_residual.clone(),
-        post_floor=_floor(hidden, layer.post_attention_layernorm.eps),
-        router_down=_turned(router.down_proj.weight * norm),
-        router_down_bias=router.down_proj.bias.clone(),
-        router_scale=None if router.router_states_scale is None else router.router_states_scale.clone(),
-        router_floor=_floor(width, mlp.norm.eps),
-        fc1=_turned(mlp.fc1.weight * mlp.norm.weight * width**0.5),
-        fc1_bias=mlp.fc1.bias.clone(),
-        fc2=_turned(mlp.fc2.weight),
-        fc2_bias=mlp.fc2.bias.clone(),
-        router_out=_turned(mlp.out_proj.weight),
-        balance_C=router.balancing_biases.clone(),
-        gate_up_ED2F=_turned(gate_up),
-        gate_up_all=_turned(gate_up.flatten(0, 1)),
-        down_EFD=_turned(experts.down_proj * mlp_hidden[:, None]),
-        mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
-        mlp_residual_D=mlp_residual.clone(),
-    )
-
-
-def _projection(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows: q and k, delayed value, current value, and half of q + k and of k + mean q, as CCA adds them."""
-    project = layer.self_attn.qkv_proj
-    groups, size = project.kv_heads, project.head_dim
-
-    def whole(q: torch.Tensor, k: torch.Tensor, delayed: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        q_GUO, k_G1O = q.unflatten(0, (groups, -1, size)), k.unflatten(0, (groups, 1, size))
-        means = (q_GUO + k_G1O).flatten(0, 2) / 2, (k_G1O[:, 0] + q_GUO.mean(1)).flatten(0, 1) / 2
-        return torch.cat([q, k, delayed, current, *means])
-
-    layers = project.q_proj, project.k_proj, project.v_proj_delayed, project.v_proj_current
-    biases = [each.bias for each in layers if each.bias is not None]
-    return whole(*(each.weight for each in layers)), whole(*biases) if biases else None
-
-
-def _convolution(project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both convolutions as one product per head over all ancestors, and its bias."""
-    depthwise, grouped = project.conv_qk_depthwise, project.conv_qk_grouped
-    assert depthwise.bias is not None and grouped.bias is not None
-    heads, size = project.heads + project.kv_heads, project.head_dim
-    w_NOEH = grouped.weight.flip(-1).unflatten(0, (heads, size))
-    taps_NEJ = depthwise.weight[:, 0].flip(-1).unflatten(0, (heads, size))
-    time0, time1 = taps_NEJ.shape[-1], w_NOEH.shape[-1]
-    whole_NAEO = w_NOEH.new_zeros(heads, time0 + time1 - 1, size, size)
-    for h in range(time1):
-        for j in range(time0):
-            whole_NAEO[:, h + j] += (w_NOEH[..., h] * taps_NEJ[:, None, :, j]).transpose(1, 2)
-    bias_NO = grouped.bias.unflatten(0, (heads, size)) + torch.einsum(
-        "noeh,ne->no", w_NOEH, depthwise.bias.unflatten(0, (heads, size))
-    )
-    return whole_NAEO.flatten(1, 2), bias_NO[:, None]

@@ -1,4 +1,4 @@
-"""Where the rows and keys of a small pack stand on a CPU: what one layout asks of every layer of `packed`.
+"""Where the rows and keys of a small pack stand on a CPU: what one layout asks of every layer of `forward`.
 
 Invariants:
 - The key of a clean row stands at its position, whatever is cached and whatever stands beside its sequence; keys of mask
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .layout import CLEAN, FROM_TAIL, TokenLayout
+from ..layout import CLEAN, FROM_TAIL, TokenLayout
 
 _PLACES = 16
 
