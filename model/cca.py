@@ -82,6 +82,14 @@ class Padded:
         return cls(row_SR, place_T, visible)
 
 
+def ancestor_index(layout: TokenLayout, hops: int) -> torch.Tensor:
+    """int64[T, hops + 1]: each row's ancestors in `[zero row, S * hops tail entries, T rows]`."""
+    ancestor_TA = layout.ancestors(hops)
+    back = FROM_TAIL - ancestor_TA
+    tail = 1 + layout.sequence_T[:, None] * hops + back
+    return torch.where(ancestor_TA >= 0, ancestor_TA + 1 + layout.sequences * hops, torch.where(back < hops, tail, 0))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one layout asks of every layer: index tensors and, in one of two forms, who sees whom.
@@ -110,10 +118,7 @@ class Plan:
         """
         sequences = layout.sequences
         counts_S = torch.bincount(layout.sequence_T, minlength=sequences)
-        ancestor = layout.ancestors(hops)
-        back = FROM_TAIL - ancestor
-        tail = 1 + layout.sequence_T[:, None] * hops + back
-        ancestor_TA = torch.where(ancestor >= 0, ancestor + 1 + sequences * hops, torch.where(back < hops, tail, 0))
+        ancestor_TA = ancestor_index(layout, hops)
         if cached is not None or sequences * int(counts_S.max()) ** 2 <= PADDED_PAIRS:
             return cls(ancestor_TA, hops, sequences, Padded.of(layout, counts_S, cached or 0, windows), {})
         rules = {window: Rule(layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, window)

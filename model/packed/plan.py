@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..layout import CLEAN, FROM_TAIL, TokenLayout
+from ..cca import ancestor_index
+from ..layout import CLEAN, TokenLayout
 
 _PLACES = 16
 
@@ -86,7 +87,7 @@ class PackedPlan:
             bias[kind] = torch.from_numpy(np.where(sees_SRK, np.float32(0), np.float32(-np.inf)))
 
         alone = rows == sequences and not len(masks) and int(start.min()) >= hops
-        ancestor_TA = None if alone else _ancestors(layout, hops)
+        ancestor_TA = None if alone else ancestor_index(layout, hops)
         twice = rows == 1
         if twice:
             place = np.arange(2)
@@ -99,10 +100,3 @@ class PackedPlan:
 
 def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
-
-
-def _ancestors(layout: TokenLayout, hops: int) -> torch.Tensor:
-    ancestor_TA = layout.ancestors(hops)
-    back = FROM_TAIL - ancestor_TA
-    tail = 1 + layout.sequence_T[:, None] * hops + back
-    return torch.where(ancestor_TA >= 0, ancestor_TA + 1 + layout.sequences * hops, torch.where(back < hops, tail, 0))
