@@ -3,7 +3,8 @@
 Invariants:
 - What is timed is the engine's own step on samples of its own, in its own cache; it is idle before and after, and counts
   nothing of it.
-- Schedules take turns, several times over, and the shortest time counts: what else the machine does lengthens them all.
+- Schedules and batches take turns, several times over, and the shortest time counts: what else the machine does lengthens
+  them. So no step counts as longer than one with as many forwards and no fewer rows or sequences.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..types import RolloutRequest, SamplingParams
 from .step_costs import StepCosts, clock, measured_on, rows, table_path
 
 _AR = Schedule("ar").within(2)
-_TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 5, 12, 0.5
+_PASSES = 2  # over all batches, so that a slow moment does not fall on one batch alone
+_TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 3, 8, 0.3  # of a pass, at one batch
 _SHORT, _LONG = 64, 1024  # prompt tokens of the two contexts, where the policy and the cache allow them
 
 Begin = Callable[[RolloutRequest], None]
@@ -49,30 +51,44 @@ def step_costs(
     Args:
         pages, page_size: the cache; batches it cannot hold without preemption are not measured.
     """
-    what = measured_on(policy, page_size)
-    path = table_path(what, schedules)
     bench = _Bench(policy, max(schedule.block or 1 for schedule in schedules), pages, page_size, begin, run, end)
     context = max(min(_SHORT, bench.longest(1) // 4), 1)
     batches = [batch for batch in batches_of(max_batch) if batch == 1 or bench.fits(batch, context)]
+    # Tables of other batches were measured at another moment: a machine's speed changes, and lines of two speeds do not mix.
+    what = measured_on(policy, page_size) | {"batches": batches}
+    path = table_path(what, schedules)
     known = StepCosts.load(path)
     if known is not None and known.context == context and known.covers(schedules, batches):
         return known
     table: dict[str, dict[int, float]] = {schedule.label: {} for schedule in schedules}
-    for batch in batches:
+    for batch in batches * _PASSES:
         for label, seconds in bench.time(schedules, batch, context).items():
-            table[label][batch] = seconds
-    costs = StepCosts(table, context)
+            table[label][batch] = min(seconds, table[label].get(batch, seconds))
+    costs = StepCosts(consistent(table, schedules), context)
     _add_context(costs, bench, schedules, batches[-1])
-    if known is not None and known.context == context:
-        for label, line in known.seconds_at.items():
-            costs.seconds_at.setdefault(label, {}).update(
-                {batch: s for batch, s in line.items() if batch not in costs.seconds_at[label]}
-            )
     try:
         costs.save(path, what)
     except StorageError as error:
         warnings.warn(f"step times are measured again next time: {error}", stacklevel=2)
     return costs
+
+
+def consistent(table: dict[str, dict[int, float]], schedules: Sequence[Schedule]) -> dict[str, dict[int, float]]:
+    """The table, each time at most that of any step with as many forwards and no fewer rows or sequences: schedule label to
+    batch to seconds."""
+    groups = [[s for s in schedules if (s.kind == "two_pass") == two] for two in (False, True)]
+    return {
+        schedule.label: {
+            batch: min(
+                seconds
+                for other in group if rows(other) >= rows(schedule)
+                for size, seconds in table[other.label].items() if size >= batch
+            )
+            for batch in table[schedule.label]
+        }
+        for group in groups
+        for schedule in group
+    }  # fmt: skip
 
 
 def _add_context(costs: StepCosts, bench: _Bench, schedules: Sequence[Schedule], batch: int) -> None:

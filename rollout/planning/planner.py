@@ -2,12 +2,13 @@
 
 For the next G tokens of each sample a schedule needs
 
-    seconds(schedule, batch, context) * (G / tokens + cold * (1 - 1 / tokens))
+    seconds(schedule, batch, context) * ((G + past) / tokens + cold * (1 - 1 / tokens))
 
-with `tokens` its expected tokens per step (`survival`) and `cold`, for `fused`, the share of samples whose next step has no
-drafts to verify, because the last step proposed none. That is the price of turning to `fused`; turning away drops the
-drafts that wait. Now and then a step or two of one that is nearly as good are spent on learning, for at most `PROBE_SHARE`
-of the time, counted as if its drafts all failed.
+with `tokens` its expected tokens per step (`survival`). `past` is what the last step makes beyond a sample's most tokens, on
+average half of what it may: (tokens - 1) / 2 where samples end within the tokens looked ahead, else 0. `cold`, for `fused`,
+is the share of samples whose next step has no drafts to verify, because the last step proposed none. That is the price of
+turning to `fused`; turning away drops the drafts that wait. Now and then a step or two of one that is nearly as good are
+spent on learning, for at most `PROBE_SHARE` of the time, counted as if its drafts all failed.
 
 Invariants, for exactness. A sampler stays exact under any schedule that is fixed in advance; so it does when each step's
 schedule depends only on numbers that no later draw uses again:
@@ -132,8 +133,7 @@ class Planner:
             self._pinned -= 1
             decision = self._decide(self._decision.schedule, kinds, batch, mean_context, probe=True)
         else:
-            horizon = min(remaining / drafting, _HORIZON)
-            decision = self._best(kinds, batch, mean_context, horizon, 1 - waiting / drafting)
+            decision = self._best(kinds, batch, mean_context, remaining / drafting, 1 - waiting / drafting)
         self._decision = decision
         self._total += decision.expected_seconds
         self.log.append(decision)
@@ -163,12 +163,13 @@ class Planner:
             drafted = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, drafted))
 
-    def _best(self, kinds: dict[Kind, int], batch: int, context: float, horizon: float, cold: float) -> Decision:
-        ranked = []
+    def _best(self, kinds: dict[Kind, int], batch: int, context: float, remaining: float, cold: float) -> Decision:
+        ranked, horizon = [], min(remaining, _HORIZON)
         for schedule in self.schedules:
             decision = self._decide(schedule, kinds, batch, context, probe=False)
             tokens = decision.expected_tokens
-            steps = horizon / tokens
+            past = (tokens - 1) / 2 if remaining <= _HORIZON else 0.0
+            steps = (horizon + past) / tokens
             if schedule.kind == "fused":
                 steps += cold * (1 - 1 / tokens)
             ranked.append((decision.expected_seconds * steps, decision))

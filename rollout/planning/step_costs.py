@@ -4,8 +4,8 @@
 
 `measured` is a table from the calibration at context L0, straight lines between its batches; a and b come from the same
 calibration at a longer context (what a cached position costs a sequence, and each of its rows). What steps turn out to
-take later corrects a schedule's line against the others', so that a machine that is slower today, for all of them, changes
-no choice.
+take later corrects a schedule's line against the others', for batches up to twice as large apart from the next, so that a
+machine that is slower today, for all of them, changes no choice.
 
 Invariants: the table file is whole or absent; one that cannot be read is measured anew.
 """
@@ -66,19 +66,20 @@ class StepCosts:
     per_position: float = 0.0
     per_row: float = 0.0
     _all: float = 1.0
-    _own: dict[str, float] = field(default_factory=dict)
+    _own: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def seconds(self, schedule: Schedule, batch: int, context: float) -> float:
         """Expected seconds of a step of `batch` sequences with `context` cached positions each."""
-        return self._table(schedule, batch, context) * self._own.get(schedule.label, 1.0)
+        return self._table(schedule, batch, context) * self._own.get((schedule.label, batch.bit_length()), 1.0)
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """One step took so long."""
         expected = self._table(schedule, batch, context)
-        own = self._own.get(schedule.label, 1.0)
+        key = schedule.label, batch.bit_length()
+        own = self._own.get(key, 1.0)
         ratio = seconds / (expected * own * self._all)
         ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
-        self._own[schedule.label] = own * ratio**_SLOW
+        self._own[key] = own * ratio**_SLOW
         self._all *= ratio**_FAST
 
     def _table(self, schedule: Schedule, batch: int, context: float) -> float:

@@ -2,8 +2,9 @@
 
 A draft stands in a slot of its mask block: slot j predicts the token j places after the last one the block knew. Two rates
 per slot decide everything: `first`, that the first draft of a step is accepted (the token before it was sampled after the
-block was drafted), and `later`, that a draft is accepted after the one before it was. From them, for a schedule that goes
-on and on:
+block was drafted), and `later`, that a draft is accepted after the one before it was. A block that begins at the anchor
+(`two_pass`, slot 0) has seen every committed token; one that began before the last sampled token (`fused`, slot 1 and up) has
+not, and all its slots draft the worse for it: the two are counted apart. From the rates, for a schedule that goes on and on:
 
     two_pass(m)          1 + sum_k prod_{j < k} rate(j)          k = 1 .. m, from slot 0
     fused(m, levels)     the same from the slot where the drafts begin, averaged over the stationary distribution of that
@@ -11,7 +12,7 @@ on and on:
 
 Invariants:
 - Only how many drafts were verified and accepted is counted; never a token, never a draft that was not verified.
-- Few observations lean on all of their kind, and those on the prior.
+- Few observations lean on all of their kind, those on all there are, and those on the prior.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ class Survival:
 
     def __init__(self, slots: int, prior: float) -> None:
         self._prior, self._slots = prior, slots
-        # [first or later, tries or hits, slot]
-        self._seen = np.zeros((2, 2, slots + 1))
+        # [block begins at the anchor or before, first or later, tries or hits, slot]
+        self._seen = np.zeros((2, 2, 2, slots + 1))
         self._expected: dict[Schedule, float] = {}
         self._fresh = 0.0
 
     @property
     def tries(self) -> float:
         """Drafts seen, older ones counted less."""
-        return float(self._seen[:, 0].sum())
+        return float(self._seen[:, :, 0].sum())
 
     def note(self, slot: int, drafted: int, accepted: int) -> None:
         """One sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
         if not drafted:
             return
-        first, later = self._seen
+        seen = self._seen[int(slot > 0)]
+        first, later = seen
         first[0, slot] += 1
         first[1, slot] += accepted > 0
         if accepted:
@@ -56,22 +58,24 @@ class Survival:
             later[1, slot + 1 : slot + accepted] += 1
         self._fresh += min(accepted + 1, drafted)
         # What is known changes slowly once much is known.
-        if self._fresh > 16 + self.tries / 16:
+        if self._fresh > 32 + self.tries / 4:
             self._expected.clear()
             self._fresh = 0.0
-            if self.tries > _MEMORY:
-                self._seen *= 0.5
+            if seen[:, 0].sum() > _MEMORY:
+                seen *= 0.5
 
     def fade(self) -> None:
         """What was seen counts a little less from here on."""
         self._seen *= 0.95
 
-    def rates(self) -> tuple[np.ndarray, np.ndarray]:
-        """first_B, later_B: acceptance by slot."""
+    def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+        """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
         out = []
-        for tries, hits in self._seen:
-            pooled = (hits.sum() + _WEIGHT * self._prior) / (tries.sum() + _WEIGHT)
-            out.append((hits + _WEIGHT * pooled) / (tries + _WEIGHT))
+        for everything, seen in zip(self._seen.sum(0), self._seen[int(slot > 0)], strict=True):
+            rate: np.ndarray = np.array(self._prior)
+            for tries, hits in (everything.sum(-1), seen.sum(-1), seen):
+                rate = (hits + _WEIGHT * rate) / (tries + _WEIGHT)
+            out.append(rate)
         return out[0], out[1]
 
     def tokens(self, schedule: Schedule) -> float:
@@ -86,13 +90,13 @@ class Survival:
             return 1.0
         assert schedule.drafts is not None and schedule.block is not None
         if schedule.kind == "two_pass":
-            return 1.0 + float(self._alive(0, schedule.drafts).sum())
-        block, levels = schedule.block, schedule.levels
+            return 1.0 + float(_alive(self.rates(0), 0, schedule.drafts).sum())
+        block, levels, rates = schedule.block, schedule.levels, self.rates(1)
         # State: the slot the drafts begin in; `block` stands for no drafts at all.
         move, gain = np.zeros((block + 1, block + 1)), np.ones(block + 1)
         for slot in range(block + 1):
             drafted = max(min(block - slot, schedule.drafts), 0)
-            alive = np.concatenate([[1.0], self._alive(slot, drafted), [0.0]])
+            alive = np.concatenate([[1.0], _alive(rates, slot, drafted), [0.0]])
             gain[slot] += alive[1:].sum()
             level = 0
             for a in range(drafted + 1):
@@ -104,10 +108,11 @@ class Survival:
             move = move @ move
         return float(move[block] @ gain)
 
-    def _alive(self, slot: int, drafted: int) -> np.ndarray:
-        """Probability that the first 1 .. drafted drafts are all accepted, the first of them in `slot`."""
-        first, later = self.rates()
-        rate = later[slot : slot + drafted].copy()
-        if drafted:
-            rate[0] = first[slot]
-        return rate.cumprod()
+
+def _alive(rates: tuple[np.ndarray, np.ndarray], slot: int, drafted: int) -> np.ndarray:
+    """Probability that the first 1 .. drafted drafts are all accepted, the first of them in `slot`."""
+    first, later = rates
+    rate = later[slot : slot + drafted].copy()
+    if drafted:
+        rate[0] = first[slot]
+    return rate.cumprod()

@@ -11,6 +11,7 @@ import torch
 
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning import survival as survival_module
+from blockroll.rollout.planning.calibration import consistent
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
@@ -216,6 +217,39 @@ def test_expected_tokens_are_those_of_a_long_run(monkeypatch):
     assert fresh.tokens(Schedule("two_pass", 3).within(BLOCK)) == pytest.approx(1 + 0.5 + 0.25 + 0.125)
 
 
+def test_blocks_that_did_not_see_the_last_token_are_counted_apart():
+    """What `two_pass` reaches says nothing of `fused` once that has been tried, and the other way round."""
+    survival = Survival(BLOCK, 0.7)
+    two_pass, fused = SCHEDULES[2], SCHEDULES[-1]
+    for _ in range(200):
+        survival.note(0, 8, 8)
+    hopeful = survival.tokens(fused)
+    for _ in range(50):
+        survival.note(1, 15, 0)
+    assert survival.tokens(two_pass) > 8 and hopeful > 8 and survival.tokens(fused) < 1.5
+
+
+def test_the_last_step_of_a_sample_makes_no_more_than_it_may():
+    """Two drafts for twice the time of one token: right for a long text, wrong where one token is wanted."""
+    table = {s.label: {1: 100.0, 64: 100.0} for s in SCHEDULES}
+    table["ar"] = {1: 1.0, 64: 1.0}
+    two_pass = next(s for s in SCHEDULES if s.kind == "two_pass" and s.drafts == BLOCK // 4)
+    table[two_pass.label] = {1: 2.0, 64: 2.0}
+    for left, kind in ((1, "ar"), (40, "two_pass")):
+        planner = Planner(StepCosts(table, 64), SCHEDULES, BLOCK, prior=0.75)
+        assert planner.choose([Running(RolloutRequest("r", (1,)), [1], left)]).kind == kind
+
+
+def test_no_step_counts_as_longer_than_one_that_does_more():
+    ar, one, wide = Schedule("ar").within(BLOCK), SCHEDULES[-3], SCHEDULES[-1]
+    two = Schedule("two_pass", 4).within(BLOCK)
+    assert rows(ar) < rows(two) < rows(one) < rows(wide)
+    noisy = {ar.label: {1: 5.0, 8: 3.0}, one.label: {1: 4.0, 8: 9.0}, wide.label: {1: 6.0, 8: 7.0}, two.label: {1: 8.0, 8: 8.5}}
+    assert consistent(noisy, [ar, one, wide, two]) == {
+        ar.label: {1: 3.0, 8: 3.0}, one.label: {1: 4.0, 8: 7.0}, wide.label: {1: 6.0, 8: 7.0}, two.label: {1: 8.0, 8: 8.5},
+    }  # fmt: skip
+
+
 def test_costs_between_batches_contexts_and_files(tmp_path):
     ar = Schedule("ar").within(BLOCK)
     table = StepCosts({"ar": {1: 1.0, 4: 4.0, 16: 4.0}}, 64, per_position=0.01, per_row=0.0)
@@ -316,7 +350,7 @@ def test_calibration_leaves_nothing_behind_and_is_kept(policy, tmp_path, monkeyp
     again = Engine(policy, EngineConfig(Schedule("auto"), max_batch=2))
     assert again.planner.costs.seconds_at == first.planner.costs.seconds_at and kept.read_bytes() == written
     wider = Engine(policy, EngineConfig(Schedule("auto"), max_batch=3))
-    assert set(wider.planner.costs.seconds_at["ar"]) == {1, 2, 3}
+    assert set(wider.planner.costs.seconds_at["ar"]) == {1, 3}, "a table of its own, measured at one time"
     assert all(0 < s < math.inf for line in wider.planner.costs.seconds_at.values() for s in line.values())
 
 
