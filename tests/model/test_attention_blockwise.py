@@ -173,7 +173,8 @@ def test_memory_of_a_step_grows_with_the_tokens():
 
 @pytest.mark.slow
 def test_peak_memory_at_32k_is_at_most_2_2_times_that_at_16k():
-    before, at_16k, at_32k = peaks(16 * 1024, 32 * 1024)
+    # Where blocks of a first step come to lie varies by a twentieth from run to run; a second step fills what is left free.
+    before, _, at_16k, at_32k = peaks(16 * 1024, 16 * 1024, 32 * 1024)
     print(f"peak resident memory: {before:.0f} MiB before, {at_16k:.0f} MiB at 16k tokens, {at_32k:.0f} MiB at 32k")
     assert at_32k / at_16k <= 2.2
     assert (at_32k - before) / (at_16k - before) <= 2.2
