@@ -4,14 +4,14 @@ Invariants:
 - Within a sequence the clean rows come first, in the order of their positions, and the rows of a mask block are
   contiguous; so what a row sees is three ranges: cached positions, clean rows, and rows of its own block.
 - Built on the host from what the host knows, and moved once; nothing is read back. All tensors are int32, of sizes that
-  depend only on (T, S, pages per sequence, tiles): a captured step copies new values over old ones (`copy_`).
+  depend only on (T, S, pages per sequence, tiles): a captured step finds new values in the place of old ones.
 
 Legend: T rows, S sequences, P pages of the longest sequence, N tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -121,12 +121,3 @@ class Rows:
             first_S1=move(first), start_S=move(start), table_SP=table_SP.to(torch.int32).to(device),
             tile_N2=move(tile_N2), tile=tile, page_size=page_size, splits=splits, per_split=per_split,
         )  # fmt: skip
-
-    def copy_(self, other: Rows) -> None:
-        """Take the values of `other`, a plan of the same sizes."""
-        for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, torch.Tensor):
-                mine.copy_(its, non_blocking=True)
-            elif mine != its:
-                raise ValueError(f"{field.name} is {mine} here and {its} there: these plans are of different sizes")
