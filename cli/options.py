@@ -14,7 +14,7 @@ PolicyOption = Annotated[
 ]
 InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 
 

@@ -12,7 +12,6 @@ Invariants:
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 import subprocess
@@ -30,7 +29,7 @@ from .launch import Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
 OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "philox")
-"""Folders whose `triton.py` has `cases(shape)`; one without a `triton.py` has no kernel of its own."""
+"""Folders whose `triton.py` has `cases(shape)`."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,8 @@ class _Driver:
 @lru_cache(maxsize=64)
 def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
     """Case name, number within the case, and launch, in an order every process finds again."""
-    module = f"{__package__}.{op}.triton"
-    if importlib.util.find_spec(module) is None:
-        return ()
     found: list[tuple[str, int, Launch]] = []
-    for case in importlib.import_module(module).cases(SHAPES[shape]):
+    for case in importlib.import_module(f"{__package__}.{op}.triton").cases(SHAPES[shape]):
         with record(target) as launches:
             case.call()
         found += [(case.name, index, each) for index, each in enumerate(launches)]
@@ -131,7 +127,6 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
 def jobs(
     targets: Iterable[str] = tuple(TARGETS),
     ops: Iterable[str] = OPS,
-    shapes: Sequence[str] | None = None,
     quick: bool = False,
 ) -> list[_Job]:
     """One job per compiled variant; launches that compile to the same code are one.
@@ -142,9 +137,7 @@ def jobs(
     found: dict[Any, _Job] = {}
     for target in targets:
         for op in ops:
-            for number, shape in enumerate(SHAPES):
-                if shapes is not None and shape.name not in shapes:
-                    continue
+            for number in range(len(SHAPES)):
                 for case, index, each in _launches(target, number, op):
                     job = _Job(target, number, op, case, index, each.kernel.__name__, each.dot_rows)
                     found.setdefault((target, op, _key(each, TARGETS[target])), job)
@@ -229,12 +222,11 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 def check(
     targets: Iterable[str] = tuple(TARGETS),
     ops: Iterable[str] = OPS,
-    shapes: Sequence[str] | None = None,
     quick: bool = False,
     workers: int = 2,
     on_report: Callable[[Report, int], None] | None = None,
 ) -> list[Report]:
-    """Compile every launch of the given targets, ops and shapes, by default all.
+    """Compile every launch of the given targets and ops, by default all, on every shape.
 
     Args:
         quick: as for `jobs`.
@@ -244,7 +236,7 @@ def check(
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not compiled; unset it")
     importlib.import_module("triton")
-    todo = jobs(targets, ops, shapes, quick)
+    todo = jobs(targets, ops, quick)
     reports = []
     for report in _compile(todo, workers):
         reports.append(report)

@@ -51,7 +51,8 @@ class Shape:
         sequences: batch sizes.
         rows: rows per sequence of a decode step, verify rows and mask blocks together.
         prefill: rows of a prefill chunk.
-        pages: positions in the K/V pool of one layer; `large_pages` makes one of its pools larger than 2 GiB.
+        context: most cached positions of a sequence.
+        positions: of the K/V pool of one layer; with `large_positions` each of its pools is larger than 2 GiB.
     """
 
     name: str
@@ -104,6 +105,16 @@ def _machine() -> str:
 def architecture() -> str:
     """`gfx942`, `gfx950`, `sm_90`, ..., or `cpu` (the interpreter)."""
     return _architecture or _machine()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """For `tl.dot`: three tf32 products are float32's accuracy on NVIDIA's matrix units; others have float32 units."""
+    return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
+
+
+def pipeline(stages: int) -> int:
+    """Stages of a loop's pipeline: two on AMD, where each further one holds another tile in 64 KiB of shared memory."""
+    return min(stages, 2) if architecture().startswith("gfx") else stages
 
 
 @contextmanager

@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..kernels.attention import attend, paged_attend
-from ..kernels.attention.long import LongPack
-from ..kernels.attention.rule import Rule
+from ..kernels.attention import LongPack, Rule, attend, paged_attend
 from ..kernels.cca import CCAWeights, cca, mix
 from ..kernels.linear import linear
 from .layout import CLEAN, FROM_TAIL, TokenLayout

@@ -100,20 +100,17 @@ def _tensors(arrays: dict[str, np.ndarray]) -> TokenLayout:
     return TokenLayout(**{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()})
 
 
-def causal(documents: Sequence[Sequence[int]], starts: Sequence[int] | None = None) -> TokenLayout:
-    """Clean rows only: AR training, scoring and prefill.
+def causal(documents: Sequence[Sequence[int]]) -> TokenLayout:
+    """Clean rows only, from the start of every document: AR training and scoring.
 
     Args:
         documents: token ids per sequence, each non-empty.
-        starts: how many positions of each sequence its cache already holds; none by default.
     """
     lengths = np.array([len(d) for d in documents], dtype=np.int64)
-    begin = np.zeros_like(lengths) if starts is None else np.asarray(starts, dtype=np.int64)
     first = np.cumsum(lengths) - lengths
-    offset = np.arange(lengths.sum()) - np.repeat(first, lengths)
-    position = offset + np.repeat(begin, lengths)
+    position = np.arange(lengths.sum()) - np.repeat(first, lengths)
     parent = np.arange(lengths.sum()) - 1
-    parent[first] = np.where(begin > 0, FROM_TAIL, FROM_START)
+    parent[first] = FROM_START
     return _tensors(
         dict(
             token_T=np.concatenate([np.asarray(d, dtype=np.int64) for d in documents]),
@@ -122,7 +119,7 @@ def causal(documents: Sequence[Sequence[int]], starts: Sequence[int] | None = No
             parent_T=parent,
             limit_T=position,
             block_T=np.full(lengths.sum(), CLEAN),
-            start_S=begin,
+            start_S=np.zeros_like(lengths),
         )
     )
 
@@ -207,7 +204,7 @@ def _template(clean: int, proposals: tuple[int, ...], block_length: int) -> np.n
 
 
 def decode(sequences: Sequence[DecodeRows], mask_token: int) -> TokenLayout:
-    """One decode step: per sequence its verify rows, then one mask block per proposal.
+    """One step over a cache, prefill included: per sequence its clean rows, then one mask block per proposal.
 
     Everything before `start` is in the cache; a sequence whose `start` is 0 opens its document here.
     """

@@ -20,6 +20,8 @@ from .packed import PackedForward
 from .policy import Policy
 from .vocabulary import rows_at_once
 
+_ROWS = 8192
+"""Most rows of a pass, unless one sequence has more; sequences are packed up to it."""
 _MOST_PAIRS = 2**25
 """Packs with more pairs of row and key, padding included, go through the policy itself, which masks long packs by the block."""
 
@@ -29,13 +31,11 @@ def score(
     policy: Policy,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
     temperature: float = 1.0,
-    rows: int = 8192,
 ) -> list[np.ndarray]:
     """log p of each completion token at `temperature` over the full vocabulary (0: at 1), float32[N] per sequence.
 
     Args:
         sequences: pairs (prompt tokens, completion tokens), each prompt with at least one token.
-        rows: most rows per pass; sequences are packed up to it.
 
     Raises:
         RequestError: an empty prompt, a token outside the vocabulary, or more tokens than the policy's maximum.
@@ -56,7 +56,7 @@ def score(
     held = 0
     for pair in sequences:
         length = len(pair[0]) + len(pair[1])
-        if pack and held + length > rows:
+        if pack and held + length > _ROWS:
             scores += _score_pack(policy, packed, pack, temperature)
             pack, held = [], 0
         pack.append(pair)

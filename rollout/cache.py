@@ -6,7 +6,7 @@ Invariants:
   positions, longer than the clean rows of a decode step, so a rejected row never overwrites a committed one in reach.
 - A row past its sequence's pages is kept nowhere.
 
-Legend: S sequences, L cached positions of the longest, H hops, G key heads, D head size, C q/k projection channels,
+Legend: S sequences, L positions asked for, H hops, G key heads, D head size, C q/k projection channels,
 W width of the delayed value.
 """
 
@@ -167,7 +167,7 @@ class CacheView:
 
     @property
     def longest(self) -> int:
-        """L."""
+        """Cached positions of the longest sequence."""
         return self._longest
 
     def paging(self) -> Paging:
@@ -183,7 +183,7 @@ class CacheView:
         return Pools(cache.k[layer], cache.v[layer], cache.x[layer], cache.delayed[layer])
 
     def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """k_SLGD, v_SLGD."""
+        """k_SLGD, v_SLGD of so many positions from the first on; past a sequence's pages, of any page."""
         if positions not in self._read:
             size, line = self._cache.page_size, np.arange(positions)
             page = np.minimum(line // size, self._table_SP.shape[1] - 1)

@@ -90,7 +90,7 @@ def generate_file(
     policy = load_policy(policy_name, dtype=dtype)
     ids, requests = _requests(input, policy, params, n, seed)
     config = replace(config, max_batch=min(batch, n * len(requests)))
-    engine = Engine(policy, replace(config, pages=_pages(requests, policy, config)))
+    engine = Engine(policy, replace(config, pages=pages_for(requests, policy, config)))
     order = [(request.id, sample) for request in requests for sample in range(n)]
     waiting: dict[tuple[str, int], Trajectory] = {}
     written = 0
@@ -156,12 +156,11 @@ def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int, batc
     return EngineConfig(schedule=shape, block_size=block_size, max_batch=batch, repeatable=True)
 
 
-def _pages(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
-    """Pages for as many of the longest samples as run at once, so that none waits for another's."""
+def pages_for(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
+    """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's."""
     longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
     longest = min(longest, policy.config.max_position_embeddings)
-    together = min(config.max_batch, sum(request.samples for request in requests))
-    return (together + 1) * -(-longest // config.page_size)
+    return (config.max_batch + 1) * -(-longest // config.page_size)
 
 
 def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:

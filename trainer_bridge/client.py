@@ -22,9 +22,9 @@ from ..rollout.types import RolloutRequest, Trajectory, order_by_id
 from .connection import Connection, RequestRefused
 from .control import ControlPlane
 from .delivery import Deliveries, Figures
+from .keys import ClientKeys, CurveKeys
 from .records import FAILURE
 from .tracks import Item
-from .transport import ClientKeys, CurveKeys
 
 __all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]
 
@@ -49,7 +49,7 @@ class RolloutClient:
             raise InvalidInput("ack", f"unknown mode {ack!r}", "use 'auto' or 'manual'")
         if len(self.client_id.encode("utf-8", "replace")) > 100 or not self.client_id.isprintable():
             raise InvalidInput("client_id", f"{self.client_id[:120]!r} is too long or not printable",
-                               "use at most 100 bytes")
+                               "use at most 100 bytes of printable text")
         self.address, self._keys, self._timeout, self._auto = address, keys, timeout, ack == "auto"
         self._handed: list[tuple[str, int]] = []
         self._control: ControlPlane | None = None

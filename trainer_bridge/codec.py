@@ -120,18 +120,6 @@ class Text(_Checked[str]):
 
 
 @dataclass(frozen=True)
-class Raw(_Checked[bytes]):
-    """Exactly `size` bytes."""
-
-    size: int
-
-    def unpack(self, value: Any, where: str) -> bytes:
-        if type(value) is not bytes or len(value) != self.size:
-            raise refuse(where, f"expected {self.size} bytes, got {_show(value)}")
-        return value
-
-
-@dataclass(frozen=True)
 class Choice(_Checked[str]):
     """One of a few words."""
 

@@ -13,8 +13,9 @@ import time
 import zmq
 
 from ..errors import BlockrollError, ClusterError, RequestError, StorageError, TransportError
+from .keys import ClientKeys
 from .messages import TO_CLIENT, Hello, Message, Ping, Pong, Refused, Reset, Welcome, decode, encode
-from .transport import ClientKeys, Link
+from .transport import Link
 
 PING_S = 1.0
 SILENCE_S = 10.0
@@ -145,11 +146,11 @@ class Connection:
             self.send(Ping())
         return found
 
-    def drop(self, linger: float = 0.0) -> None:
+    def drop(self) -> None:
         """Ends the session here, without a word."""
         link, self._link, self._early = self._link, None, []
         if link is not None:
-            link.close(linger)
+            link.close()
 
     def _check(self, link: Link) -> None:
         if link.failed_handshakes >= _HANDSHAKES:

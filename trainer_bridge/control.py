@@ -15,8 +15,8 @@ from typing import Any, cast
 
 from .codec import Buffer
 from .connection import Connection, SessionLost, refusal
+from .keys import ClientKeys
 from .messages import Message, PushAbort, PushBegin, PushChunk, PushCommit, PushState, Refused, Shutdown, Stopping
-from .transport import ClientKeys
 from .weights import ANY_PARENT, chunks, make_manifest
 
 WINDOW = 16

@@ -25,11 +25,12 @@ import zmq
 from ..errors import StorageError
 from ..rollout.backend import Completed, RolloutBackend
 from .dispatch import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
+from .keys import ServerKeys
 from .ledger import Ledger
 from .messages import TO_GATEWAY
 from .pushes import PushDesk
 from .sessions import Figures, Sessions
-from .transport import Router, ServerKeys
+from .transport import Router
 
 RETRY_S, FULL_S, IDLE_S, FAREWELL_S = 0.5, 0.02, 0.25, 3.0
 BURST = 64

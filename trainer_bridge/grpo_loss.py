@@ -27,7 +27,8 @@ from .grpo_config import Loss
 
 @dataclass(frozen=True)
 class Figures:
-    """What one pack says: sums over its N tokens (ratio, clipped, kl = log p_old - log p_new), and the draft's overlap."""
+    """What one pack says: its N tokens, sums over them (clipped: 1 where the clip bounds; kl: log p_old - log p_new), and the
+    draft's mean overlap."""
 
     tokens: int
     clipped: float

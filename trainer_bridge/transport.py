@@ -1,10 +1,9 @@
 """The two ends of a connection: sockets that bound their memory, know their peer and notice when it is gone.
 
 Invariants:
-- Outside loopback and ipc a socket is bound or connected with CURVE keys or not at all; a server admits listed keys only.
+- Outside loopback and ipc a socket is bound or connected with CURVE keys (`keys`) or not at all.
 - Every queue and every frame has a limit; a full queue is told to the caller, never dropped from.
 - No message is lost silently: a send to a peer that is gone says so, a lost connection or a failed handshake is observed.
-- The control plane has keys of its own: a data key cannot push weights, a control key cannot take trajectories.
 - Towards a client a message is one frame of ZeroMQ, its own frames joined. A DEALER whose line breaks between two frames
   of a message it is reading aborts the process (`Assertion failed: !_more`, zeromq/libzmq#3485); here there are no two.
 
@@ -23,101 +22,23 @@ import re
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from ..errors import InvalidInput, StorageError, TransportError
+from ..errors import TransportError
 from .codec import Buffer, refuse
+from .keys import CurveKeys, ServerKeys
 from .messages import MAX_FRAMES
 
 HANDSHAKE_MS, DEAD_MS = 5_000, 15_000
 QUEUE = 64
 _DOMAIN = "blockroll"
-_KEY = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _MONITORED = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
               | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
 Sent = Literal["sent", "full", "gone"]
-
-
-@dataclass(frozen=True)
-class CurveKeys:
-    """A CURVE key pair, Z85 text of 40 characters each."""
-
-    public: str
-    secret: str = field(repr=False)
-
-    def __post_init__(self) -> None:
-        _check_key("public", self.public)
-        _check_key("secret", self.secret)
-
-    @classmethod
-    def generate(cls) -> CurveKeys:
-        public, secret = zmq.curve_keypair()
-        return cls(public.decode(), secret.decode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> CurveKeys:
-        """Keys written by `save`. Raises InvalidInput for a file that does not hold a pair."""
-        try:
-            lines = Path(path).read_text().split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidInput("keys", f"{path} cannot be read ({error})",
-                               "name a file written by CurveKeys.save") from error
-        if len(lines) != 2:
-            raise InvalidInput("keys", f"{path} holds {len(lines)} words", "name a file written by CurveKeys.save")
-        return cls(*lines)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the pair, readable by its owner alone; an existing file is never overwritten."""
-        try:
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "w") as file:
-                file.write(f"{self.public}\n{self.secret}\n")
-        except OSError as error:
-            raise StorageError(f"cannot write keys to {path}: {error.strerror}; "
-                               "name a new file in a writable folder") from error
-
-
-@dataclass(frozen=True)
-class ClientKeys:
-    """What a client needs to be admitted: the gateway's public key, its own pair, and a pair for the control plane."""
-
-    server: str
-    data: CurveKeys
-    control: CurveKeys | None = None
-
-    def __post_init__(self) -> None:
-        _check_key("server", self.server)
-
-
-@dataclass(frozen=True)
-class ServerKeys:
-    """The gateway's pair and the public keys it admits, for data and for control."""
-
-    own: CurveKeys
-    data: frozenset[str]
-    control: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "data", frozenset(self.data))
-        object.__setattr__(self, "control", frozenset(self.control))
-        for key in self.data | self.control:
-            _check_key("allowed key", key)
-        if self.data & self.control:
-            raise InvalidInput("control", "a key is listed for data and for control", "use separate keys")
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        """What pyzmq asks at each handshake: is this public key (Z85) listed?"""
-        return key.decode("ascii", "replace") in self.data | self.control
-
-
-def _check_key(name: str, value: str) -> None:
-    if not isinstance(value, str) or not _KEY.fullmatch(value):
-        raise InvalidInput(name, "not a CURVE key of 40 Z85 characters", "make pairs with CurveKeys.generate()")
 
 
 def is_local(address: str) -> bool:
@@ -238,11 +159,11 @@ class Link:
             else:
                 self.failed_handshakes += 1
 
-    def close(self, linger: float = 0.0) -> None:
-        """Closes; what is queued has `linger` seconds to leave."""
+    def close(self) -> None:
+        """Closes; what is queued is lost."""
         self._socket.disable_monitor()
         self._monitor.close(0)
-        self._socket.close(int(linger * 1000))
+        self._socket.close(0)
 
 
 @dataclass(frozen=True)

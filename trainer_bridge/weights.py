@@ -100,11 +100,6 @@ class Manifest:
         """Names the content of the version, whatever it was pushed after."""
         return hashlib.blake2b(Manifest(self.version, ANY_PARENT, self.tensors).encode(), digest_size=DIGEST).digest()
 
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.size for t in self.tensors)
-
 
 def storage_dtype(dtype: str) -> np.dtype[Any]:
     """The NumPy dtype a tensor's bytes are kept in."""

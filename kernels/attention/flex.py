@@ -19,9 +19,9 @@ TILE = 128
 """Rows of a tile, as the kernel wants them."""
 
 
-def block_mask(rule: Rule, size: int = TILE) -> BlockMask:
+def block_mask(rule: Rule) -> BlockMask:
     """The kernel's table of tiles of a rule."""
-    some_NN, whole_NN = rule.tiles(size)
+    some_NN, whole_NN = rule.tiles(TILE)
     partial, whole = _table(some_NN & ~whole_NN), _table(whole_NN)
     moved = Rule(
         rule.sequence_T.to(torch.int32), rule.position_T.to(torch.int32), rule.limit_T.to(torch.int32),
@@ -31,7 +31,7 @@ def block_mask(rule: Rule, size: int = TILE) -> BlockMask:
     def sees(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         return moved.sees(i, j)
 
-    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(rule.rows, rule.rows))
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(rule.rows, rule.rows))
 
 
 def attend_flex(

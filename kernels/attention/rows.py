@@ -4,14 +4,14 @@ Invariants:
 - Within a sequence the clean rows come first, in the order of their positions, and the rows of a mask block are
   contiguous; so what a row sees is three ranges: cached positions, clean rows, and rows of its own block.
 - Built on the host from what the host knows, and moved once; nothing is read back. All tensors are int32, of sizes that
-  depend only on (T, S, pages per sequence, tiles): a captured step copies new values over old ones (`copy_`).
+  depend only on (T, S, pages per sequence, tiles): a captured step finds new values in the place of old ones.
 
 Legend: T rows, S sequences, P pages of the longest sequence, N tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ import torch
 from ..launch import architecture
 from .tiles import Tile, choose
 
-_CLEAN = -1
+CLEAN = -1
+"""In `block_T`: a row that belongs to no mask block."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rows:
         first_S1: first pack row of each sequence, and T.
         start_S: cached positions of each sequence.
         table_SP: page numbers of each sequence.
-        tile_N2: sequence and first row (counted from the sequence's first) of each tile; sequence -1 is padding.
+        tile_N2: sequence and first row (counted from the sequence's first) of each tile.
         tile: the tile's sizes.
         page_size: positions per page.
         splits: programs that share a tile's keys.
@@ -65,7 +66,6 @@ class Rows:
         dtype: torch.dtype,
         window: int | None = None,
         batch_invariant: bool = False,
-        tiles: int | None = None,
         device: torch.device | str = "cpu",
     ) -> Rows:
         """Build it from host tensors (the fields of the layout of the same names).
@@ -74,7 +74,6 @@ class Rows:
             table_SP: page numbers; entries past a sequence's pages are never read.
             window: sliding window over clean keys; None sees everything.
             batch_invariant: tile sizes and the cut of the keys do not depend on what else is in the pack.
-            tiles: pad the list of tiles to this length.
             device: where the kernels run.
         """
         sequence, position, limit, block, start = (
@@ -87,7 +86,7 @@ class Rows:
         past_end = np.minimum(start_T, limit + 1)
         past_begin = np.zeros(rows, dtype=np.int64)
         clean_begin, clean_end = np.zeros(rows, dtype=np.int64), np.maximum(limit + 1 - start_T, 0)
-        clean_count = np.bincount(sequence[block == _CLEAN], minlength=sequences)[sequence]
+        clean_count = np.bincount(sequence[block == CLEAN], minlength=sequences)[sequence]
         clean_end = np.minimum(clean_end, clean_count)
         if window is not None:
             past_begin = np.clip(position - window + 1, 0, past_end)
@@ -98,7 +97,7 @@ class Rows:
         opening = line[opens]
         run = opens.cumsum() - 1
         closing = np.append(opening[1:], rows)
-        masked = block != _CLEAN
+        masked = block != CLEAN
         block_begin = np.where(masked, opening[run] - first_T, 0)
         block_end = np.where(masked, closing[run] - first_T, 0)
 
@@ -112,9 +111,6 @@ class Rows:
         tile_N2 = np.stack(
             [np.repeat(np.arange(sequences), each), (np.arange(each.sum()) - np.repeat(each.cumsum() - each, each)) * per]
         ).T
-        if tiles is not None:
-            padding = np.full((tiles - len(tile_N2), 2), -1)
-            tile_N2 = np.concatenate([tile_N2, padding])
         splits, per_split = tile.split(len(tile_N2) * kv_heads, width, int(counts.max(initial=1)), batch_invariant)
 
         def move(array: np.ndarray) -> torch.Tensor:
@@ -125,12 +121,3 @@ class Rows:
             first_S1=move(first), start_S=move(start), table_SP=table_SP.to(torch.int32).to(device),
             tile_N2=move(tile_N2), tile=tile, page_size=page_size, splits=splits, per_split=per_split,
         )  # fmt: skip
-
-    def copy_(self, other: Rows) -> None:
-        """Take the values of `other`, a plan of the same sizes."""
-        for field in fields(self):
-            mine, its = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, torch.Tensor):
-                mine.copy_(its, non_blocking=True)
-            elif mine != its:
-                raise ValueError(f"{field.name} is {mine} here and {its} there: these plans are of different sizes")

@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import Case, Shape, architecture, launch
-from .rows import Rows
+from ..launch import Case, Shape, launch, precision
+from .rows import CLEAN, Rows
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = 1.4426950408889634
@@ -71,8 +71,6 @@ def paged(
     GROUP: tl.constexpr = H // G
     tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence = tl.load(tile_ptr + 2 * tile)
-    if sequence < 0:
-        return
     opening = tl.load(tile_ptr + 2 * tile + 1)
     first = tl.load(first_ptr + sequence)
     count = tl.load(first_ptr + sequence + 1) - first
@@ -198,11 +196,6 @@ def combine(
     tl.store(out_ptr + place[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How products of this dtype are taken: in full, through tensor cores where the device can."""
-    return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
-
-
 def paged_attend(
     q_THD: torch.Tensor,
     k_TGD: torch.Tensor,
@@ -245,7 +238,7 @@ def cases(shape: Shape) -> Iterator[Case]:
     def case(sequences: int, count: int, positions: int, invariant: bool) -> Case:
         def call() -> None:
             line = torch.arange(sequences * count)
-            sequence_T, block_T = line // count, torch.full_like(line, _CLEAN)
+            sequence_T, block_T = line // count, torch.full_like(line, CLEAN)
             rows = Rows.of(
                 sequence_T, line % count, line % count, block_T, torch.zeros(sequences, dtype=torch.int64),
                 torch.zeros(sequences, pages, dtype=torch.int32), page_size=shape.page_size, heads=H, kv_heads=G,
@@ -268,6 +261,3 @@ def cases(shape: Shape) -> Iterator[Case]:
                 for sequences in shape.sequences:
                     yield case(sequences, count, positions, invariant)
             yield case(1, shape.prefill, positions, invariant)
-
-
-_CLEAN = -1

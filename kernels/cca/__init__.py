@@ -19,9 +19,9 @@ import torch
 from ..dispatch import takes_triton
 from . import reference
 from .places import NOTHING, Places, Pools
-from .reference import CCAWeights, convolve, mix, normalise, rotate
+from .reference import CCAWeights, mix
 
-__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "convolve", "mix", "normalise", "rotate"]
+__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "mix"]
 
 
 def cca(

@@ -1,7 +1,7 @@
 """Where the rows of one pack find their ancestors, and where they are kept.
 
 Invariants: built on the host and moved once; nothing is read back. Tensors are int32, of sizes that depend only on T and
-A: a captured step copies new values over old ones (`copy_`).
+A: a captured step finds new values in the place of old ones.
 
 Legend: T rows, A ancestors (hops + 1), K pool positions, G key heads, D head size, N tail entries, C q/k channels,
 W width of the delayed value.
@@ -53,13 +53,3 @@ class Places:
             return x.to(torch.int32).contiguous().to(device)
 
         return cls(move(source_TA), move(write_T), move(tail_T), apart)
-
-    def copy_(self, other: Places) -> None:
-        """Take the values of `other`, a pack of as many rows.
-
-        Raises: ValueError if the two would launch differently.
-        """
-        if self.apart != other.apart or self.source_TA.shape != other.source_TA.shape:
-            raise ValueError("these packs differ in rows, in ancestors or in `apart`")
-        for mine, its in ((self.source_TA, other.source_TA), (self.write_T, other.write_T), (self.tail_T, other.tail_T)):
-            mine.copy_(its, non_blocking=True)

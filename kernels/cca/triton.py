@@ -28,8 +28,7 @@ import triton
 import triton.language as tl
 
 from ..dispatch import batch_invariant, using
-from ..experts.tiles import pipeline
-from ..launch import Case, Shape, architecture, launch
+from ..launch import Case, Shape, architecture, launch, pipeline, precision
 from .places import Places, Pools
 from .reference import CCAWeights
 
@@ -253,8 +252,7 @@ def cca(
         current_row=current_TW.stride(0), length=d**0.5, H=h, G=g, D=d, P=p, WIDTH=width, TIME0=time0, TIME1=time1,
         M=m, K=k, HALF=max(16, triton.next_power_of_2(p // 2)), REST=max(16, triton.next_power_of_2(d - p)),
         TAIL=keep, KEEP=keep, KEEP_TAIL=keep and not places.apart, BEFORE=weights.before_W is not None,
-        PRECISION="tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee",
-        **strides, **entries,
+        PRECISION=precision(dtype), **strides, **entries,
     )  # fmt: skip
     if keep and places.apart:
         launch(

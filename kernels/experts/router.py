@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 
 from ..dispatch import batch_invariant
-from ..launch import launch
+from ..launch import launch, pipeline, precision
 from .reference import RouterWeights
-from .tiles import Tile, pipeline, precision
+from .tiles import Tile
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,4 +1,4 @@
-"""Tile sizes of the expert and router kernels, and how their products are rounded."""
+"""Tile sizes of the expert and router kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..dispatch import batch_invariant
-from ..launch import architecture
+from ..launch import pipeline
 
 
 class Tile(NamedTuple):
@@ -18,16 +18,6 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int
-
-
-def precision(dtype: torch.dtype) -> str:
-    """For `tl.dot`: three tf32 products are float32's accuracy on NVIDIA's matrix units; others have float32 units."""
-    return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
-
-
-def pipeline(stages: int) -> int:
-    """Stages of a loop's pipeline: two on AMD, where each further one holds another tile in 64 KiB of shared memory."""
-    return min(stages, 2) if architecture().startswith("gfx") else stages
 
 
 def expert_tiles(rows: int, experts: int, dtype: torch.dtype) -> tuple[Tile, Tile]:

@@ -19,10 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import Case, Shape, launch
+from ..launch import Case, Shape, launch, precision
 from .reference import RouterWeights
 from .router import route
-from .tiles import expert_tiles, precision
+from .tiles import expert_tiles
 
 __all__ = ["cases", "route", "route_top1"]
 

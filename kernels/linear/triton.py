@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..experts.tiles import pipeline, precision
-from ..launch import Case, Shape, launch
+from ..launch import Case, Shape, launch, pipeline, precision
 
 
 @triton.jit(do_not_specialize=["rows"])

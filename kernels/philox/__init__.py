@@ -19,23 +19,7 @@ from ..dispatch import takes_triton
 from . import reference
 from .reference import Purpose
 
-__all__ = ["Purpose", "gumbel", "philox_4x32", "uniform"]
-
-
-def philox_4x32(
-    key_lo: torch.Tensor,
-    key_hi: torch.Tensor,
-    c0: torch.Tensor,
-    c1: torch.Tensor,
-    c2: torch.Tensor,
-    c3: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The four output words of each (key, counter); see `reference.philox_4x32`."""
-    if takes_triton(key_lo):
-        from . import triton as fast
-
-        return fast.philox_4x32(key_lo, key_hi, c0, c1, c2, c3)
-    return reference.philox_4x32(key_lo, key_hi, c0, c1, c2, c3)
+__all__ = ["Purpose", "gumbel", "uniform"]
 
 
 def uniform(seed_R: torch.Tensor, position_R: torch.Tensor, purpose: int | torch.Tensor) -> torch.Tensor:

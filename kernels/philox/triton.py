@@ -54,24 +54,6 @@ def rough_gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _words_kernel(k0_N, k1_N, c0_N, c1_N, c2_N, c3_N, out_4N, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    ok = i < n
-    seed = tl.load(k0_N + i, ok, 0) | (tl.load(k1_N + i, ok, 0) << 32)
-    w0, w1, w2, w3 = tl.philox(
-        seed,
-        tl.load(c0_N + i, ok, 0).to(tl.uint32),
-        tl.load(c1_N + i, ok, 0).to(tl.uint32),
-        tl.load(c2_N + i, ok, 0).to(tl.uint32),
-        tl.load(c3_N + i, ok, 0).to(tl.uint32),
-    )
-    tl.store(out_4N + i, w0.to(tl.int64), ok)
-    tl.store(out_4N + n + i, w1.to(tl.int64), ok)
-    tl.store(out_4N + 2 * n + i, w2.to(tl.int64), ok)
-    tl.store(out_4N + 3 * n + i, w3.to(tl.int64), ok)
-
-
-@triton.jit(do_not_specialize=["n"])
 def _uniform_kernel(seed_N, position_N, purpose_N, out_N, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < n
@@ -85,17 +67,6 @@ def _gumbel_kernel(seed_R, position_R, out_RV, V: tl.constexpr, PURPOSE: tl.cons
     noise = gumbel_of(tl.load(seed_R + row), tl.load(position_R + row), PURPOSE, first, BLOCK)
     v = first + tl.arange(0, BLOCK)
     tl.store(out_RV + row.to(tl.int64) * V + v, noise.to(out_RV.dtype.element_ty), v < V)
-
-
-def philox_4x32(*words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the reference."""
-    flat = [word.contiguous().view(-1) for word in torch.broadcast_tensors(*words)]
-    n = flat[0].numel()
-    out = torch.empty(4, n, dtype=torch.int64, device=flat[0].device)
-    names = ("k0_N", "k1_N", "c0_N", "c1_N", "c2_N", "c3_N")
-    launch(_words_kernel, (triton.cdiv(n, 256),), **dict(zip(names, flat)), out_4N=out, n=n, BLOCK=256)
-    w0, w1, w2, w3 = out.view(4, *torch.broadcast_shapes(*(word.shape for word in words)))
-    return w0, w1, w2, w3
 
 
 def uniform(seed_R: torch.Tensor, position_R: torch.Tensor, purpose: int | torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ sizes that are to be compared. `training`: whether tasks were trained on. `repor
 `card` and `plots`: the JSON as Markdown and as a picture.
 """
 
-from .counts import acceptance_by_slot, pass_at_k
 from .decoding import Evaluation, evaluate, evaluate_ar_loss
 
-__all__ = ["Evaluation", "acceptance_by_slot", "evaluate", "evaluate_ar_loss", "pass_at_k"]
+__all__ = ["Evaluation", "evaluate", "evaluate_ar_loss"]

@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from ...model.scoring import score as score_tokens
 from ...model.tasks import Task, score
 from ...model.tokenizer import encode_prompt
 from ..engine import Engine, EngineConfig
-from ..offline import serve
+from ..offline import pages_for, serve
 from ..schedule import Schedule
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
 from .counts import (
@@ -135,7 +135,8 @@ def evaluate(
         RolloutRequest(task.id, tuple(encode_prompt(tokenizer, task.prompt)), params, _seed_of(seed, task.id), samples)
         for task in tasks
     ]
-    engine = Engine(policy, _engine_config(policy, requests, schedule, batch, block_size))
+    config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
+    engine = Engine(policy, replace(config, pages=pages_for(requests, policy, config)))
     scores: dict[str, list[float]] = {task.id: [] for task in tasks}
     made: list[Trajectory] = []
     start = time.perf_counter()
@@ -236,14 +237,3 @@ def _seed_of(seed: int, task_id: str) -> int:
     if seed < 0:
         raise InvalidInput("seed", f"{seed} is negative", "use a number >= 0")
     return int.from_bytes(hashlib.sha256(f"{seed}/{task_id}".encode()).digest()[:8], "big") >> 1
-
-
-def _engine_config(
-    policy: Policy, requests: Sequence[RolloutRequest], schedule: Schedule, batch: int, block_size: int | None
-) -> EngineConfig:
-    """Pages for as many of the longest samples as run at once, so that none waits for another's."""
-    config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
-    longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
-    longest = min(longest, policy.config.max_position_embeddings)
-    pages = (batch + 1) * -(-longest // config.page_size)
-    return EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size, pages=pages)

@@ -16,10 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from transformers import ZayaConfig
 
 from ...model.conversion.budget import size
 from ..schedule import Schedule
+from .survival import chain
 
 KERNELS_PER_LAYER = 13
 """Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4."""
@@ -240,30 +242,17 @@ def expected_tokens(schedule: Schedule, survival: Sequence[float], block: int) -
     """Tokens that a step commits on average, in the long run.
 
     Args:
-        survival: P(at least k drafts are accepted), k = 1, 2, ..; a draft past its end is rejected.
-
-    After `a` accepted drafts `fused` goes on with the proposal of the highest level l <= a, of which
-    B - 1 - (a - l) rows lie ahead; so the number of drafts is a Markov chain.
+        survival: P(at least k drafts are accepted), k = 1, 2, .., in whatever slot the first one stands; a draft past its
+            end is rejected.
     """
     chosen = schedule.within(block)
     if chosen.kind == "ar":
         return 1.0
-    drafts, wide = chosen.drafts or 0, chosen.block or block
-    reach = [1.0, *survival[:drafts], *[0.0] * max(drafts - len(survival), 0), 0.0]
+    reached = [*survival, *[0.0] * block]
     if chosen.kind == "two_pass":
-        return sum(reach[: drafts + 1])
-    following = []
-    for count in range(drafts + 1):
-        row = [0.0] * (drafts + 1)
-        for a in range(count + 1):
-            chance = reach[a] - (reach[a + 1] if a < count else 0.0)
-            level = max(level for level in chosen.levels if level <= a)
-            row[max(min(wide - 1 - (a - level), drafts), 0)] += chance
-        following.append(row)
-    share = [0.0] * drafts + [1.0]
-    for _ in range(200):
-        share = [sum(share[i] * following[i][j] for i in range(drafts + 1)) for j in range(drafts + 1)]
-    return sum(part * sum(reach[: count + 1]) for count, part in enumerate(share))
+        return 1.0 + sum(reached[: chosen.drafts])
+    move, gain = chain(chosen, lambda slot, drafted: reached[:drafted])
+    return float(np.linalg.matrix_power(move, 200)[1] @ gain)
 
 
 def measured_rates(figures: Mapping[str, Any], fallback: Rates) -> Rates:

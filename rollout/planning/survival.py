@@ -17,6 +17,8 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from ..schedule import Schedule
@@ -91,22 +93,33 @@ class Survival:
         assert schedule.drafts is not None and schedule.block is not None
         if schedule.kind == "two_pass":
             return 1.0 + float(_alive(self.rates(0), 0, schedule.drafts).sum())
-        block, levels, rates = schedule.block, schedule.levels, self.rates(1)
-        # State: the slot the drafts begin in; `block` stands for no drafts at all.
-        move, gain = np.zeros((block + 1, block + 1)), np.ones(block + 1)
-        for slot in range(block + 1):
-            drafted = max(min(block - slot, schedule.drafts), 0)
-            alive = np.concatenate([[1.0], _alive(rates, slot, drafted), [0.0]])
-            gain[slot] += alive[1:].sum()
-            level = 0
-            for a in range(drafted + 1):
-                if a in levels:
-                    level = a
-                move[slot, min(a - level + 1, block)] += alive[a] - alive[a + 1]
+        rates = self.rates(1)
+        move, gain = chain(schedule, lambda slot, drafted: _alive(rates, slot, drafted))
         # Every slot leads to slot 1 with some probability, so a high power has the stationary distribution in each row.
-        for _ in range(6):
-            move = move @ move
-        return float(move[block] @ gain)
+        return float(np.linalg.matrix_power(move, 64)[schedule.block] @ gain)
+
+
+def chain(schedule: Schedule, alive: Callable[[int, int], Sequence[float] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """`fused` from step to step, by the slot its drafts begin in; slot `block` stands for no drafts at all.
+
+    Args:
+        schedule: with its sizes.
+        alive: (slot, drafted) to the probabilities that the first 1 .. drafted drafts are all accepted, the first in `slot`.
+    Returns: move[slot, next slot], the probability of it; gain[slot], the tokens a step commits on average.
+    """
+    assert schedule.drafts is not None and schedule.block is not None
+    block = schedule.block
+    move, gain = np.zeros((block + 1, block + 1)), np.ones(block + 1)
+    for slot in range(block + 1):
+        drafted = max(min(block - slot, schedule.drafts), 0)
+        reached = np.concatenate([[1.0], alive(slot, drafted), [0.0]])
+        gain[slot] += reached[1:].sum()
+        level = 0
+        for a in range(drafted + 1):
+            if a in schedule.levels:
+                level = a
+            move[slot, min(a - level + 1, block)] += reached[a] - reached[a + 1]
+    return move, gain
 
 
 def _alive(rates: tuple[np.ndarray, np.ndarray], slot: int, drafted: int) -> np.ndarray:

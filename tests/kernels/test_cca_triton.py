@@ -112,12 +112,3 @@ def test_a_row_alone_equals_the_row_among_many() -> None:
             alone = cca(*inputs, pack.weights, *(x[rows] for x in pack.rope), places, pools)
             for a, b in zip(alone, together, strict=False):
                 assert torch.equal(a[at[i]], b[i])
-
-
-def test_copied_places_are_those_of_a_pack_of_as_many_rows() -> None:
-    mine, other = Pack(6).places, Pack(6, heads=2).places
-    other.source_TA.add_(1)
-    mine.copy_(other)
-    assert torch.equal(mine.source_TA, other.source_TA)
-    with pytest.raises(ValueError, match="differ"):
-        mine.copy_(Pack(7).places)

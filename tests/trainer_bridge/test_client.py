@@ -25,7 +25,8 @@ heavy = {"torch", "ray", "transformers", "triton", "sqlite3", "pickle5", "cloudp
 ours = {m for m in sys.modules if m.startswith("blockroll")}
 bad = heavy & {m.partition(".")[0] for m in sys.modules}
 allowed = {"errors", "rollout", "rollout.types", "rollout.backend", "trainer_bridge"} | {"trainer_bridge." + m for m in (
-    "client", "codec", "connection", "control", "delivery", "messages", "records", "transport", "weights", "tracks")}
+    "client", "codec", "connection", "control", "delivery", "keys", "messages", "records", "tracks", "transport",
+    "weights")}
 assert not bad, bad
 assert ours <= {"blockroll"} | {"blockroll." + m for m in allowed}, ours
 """

@@ -21,8 +21,9 @@ from blockroll.errors import InvalidInput, StorageError, TransportError
 from blockroll.trainer_bridge import messages
 from blockroll.trainer_bridge.client import ClientKeys, CurveKeys, connect
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.keys import ServerKeys
 from blockroll.trainer_bridge.messages import TO_GATEWAY
-from blockroll.trainer_bridge.transport import Router, ServerKeys, check_address, is_local, join_frames, split_frames
+from blockroll.trainer_bridge.transport import Router, check_address, is_local, join_frames, split_frames
 
 SERVER, DATA, CONTROL, STRANGER = (CurveKeys.generate() for _ in range(4))
 SERVER_KEYS = ServerKeys(SERVER, frozenset({DATA.public}), frozenset({CONTROL.public}))

@@ -8,7 +8,7 @@ another kind of file, write its `Shard` in `records.py` and its section in `conf
 """
 
 from .documents import Document, cut_blocks, learned_targets
-from .packing import PackStream, packs
+from .packing import PackStream
 from .sources import texts
 
-__all__ = ["Document", "PackStream", "cut_blocks", "learned_targets", "packs", "texts"]
+__all__ = ["Document", "PackStream", "cut_blocks", "learned_targets", "texts"]

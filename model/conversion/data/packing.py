@@ -95,12 +95,3 @@ class PackStream(Iterator[tuple[int, list[Document]]]):
             held += len(document.tokens)
         random.Random(seed_of(self._data.seed, self._stage.name, number)).shuffle(packs)
         return packs
-
-
-def packs(
-    data: Data, tokenizer: PreTrainedTokenizerFast | None, stage: Stage, start: int = 0
-) -> Iterator[list[Document]]:
-    """The packs of a stage from number `start` on, for one process."""
-    for number, documents in PackStream(data, tokenizer, stage):
-        if number >= start:
-            yield documents

@@ -38,14 +38,14 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def random_policy(config: ZayaConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Policy:
+def random_policy(config: ZayaConfig, dtype: torch.dtype, device: torch.device) -> Policy:
     """Random weights, made on the device."""
     with _default_dtype(dtype), torch.device(device):
         policy = Policy(config)
     for layer in layers(policy):  # buffers stay in float32, as `load_policy` keeps them
         router = layer.mlp.gate
         router.balancing_biases = torch.nn.Buffer(router.balancing_biases.float())
-    policy.initialise(torch.Generator(device).manual_seed(seed))
+    policy.initialise(torch.Generator(device).manual_seed(0))
     policy.pack()
     return policy.requires_grad_(False).eval()
 
@@ -55,10 +55,10 @@ def layers(policy: Policy) -> list[Layer]:
     return cast(list[Layer], list(policy.model.layers))
 
 
-def force_experts(policy: Policy, most_rows: int, seed: int = 0) -> None:
+def force_experts(policy: Policy, most_rows: int) -> None:
     """Every row's expert drawn uniformly and layer by layer, whatever the router says; its work is still done."""
     device, experts = policy.device, policy.config.num_experts
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for layer in layers(policy):
         fixed_T = torch.randint(0, experts, (most_rows,), generator=generator, device=device)
 

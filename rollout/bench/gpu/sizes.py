@@ -17,13 +17,12 @@ class Sizes:
 
     Attributes:
         dtype: of weights and cache. config: changes to ZAYA1-8B's own.
-        copy_bytes, matmul: of the ceilings. rows, batches, contexts: of kernels and steps.
+        copy_bytes, matmul: of the ceilings. kernel_rows: rows of a kernel's pack. batches, contexts: of kernels and steps.
         attention: (batch, rows per sequence, context) of the attention kernel.
         schedules: of the decode steps, `ar` first.
         seconds: measured per item, after warming up. repeats: fewest measurements.
     """
 
-    name: str
     dtype: torch.dtype
     copy_bytes: int
     matmul: int
@@ -44,7 +43,7 @@ class Sizes:
 
 
 DEVICE = Sizes(
-    name="zaya1-8b", dtype=torch.bfloat16, copy_bytes=4 << 30, matmul=8192, page_size=32,
+    dtype=torch.bfloat16, copy_bytes=4 << 30, matmul=8192, page_size=32,
     kernel_rows=(1, 16, 64, 512, 1024, 2048, 4096),
     attention=(
         (1, 1, 16384), (16, 1, 2048), (64, 1, 16384), (32, 16, 16384), (32, 32, 16384), (32, 64, 16384), (16, 32, 2048),
@@ -59,7 +58,7 @@ DEVICE = Sizes(
 )  # fmt: skip
 
 DRY = Sizes(
-    name="dry run", dtype=torch.float32, copy_bytes=1 << 16, matmul=32, page_size=8, kernel_rows=(1, 5),
+    dtype=torch.float32, copy_bytes=1 << 16, matmul=32, page_size=8, kernel_rows=(1, 5),
     attention=((2, 5, 9),), batches=(2,), contexts=(9,),
     schedules=(Schedule("ar"), Schedule("fused", levels=(0, 2)), Schedule("two_pass", 2)), seconds=0.0, repeats=1,
     config=dict(

@@ -19,8 +19,6 @@ from .timing import timed
 
 _RESERVE = 24 << 30
 """Bytes left for logits, activations and captured steps."""
-
-
 _SPLIT = (1, 16, 64)
 """Batches whose forwards are also timed alone."""
 

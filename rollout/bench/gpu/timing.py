@@ -1,8 +1,7 @@
 """Time on a device, and the ceilings that times are held against.
 
 Invariants:
-- A time is the median over repeats of a captured graph, by device events; where a call cannot be captured it is timed as
-  it is, and says so. On a CPU it is the clock.
+- A time is the median over repeats of a captured graph, by device events. On a CPU it is the clock.
 - Inputs are random: zeros run faster than data.
 """
 
@@ -21,15 +20,13 @@ from .sizes import Sizes
 Call = Callable[[], object]
 
 
-def timed(call: Call, sizes: Sizes, device: torch.device, captured: bool = True) -> dict[str, Any]:
+def timed(call: Call, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """{"seconds": median, "fastest", "repeats", "captured"}."""
     if device.type != "cuda":
         return _figures([_clock(call) for _ in range(sizes.repeats)], False)
     call()
     torch.cuda.synchronize()
-    run: Call = call
-    if captured:
-        run = capture(call).replay
+    run: Call = capture(call).replay
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -42,7 +39,7 @@ def timed(call: Call, sizes: Sizes, device: torch.device, captured: bool = True)
         run()
         end.record()
     torch.cuda.synchronize()
-    return _figures([begin.elapsed_time(end) / 1e3 for begin, end in events], captured)
+    return _figures([begin.elapsed_time(end) / 1e3 for begin, end in events], True)
 
 
 def _clock(call: Call) -> float:

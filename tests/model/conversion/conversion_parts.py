@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blockroll.model.conversion.config import ConversionConfig
+from blockroll.model.conversion.config import ConversionConfig, Data, Stage
+from blockroll.model.conversion.data import Document, PackStream
 
 SHAPE = dict(
     hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=2, expert_size=32, router_size=8,
@@ -33,3 +35,9 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "policy.log.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+
+
+def packs(data: Data, tokenizer: Any, stage: Stage) -> Iterator[list[Document]]:
+    """The packs of a stage, for one process."""
+    for _, documents in PackStream(data, tokenizer, stage):
+        yield documents

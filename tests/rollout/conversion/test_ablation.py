@@ -11,7 +11,8 @@ from blockroll.errors import ConfigError
 from blockroll.model.checkpoint import save_policy
 from blockroll.model.conversion.config import Architecture, ConversionConfig, Stage
 from blockroll.model.conversion.train import new_policy
-from blockroll.rollout.conversion.ablation import AblationConfig, ablate, cells_of, table
+from blockroll.rollout.conversion.ablation import AblationConfig, ablate, cells_of
+from blockroll.rollout.conversion.ablation_report import table
 from blockroll.settings import load_yaml
 
 SMALL = Architecture(

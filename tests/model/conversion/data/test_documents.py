@@ -7,10 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
+from conversion_parts import packs
 
 from blockroll.errors import DataError
 from blockroll.model.conversion.config import Data, Rollouts, Stage
-from blockroll.model.conversion.data import Document, packs
+from blockroll.model.conversion.data import Document
 from blockroll.model.conversion.data.documents import answer_document, chat_document, fitted, text_document
 from blockroll.model.conversion.stage import Pack
 from blockroll.model.layout import CLEAN

@@ -11,10 +11,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conversion_parts import packs
 
 from blockroll.errors import DataError
 from blockroll.model.conversion.config import Data, HuggingFace, JsonLines, Parquet, Stage
-from blockroll.model.conversion.data import packs, texts
+from blockroll.model.conversion.data import texts
 from blockroll.model.conversion.data.records import JsonLines as JsonLinesShard
 from blockroll.model.conversion.data.records import Parquet as ParquetShard
 from blockroll.model.conversion.data.records import Records, find

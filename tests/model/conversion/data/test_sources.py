@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
-from conversion_parts import curve, recipe
+from conversion_parts import curve, packs, recipe
 
 from blockroll.errors import ConfigError, DataError
 from blockroll.model.conversion.config import ConversionConfig, Data, Stage
-from blockroll.model.conversion.data import packs, texts
+from blockroll.model.conversion.data import texts
 from blockroll.model.conversion.train import new_policy, run
 from blockroll.settings import parse
 
