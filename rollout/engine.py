@@ -173,10 +173,6 @@ class Engine:
             sample.finish = "abort"
         return [sample.trajectory() for sample in ended]
 
-    def drop(self, request_id: str) -> None:
-        """Give up a request; its samples never finish."""
-        self.scheduler.drop(request_id)
-
     def _run(self, schedule: Schedule, step: list[tuple[Sample, int]], decoding: list[Sample]) -> None:
         verdict = self.steps.run(schedule, step)
         for sample, chunk in step:

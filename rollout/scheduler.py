@@ -38,14 +38,6 @@ class Scheduler:
         """Queue a sample."""
         heapq.heappush(self._waiting, (sample.arrival, sample.number, sample))
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request: its waiting and running samples are given up."""
-        self._waiting = [entry for entry in self._waiting if entry[2].request.id != request_id]
-        heapq.heapify(self._waiting)
-        for sample in [s for s in self.running if s.request.id == request_id]:
-            self.retire(sample)
-        self._forget_prompt(request_id)
-
     def clear(self) -> list[Sample]:
         """Give up every sample, and return them, oldest first."""
         given_up = sorted([*self.running, *(s for *_, s in self._waiting)], key=lambda s: (s.arrival, s.number))
