@@ -40,12 +40,7 @@ class Survival:
         # [block begins at the anchor or before, first or later, tries or hits, slot]
         self._seen = np.zeros((2, 2, 2, slots + 1))
         self._expected: dict[Schedule, float] = {}
-        self._fresh = 0.0
-
-    @property
-    def tries(self) -> float:
-        """Drafts seen, older ones counted less."""
-        return float(self._seen[:, :, 0].sum())
+        self._fresh = [0, 0]
 
     def note(self, slot: int, drafted: int, accepted: int) -> None:
         """One sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
@@ -58,12 +53,13 @@ class Survival:
         if accepted:
             later[0, slot + 1 : slot + min(accepted + 1, drafted)] += 1
             later[1, slot + 1 : slot + accepted] += 1
-        self._fresh += min(accepted + 1, drafted)
+        self._fresh[int(slot > 0)] += min(accepted + 1, drafted)
         # What is known changes slowly once much is known.
-        if self._fresh > 32 + self.tries / 4:
+        tries = seen[:, 0].sum()
+        if self._fresh[int(slot > 0)] > 4 + tries / 4:
             self._expected.clear()
-            self._fresh = 0.0
-            if seen[:, 0].sum() > _MEMORY:
+            self._fresh = [0, 0]
+            if tries > _MEMORY:
                 seen *= 0.5
 
     def fade(self) -> None:
