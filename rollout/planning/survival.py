@@ -36,7 +36,7 @@ class Survival:
     """
 
     def __init__(self, slots: int, prior: float) -> None:
-        self._prior, self._slots = prior, slots
+        self._prior = prior
         # [block begins at the anchor or before, first or later, tries or hits, slot]
         self._seen = np.zeros((2, 2, 2, slots + 1))
         self._expected: dict[Schedule, float] = {}
