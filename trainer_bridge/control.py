@@ -62,7 +62,7 @@ class ControlPlane:
         return state.version
 
     def shutdown(self) -> None:
-        """Asks the gateway to stop and waits until it says that it does."""
+        """Asks the gateway to stop, waits until it says that it does and leaves, which the gateway waits for."""
         self._connection.begin()
         while True:
             try:
@@ -70,6 +70,7 @@ class ControlPlane:
                 self._connection.send(Shutdown())
                 while not isinstance(self._next(), Stopping):
                     pass
+                self._connection.drop()
                 return
             except SessionLost:
                 self._connection.drop()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -128,10 +129,13 @@ class Gateway:
             while not self._stopping:
                 poller.poll(int(1000 * (FULL_S if waiting else IDLE_S)))
                 waiting = self._turn()
+            self._farewell(self._sessions.stopping)
         except BaseException as error:
             # Kept for wait() and stop(), which raise it to the gateway's owner.
             self._error = error
-            self._farewell(error)
+            kind = "storage" if isinstance(error, StorageError) else "cluster"
+            why = str(error) if kind == "storage" else f"the gateway failed: {type(error).__name__}: {error}"
+            self._farewell(lambda: self._sessions.fail(kind, why))
         finally:
             self._driver.stop(30.0)
             self._router.close(5.0)
@@ -140,16 +144,14 @@ class Gateway:
                 self._wake_in.close()
                 self._wake_out.close()
 
-    def _farewell(self, error: BaseException) -> None:
-        """Tells every client why the gateway ends, and waits until they have left, as who heard it does.
+    def _farewell(self, tell: Callable[[], int]) -> None:
+        """Says a last word until all it concerns have left, as who heard it does; `tell` says it and counts them.
 
-        A connection closed over bytes nobody read is reset, and a reset discards what the peer has not read yet: so
-        what they send is read to the end.
+        What is still on its way when a connection ends may be lost, with `linger` and without: bytes nobody read reset
+        it, and a reset discards what the peer has not read yet. So what they send is read to the end.
         """
         deadline = time.monotonic() + FAREWELL_S
-        kind = "storage" if isinstance(error, StorageError) else "cluster"
-        why = str(error) if kind == "storage" else f"the gateway failed: {type(error).__name__}: {error}"
-        while self._sessions.fail(kind, why) and time.monotonic() < deadline:
+        while tell() and time.monotonic() < deadline:
             self._router.socket.poll(int(1000 * FULL_S))
             while self._router.receive() is not None:
                 pass

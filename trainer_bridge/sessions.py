@@ -54,7 +54,8 @@ Figures = dict[str, float | int | str]
 
 @dataclass
 class Session:
-    """How far a client's queue was sent, in rows and bytes, and what waits for room or for the disk."""
+    """How far a client's queue was sent, in rows and bytes, what waits for room or for the disk, and whether this client
+    asked the gateway to stop (`stops`)."""
 
     peer: bytes
     client: str
@@ -64,6 +65,7 @@ class Session:
     sent: int = 0
     cursor: int = 0
     more: bool = True
+    stops: bool = False
     outbox: deque[Message] = field(default_factory=deque)
     acks: deque[Ack] = field(default_factory=deque)
 
@@ -114,8 +116,7 @@ class Sessions:
         elif session.control and isinstance(message, PushBegin | PushChunk | PushCommit | PushAbort):
             self.desk.handle(session.peer, session.client, message)
         elif session.control and isinstance(message, Shutdown):
-            self.shutdown = True
-            self.reply(session.peer, Stopping())
+            self.shutdown = session.stops = True
         elif not session.control and isinstance(message, Submit):
             self._submit(session, message)
         elif not session.control and isinstance(message, Credit):
@@ -165,10 +166,17 @@ class Sessions:
 
     def fail(self, kind: str, text: str) -> int:
         """Tells every client that the gateway ends because of an error; how many are still there."""
-        for session in list(self._open.values()):
-            if self._router.send(session.peer, encode(Refused("", kind, text[:1000]))) == "gone":
-                self._drop(session)
-        return len(self._open)
+        return self._tell(list(self._open.values()), Refused("", kind, text[:1000]))
+
+    def stopping(self) -> int:
+        """Tells who asked for it that the gateway stops; how many of them are still there."""
+        return self._tell([s for s in self._open.values() if s.stops], Stopping())
+
+    def _tell(self, sessions: list[Session], message: Message) -> int:
+        gone = [s for s in sessions if self._router.send(s.peer, encode(message)) == "gone"]
+        for session in gone:
+            self._drop(session)
+        return len(sessions) - len(gone)
 
     def _hello(self, inbound: Inbound, hello: Hello) -> None:
         keys = self._router.keys

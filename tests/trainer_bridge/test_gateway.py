@@ -16,8 +16,10 @@ from blockroll.errors import ClusterError, InvalidInput, StorageError, Transport
 from blockroll.rollout.backend import Completed
 from blockroll.trainer_bridge import messages
 from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.connection import Connection
 from blockroll.trainer_bridge.control import ControlPlane
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.messages import Shutdown, Stopping
 from blockroll.trainer_bridge.weights import make_manifest
 
 Serve = Callable[..., Gateway]
@@ -322,3 +324,14 @@ def test_shutdown_over_the_control_plane(serve: Serve) -> None:
     with connect(gateway.address) as client:
         client.shutdown_gateway()
     assert gateway.wait(10)
+
+
+def test_a_gateway_stays_until_who_stopped_it_has_heard_so(serve: Serve) -> None:
+    gateway = serve(ToyBackend())
+    deaf = Connection(gateway.address, "deaf", keys=None, control=True, timeout=10)
+    deaf.open()
+    deaf.send(Shutdown())
+    assert not gateway.wait(0.5)
+    assert any(isinstance(m, Stopping) for m in deaf.receive(5))
+    deaf.drop()
+    assert gateway.wait(2)
