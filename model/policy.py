@@ -253,7 +253,10 @@ class Policy(nn.Module):
 
     def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""
-        logits_RV = self.head(hidden_RD)
+        return self.conditioned(self.head(hidden_RD), previous_R)
+
+    def conditioned(self, logits_RV: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
+        """q's logits from `head`'s of mask rows and the tokens before them: what the Markov head adds."""
         return logits_RV if self.markov is None else logits_RV + self.markov(previous_R)
 
     @torch.no_grad()

@@ -102,6 +102,11 @@ class Heads:
     temperature: float = 1.0
     distil: bool = True
 
+    def log_probabilities(self, logits_RV: torch.Tensor) -> torch.Tensor:
+        """float32, at the temperature."""
+        logits_RV = logits_RV.float()
+        return (logits_RV if self.temperature == 1.0 else logits_RV / self.temperature).log_softmax(-1)
+
 
 def compare(
     heads: Heads,
@@ -157,17 +162,22 @@ def _compare_chunk(
     previous_M: torch.Tensor,
     token_M: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    logp_RV = (heads.policy.head(clean_RD).float() / heads.temperature).log_softmax(-1)
+    if clean_RD.requires_grad:
+        # One product: the head's weight is read, and its gradient written, once per chunk.
+        p_RV, q_MV = heads.policy.head(torch.cat([clean_RD, mask_MD])).split([len(clean_RD), len(mask_MD)])
+    else:
+        p_RV, q_MV = heads.policy.head(clean_RD), heads.policy.head(mask_MD)
+    logp_RV = heads.log_probabilities(p_RV)
     nll_R = -logp_RV.gather(1, target_R[:, None])[:, 0]
     kept_R = torch.zeros_like(nll_R)
     if heads.parent is not None:
         with torch.no_grad():
-            parent_RV = (heads.parent.head(parent_RD).float() / heads.temperature).log_softmax(-1)
+            parent_RV = heads.log_probabilities(heads.parent.head(parent_RD))
         kept_R = (parent_RV.exp() * (parent_RV - logp_RV)).sum(-1)
     if not len(mask_MD):
         nothing_M = nll_R.new_zeros(0)
         return nll_R, kept_R, nothing_M, nothing_M, nothing_M, nothing_M
-    logq_MV = (heads.policy.draft_head(mask_MD, previous_M).float() / heads.temperature).log_softmax(-1)
+    logq_MV = heads.log_probabilities(heads.policy.conditioned(q_MV, previous_M))
     nll_M = -logq_MV.gather(1, token_M[:, None])[:, 0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and heads.distil):
         logp_MV = logp_RV.detach()[teacher_M]

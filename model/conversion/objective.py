@@ -110,9 +110,9 @@ def _draft_loss(
     draft: DraftLoss,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, float, float]:
-    loss_M = draft.ce * terms.nll_M
-    if draft.tv or draft.kl:
-        loss_M = loss_M + draft.tv * terms.tv_M + draft.kl * terms.kl_M
+    # A term that does not count would still cost its backward pass.
+    weighed = ((draft.ce, terms.nll_M), (draft.tv, terms.tv_M), (draft.kl, terms.kl_M))
+    loss_M = sum((weight * term_M for weight, term_M in weighed if weight), torch.zeros_like(terms.nll_M))
     overlap_M = 1 - terms.tv_M.detach()
     weight_M = draft.slot_decay ** rows.slot_M.float()
     if draft.slots == "reached":

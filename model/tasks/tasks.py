@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
-import reasoning_gym
-
 from ...errors import DataError
 from .families import FAMILIES
 
@@ -63,6 +61,8 @@ def families() -> tuple[str, ...]:
 @cache
 def _dataset(family: str, options: str = "") -> Any:
     """reasoning-gym's data set; `options` is the part of an id in parentheses."""
+    import reasoning_gym  # takes a second and a dozen libraries, which policies and benches can do without
+
     changes = {name: int(value) for name, _, value in (o.partition("=") for o in options.split(",") if o)}
     difficulty = {**FAMILIES[family].difficulty, **changes}
     try:

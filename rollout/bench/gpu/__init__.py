@@ -2,12 +2,13 @@
 
     python -m blockroll.rollout.bench.gpu --json gpu.json
 
-is the same without the command line's own dependencies: it needs torch, triton, transformers and numpy, and matplotlib for
-the plot. Sections, in this order:
+is the same without the command line's own dependencies: it needs torch, triton, transformers and numpy, matplotlib for the
+plot, and pydantic for the training steps. Sections, in this order:
 
     ceilings      copy bandwidth, matrix products and launches of this device, in this run
     correctness   every op against its reference on this device; captured against eager, one batch against another
     kernels       time of each kernel at ZAYA1-8B's sizes, as fractions of the ceilings
+    training      a conversion's step over 131072 tokens against a plain autoregressive one
     steps         decode steps of a ZAYA1-8B with random weights, captured in graphs
 
 Invariants:

@@ -32,7 +32,8 @@ NOTE = (
 
 
 def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
-    """`result` with ceilings and attention's best rates in front, a fraction in every row of a kernel, and `decode`.
+    """`result` with ceilings and attention's best rates in front, a fraction in every row of a kernel, `training` and
+    `decode`.
 
     Of a forced acceptance of n tokens a row holds what its schedule makes of the curve that commits n with a whole block of
     drafts, and the ratio if it committed exactly n.
@@ -50,6 +51,7 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "note": NOTE, **result, "ceilings": ceilings, "attention": best, "published": PUBLISHED,
+        "training": _training(sections.get("training", {})),
         "decode": _decode(sections.get("steps", {}), ceilings, bool(result["machine"].get("dry_run"))), "sections": sections,
     }  # fmt: skip
 
@@ -101,6 +103,23 @@ def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) 
     return rows
 
 
+def _training(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per policy of which both steps were measured: clean tokens/s, and their ratio."""
+    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows.values():
+        if "tokens_per_s" in row:
+            measured.setdefault(row["policy"], {})[row["kind"]] = row
+    return [
+        {
+            "policy": policy, "tokens": kinds["ar"]["tokens"],
+            **{f"{kind}_tokens_per_s": row["tokens_per_s"] for kind, row in kinds.items()},
+            "diffusion_over_ar": kinds["diffusion"]["tokens_per_s"] / kinds["ar"]["tokens_per_s"],
+        }
+        for policy, kinds in measured.items()
+        if len(kinds) == 2
+    ]  # fmt: skip
+
+
 def _forced(
     schedule: Schedule, tokens: float, block: int, batch: int, seconds: float, ar_seconds: float | None
 ) -> dict[str, float]:
@@ -149,6 +168,13 @@ def text(made: Mapping[str, Any]) -> str:
                 timed.append((name, each.get("skipped") or each.get("error", "")[:60], "", ""))
     if timed:
         parts.append(_columns(("kernel", "us", "of copy", "of matmul"), timed))
+    trained = [
+        (f"{row['policy']}, {row['tokens']} tokens", f"{row['ar_tokens_per_s']:,.0f}", f"{row['diffusion_tokens_per_s']:,.0f}",
+         f"{row['diffusion_over_ar']:.2f}")
+        for row in made["training"]
+    ]  # fmt: skip
+    if trained:
+        parts.append(_columns(("training step", "ar tokens/s", "diffusion tokens/s", "x ar"), trained))
     rows = [
         (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
          f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",

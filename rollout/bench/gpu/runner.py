@@ -27,8 +27,8 @@ from ....errors import InvalidInput
 from ....files import append_jsonl, write_json
 from .report import summarise, text, write_plot
 
-SECTIONS = ("ceilings", "correctness", "kernels", "steps")
-_SHARE = {"ceilings": 0.15, "correctness": 0.35, "kernels": 0.6, "steps": 1.0}
+SECTIONS = ("ceilings", "correctness", "kernels", "training", "steps")
+_SHARE = {"ceilings": 0.1, "correctness": 0.3, "kernels": 0.5, "training": 0.7, "steps": 1.0}
 """When a section must have ended, as a share of the whole time."""
 _ITEM_SECONDS = 100.0
 """Most seconds of one item, compilation included."""
@@ -57,6 +57,11 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
     if section == "kernels":
         kernels = KernelBench(sizes, device)
         return list(kernels.items), lambda name: kernels.items[name]()
+    if section == "training":
+        from .training import TrainingBench  # asks for more than the others (see the package)
+
+        training = TrainingBench(sizes, device)
+        return list(training.items), training.run
     steps = StepBench(sizes, device)
     return list(steps.items), steps.run
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import ZayaConfig
 
+from ....model.checkpoint import read_config, resolve
 from ...schedule import Schedule
 
 
@@ -21,6 +23,7 @@ class Sizes:
         attention: (batch, rows per sequence, context) of the attention kernel.
         schedules: of the decode steps, `ar` first.
         seconds: measured per item, after warming up. repeats: fewest measurements.
+        trained: policies of the training steps, by name. trained_tokens: clean tokens of their document.
     """
 
     dtype: torch.dtype
@@ -34,6 +37,8 @@ class Sizes:
     schedules: tuple[Schedule, ...]
     seconds: float
     repeats: int
+    trained: Mapping[str, Callable[[], ZayaConfig]]
+    trained_tokens: int
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,15 +60,24 @@ DEVICE = Sizes(
         Schedule("fused", levels=(0, 4, 8)),
     ),
     seconds=0.25, repeats=7,
+    trained={
+        "tiny-reasoner": lambda: read_config(resolve("tiny-reasoner")),
+        "ZAYA1-8B, 1 layer": lambda: ZayaConfig(
+            num_hidden_layers=1, layer_types=["hybrid"], diffusion={"block_size": 16, "mask_token_id": 262271}
+        ),
+    },
+    trained_tokens=131072,
+)  # fmt: skip
+
+_FEW = dict(
+    vocab_size=70, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    moe_intermediate_size=24, num_experts=3, router_hidden_size=16, max_position_embeddings=160, pad_token_id=0,
+    bos_token_id=1, eos_token_id=2, layer_types=["hybrid"], diffusion={"block_size": 4, "mask_token_id": 69},
 )  # fmt: skip
 
 DRY = Sizes(
     dtype=torch.float32, copy_bytes=1 << 16, matmul=32, page_size=8, kernel_rows=(1, 5),
     attention=((2, 5, 9),), batches=(2,), contexts=(9,),
     schedules=(Schedule("ar"), Schedule("fused", levels=(0, 2)), Schedule("two_pass", 2)), seconds=0.0, repeats=1,
-    config=dict(
-        vocab_size=70, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        moe_intermediate_size=24, num_experts=3, router_hidden_size=16, max_position_embeddings=160, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, layer_types=["hybrid"], diffusion={"block_size": 4, "mask_token_id": 69},
-    ),
+    trained={"few numbers": lambda: ZayaConfig(**_FEW)}, trained_tokens=64, config=_FEW,
 )  # fmt: skip

@@ -27,6 +27,7 @@ from blockroll.rollout.bench.gpu.parts import DecodeStep, FilledCache
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
 from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
+from blockroll.rollout.bench.gpu.training import TrainingBench
 from blockroll.rollout.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -99,6 +100,21 @@ def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
     assert len(kernels) >= 10
 
 
+def test_a_training_step_of_each_kind_over_the_same_document(interpreted) -> None:
+    bench = TrainingBench(DRY, CPU)
+    ar, diffusion = (bench.run(name) for name in bench.items)
+    assert (ar["kind"], diffusion["kind"]) == ("ar", "diffusion")
+    assert ar["tokens"] == ar["rows"] == 64 < 2 * 64 <= diffusion["rows"]
+    assert ar["draft_loss"] == 0 < min(ar["ar_loss"], diffusion["ar_loss"], diffusion["draft_loss"])
+    assert ar["tokens_per_s"] == pytest.approx(64 / ar["seconds"])
+
+
+def test_on_a_device_the_documents_have_128k_tokens() -> None:
+    layers = {name: make().num_hidden_layers for name, make in DEVICE.trained.items()}
+    assert layers == {"tiny-reasoner": 4, "ZAYA1-8B, 1 layer": 1} and DEVICE.trained_tokens == 128 * 1024
+    assert DEVICE.trained["ZAYA1-8B, 1 layer"]().vocab_size == 262272
+
+
 def made_up() -> dict[str, Any]:
     """Rows as a device would give them."""
     steps = {}
@@ -115,6 +131,10 @@ def made_up() -> dict[str, Any]:
             "ceilings": {"copy": {"copy_bytes_per_s": 4e12}, "matmul": {"matmul_flops_per_s": 8e14}},
             "correctness": {"philox": {"ok": True, "worst": 0.0}, "cca": {"error": "RuntimeError: out of luck"}},
             "kernels": {"attention": attention, "router": {"skipped": "no time left"}},
+            "training": {
+                kind: {"policy": "tiny", "kind": kind, "tokens": 9, "tokens_per_s": rate}
+                for kind, rate in (("ar", 50.0), ("diffusion", 22.0))
+            } | {"other ar": {"policy": "other", "kind": "ar", "tokens": 9, "tokens_per_s": 1.0}},
             "steps": steps | {"ar 128": {"error": "out of memory"}},
         },
     }
@@ -133,6 +153,8 @@ def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> Non
     assert fused["forced"]["6.8"]["tokens_per_s"] == pytest.approx(16 * tokens / 0.02)
     assert rows["two_pass", 64]["forced"]["6.8"]["tokens_per_step"] == pytest.approx(6.8)
     assert fused["of_roofline"] == pytest.approx(0.02 / fused["roofline_seconds"])
+    (trained,) = made["training"]
+    assert trained["policy"] == "tiny" and trained["diffusion_over_ar"] == pytest.approx(0.44)
     printed = text(made)
     assert "RuntimeError: out of luck" in printed and "Random weights" in printed and "H100" in printed
     assert write_plot(made, tmp_path / "gpu.png") and (tmp_path / "gpu.png").stat().st_size > 5000
@@ -228,3 +250,16 @@ def test_the_whole_command(tmp_path: Path) -> None:
     rows = [row for section in made["sections"].values() for row in section.values()]
     assert rows and not any("error" in row or "skipped" in row for row in rows)
     assert len(made["decode"]) == len(DRY.schedules)
+
+
+def test_a_bare_machine_can_run_it() -> None:
+    """Of what blockroll installs, the bench imports nothing beyond what its package names."""
+    code = """
+import sys
+for name in ("ray", "zmq", "reasoning_gym", "typer", "datasets", "pandas", "matplotlib", "pydantic"):
+    sys.modules[name] = None
+import blockroll.rollout.bench.gpu.steps, blockroll.rollout.bench.gpu.kernels, blockroll.rollout.bench.gpu.checks
+del sys.modules["pydantic"]
+import blockroll.rollout.bench.gpu.training
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
