@@ -53,5 +53,5 @@ def _table(seen_NN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    # Packs differ in rows: one kernel for all lengths.
-    return torch.compile(flex_attention, dynamic=True)
+    # The first length gets a kernel of its own, a second one makes a kernel for all lengths.
+    return torch.compile(flex_attention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from blockroll.kernels.attention import flex
 from blockroll.kernels.attention.blockwise import Tiles, attend_blockwise
 from blockroll.kernels.attention.flex import attend_flex, block_mask
 from blockroll.kernels.attention.rule import Rule
@@ -98,6 +100,17 @@ def test_flex_equals_dense(window):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is not compiled
         out = attend_flex(q, k, v, block_mask(rule), 0.25)
+    assert (out - dense(q, k, v, rule.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
+def test_compiled_flex_equals_dense(monkeypatch):
+    """As accelerators run it, with the rule inside the kernel; forward only, and of one length: all a CPU's compiler takes."""
+    rule = rule_of(random_pack(2)[0], 7)
+    q, k, v = (x.detach() for x in draw_qkv(rule.rows, 2))
+    monkeypatch.setattr(flex, "flex_attention", torch.compile(flex.flex_attention))
+    out = attend_flex(q, k, v, block_mask(rule), 0.25)
     assert (out - dense(q, k, v, rule.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
 
 
