@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,10 +83,12 @@ class Padded:
 
 def ancestor_index(layout: TokenLayout, hops: int) -> torch.Tensor:
     """int64[T, hops + 1]: each row's ancestors in `[zero row, S * hops tail entries, T rows]`."""
-    ancestor_TA = layout.ancestors(hops)
-    back = FROM_TAIL - ancestor_TA
-    tail = 1 + layout.sequence_T[:, None] * hops + back
-    return torch.where(ancestor_TA >= 0, ancestor_TA + 1 + layout.sequences * hops, torch.where(back < hops, tail, 0))
+    ancestor_TA = layout.ancestors(hops).cpu().numpy()
+    back_TA = FROM_TAIL - ancestor_TA
+    tail_TA = 1 + layout.sequence_T.cpu().numpy()[:, None] * hops + back_TA
+    outside_TA = np.where(back_TA < hops, tail_TA, 0)
+    index_TA = np.where(ancestor_TA >= 0, ancestor_TA + 1 + layout.sequences * hops, outside_TA)
+    return torch.from_numpy(index_TA).to(layout.parent_T.device)
 
 
 @dataclass(frozen=True)

@@ -79,21 +79,19 @@ class TokenLayout:
 
         A negative entry `FROM_TAIL - k` (k >= 0) stands for the k-th cached token before the sequence's first row in
         this pack, counted back from `start_S`; the smallest entry, `FROM_TAIL - hops`, also stands for "before the
-        document", where the network sees zeros.
+        document", where the network sees zeros. Computed on the host.
         """
+        parent, start, sequence = (x.cpu().numpy() for x in (self.parent_T, self.start_S, self.sequence_T))
         nothing = FROM_TAIL - hops
-        tail = self.parent_T == FROM_TAIL
-        columns = [torch.arange(self.rows, device=self.token_T.device)]
+        # A short cached prefix ends before the hops do.
+        last = np.maximum(FROM_TAIL + 1 - start, nothing)[sequence]
+        opening = np.where(parent >= 0, parent, np.where(parent == FROM_TAIL, FROM_TAIL, nothing))
+        columns = [np.arange(self.rows)]
         for _ in range(hops):
             row = columns[-1]
-            step = self.parent_T[row.clamp_min(0)]
-            entered = torch.where(tail[row.clamp_min(0)], FROM_TAIL, nothing)
-            inside = torch.where(step >= 0, step, entered)
-            column = torch.where(row >= 0, inside, (row - 1).clamp_min(nothing))
-            # A short cached prefix ends before the hops do.
-            before = self.start_S[self.sequence_T] + column - FROM_TAIL - 1 < 0
-            columns.append(torch.where((column < 0) & before, nothing, column))
-        return torch.stack(columns, dim=1)
+            column = np.where(row >= 0, opening[np.maximum(row, 0)], row - 1)
+            columns.append(np.where(column < last, nothing, column))
+        return torch.from_numpy(np.stack(columns, axis=1)).to(self.parent_T.device)
 
 
 def _tensors(arrays: dict[str, np.ndarray]) -> TokenLayout:

@@ -190,23 +190,25 @@ class CacheView:
             self._read[positions] = upload(torch.from_numpy((self._table_SP[:, page] * size + line % size).ravel()), self._device)
         shape = (len(self._table_SP), positions)
         k, v = (pool[layer].index_select(0, self._read[positions]) for pool in (self._cache.k, self._cache.v))
-        return k.unflatten(0, shape), v.unflatten(0, shape)
+        return k.view(*shape, *k.shape[1:]), v.view(*shape, *v.shape[1:])
 
     def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x_SHC and the nearest delayed_SW."""
-        x, delayed = (pool[layer].index_select(0, self._indices.tail).unflatten(0, self._tail_SH.shape)
-                      for pool in (self._cache.x, self._cache.delayed))
-        return x, delayed[:, 0]
+        x, delayed = (pool[layer].index_select(0, self._indices.tail) for pool in (self._cache.x, self._cache.delayed))
+        sequences, hops = self._tail_SH.shape
+        return x.view(sequences, hops, -1), delayed[::hops]
 
     def write(
         self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
     ) -> None:
         """Keep the clean rows."""
-        at = self._indices
-        self._cache.k[layer].index_copy_(0, at.write, k_TGD.index_select(0, at.rows))
-        self._cache.v[layer].index_copy_(0, at.write, v_TGD.index_select(0, at.rows))
-        self._cache.x[layer].index_copy_(0, at.tail_write, x_TC.index_select(0, at.tail_rows))
-        self._cache.delayed[layer].index_copy_(0, at.tail_write, delayed_TW.index_select(0, at.tail_rows))
+        at, cache = self._indices, self._cache
+        for pools, rows, places, kept in (
+            ((cache.k, cache.v), at.rows, at.write, (k_TGD, v_TGD)),
+            ((cache.x, cache.delayed), at.tail_rows, at.tail_write, (x_TC, delayed_TW)),
+        ):
+            for pool, new in zip(pools, kept, strict=True):
+                pool[layer].index_copy_(0, places, new if new.shape[0] == rows.shape[0] else new.index_select(0, rows))
 
     @cached_property
     def _indices(self) -> _Indices:

@@ -1,7 +1,5 @@
 """The network of `Policy.forward` with its weights folded for decoding on a CPU, where a small step is paid by the operation.
 
-Few rows go through all experts at once, as one pair of products, which is cheaper than to sort them.
-
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
 - What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
@@ -18,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import addmm, mm
+from torch import addmm, mm, split_with_sizes
 
 from ...kernels.attention import attend
 from ...kernels.dispatch import takes_triton
@@ -32,7 +30,6 @@ MOST_PARAMETERS = 2**26
 """A larger policy is not paid by the operation, and its copy would weigh."""
 _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
-_ALL_EXPERTS_ROWS = 8
 _LEAST_LENGTH = torch.finfo(torch.float32).eps
 
 Angles = tuple[torch.Tensor, torch.Tensor, int]
@@ -95,7 +92,7 @@ class PackedForward:
         hidden_RD = hidden.flatten(0, -2)
         count = len(hidden_RD)
         logits_RV = _affine(hidden_RD.expand(2, -1) if count == 1 else hidden_RD, self._head_DV, self._head_bias)
-        return logits_RV[:count].unflatten(0, hidden.shape[:-1])
+        return logits_RV[:count].view(*hidden.shape[:-1], -1)
 
     def markov(self, previous: torch.Tensor) -> torch.Tensor:
         """As the policy's Markov head, which it must have; looked up where the vocabulary is small."""
@@ -113,9 +110,9 @@ class PackedForward:
         channels, width = (heads + kv_heads) * size, kv_heads * size // 2
         normed_TD = _unit(residual_TD, layer.in_floor)
         projected = _affine(normed_TD, layer.projection, layer.projection_bias)
-        x_TC, delayed_TW, current_TW, means_TC = projected.split([channels, width, width, channels], dim=-1)
+        x_TC, delayed_TW, current_TW, means_TC = split_with_sizes(projected, [channels, width, width, channels], -1)
         x_TAC, previous_TW = self._ancestors(number, layer, x_TC, delayed_TW, plan, state)
-        x_NTE = x_TAC.view(len(x_TC), -1, heads + kv_heads, size).permute(2, 0, 1, 3)
+        x_NTE = x_TAC.view(x_TC.shape[0], -1, heads + kv_heads, size).permute(2, 0, 1, 3)
         mixed_NTO = torch.baddbmm(layer.convolution_bias_N1O, x_NTE.flatten(2), layer.convolution_N_AE_O)
         qk_TNO = mixed_NTO.transpose(0, 1) + means_TC.view(-1, heads + kv_heads, size)
         length_TN1 = torch.linalg.vector_norm(qk_TNO, dim=-1, keepdim=True).clamp_(min=_LEAST_LENGTH)
@@ -171,8 +168,7 @@ class PackedForward:
         if routing is not None:
             routing.expert_LT.append(expert_T1[:, 0])
             routing.probs_LTE.append(probs_TC)
-        few = len(normed_TD) <= _ALL_EXPERTS_ROWS
-        expert_TD = (_by_all if few else _by_expert)(layer, normed_TD, expert_T1[:, 0])
+        expert_TD = _by_expert(layer, normed_TD, expert_T1[:, 0])
         mixed_TD = torch.addcmul(layer.mlp_bias, expert_TD, weight_T1)
         return torch.addcmul(mixed_TD, residual_TD, layer.mlp_residual_D), state_TP
 
@@ -195,23 +191,14 @@ class PackedForward:
 
 def _at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x's entries at an index of any shape."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-
-def _by_all(layer: PackedLayer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
-    """Few rows through every expert, of which each keeps its own; 0 for the skip expert."""
-    rows, (experts, _, width) = len(x_TD), layer.gate_up_ED2F.shape
-    gate_ETF, up_ETF = mm(x_TD, layer.gate_up_all).view(rows, experts, width).transpose(0, 1).chunk(2, dim=-1)
-    out_ETD = torch.bmm(F.silu(gate_ETF) * up_ETF, layer.down_EFD)
-    own_TD = out_ETD.flatten(0, 1).index_select(0, expert_T.clamp(max=experts - 1) * rows + torch.arange(rows))
-    return own_TD * (expert_T < experts)[:, None]
+    return x.index_select(0, index.reshape(-1)).view(*index.shape, *x.shape[1:])
 
 
 def _by_expert(layer: PackedLayer, x_TD: torch.Tensor, expert_T: torch.Tensor) -> torch.Tensor:
     """Each row through its expert; 0 for the skip expert. Rows are sorted on the host, so that all but the products is done
     for all experts at once. A row that its expert has to itself is computed twice, as no product may have one row."""
     expert = expert_T.numpy()
-    counts = np.bincount(expert, minlength=len(layer.down_EFD) + 1)
+    counts = np.bincount(expert, minlength=layer.down_EFD.shape[0] + 1)
     times = np.where(counts == 1, 2, 1)
     order = np.argsort(expert, kind="stable")
     repeats = times[expert[order]]
@@ -224,7 +211,7 @@ def _by_expert(layer: PackedLayer, x_TD: torch.Tensor, expert_T: torch.Tensor) -
     inner = x_TD.new_empty(routed, layer.gate_up_ED2F.shape[2])
     for e, begin, end in spans:
         mm(sorted_TD[begin:end], layer.gate_up_ED2F[e], out=inner[begin:end])
-    gate, up = inner.chunk(2, dim=-1)
+    gate, up = split_with_sizes(inner, [inner.shape[1] // 2] * 2, -1)
     inner = F.silu(gate).mul_(up)
     out = x_TD.new_zeros(ends[-1], x_TD.shape[1])
     for e, begin, end in spans:
@@ -243,7 +230,7 @@ def _unit(x: torch.Tensor, floor: torch.Tensor) -> torch.Tensor:
 
 def _rotate(x_TNO: torch.Tensor, angles: Angles) -> torch.Tensor:
     cos_T1O, sin_T1O, half = angles
-    left, right, kept = x_TNO.split([half, half, x_TNO.shape[-1] - 2 * half], dim=-1)
+    left, right, kept = split_with_sizes(x_TNO, [half, half, x_TNO.shape[-1] - 2 * half], -1)
     return torch.addcmul(x_TNO * cos_T1O, torch.cat([right, left, kept], dim=-1), sin_T1O)
 
 

@@ -44,7 +44,6 @@ class PackedLayer:
     router_out: torch.Tensor
     balance_C: torch.Tensor
     gate_up_ED2F: torch.Tensor
-    gate_up_all: torch.Tensor  # [D, E * 2F]
     down_EFD: torch.Tensor
     mlp_bias: torch.Tensor
     mlp_residual_D: torch.Tensor
@@ -99,7 +98,6 @@ def fold_layer(layer: Layer) -> PackedLayer:
         router_out=turned(mlp.out_proj.weight),
         balance_C=router.balancing_biases.clone(),
         gate_up_ED2F=turned(gate_up),
-        gate_up_all=turned(gate_up.flatten(0, 1)),
         down_EFD=turned(experts.down_proj * mlp_hidden[:, None]),
         mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
         mlp_residual_D=mlp_residual.clone(),

@@ -23,7 +23,8 @@ from .step_costs import StepCosts, clock, measured_on, rows, table_path
 
 _AR = Schedule("ar").within(2)
 _PASSES = 2  # over all batches, so that a slow moment does not fall on one batch alone
-_TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 3, 8, 0.3  # of a pass, at one batch
+_TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 2, 5, 0.3  # of a pass, at one batch
+_STEPS = 3  # of one schedule in a turn: the first one after another schedule finds its data further away
 _SHORT, _LONG = 64, 1024  # prompt tokens of the two contexts, where the policy and the cache allow them
 
 Begin = Callable[[RolloutRequest], None]
@@ -112,7 +113,7 @@ class _Bench:
         self, policy: Policy, block: int, pages: int, page_size: int, begin: Begin, run: Run, end: End
     ) -> None:
         self._policy, self._pages, self._page_size = policy, pages, page_size
-        self._room = 2 * (block + 1)  # most tokens the two steps of one measurement commit
+        self._room = _STEPS * (block + 1)  # most tokens the steps of a turn commit
         self._begin, self._run, self._end = begin, run, end
 
     def longest(self, batch: int) -> int:
@@ -140,7 +141,7 @@ class _Bench:
                 if left < self._room:
                     left = self._restart(request, batch)
                 # A schedule's first step has no drafts of its own to verify.
-                for turn in range(2 if schedule.kind == "fused" else 1):
+                for turn in range(_STEPS):
                     start = now()
                     decoded = self._run(schedule)
                     seconds = now() - start

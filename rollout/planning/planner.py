@@ -4,8 +4,8 @@ For the next G tokens of each sample a schedule needs
 
     seconds(schedule, batch, context) * ((G + past) / tokens + cold * (1 - 1 / tokens))
 
-with `tokens` its expected tokens per step (`survival`). `past` is what the last step makes beyond a sample's most tokens, on
-average half of what it may: (tokens - 1) / 2 where samples end within the tokens looked ahead, else 0. `cold`, for `fused`,
+with `tokens` its expected tokens per step (`survival`). `past` is what the last step makes beyond a sample's most tokens,
+where samples end within the tokens looked ahead, else 0. `cold`, for `fused`,
 is the share of samples whose next step has no drafts to verify, because the last step proposed none. That is the price of
 turning to `fused`; turning away drops the drafts that wait. Now and then a step or two of one that is nearly as good are
 spent on learning, for at most `PROBE_SHARE` of the time, counted as if its drafts all failed.
@@ -71,9 +71,9 @@ def candidates(block_size: int) -> tuple[Schedule, ...]:
     quarter, half = max(b // 4, 1), max(b // 2, 1)
     wanted = [
         Schedule("ar"),
-        *(Schedule("two_pass", m) for m in (quarter, half, b)),
+        *(Schedule("two_pass", m) for m in (quarter, half, max(3 * b // 4, 1), b)),
         Schedule("fused", quarter, (0,), max(half, 2)),
-        Schedule("fused", half, (0,), max(half + quarter, 2)),
+        Schedule("fused", None, (0,), max(5 * b // 8, 2)),
         *(Schedule("fused", None, levels) for levels in ((0,), (0, quarter), (0, quarter, half))),
     ]
     return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
@@ -152,9 +152,10 @@ class Planner:
         for sample in decoding:
             step = sample.trace[-1]
             made += step.accepted + 1
-            # A sample that ended may have accepted drafts past its end, which say nothing.
-            if step.drafted and sample.finish is None:
-                self._of(_kind(sample)).note(step.anchor + 1 - step.draft_start, step.drafted, step.accepted)
+            # A step that ended its text made what it could. One that was cut off by the most tokens says nothing.
+            if step.drafted and sample.finish in (None, "stop"):
+                accepted = min(step.accepted, sample.anchor - step.anchor - 1)
+                self._of(_kind(sample)).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
         decision.tokens = made / len(decoding)
         if seconds is None:
             return
@@ -168,7 +169,7 @@ class Planner:
         for schedule in self.schedules:
             decision = self._decide(schedule, kinds, batch, context, probe=False)
             tokens = decision.expected_tokens
-            past = (tokens - 1) / 2 if remaining <= _HORIZON else 0.0
+            past = self._past(schedule, kinds, batch) if remaining <= _HORIZON else 0.0
             steps = (horizon + past) / tokens
             if schedule.kind == "fused":
                 steps += cold * (1 - 1 / tokens)
@@ -179,7 +180,9 @@ class Planner:
         # `ar` teaches nothing about drafts.
         others = [(seconds, decision) for seconds, decision in ranked[1:] if decision.schedule.kind != "ar"]
         near = [decision for seconds, decision in others if seconds <= _NEAR * ranked[0][0]] or [others[0][1]]
-        second = near[self._turn % len(near)]
+        # Every other time it is the kind of block that is not learnt from otherwise.
+        unlike = next((decision for decision in near if decision.schedule.kind != best.schedule.kind), near[0])
+        second = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
         # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
         steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
@@ -200,6 +203,9 @@ class Planner:
         drafting = sum(kinds.values())
         tokens = sum(count * self._of(kind).tokens(schedule) for kind, count in kinds.items()) + batch - drafting
         return Decision(schedule, batch, context, self.costs.seconds(schedule, batch, context), tokens / batch, probe)
+
+    def _past(self, schedule: Schedule, kinds: dict[Kind, int], batch: int) -> float:
+        return sum(count * self._of(kind).past(schedule) for kind, count in kinds.items()) / batch
 
     def _of(self, kind: Kind) -> Survival:
         known = self._survival.get(kind)

@@ -251,7 +251,7 @@ def expected_tokens(schedule: Schedule, survival: Sequence[float], block: int) -
     reached = [*survival, *[0.0] * block]
     if chosen.kind == "two_pass":
         return 1.0 + sum(reached[: chosen.drafts])
-    move, gain = chain(chosen, lambda slot, drafted: reached[:drafted])
+    move, gain, _ = chain(chosen, np.tile(reached[:block], (block + 1, 1)))
     return float(np.linalg.matrix_power(move, 200)[1] @ gain)
 
 

@@ -30,7 +30,7 @@ from ..machine import describe
 from ..schedule import Schedule
 
 _FORMAT = 1
-_FAST, _SLOW = 0.1, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
+_FAST, _SLOW = 0.2, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
 
 

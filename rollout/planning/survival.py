@@ -12,18 +12,22 @@ not, and all its slots draft the worse for it: the two are counted apart. From t
 
 Invariants:
 - Only how many drafts were verified and accepted is counted; never a token, never a draft that was not verified.
-- Few observations lean on all of their kind, those on all there are, and those on the prior.
+- Few observations lean on all of their kind, those on the other kind's (at `_SEEN` times or one `_SEEN`th of its odds), and
+  those on the prior.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
 
 from ..schedule import Schedule
 
-_WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and that one from the prior
+_WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and both kinds' from the prior
+_KIN = 24.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
+_SEEN = 1.7  # odds of acceptance in a block that begins at the anchor over those in one that does not, as tiny-reasoner has it
 _MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
 
 
@@ -39,28 +43,30 @@ class Survival:
         self._prior = prior
         # [block begins at the anchor or before, first or later, tries or hits, slot]
         self._seen = np.zeros((2, 2, 2, slots + 1))
-        self._expected: dict[Schedule, float] = {}
-        self._fresh = [0, 0]
+        self._expected: dict[Schedule, tuple[float, float]] = {}
+        self._reached: dict[int, np.ndarray] = {}
+        self._tries, self._fresh = [0.0, 0.0], [0, 0]
 
     def note(self, slot: int, drafted: int, accepted: int) -> None:
         """One sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
         if not drafted:
             return
-        seen = self._seen[int(slot > 0)]
+        kind = int(slot > 0)
+        seen = self._seen[kind]
         first, later = seen
         first[0, slot] += 1
         first[1, slot] += accepted > 0
         if accepted:
             later[0, slot + 1 : slot + min(accepted + 1, drafted)] += 1
             later[1, slot + 1 : slot + accepted] += 1
-        self._fresh[int(slot > 0)] += min(accepted + 1, drafted)
+        self._fresh[kind] += min(accepted + 1, drafted)
         # What is known changes slowly once much is known.
-        tries = seen[:, 0].sum()
-        if self._fresh[int(slot > 0)] > 4 + tries / 4:
+        if self._fresh[kind] > 4 + self._tries[kind] / 4:
             self._expected.clear()
-            self._fresh = [0, 0]
-            if tries > _MEMORY:
+            self._reached.clear()
+            if seen[:, 0].sum() > _MEMORY:
                 seen *= 0.5
+            self._tries, self._fresh = self._seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
 
     def fade(self) -> None:
         """What was seen counts a little less from here on."""
@@ -68,60 +74,97 @@ class Survival:
 
     def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
-        out = []
-        for everything, seen in zip(self._seen.sum(0), self._seen[int(slot > 0)], strict=True):
-            rate: np.ndarray = np.array(self._prior)
-            for tries, hits in (everything.sum(-1), seen.sum(-1), seen):
-                rate = (hits + _WEIGHT * rate) / (tries + _WEIGHT)
-            out.append(rate)
+        kind, out = int(slot > 0), []
+        for other, seen in zip(self._seen[1 - kind], self._seen[kind], strict=True):
+            rate = _leaning(other.sum(-1), self._prior, _WEIGHT)
+            if other[0].any():
+                odds = 1 / _SEEN if kind else _SEEN
+                rate = odds * rate / (1 + (odds - 1) * rate)
+            borrowed = _KIN if other[0].any() else _WEIGHT
+            out.append(_leaning(seen, _leaning(seen.sum(-1), rate, borrowed), _WEIGHT))
         return out[0], out[1]
 
     def tokens(self, schedule: Schedule) -> float:
         """Expected tokens per step of one sample, in the long run; `schedule` has its sizes (`Schedule.within`)."""
+        return self._mean(schedule)[0]
+
+    def past(self, schedule: Schedule) -> float:
+        """Tokens that the step which reaches some given length makes beyond it, on average: (E[n^2] / E[n] - 1) / 2 of the
+        tokens n of a step (the inspection paradox: that step is more likely a long one)."""
+        tokens, squares = self._mean(schedule)
+        return (squares / tokens - 1) / 2
+
+    def _mean(self, schedule: Schedule) -> tuple[float, float]:
+        """Means of a step's tokens and of their squares."""
         known = self._expected.get(schedule)
+        if known is not None:
+            return known
+        if schedule.kind == "ar":
+            found = 1.0, 1.0
+        elif schedule.kind == "two_pass":
+            assert schedule.drafts is not None
+            tokens, squares = _moments(self._alive(0)[0, : schedule.drafts])
+            found = float(tokens), float(squares)
+        else:
+            move, gain, square = chain(schedule, self._alive(1))
+            # Every slot leads to slot 1 with some probability, so a high power has the stationary distribution in each row.
+            share = np.linalg.matrix_power(move, 64)[schedule.block or 0]
+            found = float(share @ gain), float(share @ square)
+        self._expected[schedule] = found
+        return found
+
+    def _alive(self, kind: int) -> np.ndarray:
+        known = self._reached.get(kind)
         if known is None:
-            known = self._expected[schedule] = self._tokens(schedule)
+            known = self._reached[kind] = _alive(self.rates(kind))
         return known
 
-    def _tokens(self, schedule: Schedule) -> float:
-        if schedule.kind == "ar":
-            return 1.0
-        assert schedule.drafts is not None and schedule.block is not None
-        if schedule.kind == "two_pass":
-            return 1.0 + float(_alive(self.rates(0), 0, schedule.drafts).sum())
-        rates = self.rates(1)
-        move, gain = chain(schedule, lambda slot, drafted: _alive(rates, slot, drafted))
-        # Every slot leads to slot 1 with some probability, so a high power has the stationary distribution in each row.
-        return float(np.linalg.matrix_power(move, 64)[schedule.block] @ gain)
+
+def _leaning(seen: np.ndarray, rate: Any, borrowed: float) -> Any:
+    """The rate of [tries, hits], or of each slot's, that leans on another one with so many observations."""
+    tries, hits = seen
+    return (hits + borrowed * rate) / (tries + borrowed)
 
 
-def chain(schedule: Schedule, alive: Callable[[int, int], Sequence[float] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def chain(schedule: Schedule, alive_SM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`fused` from step to step, by the slot its drafts begin in; slot `block` stands for no drafts at all.
 
     Args:
         schedule: with its sizes.
-        alive: (slot, drafted) to the probabilities that the first 1 .. drafted drafts are all accepted, the first in `slot`.
-    Returns: move[slot, next slot], the probability of it; gain[slot], the tokens a step commits on average.
+        alive_SM: probability that drafts 0 .. m are all accepted, the first in slot s; at least block + 1 by drafts.
+    Returns: move[slot, next slot], the probability of it; gain[slot] and square[slot], the means of the tokens a step commits
+        and of their squares.
     """
     assert schedule.drafts is not None and schedule.block is not None
-    block = schedule.block
-    move, gain = np.zeros((block + 1, block + 1)), np.ones(block + 1)
-    for slot in range(block + 1):
-        drafted = max(min(block - slot, schedule.drafts), 0)
-        reached = np.concatenate([[1.0], alive(slot, drafted), [0.0]])
-        gain[slot] += reached[1:].sum()
-        level = 0
-        for a in range(drafted + 1):
-            if a in schedule.levels:
-                level = a
-            move[slot, min(a - level + 1, block)] += reached[a] - reached[a + 1]
-    return move, gain
+    slots = schedule.block + 1
+    drafted_S1 = schedule.block - np.arange(slots)[:, None]
+    alive_SM = np.where(np.arange(schedule.drafts) < drafted_S1, alive_SM[:slots, : schedule.drafts], 0.0)
+    reached = np.concatenate([np.ones((slots, 1)), alive_SM, np.zeros((slots, 1))], axis=1)
+    move = (reached[:, :-1] - reached[:, 1:]) @ _targets(schedule)
+    return move, *_moments(alive_SM)
 
 
-def _alive(rates: tuple[np.ndarray, np.ndarray], slot: int, drafted: int) -> np.ndarray:
-    """Probability that the first 1 .. drafted drafts are all accepted, the first of them in `slot`."""
+@cache
+def _targets(schedule: Schedule) -> np.ndarray:
+    """[accepted, slot]: 1 at the slot in which the next drafts begin, of the highest level not above the accepted."""
+    assert schedule.drafts is not None and schedule.block is not None
+    targets = np.zeros((schedule.drafts + 1, schedule.block + 1))
+    for accepted in range(schedule.drafts + 1):
+        level = max((level for level in schedule.levels if level <= accepted), default=0)
+        targets[accepted, min(accepted - level + 1, schedule.block)] = 1.0
+    return targets
+
+
+def _alive(rates: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """alive_SM of `chain`, for all slots of the rates."""
     first, later = rates
-    rate = later[slot : slot + drafted].copy()
-    if drafted:
-        rate[0] = first[slot]
-    return rate.cumprod()
+    slot = np.arange(len(first))
+    beyond = slot[:, None] + slot
+    rate_SM = np.where(beyond < len(first), later[np.minimum(beyond, len(first) - 1)], 0.0)
+    rate_SM[:, 0] = first
+    return rate_SM.cumprod(1)
+
+
+def _moments(alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of a step's tokens and of their squares, from the probabilities [.., M] that drafts 0 .. m are all accepted."""
+    return 1.0 + alive.sum(-1), 1.0 + alive @ (2.0 * np.arange(1, alive.shape[-1] + 1) + 1.0)

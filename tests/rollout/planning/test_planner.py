@@ -136,7 +136,7 @@ def test_turning_to_fused_costs_a_step_without_drafts():
     table = {s.label: {1: 100.0, 64: 100.0} for s in SCHEDULES}
     table["ar"] = {1: 1.0, 64: 1.0}
     fused = next(s for s in SCHEDULES if s.kind == "fused" and s.drafts == BLOCK - 1)
-    table[fused.label] = {1: 1.5, 64: 1.5}
+    table[fused.label] = {1: 1.4, 64: 1.4}
     request = RolloutRequest("r", (1,) * 8)
     for left, waiting, kind in ((2, 0, "ar"), (2, 8, "fused"), (100, 0, "fused")):
         planner = Planner(StepCosts(table, 64), SCHEDULES, BLOCK, prior=0.6)
@@ -218,15 +218,39 @@ def test_expected_tokens_are_those_of_a_long_run(monkeypatch):
 
 
 def test_blocks_that_did_not_see_the_last_token_are_counted_apart():
-    """What `two_pass` reaches says nothing of `fused` once that has been tried, and the other way round."""
+    """What `two_pass` reaches says little of `fused` once that has been tried, and the other way round."""
     survival = Survival(BLOCK, 0.7)
     two_pass, fused = SCHEDULES[2], SCHEDULES[-1]
     for _ in range(200):
         survival.note(0, 8, 8)
     hopeful = survival.tokens(fused)
-    for _ in range(50):
+    for _ in range(200):
         survival.note(1, 15, 0)
     assert survival.tokens(two_pass) > 8 and hopeful > 8 and survival.tokens(fused) < 1.5
+
+
+def test_what_one_kind_of_block_shows_is_a_hint_for_the_other():
+    """A block that has seen the last token drafts better: its odds are taken for higher until it is tried, and those of one
+    that has not for lower."""
+    for slot, better in ((1, True), (0, False)):
+        survival = Survival(BLOCK, 0.5)
+        for _ in range(300):
+            survival.note(slot, 4, 2)
+        (first, later), (other_first, other_later) = survival.rates(slot), survival.rates(1 - slot)
+        assert (other_first[3] > first[3]) == (other_later[3] > later[3]) == better
+
+
+def test_tokens_made_past_a_given_length():
+    """Against simulation: steps to reach 20 tokens are (20 + past) / tokens on average."""
+    draw, survival = random.Random(0), Survival(BLOCK, 0.8)
+    for schedule in (Schedule("two_pass", 4).within(BLOCK), Schedule("two_pass").within(BLOCK)):
+        steps, runs = 0, 4000
+        for _ in range(runs):
+            made = 0
+            while made < 20:
+                made += 1 + next((k for k in range(schedule.drafts) if draw.random() >= 0.8), schedule.drafts)
+                steps += 1
+        assert (20 + survival.past(schedule)) / survival.tokens(schedule) == pytest.approx(steps / runs, rel=0.02)
 
 
 def test_the_last_step_of_a_sample_makes_no_more_than_it_may():
