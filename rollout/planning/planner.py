@@ -177,6 +177,8 @@ class Planner:
         ranked.sort(key=lambda pair: pair[0])
         best = ranked[0][1]
         self._since += 1
+        if self._since < _PROBE_EVERY:
+            return best
         # `ar` teaches nothing about drafts.
         others = [(seconds, decision) for seconds, decision in ranked[1:] if decision.schedule.kind != "ar"]
         near = [decision for seconds, decision in others if seconds <= _NEAR * ranked[0][0]] or [others[0][1]]
@@ -189,7 +191,7 @@ class Planner:
         rate = best.expected_tokens / best.expected_seconds
         excess = steps * (second.expected_seconds - 1 / rate)
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
-        if self._since < _PROBE_EVERY or self._probed + excess > PROBE_SHARE * self._total:
+        if self._probed + excess > PROBE_SHARE * self._total:
             return best
         self._since, self._pinned, second.probe = 0, steps - 1, True
         self._turn += 1

@@ -67,6 +67,10 @@ class StepCosts:
     per_row: float = 0.0
     _all: float = 1.0
     _own: dict[tuple[str, int], float] = field(default_factory=dict)
+    _lines: dict[str, list[tuple[int, float]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lines = {label: sorted(known.items()) for label, known in self.seconds_at.items()}
 
     def seconds(self, schedule: Schedule, batch: int, context: float) -> float:
         """Expected seconds of a step of `batch` sequences with `context` cached positions each."""
@@ -83,17 +87,15 @@ class StepCosts:
         self._all *= ratio**_FAST
 
     def _table(self, schedule: Schedule, batch: int, context: float) -> float:
-        known = self.seconds_at[schedule.label]
-        batches = sorted(known)
-        # Outside its batches the nearest two go on as they were.
-        i = min(max(bisect.bisect_left(batches, batch), 1), len(batches) - 1)
-        if len(batches) == 1:
-            at = known[batches[0]]
-        else:
-            low, high = batches[i - 1], batches[i]
-            at = known[low] + (known[high] - known[low]) * (batch - low) / (high - low)
+        line = self._lines[schedule.label]
+        (_, least), at = line[0], line[0][1]
+        if len(line) > 1:
+            # Outside its batches the nearest two go on as they were.
+            i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
+            (low, before), (high, after) = line[i - 1], line[i]
+            at = before + (after - before) * (batch - low) / (high - low)
         longer = (context - self.context) * batch * (self.per_position + self.per_row * rows(schedule))
-        return max(at + longer, 0.25 * known[batches[0]])
+        return max(at + longer, 0.25 * least)
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
         """Whether the table holds all of these."""
