@@ -202,8 +202,9 @@ class Planner:
         return second
 
     def _decide(self, schedule: Schedule, kinds: dict[Kind, int], batch: int, context: float, probe: bool) -> Decision:
-        drafting = sum(kinds.values())
-        tokens = sum(count * self._of(kind).tokens(schedule) for kind, count in kinds.items()) + batch - drafting
+        tokens = float(batch)
+        for kind, count in kinds.items():
+            tokens += count * (self._of(kind).tokens(schedule) - 1.0)
         return Decision(schedule, batch, context, self.costs.seconds(schedule, batch, context), tokens / batch, probe)
 
     def _past(self, schedule: Schedule, kinds: dict[Kind, int], batch: int) -> float:

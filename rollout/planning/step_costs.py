@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def rows(schedule: Schedule) -> int:
     return 1 + schedule.drafts + len(schedule.levels) * schedule.block
 
 
+@cache
+def _shape(schedule: Schedule) -> tuple[str, int]:
+    """Label and rows, which are asked for at every step."""
+    return schedule.label, rows(schedule)
+
+
 @dataclass
 class StepCosts:
     """The table, and what was learnt since.
@@ -74,7 +81,8 @@ class StepCosts:
 
     def seconds(self, schedule: Schedule, batch: int, context: float) -> float:
         """Expected seconds of a step of `batch` sequences with `context` cached positions each."""
-        return self._table(schedule, batch, context) * self._own.get((schedule.label, batch.bit_length()), 1.0)
+        label, _ = _shape(schedule)
+        return self._table(schedule, batch, context) * self._own.get((label, batch.bit_length()), 1.0)
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """One step took so long."""
@@ -87,14 +95,15 @@ class StepCosts:
         self._all *= ratio**_FAST
 
     def _table(self, schedule: Schedule, batch: int, context: float) -> float:
-        line = self._lines[schedule.label]
+        label, row_count = _shape(schedule)
+        line = self._lines[label]
         (_, least), at = line[0], line[0][1]
         if len(line) > 1:
             # Outside its batches the nearest two go on as they were.
             i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
-        longer = (context - self.context) * batch * (self.per_position + self.per_row * rows(schedule))
+        longer = (context - self.context) * batch * (self.per_position + self.per_row * row_count)
         return max(at + longer, 0.25 * least)
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
