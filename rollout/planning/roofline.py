@@ -21,7 +21,7 @@ from transformers import ZayaConfig
 
 from ...model.conversion.budget import size
 from ..schedule import Schedule
-from .survival import chain
+from .survival import chain, lasting
 
 KERNELS_PER_LAYER = 13
 """Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4."""
@@ -252,7 +252,7 @@ def expected_tokens(schedule: Schedule, survival: Sequence[float], block: int) -
     if chosen.kind == "two_pass":
         return 1.0 + sum(reached[: chosen.drafts])
     move, gain, _ = chain(chosen, np.tile(reached[:block], (block + 1, 1)))
-    return float(np.linalg.matrix_power(move, 200)[1] @ gain)
+    return float(lasting(move) @ gain)
 
 
 def measured_rates(figures: Mapping[str, Any], fallback: Rates) -> Rates:

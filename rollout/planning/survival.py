@@ -107,8 +107,7 @@ class Survival:
             found = float(tokens), float(squares)
         else:
             move, gain, square = chain(schedule, self._alive(1))
-            # Every slot leads to slot 1 with some probability, so a high power has the stationary distribution in each row.
-            share = np.linalg.matrix_power(move, 64)[schedule.block or 0]
+            share = lasting(move)
             found = float(share @ gain), float(share @ square)
         self._expected[schedule] = found
         return found
@@ -142,6 +141,12 @@ def chain(schedule: Schedule, alive_SM: np.ndarray) -> tuple[np.ndarray, np.ndar
     reached = np.concatenate([np.ones((slots, 1)), alive_SM, np.zeros((slots, 1))], axis=1)
     move = (reached[:, :-1] - reached[:, 1:]) @ _targets(schedule)
     return move, *_moments(alive_SM)
+
+
+def lasting(move: np.ndarray) -> np.ndarray:
+    """The share of steps in each slot, in the long run from no drafts at all. A chain that stays where it is every other time
+    has the same shares and no period, so a high power of it has them in its last row."""
+    return np.linalg.matrix_power((np.eye(len(move)) + move) / 2, 128)[-1]
 
 
 @cache

@@ -112,6 +112,11 @@ def test_a_geometric_curve_gives_the_tokens_asked_for() -> None:
         assert expected_tokens(Schedule("two_pass", 16), survival, 16) == pytest.approx(tokens)
 
 
+def test_drafts_that_always_survive() -> None:
+    """`fused` with one level then takes a whole block, has none left, and begins again: 16 tokens, then 1."""
+    assert expected_tokens(Schedule("fused", levels=(0,)), [1.0] * 16, 16) == pytest.approx((16 + 1) / 2)
+
+
 def test_measured_figures_replace_assumed_ones() -> None:
     fallback = HARDWARE["h200"].achieved
     figures = {"ceilings": {"copy_bytes_per_s": 4.2e12, "matmul_flops_per_s": None}, "attention": {"best_flops_per_s": 5e14}}
