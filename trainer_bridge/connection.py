@@ -136,7 +136,8 @@ class Connection:
             if isinstance(message, Refused) and not message.about:
                 raise refusal(message)
             if isinstance(message, Pong):
-                self.version, self.notice = message.version, message.notice
+                # It may have waited here while another connection pushed a newer version.
+                self.version, self.notice = max(self.version, message.version), message.notice
             else:
                 found.append(message)
         if now - self._heard > SILENCE_S:

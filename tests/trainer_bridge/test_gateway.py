@@ -14,7 +14,7 @@ from bridge_parts import ToyBackend, request, weights
 
 from blockroll.errors import ClusterError, InvalidInput, StorageError, TransportError
 from blockroll.rollout.backend import Completed
-from blockroll.trainer_bridge import messages
+from blockroll.trainer_bridge import messages, sessions
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.connection import Connection
 from blockroll.trainer_bridge.control import ControlPlane
@@ -335,3 +335,24 @@ def test_a_gateway_stays_until_who_stopped_it_has_heard_so(serve: Serve) -> None
     assert any(isinstance(m, Stopping) for m in deaf.receive(5))
     deaf.drop()
     assert gateway.wait(2)
+
+
+def test_a_word_from_before_a_push_does_not_turn_the_version_back(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the gateway said of its version while weights were on their way is read after the push has ended."""
+    monkeypatch.setattr(sessions, "PROBE_S", 0.01)
+    backend = ToyBackend()
+    gateway = serve(backend)
+    commit = backend.commit_weights
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.5)
+        monkeypatch.setattr(sessions, "PROBE_S", 60.0)
+        commit(*arguments, **options)
+
+    monkeypatch.setattr(backend, "commit_weights", slow)
+    with connect(gateway.address) as client:
+        assert client.push_weights(1, weights()) == 1
+        client.status()
+        assert client.version == 1
