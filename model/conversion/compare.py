@@ -162,12 +162,7 @@ def _compare_chunk(
     previous_M: torch.Tensor,
     token_M: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    if clean_RD.requires_grad:
-        # One product: the head's weight is read, and its gradient written, once per chunk.
-        p_RV, q_MV = heads.policy.head(torch.cat([clean_RD, mask_MD])).split([len(clean_RD), len(mask_MD)])
-    else:
-        p_RV, q_MV = heads.policy.head(clean_RD), heads.policy.head(mask_MD)
-    logp_RV = heads.log_probabilities(p_RV)
+    logp_RV, logq_MV = _log_probabilities(heads, clean_RD, mask_MD, previous_M)
     nll_R = -logp_RV.gather(1, target_R[:, None])[:, 0]
     kept_R = torch.zeros_like(nll_R)
     if heads.parent is not None:
@@ -177,7 +172,6 @@ def _compare_chunk(
     if not len(mask_MD):
         nothing_M = nll_R.new_zeros(0)
         return nll_R, kept_R, nothing_M, nothing_M, nothing_M, nothing_M
-    logq_MV = heads.log_probabilities(heads.policy.conditioned(q_MV, previous_M))
     nll_M = -logq_MV.gather(1, token_M[:, None])[:, 0]
     with torch.set_grad_enabled(torch.is_grad_enabled() and heads.distil):
         logp_MV = logp_RV.detach()[teacher_M]
@@ -185,3 +179,16 @@ def _compare_chunk(
         tv_M = 0.5 * (p_MV - logq_MV.exp()).abs().sum(-1)
         kl_M = (p_MV * (logp_MV - logq_MV)).sum(-1)
     return nll_R, kept_R, nll_M, logp_MV.gather(1, token_M[:, None])[:, 0], tv_M, kl_M
+
+
+def _log_probabilities(
+    heads: Heads, clean_RD: torch.Tensor, mask_MD: torch.Tensor, previous_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of clean rows and log q of mask rows; the logits they are made of are gone afterwards."""
+    head = heads.policy.head
+    if clean_RD.requires_grad:
+        # One product: the head's weight is read, and its gradient written, once per chunk.
+        p_RV, q_MV = head(torch.cat([clean_RD, mask_MD])).split([len(clean_RD), len(mask_MD)])
+    else:
+        p_RV, q_MV = head(clean_RD), head(mask_MD)
+    return heads.log_probabilities(p_RV), heads.log_probabilities(heads.policy.conditioned(q_MV, previous_M))
