@@ -5,10 +5,10 @@ For the next G tokens of each sample a schedule needs
     seconds(schedule, batch, context) * ((G + past) / tokens + cold * (1 - 1 / tokens))
 
 with `tokens` its expected tokens per step (`survival`). `past` is what the last step makes beyond a sample's most tokens,
-where samples end within the tokens looked ahead, else 0. `cold`, for `fused`,
-is the share of samples whose next step has no drafts to verify, because the last step proposed none. That is the price of
-turning to `fused`; turning away drops the drafts that wait. Now and then a step or two of one that is nearly as good are
-spent on learning, for at most `PROBE_SHARE` of the time, counted as if its drafts all failed.
+where samples end within the tokens looked ahead, else 0. `cold`, for `fused`, is the share of samples whose next step has no
+drafts to verify, because the last step proposed none. That is the price of turning to `fused`; turning away drops the drafts
+that wait. Now and then a step or two of one that is nearly as good are spent on learning, for at most `PROBE_SHARE` of the
+time, counted as if its drafts all failed.
 
 Invariants, for exactness. A sampler stays exact under any schedule that is fixed in advance; so it does when each step's
 schedule depends only on numbers that no later draw uses again:
