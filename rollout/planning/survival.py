@@ -26,7 +26,7 @@ import numpy as np
 from ..schedule import Schedule
 
 _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and both kinds' from the prior
-_KIN = 24.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
+_KIN = 16.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
 _SEEN = 1.7  # odds of acceptance in a block that begins at the anchor over those in one that does not, as tiny-reasoner has it
 _MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
 

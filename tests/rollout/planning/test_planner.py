@@ -224,7 +224,7 @@ def test_blocks_that_did_not_see_the_last_token_are_counted_apart():
     for _ in range(200):
         survival.note(0, 8, 8)
     hopeful = survival.tokens(fused)
-    for _ in range(200):
+    for _ in range(50):
         survival.note(1, 15, 0)
     assert survival.tokens(two_pass) > 8 and hopeful > 8 and survival.tokens(fused) < 1.5
 
