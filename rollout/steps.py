@@ -121,7 +121,7 @@ class StepRunner:
         if not decoding:
             return None
         rows, (anchor_D,) = self._sampler_rows(decoding), out.also
-        verdict = verify(rows, out.logits_DRV, drafts, anchor_D)
+        verdict = self._verify(decoding, rows, out.logits_DRV, drafts, anchor_D)
         heard = self._heard_verdict(verdict)
         count_D, slot_D = [], []
         for d, (sample, a) in enumerate(zip(decoding, heard.accepted_S.tolist(), strict=True)):
@@ -183,12 +183,18 @@ class StepRunner:
             if len(second) < len(decoding):
                 rest_DMV = rest_DMV.new_zeros(len(decoding), *rest_DMV.shape[1:]).index_copy_(0, after.also[0], rest_DMV)
             p_logits_DRV = torch.cat([p_logits_DRV, rest_DMV], dim=1)
-        heard = self._heard_verdict(verify(rows, p_logits_DRV, drafts, anchor_D))
+        heard = self._heard_verdict(self._verify(decoding, rows, p_logits_DRV, drafts, anchor_D))
         for d, (sample, a) in enumerate(zip(decoding, heard.accepted_S.tolist(), strict=True)):
             sample.draft_start, sample.draft_length = sample.anchor + 1, most if counts[d] else 0
             _trace(sample, counts[d], a, forwards=2 if counts[d] else 1)
             sample.drafts, sample.draft_count = None, 0
         return heard
+
+    def _verify(
+        self, decoding: Sequence[Sample], rows: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
+    ) -> Verdict:
+        """What becomes of these samples' drafts: benches force it (`bench/gpu`)."""
+        return verify(rows, p_logits_DRV, drafts, anchor_D)
 
     def _waiting(self, decoding: Sequence[Sample], most: int) -> tuple[Drafts, list[int]]:
         """The first `most` drafts of each sample, in order, and how many; runs of one batch are selected together."""
