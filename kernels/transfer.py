@@ -10,7 +10,7 @@ What is sent is a tree: tensors in tuples, lists, dicts and dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -21,38 +21,47 @@ _ALIGNMENT = 16
 
 
 class Parcel(Generic[Tree]):
-    """The tensors of a host tree on an accelerator, side by side in one piece of memory.
+    """The tensors of a host tree on an accelerator, side by side in one piece of memory. On a CPU, the tree itself.
+
+    Args:
+        moving: tensors of the tree whose values `send` sends again; the others stay as they are.
 
     Attributes:
-        contents: the tree there. Its tensors stay where they are when the parcel is filled again.
+        contents: the tree there. Its tensors stay where they are.
     """
 
-    def __init__(self, tree: Tree, device: torch.device) -> None:
-        parts = _unique(tree)
-        self._spans: list[tuple[int, int]] = []
-        end = 0
+    def __init__(self, tree: Tree, device: torch.device, moving: Sequence[torch.Tensor] = ()) -> None:
+        if device.type == "cpu":
+            self.contents: Tree = tree
+            self._moving: list[tuple[torch.Tensor, int, int]] = []
+            return
+        first = {id(part): part for part in moving}
+        parts = [*first.values(), *(part for part in _unique(tree) if id(part) not in first)]
+        spans, end = [], 0
         for part in parts:
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + part.numel() * part.itemsize
-            self._spans.append((start, end))
-        self._bytes = self._packed(parts).to(device, non_blocking=True)
-        there = [
-            self._bytes[start:end].view(part.dtype).view(part.shape)
-            for part, (start, end) in zip(parts, self._spans, strict=True)
-        ]
-        self.contents: Tree = _with(tree, {id(part): copy for part, copy in zip(parts, there, strict=True)})
+            spans.append((start, end))
+        self._moving = [(part, *span) for part, span in zip(first.values(), spans)]
+        packed = [(part, *span) for part, span in zip(parts, spans, strict=True)]
+        self._bytes = _packed(packed).to(device, non_blocking=True)
+        there = {id(part): self._bytes[start:end].view(part.dtype).view(part.shape) for part, start, end in packed}
+        self.contents = _with(tree, there)
 
-    def fill(self, tree: Tree) -> None:
-        """Replace the values by those of `tree`, which has the parcel's `signature`."""
-        self._bytes.copy_(self._packed(_unique(tree)), non_blocking=True)
+    def send(self) -> None:
+        """Send what moves, as it now is on the host."""
+        if self._moving:
+            self._bytes[: self._moving[-1][2]].copy_(_packed(self._moving), non_blocking=True)
 
-    def _packed(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        packed = torch.empty(self._spans[-1][1] if parts else 0, dtype=torch.uint8, pin_memory=True)
-        into = packed.numpy()
-        for part, (start, end) in zip(parts, self._spans, strict=True):
-            flat = part.numpy().ravel()
-            into[start:end].view(flat.dtype)[:] = flat
-        return packed
+
+def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
+    """The bytes of tensors at their places, in pinned memory."""
+    packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=True)
+    into = packed.numpy()
+    for part, start, end in parts:
+        flat = part.numpy().ravel()
+        into[start:end].view(flat.dtype)[:] = flat
+    return packed
 
 
 def upload(tree: Tree, device: torch.device) -> Tree:
@@ -77,17 +86,6 @@ def download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for i, part in zip(order, here, strict=True):
         out[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
     return out
-
-
-def signature(tree: Any) -> Hashable:
-    """Equal for trees that differ in the values of their tensors alone."""
-    if isinstance(tree, torch.Tensor):
-        return tree.shape, tree.dtype
-    if isinstance(tree, dict):
-        return tuple((key, signature(value)) for key, value in tree.items())
-    if isinstance(tree, tuple | list) or is_dataclass(tree):
-        return type(tree), *(signature(part) for part in _branches(tree))
-    return tree
 
 
 def _branches(tree: Any) -> list[Any]:

@@ -192,13 +192,13 @@ class Policy(nn.Module):
 
     def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
         """What `layout` asks of every layer, on the policy's device; best from a layout that is still on the host."""
-        if state is None and not self._paged:
+        if state is None and not self.paged:
             return Plan.of(layout.to(self.device), self.hops, None, self.windows)
         return upload(self.host_plan(layout.to("cpu"), state), self.device)
 
     def host_plan(self, layout: TokenLayout, state: SequenceState | None) -> Plan | PagedPlan:
         """The same of a host layout, on the host. A plan for torch needs a cache to be made here."""
-        if not self._paged:
+        if not self.paged:
             assert state is not None
             return Plan.of(layout, self.hops, state.longest, self.windows)
         config = self.config
@@ -208,7 +208,7 @@ class Policy(nn.Module):
         )  # fmt: skip
 
     @property
-    def _paged(self) -> bool:
+    def paged(self) -> bool:
         """Attention and CCA run as kernels on the cache's pages."""
         return self.dtype != torch.float64 and takes_triton(self.model.embed_tokens.weight)
 

@@ -29,11 +29,14 @@ from ..model.state import Paging
 
 @dataclass(slots=True)
 class Held:
-    """What one sequence holds in the cache: its pages in order, its tail slot, and how many positions are valid."""
+    """What one sequence holds in the cache: its pages in order (int64), its tail slot, and how many positions are valid."""
 
     slot: int
-    pages: list[int] = field(default_factory=list)
+    pages: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     length: int = 0
+
+
+_NO_PAGES = np.zeros(0, dtype=np.int64)
 
 
 class PagedCache:
@@ -86,10 +89,10 @@ class PagedCache:
         missing = self.pages_for(positions) - len(held.pages)
         if missing > len(self._free):
             return False
-        for _ in range(missing):
-            page = self._free.pop()
-            self._users[page] = 1
-            held.pages.append(page)
+        if missing > 0:
+            pages = [self._free.pop() for _ in range(missing)]
+            self._users[pages] = 1
+            held.pages = np.append(held.pages, pages)
         return True
 
     def fork(self, held: Held) -> Held | None:
@@ -112,20 +115,29 @@ class PagedCache:
 
     def release(self, held: Held) -> None:
         """Give everything back."""
-        for page in held.pages:
-            self._users[page] -= 1
-            if not self._users[page]:
-                self._free.append(page)
+        self._users[held.pages] -= 1
+        self._free += held.pages[self._users[held.pages] == 0].tolist()
         self._slots.append(held.slot)
-        held.pages, held.length = [], 0
+        held.pages, held.length = _NO_PAGES, 0
 
-    def view(self, sequences: Sequence[Held], layout: TokenLayout, in_few_sizes: bool = False) -> CacheView:
+    def view(self, sequences: Sequence[Held], layout: TokenLayout, width: int | None = None) -> CacheView:
         """The state of one forward pass over the host layout `layout`, whose sequence s is `sequences[s]`.
 
         Args:
-            in_few_sizes: pad the table of pages to a power of two.
+            width: columns of the table of pages; None for as many as are held.
         """
-        return CacheView(self, sequences, layout, in_few_sizes)
+        return CacheView(self, sequences, layout, width)
+
+    def pools(self, layer: int) -> Pools:
+        """One layer's cache."""
+        return Pools(self.k[layer], self.v[layer], self.x[layer], self.delayed[layer])
+
+
+def page_table(sequences: Sequence[Held], table_SP: np.ndarray) -> np.ndarray:
+    """Write the pages of each sequence into its row; returns how many each has."""
+    for row, held in zip(table_SP, sequences):
+        row[: len(held.pages)] = held.pages
+    return np.array([len(held.pages) for held in sequences])
 
 
 class CacheView:
@@ -135,18 +147,14 @@ class CacheView:
     without.
     """
 
-    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout, in_few_sizes: bool) -> None:
+    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
         size, ring = cache.page_size, cache.ring
         starts = layout.start_S.numpy()
         self._longest = int(starts.max())
-        pages = np.array([len(held.pages) for held in sequences])
-        width = max(int(pages.max()), 1)
-        if in_few_sizes:
-            width = 1 << (width - 1).bit_length()
+        width = width or max(1, *(len(held.pages) for held in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
-        for row, held in zip(self._table_SP, sequences, strict=True):
-            row[: len(held.pages)] = held.pages
+        pages = page_table(sequences, self._table_SP)
 
         slots = np.array([held.slot for held in sequences])
         back = starts[:, None] - 1 - np.arange(cache.hops)
@@ -179,8 +187,7 @@ class CacheView:
 
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
-        cache = self._cache
-        return Pools(cache.k[layer], cache.v[layer], cache.x[layer], cache.delayed[layer])
+        return self._cache.pools(layer)
 
     def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD of so many positions from the first on; past a sequence's pages, of any page."""

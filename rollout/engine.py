@@ -38,8 +38,8 @@ class EngineConfig:
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
         prefill_rows: most prompt rows of one step.
-        captured: pad decode steps to a small set of shapes, and capture their forwards in graphs where the device can; None:
-            where kernels run.
+        captured: where kernels run, pad decode steps to a small set of shapes, and capture their forwards in graphs where the
+            device can.
         repeatable: let `auto` choose by stored step times alone, never by what steps take: then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
@@ -50,7 +50,7 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
-    captured: bool | None = None
+    captured: bool = True
     repeatable: bool = False
 
     def __post_init__(self) -> None:

@@ -1,12 +1,12 @@
-"""The network over the rows of a step: layout and plan made on the host, sent in one copy, and run.
+"""One pass of the network over the rows of a step: layout and plan made on the host, sent in one copy, and run.
 
 Invariants:
 - Nothing here waits for the device.
 - What is captured computes what runs eagerly: the inputs of a shape lie in one place, which every step fills again.
-- Padding changes nothing that counts: a sequence of padding holds no pages, and a row past its sequence's pages is kept
-  nowhere.
+- The vocabulary head sees the rows that are asked for, and no others.
 
-Legend: T rows, D hidden.
+Legend: T rows, D hidden or, first of several, decoding sequences; M most drafts, R rows whose logits are asked for,
+V vocabulary, N rows whose tokens are drafts, L layers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from ..kernels.dispatch import batch_invariant, takes_triton
+from ..kernels.dispatch import batch_invariant
 from ..kernels.graphs import capture
-from ..kernels.transfer import Parcel, signature, upload
-from ..model.layout import DecodeRows, TokenLayout, decode
+from ..kernels.transfer import upload
+from ..model.layout import DecodeRows, decode
 from ..model.packed import PackedForward
-from ..model.paged import PagedPlan
 from ..model.policy import Policy, Routing
-from .cache import CacheView, Held, PagedCache
+from .cache import Held, PagedCache
+from .recurring import RecurringInputs, bucket
 
 Fill = Callable[[torch.Tensor], object]
 """Writes, into token_T on the device, the tokens that the host does not know."""
@@ -32,46 +33,109 @@ _OFTEN = 3
 _MOST_SHAPES = 512
 
 
-def bucket(count: int) -> int:
-    """The smallest of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ... that is not below `count`."""
-    size = 1 << (count - 1).bit_length()
-    return size * 3 // 4 if size >= 32 and count <= size * 3 // 4 else size
+@dataclass
+class Drafted:
+    """Drafts that take rows of a pack: the first `count_D[d]` of row `of_D[d]` of `token_DM` stand in the d-th decoding
+    sequence, from its clean row `first` on."""
 
+    token_DM: torch.Tensor
+    of_D: np.ndarray
+    count_D: np.ndarray
+    first: int
 
-def padded(
-    plans: Sequence[DecodeRows], held: Sequence[Held], full: DecodeRows
-) -> tuple[list[DecodeRows], list[Held]]:
-    """A bucket of sequences with the rows of `full` each: first their own, then padding."""
-    whole = [
-        DecodeRows([*plan.clean, *full.clean[len(plan.clean) :]], plan.start, full.proposals, full.block_length)
-        for plan in plans
-    ]
-    missing = bucket(len(plans)) - len(plans)
-    return whole + [full] * missing, [*held, *(Held(0) for _ in range(missing))]
+    def places(self, first_D: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pack rows, and entries of the flat token_DM that go there."""
+        most = self.token_DM.shape[1]
+        slot = np.arange(most)
+        real = slot < self.count_D[:, None]
+        row, entry = (first_D + self.first)[:, None] + slot, self.of_D[:, None] * most + slot
+        return torch.from_numpy(row[real]), torch.from_numpy(entry[real])
 
 
 @dataclass
+class Asked:
+    """What a pass is asked for.
+
+    Attributes:
+        held: its sequences, in order. where: those of them that decode; the others prefill.
+        rows: what sequence s runs.
+        full: what a decoding sequence runs with nothing left out.
+        start_D, first_D: where the rows of a decoding sequence begin, and its first token; None where the host knows none.
+        width: R, rows of a decoding sequence whose logits are wanted.
+        drafted: rows whose tokens only the device knows.
+        routed: the experts are wanted.
+        also: numbers to send along.
+    """
+
+    held: list[Held]
+    where: list[int]
+    rows: Callable[[int], DecodeRows]
+    full: DecodeRows
+    start_D: list[int]
+    first_D: list[int] | None
+    width: int
+    drafted: Drafted | None
+    routed: bool
+    also: list[list[int]]
+
+
+@dataclass
+class Pass:
+    """What it gives: final hidden states, first row and clean rows of each decoding sequence, p's logits of the rows that were
+    asked for (rows past a sequence's own hold anything), the experts of every row with the rows of each sequence, and what
+    was sent along."""
+
+    hidden_TD: torch.Tensor
+    first_D: np.ndarray
+    clean_D: np.ndarray
+    logits_DRV: torch.Tensor
+    expert_TL: torch.Tensor | None
+    clean_rows: list[slice]
+    also: list[torch.Tensor]
+
+
 class _Shape:
     """Forwards of one shape: their inputs, and what they give once they are captured."""
 
-    inputs: Parcel[tuple[TokenLayout, PagedPlan]]
-    met: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
-    hidden_TD: torch.Tensor | None = None
+    def __init__(self, policy: Policy, inputs: RecurringInputs) -> None:
+        self._policy, self.inputs = policy, inputs
+        self.parcel = inputs.parcel(policy.device)
+        self._met = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._hidden_TD: torch.Tensor | None = None
+
+    def run(self, graphs: bool, memory: object) -> torch.Tensor:
+        """hidden_TD; from a graph, with `graphs`, when the shape has been met often."""
+        layout, plan = self.parcel.contents
+
+        def forward() -> torch.Tensor:
+            self._hidden_TD = self._policy(layout, self.inputs.view, None, plan)
+            return self._hidden_TD
+
+        self._met += 1
+        if not graphs or self._met < _OFTEN:
+            return forward()
+        if self._graph is None:
+            self._graph = capture(forward, memory)
+        self._graph.replay()
+        assert self._hidden_TD is not None
+        return self._hidden_TD
 
 
 class Forwards:
     """Forward passes of one policy over one cache.
 
+    Args:
+        captured: where kernels run, passes whose sequences all decode are padded to one of few shapes, and captured where the
+            device can.
+
     Attributes:
-        captured: steps that recur are to be padded (`padded`); their forwards are captured where the device can.
         head: hidden states [..., D] to logits [..., V].
         markov: what a token adds to the logits of the mask row after it; None where the policy has no such head.
     """
 
-    def __init__(self, policy: Policy, cache: PagedCache, captured: bool | None = None) -> None:
-        self._policy, self._cache = policy, cache
-        self.captured = takes_triton(policy.model.embed_tokens.weight) if captured is None else captured
+    def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
+        self._policy, self._cache, self._captured = policy, cache, captured
         self._graphs = torch.cuda.is_available() and policy.device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
         self._shapes: dict[Hashable, _Shape] = {}
@@ -84,54 +148,71 @@ class Forwards:
         self.head = served.head
         self.markov = None if self._policy.markov is None else served.markov
 
-    def run(
-        self, plans: Sequence[DecodeRows], held: Sequence[Held], fill: Fill | None, routing: Routing | None, recurs: bool
-    ) -> torch.Tensor:
-        """hidden_TD of every row.
+    def run(self, asked: Asked) -> Pass:
+        """One pass. Its hidden states hold until the next one."""
+        again = self._captured and self._policy.paged and len(asked.where) == len(asked.held) and not asked.routed
+        plans: list[DecodeRows] = []
+        if again:
+            full = asked.full
+            each = len(full.clean) + len(full.proposals) * full.block_length
+            first_S, clean_S = np.arange(len(asked.held)) * each, np.full(len(asked.held), len(full.clean))
+            total = bucket(len(asked.held)) * each
+        else:
+            plans = [asked.rows(s) for s in range(len(asked.held))]
+            clean_S = np.array([len(plan.clean) for plan in plans])
+            count_S = clean_S + np.array([len(plan.proposals) * plan.block_length for plan in plans])
+            first_S, total = np.cumsum(count_S) - count_S, count_S.sum()
+        first_D = first_S[asked.where]
+        index = np.minimum(first_D[:, None] + np.arange(asked.width), total - 1)
+        fills = asked.drafted is not None and asked.drafted.count_D.any()
+        places = list(asked.drafted.places(first_D)) if asked.drafted is not None and fills else []
+        index_DR, places, also = upload(
+            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in asked.also]), self._policy.device
+        )
+        fill = None
+        if asked.drafted is not None and fills:
+            row_N, token_N = places[0], asked.drafted.token_DM.flatten().index_select(0, places[1])
 
-        Args:
-            recurs: the shape is one of few, so that it is worth capturing. What is returned then holds until the next run.
-        """
+            def fill(token_T: torch.Tensor) -> None:
+                token_T.index_copy_(0, row_N, token_N)
+
+        routing = Routing([], []) if asked.routed else None
+        hidden_TD = self._again(asked, fill) if again else self._once(plans, asked.held, fill, routing)
+        logits_DRV = self.head(hidden_TD[index_DR]) if asked.where else hidden_TD[:0]
+        expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
+        spans = [] if again else [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)]
+        return Pass(hidden_TD, first_D, clean_S[asked.where], logits_DRV, expert_TL, spans, also)
+
+    def _once(
+        self, plans: Sequence[DecodeRows], held: Sequence[Held], fill: Fill | None, routing: Routing | None
+    ) -> torch.Tensor:
+        """hidden_TD of every row, whatever each sequence runs."""
         layout = decode(plans, self._policy.mask_token_id)
-        view = self._cache.view(held, layout, in_few_sizes=recurs)
+        view = self._cache.view(held, layout)
         if self._packed is not None:
             if fill is not None:
                 fill(layout.token_T)
             return self._packed(layout, view, routing)
         plan = self._policy.host_plan(layout, view)
-        if recurs and isinstance(plan, PagedPlan) and self._policy.device.type == "cuda":
-            shape = self._shape((layout, plan))
-            if shape is not None:
-                if fill is not None:
-                    fill(shape.inputs.contents[0].token_T)
-                return self._again(shape, view)
         layout, plan = upload((layout, plan), self._policy.device)
         if fill is not None:
             fill(layout.token_T)
         return self._policy(layout, view, routing, plan)
 
-    def _shape(self, inputs: tuple[TokenLayout, PagedPlan]) -> _Shape | None:
-        """The shape of these inputs, filled with them; None when there are too many shapes already."""
-        key = signature(inputs), batch_invariant()
+    def _again(self, asked: Asked, fill: Fill | None) -> torch.Tensor:
+        """hidden_TD where every sequence runs the full rows. The shape is one of few: sequences are padded to a `bucket`, the
+        table of pages to a power of two."""
+        rows, held = asked.full, asked.held
+        sequences, width = bucket(len(held)), 1 << (max(1, *(len(each.pages) for each in held)) - 1).bit_length()
+        key = len(rows.clean), rows.proposals, rows.block_length, sequences, width, batch_invariant()
         shape = self._shapes.get(key)
-        if shape is not None:
-            shape.inputs.fill(inputs)
-        elif len(self._shapes) < _MOST_SHAPES:
-            shape = self._shapes[key] = _Shape(Parcel(inputs, self._policy.device))
-        return shape
-
-    def _again(self, shape: _Shape, view: CacheView) -> torch.Tensor:
-        layout, plan = shape.inputs.contents
-
-        def run() -> torch.Tensor:
-            shape.hidden_TD = self._policy(layout, view, None, plan)
-            return shape.hidden_TD
-
-        shape.met += 1
-        if not self._graphs or shape.met < _OFTEN:
-            return run()
-        if shape.graph is None:
-            shape.graph = capture(run, self._memory)
-        shape.graph.replay()
-        assert shape.hidden_TD is not None
-        return shape.hidden_TD
+        if shape is None:
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._shapes.pop(next(iter(self._shapes)))
+            inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
+            shape = self._shapes[key] = _Shape(self._policy, inputs)
+        shape.inputs.at(held, asked.start_D, asked.first_D)
+        shape.parcel.send()
+        if fill is not None:
+            fill(shape.parcel.contents[0].token_T)
+        return shape.run(self._graphs, self._memory)

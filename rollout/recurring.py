@@ -1,0 +1,123 @@
+"""The inputs of a step that recurs: every sequence runs the same rows, and only where it stands has changed.
+
+Invariants:
+- They are what `decode`, `CacheView` and `PagedPlan` make of the same rows, number for number
+  (`tests/rollout/test_recurring.py`); made in a few operations over the pack, whatever the number of rows.
+- On the device they keep their place, so that a captured forward finds the new values where the old ones were.
+- Padding changes nothing that counts: a sequence of padding holds no pages, and a row past its sequence's pages is kept
+  nowhere.
+
+Legend: S sequences, those of padding last; R rows of each, C of them clean; P pages, A = hops + 1 ancestors, H = hops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..kernels.cca import NOTHING
+from ..kernels.transfer import Parcel
+from ..model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
+from ..model.paged import PagedPlan
+from ..model.policy import Policy
+from .cache import CacheView, Held, PagedCache, page_table
+
+
+def bucket(count: int) -> int:
+    """The smallest of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, ... that is not below `count`."""
+    size = 1 << (count - 1).bit_length()
+    return size * 3 // 4 if size >= 32 and count <= size * 3 // 4 else size
+
+
+class RecurringInputs:
+    """Layout and plan of one shape.
+
+    Args:
+        rows: what each sequence runs; its start means nothing, its tokens are those of padding.
+        sequences: S, a `bucket`.
+        width: P, columns of the table of pages.
+
+    Attributes:
+        layout, plan: on the host, as `at` last made them.
+        view: over the cache, for its pools.
+    """
+
+    def __init__(self, policy: Policy, cache: PagedCache, rows: DecodeRows, sequences: int, width: int) -> None:
+        self._cache, hops = cache, cache.hops
+        # Far enough from the start that every ancestor before the pack is in the tail.
+        anywhere = DecodeRows(rows.clean, hops, rows.proposals, rows.block_length)
+        self.layout = decode([anywhere] * sequences, policy.mask_token_id)
+        self.view: CacheView = cache.view([Held(0)] * sequences, self.layout, width)
+        plan = policy.host_plan(self.layout, self.view)
+        assert isinstance(plan, PagedPlan)
+        self.plan = plan
+        self._clean = clean = len(rows.clean)
+        self._slot = np.zeros(sequences, dtype=np.int64)
+        self._start, self._pages = np.zeros_like(self._slot), np.zeros_like(self._slot)
+
+        def by_sequence(flat: torch.Tensor) -> np.ndarray:
+            return flat.numpy().reshape(sequences, -1, *flat.shape[1:])
+
+        layout, places = self.layout, plan.places
+        self._token_SR, self._position_SR, self._limit_SR, self._parent_SR = map(
+            by_sequence, (layout.token_T, layout.position_T, layout.limit_T, layout.parent_T)
+        )
+        self._line_R, self._last_R = self._position_SR[0] - hops, self._limit_SR[0] - hops
+        self._opens_R = np.flatnonzero(self._parent_SR[0] == FROM_TAIL)
+        self._source_SRA, self._write_SR, self._tail_SR = map(by_sequence, (places.source_TA, places.write_T, places.tail_T))
+        ancestor_RA = layout.ancestors(hops).numpy()[: len(self._line_R)]
+        self._tail_row, self._tail_hop = np.nonzero(ancestor_RA < 0)
+        self._back = FROM_TAIL - ancestor_RA[self._tail_row, self._tail_hop]
+        windows = [policy.windows[kind] for kind in plan.rows]
+        self._rows = list({id(each): (each, window) for each, window in zip(plan.rows.values(), windows)}.values())
+        moving = [layout.token_T] if clean else []
+        moving += [layout.position_T, layout.limit_T, layout.parent_T, layout.start_S]
+        moving += [places.source_TA, places.write_T, places.tail_T]
+        for each, _ in self._rows:
+            moving += [each.range_6T, each.start_S, each.table_SP]
+        self._moving = moving
+
+    def parcel(self, device: torch.device) -> Parcel[tuple[TokenLayout, PagedPlan]]:
+        """Layout and plan on the device; its `send` follows an `at`."""
+        return Parcel((self.layout, self.plan), device, self._moving)
+
+    def at(self, held: Sequence[Held], starts: Sequence[int], first: Sequence[int] | None) -> None:
+        """Put sequences in place, in order; what is left is padding.
+
+        Args:
+            starts: position of each one's first row.
+            first: its first token; None where the host knows none of them.
+        """
+        cache, size, clean, count = self._cache, self._cache.page_size, self._clean, len(held)
+        start, slot, pages, table = self._start, self._slot, self._pages, self._rows[0][0].table_SP.numpy()
+        table.fill(0)
+        start[:count], start[count:] = starts, 0
+        slot[:count], slot[count:] = [each.slot for each in held], 0
+        pages[:count], pages[count:] = page_table(held, table), 0
+        if first is not None:
+            self._token_SR[:count, 0] = first
+        np.add(self._line_R, start[:, None], out=self._position_SR)
+        np.add(self._last_R, start[:, None], out=self._limit_SR)
+        self._parent_SR[:, self._opens_R] = np.where(start > 0, FROM_TAIL, FROM_START)[:, None]
+        self.layout.start_S.numpy()[:] = start
+
+        position_SC = self._position_SR[:, :clean]
+        inside_SC = position_SC < (pages * size)[:, None]
+        number_SC, offset_SC = np.divmod(position_SC, size)
+        page_SC = np.take_along_axis(table, np.minimum(number_SC, table.shape[1] - 1), axis=1).astype(np.int64)
+        self._write_SR[:, :clean] = np.where(inside_SC, page_SC * size + offset_SC, NOTHING)
+        ring_S = slot * cache.ring
+        self._tail_SR[:, :clean] = np.where(inside_SC, ring_S[:, None] + position_SC % cache.ring, NOTHING)
+        back_SN = start[:, None] - 1 - self._back
+        entry_SN = ring_S[:, None] + back_SN % cache.ring
+        self._source_SRA[:, self._tail_row, self._tail_hop] = np.where(back_SN >= 0, -2 - entry_SN, NOTHING)
+        for rows, window in self._rows:
+            range_6T = rows.range_6T.numpy()
+            range_6T[1] = np.repeat(start, len(self._line_R))
+            if window is not None:
+                np.clip(self._position_SR.ravel() - (window - 1), 0, range_6T[1], out=range_6T[0], casting="unsafe")
+            rows.start_S.numpy()[:] = start
+            if rows is not self._rows[0][0]:
+                rows.table_SP.copy_(self._rows[0][0].table_SP)
