@@ -26,6 +26,8 @@ from ..model.layout import CLEAN, TokenLayout
 from ..model.policy import Policy
 from ..model.state import Paging
 
+_NO_PAGES: np.ndarray = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(slots=True)
 class Held:
@@ -34,9 +36,6 @@ class Held:
     slot: int
     pages: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     length: int = 0
-
-
-_NO_PAGES = np.zeros(0, dtype=np.int64)
 
 
 class PagedCache:

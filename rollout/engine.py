@@ -190,7 +190,7 @@ class Engine:
         for sample, a, *row in zip(decoding, verdict.accepted_S.tolist(), *(c.tolist() for c in columns), strict=True):
             assert sample.held is not None
             before = len(sample.tokens)
-            sample.commit(*(values[: a + 1] for values in row), version=self.version)
+            sample.commit(a + 1, *row, version=self.version)
             sample.held.length = sample.anchor
             self.decode_tokens += len(sample.tokens) - before
 

@@ -71,6 +71,7 @@ class Sample:
 
     def commit(
         self,
+        count: int,
         tokens: list[int],
         logprobs: list[float],
         behavior: list[float],
@@ -78,14 +79,15 @@ class Sample:
         from_draft: list[bool],
         version: int,
     ) -> None:
-        """Take one step's tokens, up to the first that ends the sample."""
-        count = min(len(tokens), self.remaining)
-        stop = next((i for i, token in enumerate(tokens[:count]) if token in self.stops), None)
-        if stop is not None:
-            count, self.finish = stop + 1, "stop"
+        """Take the first `count` of one step's tokens, up to the first that ends the sample."""
+        count = min(count, self.remaining)
+        taken = tokens[:count]
+        if not self.stops.isdisjoint(taken):
+            count, self.finish = 1 + next(i for i, token in enumerate(taken) if token in self.stops), "stop"
+            taken = taken[:count]
         elif count == self.remaining:
             self.finish = "length"
-        self.tokens += tokens[:count]
+        self.tokens += taken
         self.logprobs += logprobs[:count]
         self.behavior += behavior[:count]
         self.support += support[:count]

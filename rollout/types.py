@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -102,8 +102,7 @@ class RolloutRequest:
         _require(self.samples >= 1, "samples", f"{self.samples} is less than 1", "ask for at least one sample")
 
 
-@dataclass(frozen=True, slots=True)
-class StepTrace:
+class StepTrace(NamedTuple):
     """One decode step of one sample, enough to rebuild every distribution that took part in it.
 
     Attributes:

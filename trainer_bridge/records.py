@@ -8,9 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,8 +27,7 @@ MAX_TRAJECTORY = 64 << 20
 
 _REQUEST, _TRAJECTORY = 1, 2
 _ID = Text(MAX_ID, empty=False)
-_TRACE = tuple(f.name for f in dataclasses.fields(StepTrace))
-_STEP = attrgetter(*_TRACE)
+_TRACE = StepTrace._fields
 PARAMS: dict[str, Field[Any]] = {
     "sampler": Choice(SAMPLERS), "temperature": Float(), "top_k": Int(), "top_p": Float(), "min_p": Float(),
     "mix_weight": Float(), "max_tokens": Int(1), "ignore_eos": Flag(), "routed_experts": Flag(),
@@ -83,7 +80,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     """The record of a trajectory. Raises TransportError for one whose arrays do not fit its tokens."""
     arrays = {name: getattr(trajectory, name) for name in ARRAYS}
     _check(arrays, len(trajectory.prompt_tokens), len(trajectory.tokens))
-    trace = np.array([_STEP(s) for s in trajectory.trace], np.int64).reshape(-1, len(_TRACE))
+    trace = np.array(trajectory.trace, np.int64).reshape(-1, len(_TRACE))
     header = _TRAJECTORY_FIELDS.pack(
         [trajectory.request_id, trajectory.sample, trajectory.finish_reason, trajectory.forwards], "trajectory")
     record = write_record(_TRAJECTORY, header, [

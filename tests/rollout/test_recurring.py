@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def leaves(tree):
         return [tree]
     if isinstance(tree, dict):
         return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
-    return [leaf for field in fields(tree) for leaf in leaves(getattr(tree, field.name))] if hasattr(tree, "__dataclass_fields__") else []
+    return [leaf for field in fields(tree) for leaf in leaves(getattr(tree, field.name))] if is_dataclass(tree) else []
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import ZayaConfig
 
@@ -89,7 +90,7 @@ class FilledCache:
             count = -(-(context + rows) // size)
             if count > len(free) or len(contexts) > self.sequences:
                 raise ValueError(f"{len(contexts)} sequences of {max(contexts)} positions do not fit the cache")
-            out.append(Held(slot, [free.pop() for _ in range(count)], context))
+            out.append(Held(slot, np.array([free.pop() for _ in range(count)], dtype=np.int64), context))
         return out
 
 
