@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ..kernels.attention import LongPack, Rule, attend, paged_attend
-from ..kernels.cca import CCAWeights, cca, mix
+from ..kernels.cca import CCAWeights, cca, mix, taps_apart
 from ..kernels.linear import linear
 from .layout import CLEAN, FROM_TAIL, TokenLayout
 from .linear import Linear
@@ -150,8 +150,11 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Move the four projections' parameters side by side in memory, for one product where no gradient is asked for.
-        They stay parameters of their own, and what is copied into them is seen. Another device or dtype undoes it."""
+        """Move the four projections' parameters side by side in memory, for one product where no gradient is asked for, and the
+        taps of the convolutions apart. They stay parameters of their own, and what is copied into them is seen. Another device
+        or dtype undoes it; where nothing was undone, nothing moves again, as captured steps read where things lie."""
+        if self._in_place():
+            return
 
         def side_by_side(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
             whole = torch.cat([parameter.data for parameter in parameters])
@@ -162,14 +165,20 @@ class Projection(nn.Module):
         biases = [layer.bias for layer in self._projections if layer.bias is not None]
         weight = side_by_side([layer.weight for layer in self._projections])
         self._packed = weight, side_by_side(biases) if biases else None
+        for convolution in (self.conv_qk_depthwise, self.conv_qk_grouped):
+            convolution.weight.data = taps_apart(convolution.weight.data)
+
+    def _in_place(self) -> bool:
+        """The parameters still lie where `pack` moved them."""
+        if self._packed is None:
+            return False
+        weight, first = self._packed[0], self.q_proj.weight
+        return first.data_ptr() == weight.data_ptr() and first.dtype == weight.dtype
 
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """What `pack` made, while the parameters still lie there."""
-        if self._packed is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self._in_place():
             return None
-        weight, _ = self._packed
-        if self.q_proj.weight.data_ptr() != weight.data_ptr() or self.q_proj.weight.dtype != weight.dtype:
-            self._packed = None
         return self._packed
 
     def forward(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

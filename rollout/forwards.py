@@ -205,12 +205,12 @@ class Forwards:
         rows, held = asked.full, asked.held
         sequences, width = bucket(len(held)), 1 << (max(1, *(len(each.pages) for each in held)) - 1).bit_length()
         key = len(rows.clean), rows.proposals, rows.block_length, sequences, width, batch_invariant()
-        shape = self._shapes.get(key)
+        shape = self._shapes.pop(key, None)
         if shape is None:
-            if len(self._shapes) >= _MOST_SHAPES:
+            if len(self._shapes) >= _MOST_SHAPES:  # the one that was used longest ago goes
                 self._shapes.pop(next(iter(self._shapes)))
-            inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
-            shape = self._shapes[key] = _Shape(self._policy, inputs)
+            shape = _Shape(self._policy, RecurringInputs(self._policy, self._cache, rows, sequences, width))
+        self._shapes[key] = shape
         shape.inputs.at(held, asked.start_D, asked.first_D)
         shape.parcel.send()
         if fill is not None:

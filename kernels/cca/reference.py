@@ -29,6 +29,13 @@ class CCAWeights(NamedTuple):
     before_W: torch.Tensor | None
 
 
+def taps_apart(weight: torch.Tensor) -> torch.Tensor:
+    """The same weight of a convolution, [out, in, taps], copied into memory where its taps lie outermost: a kernel multiplies by
+    one tap at a time, and can then load it in whole lines. A weight that lies so already is returned as it is."""
+    taps_first = weight.permute(2, 0, 1)
+    return weight if taps_first.is_contiguous() else taps_first.contiguous().permute(1, 2, 0)
+
+
 def convolve(
     x_TAC: torch.Tensor,
     depthwise_weight: torch.Tensor,
@@ -49,7 +56,7 @@ def convolve(
     for j in range(time0):
         y_THC = torch.addcmul(y_THC, x_TAC[:, j : j + time1], taps_JC[j])
     y_GTE = y_THC.unflatten(-1, (groups, width)).permute(2, 0, 1, 3).flatten(2)
-    w_GEO = grouped_weight.flip(-1).view(groups, width, width, time1).permute(0, 3, 2, 1).flatten(1, 2)
+    w_GEO = grouped_weight.flip(-1).reshape(groups, width, width, time1).permute(0, 3, 2, 1).flatten(1, 2)
     out_GTO = torch.baddbmm(grouped_bias.view(groups, 1, width).to(y_GTE.dtype), y_GTE, w_GEO.to(y_GTE.dtype))
     return out_GTO.transpose(0, 1).flatten(1)
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from ..dispatch import batch_invariant, using
 from ..launch import Case, Shape, architecture, launch, pipeline, precision
 from .places import Places, Pools
-from .reference import CCAWeights
+from .reference import CCAWeights, taps_apart
 
 
 @triton.jit
@@ -93,11 +93,13 @@ def _cca_kernel(
     x_TC, current_TW, delayed_TW, source_TA, write_T, tail_T, k_pool, v_pool, x_pool, delayed_pool,
     depthwise_CJ, depthwise_bias_C, grouped_COI, grouped_bias_C, temperature_G, before_W, cos_TP, sin_TP,
     q_THD, k_TGD, v_TC, rows, x_row, current_row, delayed_row, length,
+    DEPTH_IN: tl.constexpr, DEPTH_TAP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TAP: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
     TIME0: tl.constexpr, TIME1: tl.constexpr, M: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
     TAIL: tl.constexpr, KEEP: tl.constexpr, KEEP_TAIL: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows, H + G + 1). `length` is sqrt(D)."""
+    """Grid (tiles of rows, H + G + 1). `length` is sqrt(D). DEPTH_IN, DEPTH_TAP, OUT, IN, TAP: strides of the convolutions'
+    weights."""
     A: tl.constexpr = TIME0 + TIME1 - 1
     C: tl.constexpr = (H + G) * D
     GROUP: tl.constexpr = H // G
@@ -134,20 +136,20 @@ def _cca_kernel(
             for j in tl.static_range(TIME0):
                 source = tl.load(source_TA + row * A + h + j, real, -1)
                 x = _gather(x_TC, x_pool, source, x_row, C, channel, ok, TAIL)
-                tap = tl.load(depthwise_CJ + channel * TIME0 + TIME0 - 1 - j, ok, 0).to(tl.float32)
+                tap = tl.load(depthwise_CJ + channel * DEPTH_IN + (TIME0 - 1 - j) * DEPTH_TAP, ok, 0).to(tl.float32)
                 y += x * tap[None, :]
                 if KEEP_TAIL and h + j == 0:
                     at = x_pool + (tail.to(tl.int64) * C)[:, None] + channel[None, :]
                     tl.store(at, x.to(x_pool.dtype.element_ty), mask=(tail >= 0)[:, None] & ok[None, :])
             y = y.to(x_TC.dtype.element_ty)
             # [in, out] of this head's matrix of tap h.
-            w_at = grouped_COI + head * (D * D * TIME1) + (k * TIME1 + TIME1 - 1 - h)[:, None]
-            w = tl.load(w_at + n[None, :] * (D * TIME1), mask=ok[:, None] & left_ok[None, :], other=0.0)
+            w_at = grouped_COI + head * (D * OUT) + (TIME1 - 1 - h) * TAP + (k * IN)[:, None]
+            w = tl.load(w_at + n[None, :] * OUT, mask=ok[:, None] & left_ok[None, :], other=0.0)
             left = tl.dot(y, w, left, input_precision=PRECISION)
-            w = tl.load(w_at + (P // 2 + n)[None, :] * (D * TIME1), mask=ok[:, None] & left_ok[None, :], other=0.0)
+            w = tl.load(w_at + (P // 2 + n)[None, :] * OUT, mask=ok[:, None] & left_ok[None, :], other=0.0)
             right = tl.dot(y, w, right, input_precision=PRECISION)
             if P < D:
-                w = tl.load(w_at + r[None, :] * (D * TIME1), mask=ok[:, None] & (r < D)[None, :], other=0.0)
+                w = tl.load(w_at + r[None, :] * OUT, mask=ok[:, None] & (r < D)[None, :], other=0.0)
                 rest = tl.dot(y, w, rest, input_precision=PRECISION)
 
     is_q = head < H
@@ -208,11 +210,11 @@ def _tail_kernel(
     tl.store(delayed_pool + tail * W + w, tl.load(delayed_TW + row * delayed_row + w, w < W, 0), w < W)
 
 
-def _tile(rows: int, size: int) -> tuple[int, int]:
-    """(rows of a tile, channels summed at once). 64 channels at once spill: with 64 rows on gfx942, with 16 on sm_90; there
-    32 with 16 rows keep 8 bytes on the stack, with one Triton or another."""
+def _tile(rows: int, size: int, apart: bool) -> tuple[int, int]:
+    """(rows of a tile, channels summed at once), by whether the weights' taps lie apart. 64 channels at once spill, with 64 rows
+    on gfx942; with 16 rows on sm_90 so do 32 of weights as they come, under one Triton or another."""
     m = 64 if rows > 512 or batch_invariant() else 16
-    most = 16 if m == 16 and architecture().startswith("sm_") else 32
+    most = 16 if m == 16 and not apart and architecture().startswith("sm_") else 32
     return m, min(most, max(16, triton.next_power_of_2(size)))
 
 
@@ -236,12 +238,13 @@ def cca(
     keep = pools is not None
     assert rows * max(x_TC.stride(0), h * d) < 1 << 31, "offsets into a pack are 32 bits"
     k_pool, v_pool, x_pool, delayed_pool = pools if pools is not None else (k_TGD, v_TGD, x_TC, delayed_TW)
-    m, k = _tile(rows, d)
     strides: dict[str, Any] = dict(x_row=x_TC.stride(0), delayed_row=delayed_TW.stride(0))
     entries: dict[str, Any] = dict(
         x_TC=x_TC, delayed_TW=delayed_TW, tail_T=places.tail_T, x_pool=x_pool, delayed_pool=delayed_pool, W=w
     )
     width = max(16, triton.next_power_of_2(w))
+    depthwise, grouped = weights.depthwise_weight.stride(), weights.grouped_weight.stride()
+    m, k = _tile(rows, d, grouped[1] == 1)
     launch(
         _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=4, stages=pipeline(3), dot_rows=m,
         current_TW=current_TW, source_TA=places.source_TA, write_T=places.write_T, k_pool=k_pool, v_pool=v_pool,
@@ -249,7 +252,8 @@ def cca(
         grouped_COI=weights.grouped_weight, grouped_bias_C=weights.grouped_bias, temperature_G=weights.temperature_G,
         before_W=weights.temperature_G if weights.before_W is None else weights.before_W,
         cos_TP=cos_TP.contiguous(), sin_TP=sin_TP.contiguous(), q_THD=q_THD, k_TGD=k_TGD, v_TC=v_TGD, rows=rows,
-        current_row=current_TW.stride(0), length=d**0.5, H=h, G=g, D=d, P=p, WIDTH=width, TIME0=time0, TIME1=time1,
+        current_row=current_TW.stride(0), length=d**0.5, DEPTH_IN=depthwise[0], DEPTH_TAP=depthwise[2], OUT=grouped[0],
+        IN=grouped[1], TAP=grouped[2], H=h, G=g, D=d, P=p, WIDTH=width, TIME0=time0, TIME1=time1,
         M=m, K=k, HALF=max(16, triton.next_power_of_2(p // 2)), REST=max(16, triton.next_power_of_2(d - p)),
         TAIL=keep, KEEP=keep, KEEP_TAIL=keep and not places.apart, BEFORE=weights.before_W is not None,
         PRECISION=precision(dtype), **strides, **entries,
@@ -270,11 +274,12 @@ def cases(shape: Shape) -> Iterator[Case]:
     def empty(*size: int, dtype: torch.dtype = shape.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    def case(rows: int, positions: int, apart: bool, invariant: bool) -> None:
-        weights = CCAWeights(
-            empty(channels, 1, shape.conv[0]), empty(channels), empty(channels, d, shape.conv[1]), empty(channels),
-            empty(g), None,
-        )  # fmt: skip
+    def case(rows: int, positions: int, apart: bool, invariant: bool, packed: bool = True) -> None:
+        # As an engine lays them out, and as they come.
+        depthwise, grouped = empty(channels, 1, shape.conv[0]), empty(channels, d, shape.conv[1])
+        if packed:
+            depthwise, grouped = taps_apart(depthwise), taps_apart(grouped)
+        weights = CCAWeights(depthwise, empty(channels), grouped, empty(channels), empty(g), None)
         index = empty(rows, ancestors, dtype=torch.int32)
         places = Places(index, index[:, 0].contiguous(), index[:, 0].contiguous(), apart)
         entries = max(shape.sequences) * 2 * (max(shape.rows) + ancestors)
@@ -288,4 +293,5 @@ def cases(shape: Shape) -> Iterator[Case]:
         for positions, name in ((shape.positions, ""), (shape.large_positions, " large"), (0, " without a cache")):
             yield Case(f"{rows} rows{name}", partial(case, rows, positions, False, False))
     yield Case("prefill", partial(case, shape.prefill, shape.positions, True, False))
+    yield Case("weights as they come", partial(case, 1, shape.positions, False, False, False))
     yield Case("invariant", partial(case, 1, shape.positions, False, True))

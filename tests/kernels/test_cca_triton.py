@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from blockroll.kernels.cca import NOTHING, CCAWeights, Places, Pools, cca, reference
+from blockroll.kernels.cca import NOTHING, CCAWeights, Places, Pools, cca, reference, taps_apart
 from blockroll.kernels.dispatch import using
 
 
@@ -71,6 +71,17 @@ def close(got, expected, atol: float) -> None:
 def test_equals_the_reference(rows: int, dtype: torch.dtype, atol: float) -> None:
     pack = Pack(rows, dtype=dtype)
     close(pack.run(cca), pack.run(reference.cca), atol)
+
+
+def test_taps_apart() -> None:
+    """The same weights, laid out as an engine does, give the same to the last bit."""
+    pack = Pack(5, times=(3, 2))
+    as_they_come = pack.run(cca)
+    depthwise, _, grouped, *_ = pack.weights
+    pack.weights = pack.weights._replace(depthwise_weight=taps_apart(depthwise), grouped_weight=taps_apart(grouped))
+    assert pack.weights.grouped_weight.stride() == (32, 1, 32 * len(grouped))
+    assert taps_apart(pack.weights.grouped_weight) is pack.weights.grouped_weight
+    close(pack.run(cca), as_they_come, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,9 @@ def test_packed_projections_are_the_same_parameters(make_policy) -> None:
         close = dict(atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(policy.pack()(layout), expected, **close)
         assert all(torch.equal(tensor, state[name]) for name, tensor in policy.state_dict().items())
+        where = [parameter.data_ptr() for parameter in policy.parameters()]
+        # Another engine on the same policy packs it again: what an earlier one captured still reads here.
+        assert [parameter.data_ptr() for parameter in policy.pack().parameters()] == where
         with using("triton"):
             torch.testing.assert_close(policy(layout), expected, **close)
         policy.load_state_dict(other.state_dict())
