@@ -60,6 +60,10 @@ class Away(torch.Tensor):
     def data_ptr(self) -> int:
         return self.near.data_ptr()
 
+    def stride(self, dim: int | None = None) -> Any:
+        """Of the data: other data may have been put in its place."""
+        return self.near.stride() if dim is None else self.near.stride(dim)
+
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory.")
 

@@ -32,8 +32,7 @@ class CCAWeights(NamedTuple):
 def taps_apart(weight: torch.Tensor) -> torch.Tensor:
     """The same weight of a convolution, [out, in, taps], copied into memory where its taps lie outermost: a kernel multiplies by
     one tap at a time, and can then load it in whole lines. A weight that lies so already is returned as it is."""
-    taps_first = weight.permute(2, 0, 1)
-    return weight if taps_first.is_contiguous() else taps_first.contiguous().permute(1, 2, 0)
+    return weight if weight.permute(2, 0, 1).is_contiguous() else torch.stack(weight.unbind(-1)).permute(1, 2, 0)
 
 
 def convolve(
