@@ -15,7 +15,7 @@ import json
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -147,11 +147,12 @@ def _explain(error: ValidationError, config: type[BaseModel], name: str) -> Conf
     # A misspelt key is also a missing one: name the misspelling.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    key = _dotted(first["loc"])
+    sections, path = _followed(config, first["loc"])
+    key = _dotted(path)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     kind, value = first["type"], _shown(first.get("input"))
     if kind == "extra_forbidden":
-        known = sorted(_keys_beside(config, first["loc"]))
+        known = sorted({field for section in sections for field in section.model_fields})
         close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         remedy = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(known) or 'none'}"
         return ConfigError(key, f"unknown key in {name}", remedy + more)
@@ -172,17 +173,25 @@ def _requirement(problem: ErrorDetails) -> str:
     return _one_line(re.sub(r"^Input should", "it should", text))
 
 
-def _keys_beside(config: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields where the unknown key `location[-1]` was found."""
-    models = [config]
+def _followed(config: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[type[BaseModel]], list[int | str]]:
+    """The sections that hold the key `location[-1]`, and the location as the file has it: without the tags that tell which of
+    several kinds of section each is."""
+    models, path = [config], list[int | str]()
     for part in location[:-1]:
-        found: list[type[BaseModel]] = []
-        for model in models:
-            # A part that is no field is an index, a mapping's key or the tag of a union: the models stay in reach.
-            field = model.model_fields.get(part) if isinstance(part, str) else None
-            found += _models_in(field.annotation) if field else [model]
-        models = found
-    return {field for model in models for field in model.model_fields}
+        found = [section for model in models if part in model.model_fields
+                 for section in _models_in(model.model_fields[str(part)].annotation)]  # fmt: skip
+        tagged = [] if found else [model for model in models if part in _tags(model)]
+        # Any other part is an index, a mapping's key or a field without sections: the models stay in reach.
+        models = found or tagged or models
+        path += [] if tagged else [part]
+    return models, [*path, *location[-1:]]
+
+
+def _tags(model: type[BaseModel]) -> set[object]:
+    """The values of fields that may take one value only."""
+    kinds = [field.annotation for field in model.model_fields.values()]
+    values = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is typing.Literal]
+    return {only for only, *others in values if not others}
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -192,7 +201,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _dotted(location: tuple[int | str, ...]) -> str:
+def _dotted(location: Sequence[int | str]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
 
 

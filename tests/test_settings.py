@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -41,6 +41,37 @@ class Run(Config):
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
+
+
+class Disk(Config):
+    kind: Literal["disk"]
+    paths: tuple[str, ...]
+
+
+class Hub(Config):
+    kind: Literal["hub"]
+    path: str
+    split: Literal["disk", "all"] = "all"
+
+
+class Sources(Config):
+    sources: tuple[Annotated[Disk | Hub, Field(discriminator="kind")], ...]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{kind: disk, path: a}", "sources[0].path: unknown key in FILE; did you mean `paths`? (and 1 more)"),
+        ("{kind: hub, pathz: a}", "sources[0].pathz: unknown key in FILE; did you mean `path`? (and 1 more)"),
+        ("{kind: hub}", "sources[0].path: missing in FILE; add it"),
+        ("{kind: disk, paths: a}", 'sources[0].paths: "a" in FILE cannot be used; it should be a valid array'),
+    ],
+)
+def test_a_section_of_several_kinds_is_told_by_its_own_keys(file: Path, source: str, expected: str) -> None:
+    file.write_text(f"sources: [{source}]\n")
+    with pytest.raises(ConfigError) as error:
+        load_yaml(file, Sources)
+    assert str(error.value).replace(str(file), "FILE") == expected
 
 
 def test_reads_nested_sections_and_is_frozen(file: Path) -> None:
