@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -12,10 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from pretend_device import PretendDevice
 
 from blockroll.errors import InvalidInput
 from blockroll.kernels.dispatch import using
@@ -23,11 +27,14 @@ from blockroll.kernels.launch import record
 from blockroll.model.policy import Policy
 from blockroll.rollout.bench.gpu import checks, runner
 from blockroll.rollout.bench.gpu.kernels import KernelBench
-from blockroll.rollout.bench.gpu.parts import DecodeStep, FilledCache
+from blockroll.rollout.bench.gpu.parts import FilledCache, passes
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
+from blockroll.rollout.bench.gpu.running import engine_for, measure
 from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
 from blockroll.rollout.bench.gpu.training import TrainingBench
+from blockroll.rollout.planning.roofline import expected_tokens, geometric_survival
+from blockroll.rollout.planning.survival import chain, lasting
 from blockroll.rollout.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -66,13 +73,61 @@ def test_kernels_have_times_bytes_and_flops(interpreted) -> None:
             assert part["seconds"] > 0 and part["bytes"] > 0 and part["flops"] >= 0
 
 
-def test_steps_commit_what_their_schedules_verify(interpreted) -> None:
+def test_steps_are_the_engines_by_the_clock(interpreted) -> None:
     bench = StepBench(DRY, CPU)
     assert len(bench.items) == len(DRY.schedules) * len(DRY.batches) * len(DRY.contexts)
     for name in bench.items:
         row = bench.run(name)
         assert row["rows"] == {"ar": 1, "fused": 4 + 2 * 4, "two_pass": 3 + 2}[row["kind"]]
-        assert row["seconds"] > 0 and row["host_seconds"] > 0
+        assert row["passes"] == {"ar": 1, "fused": 1, "two_pass": 2}[row["kind"]]
+        assert row["seconds"] == pytest.approx(row["host_seconds"] + row["waited_seconds"]) and row["waited_seconds"] > 0
+        assert row["tokens_per_s"] == pytest.approx(2 * row["tokens_per_step"] / row["seconds"])
+        assert 1 <= row["tokens_per_step"] <= (1 if row["kind"] == "ar" else 4) and row["forced_tokens"] == 4
+
+
+FALLING = (0.95, 0.9, 0.9, 0.8, 0.8, 0.6, 0.6, 0.3)
+"""Chances by slot."""
+
+
+def expected(schedule: Schedule, rate_B: tuple[float, ...]) -> float:
+    """Tokens per step in the long run, of chances by slot in blocks of 8."""
+    rate = np.array([*rate_B, *[0.0] * 9])
+    if schedule.kind != "fused":
+        return 1 + rate[: schedule.drafts or 0].cumprod().sum()
+    move, gain, _ = chain(schedule, np.stack([rate[slot : slot + 8].cumprod() for slot in range(9)]))
+    return float(lasting(move) @ gain)
+
+
+@pytest.mark.parametrize(
+    "schedule", [Schedule("ar"), Schedule("two_pass"), Schedule("fused", levels=(0,)), Schedule("fused", levels=(0, 2))],
+    ids=lambda schedule: schedule.label,
+)  # fmt: skip
+def test_forced_acceptance_commits_what_the_curve_says(make_policy, schedule: Schedule) -> None:
+    policy = make_policy(torch.float32, num_hidden_layers=1, layer_types=["hybrid"], max_position_embeddings=2000)
+    schedule, steps, batch, geometric = schedule.within(8), 80, 12, geometric_survival(4.6, 8)
+    assert expected(schedule, geometric[:1] * 8) == pytest.approx(expected_tokens(schedule, geometric, 8))
+    most = {"ar": 1, "two_pass": 9, "fused": 8}[schedule.kind]
+    for rate_B, tokens, count in (
+        (geometric[:1], expected(schedule, geometric[:1] * 8), steps), (FALLING, expected(schedule, FALLING), steps),
+        ((0.0,), 1.0, 5), ((1.0,), {"fused": expected(schedule, (1.0,) * 8)}.get(schedule.kind, most), 10),
+    ):  # fmt: skip
+        engine = engine_for(policy, schedule, batch, 9, (count + 6) * most + 20, 8)
+        row = measure(engine, rate_B, 6, count)
+        assert row["tokens_per_step"] == pytest.approx(tokens, rel=0.03 if count == steps else 1e-9), rate_B
+
+
+def test_a_forced_step_waits_once(make_policy) -> None:
+    """Its samples stand where their prompts end, on pages of their own."""
+    policy = make_policy(torch.float32, vocab_size=24, head_dim=16, num_hidden_layers=1, layer_types=["hybrid"])
+    for schedule in (Schedule("two_pass", 3).within(8), Schedule("fused", levels=(0,), block=4).within(8)):
+        with PretendDevice() as device:
+            engine = engine_for(copy.deepcopy(policy).to("cuda:0"), schedule, 2, 19, 40, 8)
+            first, second = engine.scheduler.running
+            assert first.anchor == first.held.length == 18 and not {*first.held.pages} & {*second.held.pages}
+            before = len(device.waits)
+            row = measure(engine, (1.0,), 1, 1)
+            assert len(device.waits) == before + 2, device.waits[before:]
+        assert row["tokens_per_step"] == 4 and first.tokens != second.tokens
 
 
 def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -> None:
@@ -83,7 +138,7 @@ def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -
 
 
 @pytest.mark.parametrize("schedule", DEVICE.schedules, ids=lambda schedule: schedule.label)
-def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
+def test_a_forward_asks_nothing_of_the_host(schedule: Schedule) -> None:
     """On `meta` tensors there is nothing to ask for: what reads a value back fails. So the step can be captured."""
     config = {**DEVICE.config, "num_hidden_layers": 1, "layer_types": ["hybrid"]}
     with torch.inference_mode(), using("triton"):
@@ -92,11 +147,12 @@ def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
         policy.pack()
         filled = FilledCache(policy, 64 * 16384, 64, DEVICE.page_size, policy.block_size + 1)
         with record("sm_90") as launches:
-            step = DecodeStep(policy, filled, schedule, 32, 16384)
+            forwards = passes(policy, filled.cache, filled.held([16384] * 32, 34), schedule.within(policy.block_size))
             prepared = len(launches)
-            step.run()
+            for forward in forwards:
+                forward.run()
     kernels = [launch.kernel.__name__ for launch in launches[prepared:]]
-    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(step.passes)
+    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(forwards)
     assert len(kernels) >= 10
 
 
@@ -118,11 +174,12 @@ def test_on_a_device_the_documents_have_128k_tokens() -> None:
 def made_up() -> dict[str, Any]:
     """Rows as a device would give them."""
     steps = {}
-    for schedule, seconds in (("ar", 0.01), ("fused(15, {0}, 16)", 0.02), ("two_pass(16)", 0.03)):
+    for schedule, seconds, tokens in (("ar", 0.01, 1.0), ("fused(15, {0}, 16)", 0.02, 5.5), ("two_pass(16)", 0.03, 6.9)):
         for batch in (16, 64):
             steps[f"{schedule} {batch}"] = {
                 "schedule": schedule, "kind": schedule.partition("(")[0], "batch": batch, "context": 2048, "rows": 1,
-                "seconds": seconds, "host_seconds": 0.001,
+                "seconds": seconds, "host_seconds": 0.001, "waited_seconds": seconds - 0.001, "forced_tokens": 6.8,
+                "tokens_per_step": tokens, "tokens_per_s": batch * tokens / seconds,
             }  # fmt: skip
     attention = {"kind": "attention", "batch": 1, "rows": 1, "context": 9, "seconds": 1e-3, "bytes": 2e9, "flops": 1e9}
     return {
@@ -150,6 +207,7 @@ def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> Non
     assert fused["forced"]["6.8"]["ratio_to_ar_if_exactly"] == pytest.approx(6.8 / 2)
     tokens = fused["forced"]["6.8"]["tokens_per_step"]
     assert 5 < tokens < 6.8
+    assert fused["measured"] == {"tokens_per_step": 5.5, "tokens_per_s": 16 * 5.5 / 0.02, "ratio_to_ar": pytest.approx(5.5 / 2)}
     assert fused["forced"]["6.8"]["tokens_per_s"] == pytest.approx(16 * tokens / 0.02)
     assert rows["two_pass", 64]["forced"]["6.8"]["tokens_per_step"] == pytest.approx(6.8)
     assert fused["of_roofline"] == pytest.approx(0.02 / fused["roofline_seconds"])
