@@ -23,8 +23,8 @@ PUBLISHED = {
 }
 NOTE = (
     "Random weights; acceptance forced to geometric survival curves; experts forced to a uniform choice. Steps are the engine's"
-    f" own, by the clock, under the curve of {FORCED[-1]:g} tokens per full step; tokens of other curves are computed, over the"
-    " same seconds."
+    " own, by the clock, `lossless` at temperature 1 (`ar` for itself), under the curve of"
+    f" {FORCED[-1]:g} tokens per full step; tokens of other curves are computed, over the same seconds."
 )
 
 

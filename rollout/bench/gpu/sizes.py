@@ -86,6 +86,6 @@ DRY = Sizes(
     dtype=torch.float32, copy_bytes=1 << 16, matmul=32, page_size=8, kernel_rows=(1, 5),
     attention=((2, 5, 9),), batches=(2,), contexts=(9,),
     schedules=(Schedule("ar"), Schedule("fused", levels=(0, 2)), Schedule("two_pass", 2)), seconds=0.0, repeats=1,
-    steps=2, sample_steps=0,
+    steps=1, sample_steps=0,
     trained={"few numbers": lambda: ZayaConfig(**_FEW)}, trained_tokens=64, config=_FEW,
 )  # fmt: skip
