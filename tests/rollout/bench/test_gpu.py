@@ -34,6 +34,7 @@ from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
 from blockroll.rollout.bench.gpu.training import TrainingBench
 from blockroll.rollout.planning.roofline import expected_tokens, geometric_survival
+from blockroll.rollout.planning.step_costs import rows
 from blockroll.rollout.planning.survival import chain, lasting
 from blockroll.rollout.schedule import Schedule
 
@@ -132,6 +133,25 @@ def test_a_forced_step_waits_once(make_policy) -> None:
             waits = [what for what in device.waits[before:] if what not in ("bincount", "tolist (4,)", "item")]
             assert len(waits) == 3, waits
         assert row["tokens_per_step"] == tokens and first.tokens != second.tokens
+
+
+def test_forwards_alone_are_of_the_rows_of_a_full_step() -> None:
+    bench = StepBench(DRY, CPU)
+    for schedule in (schedule.within(bench.policy.block_size) for schedule in DRY.schedules):
+        engine = engine_for(bench.policy, schedule, 2, 9, 40, DRY.page_size)
+        held = [sample.held for sample in engine.scheduler.running]
+        forwards = passes(bench.policy, engine.cache, held, schedule)
+        assert sum(forward.rows for forward in forwards) == rows(schedule)
+        with torch.inference_mode():
+            assert bench._forward_seconds(engine, schedule) > 0
+
+
+def test_what_does_not_fit_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, gib = StepBench(DRY, CPU), 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (25 * gib, 100 * gib))
+    bench._must_fit(2, gib // (2 * 2 * 2 * 16 * 4))
+    with pytest.raises(InvalidInput, match="batch: a cache of 2 x .* takes 2 GB, and of the 27 GB that are free 26 are kept"):
+        bench._must_fit(2, 2 * gib // (2 * 2 * 2 * 16 * 4))
 
 
 def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -> None:
@@ -309,8 +329,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads((tmp_path / "gpu.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.png"]
-    rows = [row for section in made["sections"].values() for row in section.values()]
-    assert rows and not any("error" in row or "skipped" in row for row in rows)
+    found = [row for section in made["sections"].values() for row in section.values()]
+    assert found and not any("error" in row or "skipped" in row for row in found)
     assert len(made["decode"]) == len(DRY.schedules)
 
 
