@@ -80,9 +80,7 @@ class ForcedSteps(StepRunner):
         return heard
 
 
-def engine_for(
-    policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int, captured: bool | None = None
-) -> Engine:
+def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int) -> Engine:
     """An engine about to decode `batch` samples of `context` tokens each, which can take `tokens` more.
 
     Args:
@@ -94,7 +92,7 @@ def engine_for(
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * -(-(context + tokens) // page_size)
-    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, captured=captured))
+    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size))
     fill(engine.cache)
     _shuffle(engine.cache)
     draw = torch.Generator().manual_seed(0)

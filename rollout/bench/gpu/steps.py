@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ....errors import InvalidInput
+from ....kernels.dispatch import takes_triton
 from ....model.policy import Policy
 from ...engine import Engine
 from ...planning.roofline import geometric_survival
@@ -72,7 +73,7 @@ class StepBench:
         tokens_forced = min(FORCED[-1], policy.block_size)
         row: dict[str, Any] = {
             "schedule": schedule.label, "kind": schedule.kind, "batch": batch, "context": context, "rows": rows(schedule),
-            "captured": engine.steps.forwards.captured and away, "forced_tokens": tokens_forced,
+            "captured": away and takes_triton(policy.lm_head.weight), "forced_tokens": tokens_forced,
             # Each draft is accepted alike, so the first one's chance is every slot's.
             **measure(engine, geometric_survival(tokens_forced, policy.block_size)[:1], warm, count),
         }  # fmt: skip
