@@ -12,7 +12,6 @@ Legend: D samples, R = M + 1 verify rows, M most drafts.
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -113,7 +112,7 @@ def _shuffle(cache: PagedCache) -> None:
     """Pages are dealt in random order from here on, as those of an engine that has been running for long."""
     every = cache.open()
     cache.reserve(every, cache.free_pages * cache.page_size)
-    random.Random(0).shuffle(every.pages)
+    np.random.default_rng(0).shuffle(every.pages)
     cache.release(every)
 
 
