@@ -157,8 +157,9 @@ def bench_gpu(
     """Measure this accelerator: correctness, kernels, and decode steps of a ZAYA1-8B with random weights.
 
     Every op against its reference on the device; bytes and FLOPs per second of each kernel as fractions of a copy and a
-    matrix product measured in the same run; seconds and tokens/s of captured steps by schedule, batch and context, with
-    acceptance forced to stated curves. Exit status 1 where a check fails. `blockroll plan --measured PATH` reads the JSON.
+    matrix product measured in the same run; seconds and tokens/s of an engine's steps by the clock, by schedule, batch and
+    context, with acceptance forced to stated curves. Exit status 1 where a check fails. `blockroll plan --measured PATH`
+    reads the JSON.
 
     \b
     Example:

@@ -9,12 +9,12 @@ plot, and pydantic for the training steps. Sections, in this order:
     correctness   every op against its reference on this device; captured against eager, one batch against another
     kernels       time of each kernel at ZAYA1-8B's sizes, as fractions of the ceilings
     training      a conversion's step over 131072 tokens against a plain autoregressive one
-    steps         decode steps of a ZAYA1-8B with random weights, captured in graphs
+    steps         an engine's decode steps by the clock, of a ZAYA1-8B with random weights
 
 Invariants:
 - Every section's items run in a process of their own, one after another; the JSON is written after each item. What fails,
   hangs or loses the device costs its item, which then records its error, and the rest goes on in a fresh process.
 - The time limit holds: what no longer fits is listed as skipped.
-- Weights are random and acceptance is forced to a stated survival curve; experts are forced to a uniform choice. The output
-  says so.
+- Weights are random and acceptance is forced to a stated survival curve, after it was computed; experts are forced to a
+  uniform choice. The output says so.
 """

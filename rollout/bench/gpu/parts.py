@@ -1,17 +1,16 @@
-"""What is measured: a policy with random weights over a filled cache, and the decode steps of a schedule on it.
+"""What is measured: a policy with random weights, a filled cache, and forwards over it.
 
 Invariants:
-- The policy, its layouts and plans, the cache and the kernels are the engine's own. Between the tensors it is given and the
-  tokens it samples a step asks nothing of the host, so it can be captured.
-- Acceptance is forced, by a tensor of accepted counts: random weights accept nothing worth measuring. So is the choice of
-  experts, uniformly: random routers send alike rows to one expert.
+- The policy, its layouts and plans, the cache and the kernels are the engine's own. A forward asks nothing of the host, so it
+  can be captured.
+- The choice of experts is forced, uniformly: random routers send alike rows to one expert.
 
-Legend: S sequences, R rows per sequence, M drafts, B mask rows of a proposal, V vocabulary, T rows.
+Legend: S sequences, T rows, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from transformers import ZayaConfig
 
-from ....kernels.verify import Sampled, sample_cdf, sample_gumbel, verify_rejection
 from ....model.cca import Plan
 from ....model.layout import DecodeRows, TokenLayout, decode
 from ....model.paged import PagedPlan
@@ -70,6 +68,13 @@ def force_experts(policy: Policy, most_rows: int) -> None:
         layer.mlp.gate.register_forward_hook(uniform)
 
 
+def fill(cache: PagedCache) -> None:
+    """Random numbers in every page and tail."""
+    for pool in (cache.k, cache.v, cache.x, cache.delayed):
+        for layer in pool:
+            layer.normal_()
+
+
 class FilledCache:
     """A cache with random contents, dealt to sequences in shuffled pages."""
 
@@ -77,9 +82,7 @@ class FilledCache:
         pages = -(-positions // page_size) + sequences
         self.sequences = sequences
         self.cache = PagedCache(policy, pages, page_size, sequences, decode_rows)
-        for pool in (self.cache.k, self.cache.v, self.cache.x, self.cache.delayed):
-            for layer in pool:
-                layer.normal_()
+        fill(self.cache)
 
     def held(self, contexts: Sequence[int], rows: int) -> list[Held]:
         """Sequences with so many cached positions each, and room for `rows` more."""
@@ -123,112 +126,18 @@ class Pass:
         """hidden_TD."""
         return self.policy(self.layout, self.view, plan=self.plan)
 
-    def logits(self, hidden_TD: torch.Tensor, row_SR: torch.Tensor) -> torch.Tensor:
-        """logits_SRV of rows counted from the first of each sequence."""
-        first_S = torch.arange(self.sequences, device=row_SR.device)[:, None] * self.rows
-        return self.policy.head(hidden_TD[(first_S + row_SR).clamp_max(len(hidden_TD) - 1)])
 
-
-class DecodeStep:
-    """One decode step of `schedule` for sequences with `context` cached positions each.
-
-    Attributes:
-        passes: its forwards.
-        run: the whole step on the device: forwards, heads, verification, drafts. Returns the tokens committed.
-        forward: its forwards alone.
-        host: what the host prepares for it anew.
-    """
-
-    def __init__(self, policy: Policy, filled: FilledCache, schedule: Schedule, batch: int, context: int) -> None:
-        self.policy, self.schedule = policy, schedule.within(policy.block_size)
-        self.cache, self.batch, self.context = filled.cache, batch, context
-        drafts = self.schedule.drafts or 0
-        self.held = filled.held([context] * batch, 2 * (policy.block_size + 1))
-        device, vocab = policy.device, policy.config.vocab_size
-        self.passes = self._passes()
-        self.temperature_S = torch.ones(batch, dtype=torch.float64, device=device)
-        self.seed_S = torch.arange(batch, device=device)
-        self.anchor_S = torch.full((batch,), context, device=device)
-        self.count_S = torch.full((batch,), drafts, device=device)
-        self.accepted_S = torch.arange(batch, device=device) % (drafts + 1)
-        self.level_L = torch.tensor(self.schedule.levels, device=device)
-        run: dict[str, Callable[[], torch.Tensor]] = {
-            "ar": self._ar, "fused": self._fused, "two_pass": self._two_pass,
-        }  # fmt: skip
-        self.run = run[self.schedule.kind]
-        if self.schedule.kind == "fused":
-            # What the last step left behind.
-            self.q_logits_SMV = torch.randn(batch, drafts, vocab, device=device, dtype=policy.dtype)
-            made = self._drafts(self.q_logits_SMV)
-            self.draft_SM, self.q_lse_SM = made.token_SR, made.lse_SR
-
-    @property
-    def rows(self) -> int:
-        """Rows per sequence, over both passes of `two_pass`."""
-        return sum(each.rows for each in self.passes)
-
-    def forward(self) -> None:
-        """The forwards alone."""
-        for each in self.passes:
-            each.run()
-
-    def host(self) -> list[Pass]:
-        """Layouts and plans of the next step, moved to the device."""
-        return self._passes()
-
-    def _passes(self) -> list[Pass]:
-        schedule, drafts = self.schedule, self.schedule.drafts or 0
-        token = torch.randint(0, self.policy.mask_token_id, (self.batch, drafts + 1)).tolist()
-        if schedule.kind == "two_pass":
-            first = [DecodeRows(row[:1], self.context, (1,), drafts) for row in token]
-            second = [DecodeRows(row[1:], self.context + 1, (), 0) for row in token]
-            shapes = [first, second]
-        elif schedule.kind == "fused":
-            levels = tuple(level + 1 for level in schedule.levels)
-            shapes = [[DecodeRows(row, self.context, levels, schedule.block or 0) for row in token]]
-        else:
-            shapes = [[DecodeRows(row[:1], self.context, (), 0) for row in token]]
-        return [Pass.of(self.policy, self.cache, self.held, plans) for plans in shapes]
-
-    def _line(self, count: int) -> torch.Tensor:
-        return torch.arange(count, device=self.policy.device)[None]
-
-    def _drafts(self, q_logits_SMV: torch.Tensor) -> Sampled:
-        return sample_cdf(q_logits_SMV, self.temperature_S, self.seed_S, self.anchor_S, self.policy.mask_token_id)
-
-    def _verify(
-        self, p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor
-    ) -> torch.Tensor:
-        verdict = verify_rejection(
-            p_logits_SRV, q_logits_SMV, q_lse_SM, draft_SM, self.count_S, self.temperature_S, self.seed_S, self.anchor_S,
-            self.policy.mask_token_id,
-        )  # fmt: skip
-        return verdict.token_SR
-
-    def _ar(self) -> torch.Tensor:
-        (only,) = self.passes
-        logits_SRV = only.logits(only.run(), self._line(1))
-        return sample_gumbel(logits_SRV, self.temperature_S, self.seed_S, self.anchor_S).token_SR
-
-    def _fused(self) -> torch.Tensor:
-        (only,), schedule = self.passes, self.schedule
-        drafts, block = schedule.drafts or 0, schedule.block or 0
-        hidden_TD = only.run()
-        p_logits_SRV = only.logits(hidden_TD, self._line(drafts + 1))
-        token_SR = self._verify(p_logits_SRV, self.q_logits_SMV, self.q_lse_SM, self.draft_SM)
-        # The proposal of the highest level reached, from the slot after the token that was sampled.
-        which_S = (self.level_L <= self.accepted_S[:, None]).sum(1) - 1
-        slot_S = drafts + 1 + which_S * block + self.accepted_S - self.level_L[which_S] + 1
-        self._drafts(only.logits(hidden_TD, slot_S[:, None] + self._line(block - 1)))
-        return token_SR
-
-    def _two_pass(self) -> torch.Tensor:
-        first, second = self.passes
-        drafts = self.schedule.drafts or 0
-        logits_SRV = first.logits(first.run(), self._line(drafts + 1))
-        q_logits_SMV = logits_SRV[:, 1:]
-        made = self._drafts(q_logits_SMV)
-        second.layout.token_T.copy_(made.token_SR.flatten())
-        p_logits_SMV = second.logits(second.run(), self._line(drafts))
-        p_logits_SRV = torch.cat([logits_SRV[:, :1], p_logits_SMV], dim=1)
-        return self._verify(p_logits_SRV, q_logits_SMV, made.lse_SR, made.token_SR)
+def passes(policy: Policy, cache: PagedCache, held: Sequence[Held], schedule: Schedule) -> list[Pass]:
+    """The forwards of a step of `schedule` (with sizes) over these sequences, whose every draft is verified."""
+    drafts = schedule.drafts or 0
+    token = torch.randint(0, policy.mask_token_id, (len(held), drafts + 1)).tolist()
+    sequences = list(zip(token, (each.length for each in held), strict=True))
+    if schedule.kind == "two_pass":
+        first = [DecodeRows(row[:1], start, (1,), drafts) for row, start in sequences]
+        shapes = [first, [DecodeRows(row[1:], start + 1, (), 0) for row, start in sequences]]
+    elif schedule.kind == "fused":
+        levels = tuple(level + 1 for level in schedule.levels)
+        shapes = [[DecodeRows(row, start, levels, schedule.block or 0) for row, start in sequences]]
+    else:
+        shapes = [[DecodeRows(row[:1], start, (), 0) for row, start in sequences]]
+    return [Pass.of(policy, cache, held, plans) for plans in shapes]

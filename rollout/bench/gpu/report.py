@@ -1,7 +1,7 @@
 """What the bench's rows say: fractions of the ceilings, tokens per second under a forced acceptance, tables and a plot.
 
-Invariants: nothing is measured here; the summary can be made again from the rows. Tokens per second are of steps on the
-device, one after another; what the host prepares for a step stands beside them.
+Invariants: nothing is measured here; the summary can be made again from the rows. Tokens per second are of the engine's steps
+by the clock, the host's part included: counted while measured (`measured`), or a curve's tokens over the same seconds (`forced`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from typing import Any
 
 from ...planning.roofline import Rates, Roofline, expected_tokens, geometric_survival
 from ...schedule import Schedule
-from .sizes import DEVICE, DRY, Sizes
-
-FORCED = (4.6, 6.8)
-"""Tokens that a step with a whole block of drafts commits, each draft being accepted alike: ZAYA1-8B-Diffusion-Preview's
-published figure, and that of the published H100 run at batch 16."""
+from .sizes import DEVICE, DRY, FORCED, Sizes
 
 PUBLISHED = {
     "source": "Zyphra/vllm, docs/amd_nvidia_tidar_tput_tests.md: ZAYA1-8B on one H100, tokens/s, K = 16, greedy",
@@ -26,8 +22,9 @@ PUBLISHED = {
     "two_pass_tokens_per_step": {"1": 7.6, "8": 6.1, "16": 6.8, "64": 6.9},
 }
 NOTE = (
-    "Random weights; acceptance forced to geometric survival curves; experts forced to a uniform choice. Steps are captured"
-    " and timed on the device alone."
+    "Random weights; acceptance forced to geometric survival curves; experts forced to a uniform choice. Steps are the engine's"
+    " own, by the clock, `lossless` at temperature 1 (`ar` for itself), under the curve of"
+    f" {FORCED[-1]:g} tokens per full step; tokens of other curves are computed, over the same seconds."
 )
 
 
@@ -35,8 +32,8 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """`result` with ceilings and attention's best rates in front, a fraction in every row of a kernel, `training` and
     `decode`.
 
-    Of a forced acceptance of n tokens a row holds what its schedule makes of the curve that commits n with a whole block of
-    drafts, and the ratio if it committed exactly n.
+    A row of `decode` holds what was counted (`measured`), and of each forced acceptance of n tokens what its schedule should make
+    of the curve that commits n with a whole block of drafts, and the ratio if it committed exactly n.
     """
     sections = {name: dict(rows) for name, rows in result["sections"].items()}
     ceilings: dict[str, float] = {}
@@ -84,19 +81,21 @@ def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) 
         copies, products = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
         rates = Rates(products, copies, products, copies)
     measured = [row for row in steps.values() if isinstance(row.get("seconds"), float)]
-    ar = {(row["batch"], row["context"]): row["seconds"] for row in measured if row["kind"] == "ar"}
+    ar = {(row["batch"], row["context"]): row for row in measured if row["kind"] == "ar"}
     rows = []
     for row in measured:
         batch, context, seconds = row["batch"], row["context"], row["seconds"]
-        schedule = by_label[row["schedule"]]
-        made: dict[str, Any] = {
-            name: row[name] for name in ("schedule", "kind", "batch", "context", "rows", "seconds", "host_seconds")
-        }
+        schedule, plain = by_label[row["schedule"]], ar.get((batch, context))
+        names = ("schedule", "kind", "batch", "context", "rows", "seconds", "host_seconds", "waited_seconds", "forced_tokens")
+        made: dict[str, Any] = {name: row[name] for name in names}
         if rates is not None:
             made["roofline_seconds"] = roofline.step(schedule, batch, context).seconds(rates)
             made["of_roofline"] = seconds / made["roofline_seconds"]
+        made["measured"] = {name: row[name] for name in ("tokens_per_step", "tokens_per_s")}
+        if plain is not None:
+            made["measured"]["ratio_to_ar"] = row["tokens_per_s"] / plain["tokens_per_s"]
         made["forced"] = {
-            f"{tokens:g}": _forced(schedule, tokens, roofline.block, batch, seconds, ar.get((batch, context)))
+            f"{tokens:g}": _forced(schedule, tokens, roofline.block, batch, seconds, plain["seconds"] if plain else None)
             for tokens in FORCED
         }
         rows.append(made)
@@ -178,13 +177,14 @@ def text(made: Mapping[str, Any]) -> str:
     rows = [
         (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
          f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
-         *(cell for forced in row["forced"].values() for cell in
-           (f"{forced['tokens_per_step']:.2f}", f"{forced['tokens_per_s']:,.0f}", f"{forced.get('ratio_to_ar', 0):.2f}")))
+         *(cell for kind in (row["measured"], *row["forced"].values()) for cell in
+           (f"{kind['tokens_per_step']:.2f}", f"{kind['tokens_per_s']:,.0f}", f"{kind.get('ratio_to_ar', 0):.2f}")))
         for row in sorted(made["decode"], key=lambda row: (row["context"], row["batch"], row["kind"] != "ar"))
     ]  # fmt: skip
     if rows:
-        forced = [cell for tokens in FORCED for cell in (f"tokens at {tokens:g}", "tokens/s", "x ar")]
-        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *forced), rows))
+        kinds = ("measured", *(f"at {tokens:g}" for tokens in FORCED))
+        tokens = [cell for kind in kinds for cell in (f"tokens {kind}", "tokens/s", "x ar")]
+        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *tokens), rows))
         parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
     failed = [
         f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
@@ -212,8 +212,7 @@ def write_plot(made: Mapping[str, Any], path: Path) -> bool:
         for label in dict.fromkeys(row["schedule"] for row in made["decode"]):
             rows = sorted((row for row in made["decode"] if (row["schedule"], row["context"]) == (label, context)),
                           key=lambda row: row["batch"])  # fmt: skip
-            axis.plot([row["batch"] for row in rows], [row["forced"][f"{FORCED[-1]:g}"]["tokens_per_s"] for row in rows],
-                      marker="o", label=label)  # fmt: skip
+            axis.plot([row["batch"] for row in rows], [row["measured"]["tokens_per_s"] for row in rows], marker="o", label=label)
         for kind, style in (("ar", ":"), ("two_pass", "--")):
             known = PUBLISHED[kind]
             assert isinstance(known, dict)
@@ -228,7 +227,7 @@ def write_plot(made: Mapping[str, Any], path: Path) -> bool:
         axis.barh(names, [max(row["of_copy"], row["of_matmul"]) for row in attention])
         axis.set(xlabel="of the copy or matmul ceiling, the larger", title="attention", xlim=(0, 1))
     device = made["machine"].get("device")
-    figure.suptitle(f"{device}: random weights, forced acceptance, device time of captured steps", fontsize=9)
+    figure.suptitle(f"{device}: random weights, forced acceptance, the engine's steps by the clock", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

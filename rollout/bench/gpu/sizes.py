@@ -12,6 +12,10 @@ from transformers import ZayaConfig
 from ....model.checkpoint import read_config, resolve
 from ...schedule import Schedule
 
+FORCED = (4.6, 6.8)
+"""Tokens that a step with a whole block of drafts commits, each draft being accepted alike: ZAYA1-8B-Diffusion-Preview's
+published figure, and that of the published H100 run at batch 16. The last one is forced while steps are measured."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -23,6 +27,7 @@ class Sizes:
         attention: (batch, rows per sequence, context) of the attention kernel.
         schedules: of the decode steps, `ar` first.
         seconds: measured per item, after warming up. repeats: fewest measurements.
+        steps: fewest decode steps measured. sample_steps: fewest steps of single samples that their tokens are counted over.
         trained: policies of the training steps, by name. trained_tokens: clean tokens of their document.
     """
 
@@ -37,6 +42,8 @@ class Sizes:
     schedules: tuple[Schedule, ...]
     seconds: float
     repeats: int
+    steps: int
+    sample_steps: int
     trained: Mapping[str, Callable[[], ZayaConfig]]
     trained_tokens: int
     config: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +66,7 @@ DEVICE = Sizes(
         Schedule("ar"), Schedule("fused", levels=(0,)), Schedule("two_pass"), Schedule("fused", levels=(0,), block=8),
         Schedule("fused", levels=(0, 4, 8)),
     ),
-    seconds=0.25, repeats=7,
+    seconds=0.25, repeats=7, steps=24, sample_steps=192,
     trained={
         "tiny-reasoner": lambda: read_config(resolve("tiny-reasoner")),
         "ZAYA1-8B, 1 layer": lambda: ZayaConfig(
@@ -79,5 +86,6 @@ DRY = Sizes(
     dtype=torch.float32, copy_bytes=1 << 16, matmul=32, page_size=8, kernel_rows=(1, 5),
     attention=((2, 5, 9),), batches=(2,), contexts=(9,),
     schedules=(Schedule("ar"), Schedule("fused", levels=(0, 2)), Schedule("two_pass", 2)), seconds=0.0, repeats=1,
+    steps=1, sample_steps=0,
     trained={"few numbers": lambda: ZayaConfig(**_FEW)}, trained_tokens=64, config=_FEW,
 )  # fmt: skip

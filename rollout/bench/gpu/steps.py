@@ -1,26 +1,31 @@
-"""Decode steps of the whole policy with random weights: seconds by schedule, batch and context.
-
-Legend: S sequences of a step.
-"""
+"""Decode steps of an engine that serves the whole policy with random weights: by schedule, batch and context."""
 
 from __future__ import annotations
 
-import statistics
-import time
+import gc
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from ....errors import InvalidInput
+from ....kernels.dispatch import takes_triton
 from ....model.policy import Policy
-from .parts import DecodeStep, FilledCache, force_experts, random_policy
-from .sizes import Sizes
+from ...engine import Engine
+from ...planning.roofline import geometric_survival
+from ...planning.step_costs import rows
+from ...schedule import Schedule
+from .parts import force_experts, passes, random_policy
+from .running import engine_for, measure
+from .sizes import FORCED, Sizes
 from .timing import timed
 
 _RESERVE = 24 << 30
 """Bytes left for logits, activations and captured steps."""
 _SPLIT = (1, 16, 64)
 """Batches whose forwards are also timed alone."""
+_WARM = 5
+"""Steps before the first that counts, on a device: an engine captures a shape at its third meeting."""
 
 
 class StepBench:
@@ -51,41 +56,46 @@ class StepBench:
         force_experts(policy, max(self.sizes.batches) * 6 * policy.block_size)
         return policy
 
-    @cached_property
-    def filled(self) -> FilledCache:
-        """As many positions as the largest batch and context need, or as fit."""
-        config, block = self.policy.config, self.policy.block_size
-        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.sizes.dtype.itemsize
-        positions = max(self.sizes.batches) * (max(self.sizes.contexts) + 2 * block + 2 + self.sizes.page_size)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            positions = min(positions, (torch.cuda.mem_get_info()[0] - _RESERVE) // each)
-        return FilledCache(self.policy, positions, max(self.sizes.batches), self.sizes.page_size, block + 1)
-
     def run(self, name: str) -> dict[str, Any]:
-        """One item's row: seconds of the step on the device, of its forwards alone, and of what the host prepares."""
+        """One item's row: what `measure` says of the engine's steps, and seconds of their forwards alone on the device."""
         schedule, batch, context = self.items[name]
-        step = DecodeStep(self.policy, self.filled, schedule, batch, context)
-        whole = timed(step.run, self.sizes, self.device)
-        row: dict[str, Any] = whole | {
-            "schedule": step.schedule.label, "kind": step.schedule.kind, "batch": batch, "context": context,
-            "rows": step.rows, "passes": len(step.passes), "host_seconds": self._host(step),
-        }  # fmt: skip
-        if self.device.type == "cuda" and batch in _SPLIT:
-            row["forward_seconds"] = timed(step.forward, self.sizes, self.device)["seconds"]
-        del step
-        if self.device.type == "cuda":
-            row["memory_bytes"] = torch.cuda.max_memory_allocated()
+        policy, schedule = self.policy, schedule.within(self._block)
+        away = self.device.type == "cuda"
+        warm, count = _WARM if away else 1, max(self.sizes.steps, self.sizes.sample_steps // batch)
+        # Never the last ones: drafts and pages dwindle towards a sample's end.
+        tokens = (warm + count) * ((schedule.drafts or 0) + 1) + 2 * (policy.block_size + 1)
+        if away:
+            gc.collect()  # the engine before this one, and its graphs
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._must_fit(batch, context + tokens)
+        engine = engine_for(policy, schedule, batch, context, tokens, self.sizes.page_size)
+        tokens_forced = min(FORCED[-1], policy.block_size)
+        row: dict[str, Any] = {
+            "schedule": schedule.label, "kind": schedule.kind, "batch": batch, "context": context, "rows": rows(schedule),
+            "captured": away and takes_triton(policy.lm_head.weight), "forced_tokens": tokens_forced,
+            # Each draft is accepted alike, so the first one's chance is every slot's.
+            **measure(engine, geometric_survival(tokens_forced, policy.block_size)[:1], warm, count),
+        }  # fmt: skip
+        if away:
+            if batch in _SPLIT:
+                row["forward_seconds"] = self._forward_seconds(engine, schedule)
+            row["memory_bytes"] = torch.cuda.max_memory_allocated()
         return row
 
-    def _host(self, step: DecodeStep) -> float:
-        """Layouts, plans and their way to the device."""
-        seconds = []
-        for _ in range(self.sizes.repeats):
-            start = time.perf_counter()
-            step.host()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+    def _forward_seconds(self, engine: Engine, schedule: Schedule) -> float:
+        """A full step's forwards over the engine's samples, captured anew and timed on the device."""
+        held = [sample.held for sample in engine.scheduler.running if sample.held is not None]
+        forwards = passes(engine.policy, engine.cache, held, schedule)
+        return timed(lambda: [each.run() for each in forwards], self.sizes, self.device)["seconds"]
+
+    def _must_fit(self, batch: int, positions: int) -> None:
+        config = self.policy.config
+        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.sizes.dtype.itemsize
+        size = self.sizes.page_size
+        need, free = batch * -(-positions // size) * size * each, torch.cuda.mem_get_info()[0]
+        if need > free - _RESERVE:
+            raise InvalidInput(
+                "batch", f"a cache of {batch} x {positions} positions takes {need / 1e9:.0f} GB, and of the {free / 1e9:.0f} GB "
+                f"that are free {_RESERVE / 1e9:.0f} are kept for the rest of a step", "use a device with more memory",
+            )  # fmt: skip

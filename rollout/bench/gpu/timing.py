@@ -1,7 +1,8 @@
 """Time on a device, and the ceilings that times are held against.
 
 Invariants:
-- A time is the median over repeats of a captured graph, by device events. On a CPU it is the clock.
+- A time is the median over repeats of a captured graph, by device events. On a CPU it is the clock, as it is of an engine's
+  steps (`running`).
 - Inputs are random: zeros run faster than data.
 """
 

@@ -23,7 +23,7 @@ from blockroll.kernels.launch import record
 from blockroll.model.policy import Policy
 from blockroll.rollout.bench.gpu import checks, runner
 from blockroll.rollout.bench.gpu.kernels import KernelBench
-from blockroll.rollout.bench.gpu.parts import DecodeStep, FilledCache
+from blockroll.rollout.bench.gpu.parts import FilledCache, passes
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
 from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
@@ -66,13 +66,24 @@ def test_kernels_have_times_bytes_and_flops(interpreted) -> None:
             assert part["seconds"] > 0 and part["bytes"] > 0 and part["flops"] >= 0
 
 
-def test_steps_commit_what_their_schedules_verify(interpreted) -> None:
+def test_steps_are_the_engines_by_the_clock(interpreted) -> None:
     bench = StepBench(DRY, CPU)
     assert len(bench.items) == len(DRY.schedules) * len(DRY.batches) * len(DRY.contexts)
     for name in bench.items:
         row = bench.run(name)
         assert row["rows"] == {"ar": 1, "fused": 4 + 2 * 4, "two_pass": 3 + 2}[row["kind"]]
-        assert row["seconds"] > 0 and row["host_seconds"] > 0
+        assert row["passes"] == {"ar": 1, "fused": 1, "two_pass": 2}[row["kind"]]
+        assert row["seconds"] == pytest.approx(row["host_seconds"] + row["waited_seconds"]) and row["waited_seconds"] > 0
+        assert row["tokens_per_s"] == pytest.approx(2 * row["tokens_per_step"] / row["seconds"])
+        assert 1 <= row["tokens_per_step"] <= (1 if row["kind"] == "ar" else 4) and row["forced_tokens"] == 4
+
+
+def test_what_does_not_fit_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, gib = StepBench(DRY, CPU), 1 << 30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (25 * gib, 100 * gib))
+    bench._must_fit(2, gib // (2 * 2 * 2 * 16 * 4))
+    with pytest.raises(InvalidInput, match="batch: a cache of 2 x .* takes 2 GB, and of the 27 GB that are free 26 are kept"):
+        bench._must_fit(2, 2 * gib // (2 * 2 * 2 * 16 * 4))
 
 
 def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -> None:
@@ -83,7 +94,7 @@ def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -
 
 
 @pytest.mark.parametrize("schedule", DEVICE.schedules, ids=lambda schedule: schedule.label)
-def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
+def test_a_forward_asks_nothing_of_the_host(schedule: Schedule) -> None:
     """On `meta` tensors there is nothing to ask for: what reads a value back fails. So the step can be captured."""
     config = {**DEVICE.config, "num_hidden_layers": 1, "layer_types": ["hybrid"]}
     with torch.inference_mode(), using("triton"):
@@ -92,11 +103,12 @@ def test_a_step_asks_nothing_of_the_host(schedule: Schedule) -> None:
         policy.pack()
         filled = FilledCache(policy, 64 * 16384, 64, DEVICE.page_size, policy.block_size + 1)
         with record("sm_90") as launches:
-            step = DecodeStep(policy, filled, schedule, 32, 16384)
+            forwards = passes(policy, filled.cache, filled.held([16384] * 32, 34), schedule.within(policy.block_size))
             prepared = len(launches)
-            step.run()
+            for forward in forwards:
+                forward.run()
     kernels = [launch.kernel.__name__ for launch in launches[prepared:]]
-    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(step.passes)
+    assert kernels.count("paged") == kernels.count("_cca_kernel") == len(forwards)
     assert len(kernels) >= 10
 
 
@@ -118,11 +130,12 @@ def test_on_a_device_the_documents_have_128k_tokens() -> None:
 def made_up() -> dict[str, Any]:
     """Rows as a device would give them."""
     steps = {}
-    for schedule, seconds in (("ar", 0.01), ("fused(15, {0}, 16)", 0.02), ("two_pass(16)", 0.03)):
+    for schedule, seconds, tokens in (("ar", 0.01, 1.0), ("fused(15, {0}, 16)", 0.02, 5.5), ("two_pass(16)", 0.03, 6.9)):
         for batch in (16, 64):
             steps[f"{schedule} {batch}"] = {
                 "schedule": schedule, "kind": schedule.partition("(")[0], "batch": batch, "context": 2048, "rows": 1,
-                "seconds": seconds, "host_seconds": 0.001,
+                "seconds": seconds, "host_seconds": 0.001, "waited_seconds": seconds - 0.001, "forced_tokens": 6.8,
+                "tokens_per_step": tokens, "tokens_per_s": batch * tokens / seconds,
             }  # fmt: skip
     attention = {"kind": "attention", "batch": 1, "rows": 1, "context": 9, "seconds": 1e-3, "bytes": 2e9, "flops": 1e9}
     return {
@@ -150,6 +163,7 @@ def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> Non
     assert fused["forced"]["6.8"]["ratio_to_ar_if_exactly"] == pytest.approx(6.8 / 2)
     tokens = fused["forced"]["6.8"]["tokens_per_step"]
     assert 5 < tokens < 6.8
+    assert fused["measured"] == {"tokens_per_step": 5.5, "tokens_per_s": 16 * 5.5 / 0.02, "ratio_to_ar": pytest.approx(5.5 / 2)}
     assert fused["forced"]["6.8"]["tokens_per_s"] == pytest.approx(16 * tokens / 0.02)
     assert rows["two_pass", 64]["forced"]["6.8"]["tokens_per_step"] == pytest.approx(6.8)
     assert fused["of_roofline"] == pytest.approx(0.02 / fused["roofline_seconds"])
