@@ -135,7 +135,8 @@ def check_experts(sizes: Sizes, device: torch.device) -> dict[str, Any]:
             got, expected = _both(experts, "route", (x, state, weights, 1e-5))
             errors[f"{dtype} {rows} probs"] = _error(got[3], expected[3])
             best = expected[3].topk(2, dim=-1).values
-            clear = best[:, 0] - best[:, 1] > 0.05
+            # In 16 bits three layers round: experts 0.07 apart have changed places.
+            clear = best[:, 0] - best[:, 1] > (0.05 if dtype == torch.float32 else 0.15)
             disagree = max(disagree, float((got[0] != expected[0])[clear].float().mean()) if clear.any() else 0.0)
             chosen = torch.randint(0, e + 1, (rows,), device=device)
             weight = torch.rand(rows, device=device).to(dtype) + 0.5

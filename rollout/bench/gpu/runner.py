@@ -12,12 +12,14 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -27,9 +29,9 @@ from ....errors import InvalidInput
 from ....files import append_jsonl, write_json
 from .report import summarise, text, write_plot
 
-SECTIONS = ("ceilings", "correctness", "kernels", "training", "steps")
-_SHARE = {"ceilings": 0.1, "correctness": 0.3, "kernels": 0.5, "training": 0.7, "steps": 1.0}
-"""When a section must have ended, as a share of the whole time."""
+_WEIGHTS = {"ceilings": 1, "compile": 2, "correctness": 1, "kernels": 1.5, "training": 2, "steps": 4}
+"""Sections, and how the whole time is shared among those that run. What one leaves is the next one's."""
+SECTIONS = tuple(_WEIGHTS)
 _ITEM_SECONDS = 100.0
 """Most seconds of one item, compilation included."""
 _START_SECONDS = 120.0
@@ -43,6 +45,7 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
     """Names of a section's items, and what runs one. Imports torch."""
     import torch
 
+    from . import compilation
     from .checks import CHECKS, checked
     from .kernels import KernelBench
     from .sizes import DEVICE, DRY
@@ -52,6 +55,9 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
     sizes, device = (DRY, torch.device("cpu")) if dry else (DEVICE, torch.device("cuda"))
     if section == "ceilings":
         return list(CEILINGS), lambda name: CEILINGS[name](sizes, device)
+    if section == "compile":
+        ahead = compilation.items(dry)
+        return list(ahead), lambda name: ahead[name]()
     if section == "correctness":
         return list(CHECKS), lambda name: checked(name, sizes, device)
     if section == "kernels":
@@ -90,7 +96,7 @@ def child(section: str, path: Path, deadline: float, dry: bool) -> int:
             row = {"error": f"{type(error).__name__}: {error}"[:2000], "traceback": traceback.format_exc()[-3000:]}
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            elif "CUDA error" in str(error) or "HIP error" in str(error):
+            elif any(said in str(error) for said in ("CUDA error", "HIP error", "[CUDA]", "[HIP]")):  # torch's words, Triton's
                 append_jsonl(path, {"item": name, "row": row})
                 return _LOST
         append_jsonl(path, {"item": name, "row": _plain(row)})
@@ -132,7 +138,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS) -> bool:
-    """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks hold.
+    """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks were made
+    and hold.
 
     Args:
         minutes: of the clock, start and compilation included.
@@ -148,10 +155,12 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
         raise InvalidInput("device", "torch sees no accelerator here", "run it on one, or give --dry-run")
     start = time.time()
     result: dict[str, Any] = {"machine": {}, "minutes": minutes, "sections": {}}
+    whole, done = sum(_WEIGHTS[section] for section in sections), 0.0
     for section in sections:
         path = output.with_name(f".{output.name}.{section}.jsonl")
         path.unlink(missing_ok=True)
-        limit = start + 60 * minutes * _SHARE[section] - _CLOSING_SECONDS
+        done += _WEIGHTS[section]
+        limit = start + 60 * minutes * done / whole - _CLOSING_SECONDS
         try:
             _section(section, path, limit, dry, partial(_collect, result, section, path, output))
         finally:
@@ -162,7 +171,7 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
     if "summary_error" not in made:
         print(text(made), flush=True)
         write_plot(made, output.with_suffix(".png"))
-    return all(row.get("ok", "skipped" in row) for row in result["sections"].get("correctness", {}).values())
+    return all(row.get("ok", False) for row in result["sections"].get("correctness", {}).values())
 
 
 def _section(section: str, path: Path, deadline: float, dry: bool, collect: Callable[[], None]) -> None:
@@ -177,8 +186,12 @@ def _section(section: str, path: Path, deadline: float, dry: bool, collect: Call
         before = len(_lines(path))
         command = [sys.executable, "-m", __package__, "--section", section, "--lines", str(path), "--deadline", str(deadline)]
         with tempfile.TemporaryFile("w+") as said:
-            process = subprocess.Popen([*command, *(["--dry-run"] if dry else [])], env=environment, stderr=said)
-            why = _watch(process, path, deadline, collect)
+            command += ["--dry-run"] if dry else []
+            process = subprocess.Popen(command, env=environment, stderr=said, start_new_session=True)
+            try:
+                why = _watch(process, path, deadline, collect)
+            finally:
+                _end(process)
             said.seek(0)
             last = said.read()[-1500:].strip()
         if process.returncode == 0:
@@ -205,10 +218,16 @@ def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collec
         late = time.time() > deadline + _CLOSING_SECONDS / 2
         limit = _ITEM_SECONDS if count > before else _START_SECONDS
         if late or time.time() - since > limit:
-            process.kill()
-            process.wait()
+            _end(process)
             return "the time of its section was over" if late else f"took more than {limit:.0f} s"
     return ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It, and whatever it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _collect(result: dict[str, Any], section: str, path: Path, output: Path) -> None:

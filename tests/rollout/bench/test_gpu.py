@@ -236,6 +236,17 @@ def test_an_error_is_a_row_and_a_lost_device_ends_the_process(tmp_path: Path, mo
     assert result["machine"]["dry_run"] is True
 
 
+@pytest.mark.parametrize("made", [("philox",), ("philox", "cca")])
+def test_a_check_that_was_not_made_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: tuple[str, ...]) -> None:
+    def section(name: str, lines: Path, *_: Any) -> None:
+        runner.append_jsonl(lines, {"items": ["philox", "cca"], "machine": {"dry_run": True}})
+        for item in made:
+            runner.append_jsonl(lines, {"item": item, "row": {"ok": True}})
+
+    monkeypatch.setattr(runner, "_section", section)
+    assert runner.bench_gpu(tmp_path / "gpu.json", dry=True, sections=("correctness",)) == (len(made) == 2)
+
+
 def test_a_fault_of_the_summary_costs_no_row(tmp_path: Path) -> None:
     output, row = tmp_path / "gpu.json", {"seconds": 1.0}  # a kernel's row without its bytes
     made = runner._write({"machine": {}, "sections": {"kernels": {"odd": row}}}, output)
