@@ -98,8 +98,10 @@ class StepRunner:
         goes_D = proposes_D & (remaining_D > accepted_D + 2)
         fresh_D = np.where(goes_D, np.clip(block - skip_D, 0, most), 0)
         slot_D = np.where(goes_D, out.first_D + out.clean_D + reached_D * block + skip_D, 0)
-        sampled_D = verdict.token_SR.gather(1, verdict.accepted_S[:, None])[:, 0]
-        fresh = self._draft(rows, out, slot_D, fresh_D, anchor_D + verdict.accepted_S + 1, sampled_D)
+        fresh = None
+        if fresh_D.any():
+            sampled_D = verdict.token_SR.gather(1, verdict.accepted_S[:, None])[:, 0]
+            fresh = self._draft(rows, out, slot_D, fresh_D, anchor_D + verdict.accepted_S + 1, sampled_D)
         # From here on the device has work to do while the host keeps its books.
         numbers = zip(count_D.tolist(), accepted_D.tolist(), fresh_D.tolist(), level_L[reached_D].tolist(), strict=True)
         for d, (sample, (count, accepted, waiting, level)) in enumerate(zip(decoding, numbers, strict=True)):
@@ -125,11 +127,10 @@ class StepRunner:
         if not decoding:
             return None
         rows, (anchor_D, anchored_D) = self._sampler_rows(decoding), out.also
-        drafts = self._draft(rows, out, out.first_D + 1, count_D, anchor_D, anchored_D)
         p_logits_DRV = out.logits_DRV
-        if drafts is None:
-            drafts = Drafts.none(len(decoding), self.policy.device)
-        else:
+        drafts = Drafts.none(len(decoding), self.policy.device)
+        if count_D.any():
+            drafts = self._draft(rows, out, out.first_D + 1, count_D, anchor_D, anchored_D)
             second = np.flatnonzero(count_D)
 
             def verified(n: int) -> DecodeRows:
@@ -206,19 +207,12 @@ class StepRunner:
         return out
 
     def _draft(
-        self,
-        rows: SamplerRows,
-        out: Pass,
-        slot_D: np.ndarray,
-        count_D: np.ndarray,
-        anchor_D: torch.Tensor,
+        self, rows: SamplerRows, out: Pass, slot_D: np.ndarray, count_D: np.ndarray, anchor_D: torch.Tensor,
         previous_D: torch.Tensor,
-    ) -> Drafts | None:
-        """Draw drafts from the mask rows that begin at `slot_D`, after the tokens `previous_D` at `anchor_D`."""
-        width = int(count_D.max(initial=0))
-        if not width:
-            return None
-        index = np.minimum(slot_D[:, None] + np.arange(width), len(out.hidden_TD) - 1)
+    ) -> Drafts:  # fmt: skip
+        """Draw drafts, `count_D` of them and at least one, from the mask rows that begin at `slot_D`, after the tokens
+        `previous_D` at `anchor_D`."""
+        index = np.minimum(slot_D[:, None] + np.arange(count_D.max()), len(out.hidden_TD) - 1)
         index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self.policy.device)
         logits_DMV = self.forwards.head(out.hidden_TD[index_DM])
         return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.forwards.markov, previous_D)
