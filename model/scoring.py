@@ -9,6 +9,7 @@ Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +17,12 @@ import torch
 from ..errors import RequestError
 from ..kernels.transfer import upload
 from .layout import causal
-from .packed import PackedForward
+from .packed import packed_forward
 from .policy import Policy
 from .vocabulary import rows_at_once
+
+if TYPE_CHECKING:
+    from .packed.forward import PackedForward
 
 _ROWS = 8192
 """Most rows of a pass, unless one sequence has more; sequences are packed up to it."""
@@ -50,7 +54,7 @@ def score(
         if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
             raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
                                "use the policy's own tokenizer")  # fmt: skip
-    packed = PackedForward(policy) if PackedForward.serves(policy) else None
+    packed = packed_forward(policy)
     scores: list[np.ndarray] = []
     pack: list[tuple[Sequence[int], Sequence[int]]] = []
     held = 0

@@ -21,7 +21,7 @@ from ..kernels.dispatch import batch_invariant
 from ..kernels.graphs import capture
 from ..kernels.transfer import upload
 from ..model.layout import DecodeRows, decode
-from ..model.packed import PackedForward
+from ..model.packed import packed_forward
 from ..model.policy import Policy, Routing
 from .cache import Held, PagedCache
 from .recurring import RecurringInputs, bucket
@@ -143,7 +143,7 @@ class Forwards:
 
     def take_weights(self) -> None:
         """To be called when the policy's weights have changed; what is captured reads them where they lie."""
-        self._packed = PackedForward(self._policy) if PackedForward.serves(self._policy) else None
+        self._packed = packed_forward(self._policy)
         served = self._policy if self._packed is None else self._packed
         self.head = served.head
         self.markov = None if self._policy.markov is None else served.markov

@@ -1,14 +1,6 @@
 """Where the rows and keys of a small pack stand on a CPU: what one layout asks of every layer of `forward`.
 
-Invariants:
-- The key of a clean row stands at its position, whatever is cached and whatever stands beside its sequence; keys of mask
-  rows come after all of those. Keys are padded to a multiple of 16, rows of a sequence to an even number (of four with heads
-  of 64, of eight with heads of 128), and a pack of one row is computed as two. So a clean row's numbers are always added up
-  in the same order: what it gives depends on its prefix alone, to the last bit, in every batch, chunk and step. (Measured
-  with oneMKL, whose products of two rows or more have one order, and with heads of 16 and more; elsewhere it is the same up
-  to rounding.)
-
-Legend: T rows, S sequences, R rows of the longest one, padded, P places of clean keys, K all places, A ancestors.
+Legend: T rows, S sequences, A = hops + 1 ancestors, L positions.
 """
 
 from __future__ import annotations
@@ -17,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numba import njit
 
-from ..cca import ancestor_index
-from ..layout import CLEAN, TokenLayout
-
-_PLACES = 16
+from ...kernels.cca import NOTHING
+from ..layout import CLEAN, FROM_TAIL, TokenLayout
+from ..state import SequenceState
 
 
 @dataclass(frozen=True)
@@ -30,73 +21,100 @@ class PackedPlan:
     """One layout's places.
 
     Attributes:
-        sequences: S. positions: P.
-        twice: the pack's one row is computed as two.
-        ancestor_TA: index into `[zero row, S * hops tail entries, T rows]`; None where every row is its sequence's only one
-            and all its ancestors are in the tail.
-        query_SR: pack row at each place (row 0 where padding). place_T: flat index into S * R of each row.
-        clean_SP: pack row of each clean key, where nothing is cached.
-        mask_SM: pack row of each key from place P on (row 0 where padding); None where there are none.
-        bias: float32[S, R, K] by layer type, 0 where the row sees the key, else -inf.
+        source_TA: each row and its ancestors, nearest first: a row of the pack, `NOTHING`, or -2 - n for tail entry n.
+        write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
+        first_S1: first row of each sequence, and T.
+        place_SL: cache position of each sequence's positions.
+        range_6T: by layer type, begin and end of the cached positions, of the clean rows and of the block's rows that each row
+            sees; rows are counted from the sequence's first.
+        longest: most keys of a row.
     """
 
-    sequences: int
-    positions: int
-    twice: bool
-    ancestor_TA: torch.Tensor | None
-    query_SR: torch.Tensor
-    place_T: torch.Tensor
-    clean_SP: torch.Tensor
-    mask_SM: torch.Tensor | None
-    bias: dict[str, torch.Tensor]
+    source_TA: np.ndarray
+    write_T: np.ndarray
+    tail_T: np.ndarray
+    first_S1: np.ndarray
+    place_SL: np.ndarray
+    range_6T: dict[str, np.ndarray]
+    longest: int
 
     @classmethod
-    def of(cls, layout: TokenLayout, hops: int, windows: Mapping[str, int | None], head_dim: int) -> PackedPlan:
+    def of(cls, layout: TokenLayout, state: SequenceState | None, hops: int, windows: Mapping[str, int | None]) -> PackedPlan:
         """Args: layout, on this host. windows, sliding window by layer type; None sees everything."""
-        sequence, position, limit, block, start = (
-            x.numpy() for x in (layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.start_S)
-        )
-        sequences, rows = len(start), len(sequence)
-        count = np.bincount(sequence, minlength=sequences)
-        first = count.cumsum() - count
-        width = _padded(int(count.max()), max(2, head_dim // 16))
-        line = np.arange(width)
-        query_SR = np.where(line < count[:, None], first[:, None] + line, 0)
-        place = np.arange(rows) + (np.arange(sequences) * width - first)[sequence]
-
-        clean = block == CLEAN
-        end = start.copy()
-        np.maximum.at(end, sequence[clean], position[clean] + 1)
-        positions = _padded(int(end.max()), _PLACES)
-        line = np.arange(positions)
-        clean_SP = np.where(line < (end - start)[:, None], first[:, None] + line, 0)
-        seen_SRP = line <= limit[query_SR][..., None]
-        masks, mask_SM, own_SRM = np.flatnonzero(~clean), None, np.zeros((sequences, width, 0), dtype=bool)
-        if len(masks):
-            owner = sequence[masks]
-            count = np.bincount(owner, minlength=sequences)
-            most = _padded(int(count.max()), _PLACES)
-            mask_SM, key_block_SM = np.zeros((sequences, most), dtype=np.int64), np.full((sequences, most), CLEAN - 1)
-            nth = np.arange(len(masks)) - (count.cumsum() - count)[owner]
-            mask_SM[owner, nth], key_block_SM[owner, nth] = masks, block[masks]
-            own_SRM = block[query_SR][..., None] == key_block_SM[:, None]
-        bias = {}
-        for kind, window in windows.items():
-            near_SRP = seen_SRP if window is None else seen_SRP & (line > position[query_SR][..., None] - window)
-            sees_SRK = np.concatenate([near_SRP, own_SRM], axis=-1)
-            bias[kind] = torch.from_numpy(np.where(sees_SRK, np.float32(0), np.float32(-np.inf)))
-
-        alone = rows == sequences and not len(masks) and int(start.min()) >= hops
-        ancestor_TA = None if alone else ancestor_index(layout, hops)
-        twice = rows == 1
-        if twice:
-            place = np.arange(2)
-            ancestor_TA = None if ancestor_TA is None else ancestor_TA.expand(2, -1)
-        return cls(
-            sequences, positions, twice, ancestor_TA, torch.from_numpy(query_SR), torch.from_numpy(place),
-            torch.from_numpy(clean_SP), None if mask_SM is None else torch.from_numpy(mask_SM), bias,
+        sequence, position, limit, block, parent, start = (
+            x.numpy() for x in (layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.parent_T,
+                                layout.start_S)
         )  # fmt: skip
+        rows, sequences = len(sequence), len(start)
+        source, first = np.empty((rows, hops + 1), np.int64), np.empty(sequences + 1, np.int64)
+        ranges = {window: np.empty((6, rows), np.int64) for window in set(windows.values())}
+        if state is None:
+            write = tail = np.full(rows, NOTHING)
+            table, tail_SH, size = np.zeros((sequences, 1), np.int64), np.zeros((sequences, hops), np.int64), 1
+        else:
+            paging = state.paging()
+            write, tail, size = paging.write_T.numpy(), paging.tail_T.numpy(), paging.page_size
+            table, tail_SH = paging.table_SP.numpy(), paging.tail_SH.numpy()
+        place = np.empty((sequences, int(start.max())), np.int64)
+        longest = 1
+        for window, range_6T in ranges.items():
+            longest = _fill(
+                sequence, position, limit, block, parent, start, tail_SH, table, size, window or 0, source, first, place, range_6T
+            )
+        kinds = {kind: ranges[window] for kind, window in windows.items()}
+        return cls(source, write, tail, first, place, kinds, longest)
 
 
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
+@njit(cache=True, error_model="numpy")
+def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, table_SP, page_size, window, source_TA, first_S1,
+          place_SL, range_6T):  # fmt: skip
+    """Writes the last four arrays; returns the most keys of a row. `window` 0 sees everything."""
+    rows, hops = len(sequence_T), source_TA.shape[1] - 1
+    sequences = len(start_S)
+    t = longest = 0
+    for s in range(sequences):
+        first_S1[s] = t
+        while t < rows and sequence_T[t] == s:
+            t += 1
+        for p in range(start_S[s]):
+            place_SL[s, p] = table_SP[s, p // page_size] * page_size + p % page_size
+    first_S1[sequences] = rows
+    for s in range(sequences):
+        first, start = first_S1[s], start_S[s]
+        clean = 0
+        while first + clean < first_S1[s + 1] and block_T[first + clean] == CLEAN:
+            clean += 1
+        block_begin = clean
+        for t in range(first, first_S1[s + 1]):
+            at, back = t, 0
+            source_TA[t, 0] = t
+            for a in range(1, hops + 1):
+                if at >= 0:
+                    at = parent_T[at]
+                    back = 0 if at == FROM_TAIL else hops
+                else:
+                    back += 1
+                if at >= 0:
+                    source_TA[t, a] = at
+                elif back < min(hops, start):
+                    source_TA[t, a] = -2 - tail_SH[s, back]
+                else:
+                    source_TA[t, a] = NOTHING
+            low = max(position_T[t] - window + 1, 0) if window else 0
+            range_6T[0, t] = min(low, start)
+            range_6T[1, t] = min(start, limit_T[t] + 1)
+            range_6T[3, t] = min(max(limit_T[t] + 1 - start, 0), clean)
+            range_6T[2, t] = min(max(low - start, 0), range_6T[3, t])
+            range_6T[4, t] = range_6T[5, t] = 0
+            if block_T[t] != CLEAN:
+                if t == first + clean or block_T[t] != block_T[t - 1]:
+                    block_begin = t - first
+                end = t + 1
+                while end < first_S1[s + 1] and block_T[end] == block_T[t]:
+                    end += 1
+                range_6T[4, t], range_6T[5, t] = block_begin, end - first
+            keys = 0
+            for i in range(0, 6, 2):
+                keys += max(range_6T[i + 1, t] - range_6T[i, t], 0)
+            longest = max(longest, keys)
+    return longest

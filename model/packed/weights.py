@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..cca import Projection
@@ -22,9 +23,9 @@ class PackedLayer:
     with their transposes do."""
 
     kind: str
-    in_floor: torch.Tensor
+    in_floor: np.float32
     projection: torch.Tensor  # q and k, delayed value, current value, then q and k with their means
-    projection_bias: torch.Tensor | None
+    projection_bias: torch.Tensor
     before_W: torch.Tensor  # delayed value before the document
     convolution_N_AE_O: torch.Tensor
     convolution_bias_N1O: torch.Tensor
@@ -32,11 +33,11 @@ class PackedLayer:
     output: torch.Tensor
     output_bias: torch.Tensor
     attention_residual_D: torch.Tensor
-    post_floor: torch.Tensor
+    post_floor: np.float32
     router_down: torch.Tensor
     router_down_bias: torch.Tensor
-    router_scale: torch.Tensor | None
-    router_floor: torch.Tensor
+    router_scale: torch.Tensor  # empty in a layer that takes no state
+    router_floor: np.float32
     fc1: torch.Tensor
     fc1_bias: torch.Tensor
     fc2: torch.Tensor
@@ -54,9 +55,9 @@ def turned(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.mT.contiguous()
 
 
-def floor(size: int, eps: float) -> torch.Tensor:
-    """What RMS norm's eps is beside a sum of squares, its root taken."""
-    return torch.tensor((size * eps) ** 0.5)
+def floor(size: int, eps: float) -> np.float32:
+    """What RMS norm's eps is beside a sum of squares."""
+    return np.float32(size * eps)
 
 
 def fold_layer(layer: Layer) -> PackedLayer:
@@ -77,7 +78,7 @@ def fold_layer(layer: Layer) -> PackedLayer:
         kind=attention.kind,
         in_floor=floor(hidden, layer.input_layernorm.eps),
         projection=turned(weight * layer.input_layernorm.weight * hidden**0.5),
-        projection_bias=bias,
+        projection_bias=weight.new_zeros(len(weight)) if bias is None else bias,
         before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
         convolution_N_AE_O=convolution,
         convolution_bias_N1O=convolution_bias,
@@ -89,7 +90,7 @@ def fold_layer(layer: Layer) -> PackedLayer:
         post_floor=floor(hidden, layer.post_attention_layernorm.eps),
         router_down=turned(router.down_proj.weight * norm),
         router_down_bias=router.down_proj.bias.clone(),
-        router_scale=None if router.router_states_scale is None else router.router_states_scale.clone(),
+        router_scale=weight.new_zeros(0) if router.router_states_scale is None else router.router_states_scale.clone(),
         router_floor=floor(width, mlp.norm.eps),
         fc1=turned(mlp.fc1.weight * mlp.norm.weight * width**0.5),
         fc1_bias=mlp.fc1.bias.clone(),

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class StepCosts:
 
 
 def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
-    """What step times depend on, weights aside: device, threads, versions, dtype and sizes of the policy."""
+    """What step times depend on, weights aside: device, threads, what is installed, dtype and sizes of the policy."""
     ignored = ("transformers_version", "_name_or_path", "architectures", "dtype")
     sizes = {key: value for key, value in policy.config.to_dict().items() if key not in ignored}
     machine = describe()
@@ -140,6 +141,7 @@ def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(policy.device) if cuda else machine["processor"],
         "torch_threads": machine["torch_threads"],
+        "numba": not cuda and find_spec("numba") is not None,
         "versions": {name: machine["versions"][name] for name in ("blockroll", "torch")},
         "dtype": str(policy.dtype),
         "page_size": page_size,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
-from blockroll.model.packed import PackedForward
+from blockroll.model.packed import packed_forward
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
 
@@ -30,8 +30,8 @@ def steps():
 @torch.inference_mode()
 def test_packed_equals_the_network(make_policy, changes):
     policy = make_policy(torch.float32, seed=4, **changes)
-    assert PackedForward.serves(policy)
-    packed = PackedForward(policy)
+    packed = packed_forward(policy)
+    assert packed is not None
     caches = [PagedCache(policy, 24, 4, 3, 8) for _ in range(2)]
     held = [[cache.open() for _ in range(3)] for cache in caches]
     experts = set()
@@ -60,7 +60,7 @@ def test_packed_equals_the_network(make_policy, changes):
 def test_a_clean_row_depends_on_its_prefix_alone(make_policy, changes):
     """To the last bit: in one pass without a cache, row by row, in chunks beside others, behind or before mask rows."""
     policy = make_policy(torch.float32, seed=4, **changes)
-    packed = PackedForward(policy)
+    packed = packed_forward(policy)
     draw = np.random.default_rng(1)
     texts = [draw.integers(0, 40, count).tolist() for count in (61, 9, 30, 2)]
     expected = [packed.head(packed(causal([text]))) for text in texts]
@@ -99,8 +99,8 @@ def test_a_clean_row_depends_on_its_prefix_alone(make_policy, changes):
 
 
 def test_what_is_not_served(make_policy):
-    assert not PackedForward.serves(make_policy(torch.float64))
-    assert not PackedForward.serves(make_policy(torch.bfloat16))
+    assert packed_forward(make_policy(torch.float64)) is None
+    assert packed_forward(make_policy(torch.bfloat16)) is None
 
 
 def test_the_markov_head_as_a_table(make_policy):
@@ -109,4 +109,4 @@ def test_the_markov_head_as_a_table(make_policy):
     torch.nn.init.normal_(policy.markov.next.weight)
     previous = torch.arange(policy.config.vocab_size).flip(0).view(2, -1)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedForward(policy).markov(previous), policy.markov(previous))
+        torch.testing.assert_close(packed_forward(policy).markov(previous), policy.markov(previous))
