@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import mm
 
-from ...kernels.cca import Pools
 from ..layout import TokenLayout
 from ..policy import Layer, Policy, Routing
 from ..state import SequenceState
@@ -75,7 +74,7 @@ class PackedForward:
             self._heads, self._kv_heads, self._size = (
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             )  # fmt: skip
-            self._scale = np.float32(self._size**-0.5)
+            self._scale, self._attend_rows = np.float32(self._size**-0.5), stages.attend_of(self._size)
             self._embedded_VD = (
                 trunk.embed_tokens.weight + trunk.input_hidden_states_bias
             ) * trunk.input_hidden_states_scale
@@ -99,12 +98,13 @@ class PackedForward:
         work = self._work_of(rows)
         torch.index_select(self._embedded_VD, 0, layout.token_T, out=work.residual[0][:rows])
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
-        scores = np.empty(plan.longest, np.float32), np.empty(plan.longest, np.int32)
+        keys, values = (np.empty(shape, np.float32) for shape in ((self._size, plan.longest), (plan.longest, self._size)))
+        scratch = keys, values, np.empty(plan.longest, np.float32), np.empty(plan.longest, np.int32)
         residual, unit = work.residual[1][:rows], work.unit[1][:rows]
         stages.unit(residual, self._layers[0].in_floor, unit)
         floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
         for number, (layer, arrays, after) in enumerate(zip(self._layers, self._arrays, floors, strict=True)):
-            self._attend(number, layer, arrays, work, plan, ropes[layer.kind], state, scores)
+            self._attend(number, layer, arrays, work, plan, ropes[layer.kind], state, scratch)
             self._mix(number, layer, arrays, work, rows, after)
             if routing is not None:
                 routing.expert_LT.append(torch.from_numpy(work.expert.copy()))
@@ -129,25 +129,25 @@ class PackedForward:
 
     def _attend(
         self, number: int, layer: PackedLayer, arrays: dict[str, np.ndarray], work: _Work, plan: PackedPlan, rope: Angles,
-        state: SequenceState | None, scores: tuple[np.ndarray, np.ndarray],
+        state: SequenceState | None, scratch: tuple[np.ndarray, ...],
     ) -> None:  # fmt: skip
         """From the normed residual to the next one, through attention."""
         rows = len(work.q)
         mm(work.unit[0], layer.projection, out=work.projected[0])
-        pools = _nothing(work) if state is None else Pools(*(pool.numpy() for pool in state.pools(number)))
+        k_pool, v_pool, x_pool, delayed_pool = _nothing(work) if state is None else [x.numpy() for x in state.pools(number)]
         projected, mixed = work.projected[1][:rows], work.mixed[1]
         stages.gather(
-            projected, arrays["projection_bias"], plan.source_TA, plan.tail_T, arrays["before_W"], pools.x, pools.delayed,
+            projected, arrays["projection_bias"], plan.source_TA, plan.tail_T, arrays["before_W"], x_pool, delayed_pool,
             work.x[1], work.previous,
         )  # fmt: skip
         torch.bmm(work.x[0], layer.convolution_N_AE_O, out=work.mixed[0])
         stages.turn(
             mixed, projected, arrays["convolution_bias_NO"], arrays["temperature_N"], *rope, work.previous, plan.write_T,
-            pools.k, pools.v, work.q, work.k, work.v,
+            k_pool, v_pool, work.q, work.k, work.v,
         )  # fmt: skip
-        stages.attend(
-            work.q, work.k, work.v, pools.k, pools.v, plan.range_6T[layer.kind], plan.first_S1, plan.place_SL, self._scale,
-            *scores, work.attended[1][:rows].reshape(rows, self._heads, self._size),
+        self._attend_rows(
+            work.q, work.k, work.v, k_pool, v_pool, plan.range_6T[layer.kind], plan.first_S1, plan.place_SL, self._scale,
+            *scratch, work.attended[1][:rows].reshape(rows, self._heads, self._size),
         )  # fmt: skip
         mm(work.attended[0], layer.output, out=work.y[0])
         stages.add_unit(
@@ -211,9 +211,9 @@ def _arrays(layer: PackedLayer) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _nothing(work: _Work) -> Pools:
+def _nothing(work: _Work) -> list[np.ndarray]:
     """Pools that nothing is read from or kept in."""
-    return Pools(work.k, work.v, work.projected[1], work.projected[1])
+    return [work.k, work.v, work.projected[1], work.projected[1]]
 
 
 def _layers(policy: Policy) -> Iterator[Layer]:

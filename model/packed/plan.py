@@ -27,7 +27,7 @@ class PackedPlan:
         place_SL: cache position of each sequence's positions.
         range_6T: by layer type, begin and end of the cached positions, of the clean rows and of the block's rows that each row
             sees; rows are counted from the sequence's first.
-        longest: most keys of a row.
+        longest: most keys of a sequence, cached and in the pack.
     """
 
     source_TA: np.ndarray
@@ -68,7 +68,7 @@ class PackedPlan:
 @njit(cache=True, error_model="numpy")
 def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, table_SP, page_size, window, source_TA, first_S1,
           place_SL, range_6T):  # fmt: skip
-    """Writes the last four arrays; returns the most keys of a row. `window` 0 sees everything."""
+    """Writes the last four arrays; returns the most keys of a sequence. `window` 0 sees everything."""
     rows, hops = len(sequence_T), source_TA.shape[1] - 1
     sequences = len(start_S)
     t = longest = 0
@@ -81,6 +81,7 @@ def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, 
     first_S1[sequences] = rows
     for s in range(sequences):
         first, start = first_S1[s], start_S[s]
+        longest = max(longest, start + first_S1[s + 1] - first)
         clean = 0
         while first + clean < first_S1[s + 1] and block_T[first + clean] == CLEAN:
             clean += 1
@@ -113,8 +114,4 @@ def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, 
                 while end < first_S1[s + 1] and block_T[end] == block_T[t]:
                     end += 1
                 range_6T[4, t], range_6T[5, t] = block_begin, end - first
-            keys = 0
-            for i in range(0, 6, 2):
-                keys += max(range_6T[i + 1, t] - range_6T[i, t], 0)
-            longest = max(longest, keys)
     return longest

@@ -1,7 +1,8 @@
 """What stands between the matrix products of `forward`, compiled by numba: a few calls a layer instead of tens of operations.
 
 Invariants:
-- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it.
+- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it. So sums, which
+  the compiler may add up in any order, are functions of their own, called in one place each; the rest is computed as written.
 - Arrays are float32 and contiguous, given by the caller; nothing is allocated for a row.
 
 Legend: as in `forward`; I slots of rows sorted by expert, L keys.
@@ -9,16 +10,36 @@ Legend: as in `forward`; I slots of rows sorted by expert, L keys.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 from numba import njit
 
-_OPTIONS = {"cache": True, "fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
-_IN_ORDER = {"cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
-"""Of what is only right as it is bracketed."""
+_OPTIONS = {"cache": True, "error_model": "numpy"}
+"""As written: vectorised or not, with or without room between two arrays, the numbers are the same."""
+_ANY_ORDER = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
+"""Of sums. They read and do not write, so nothing but their length decides how they are vectorised."""
 _F = np.float32
 
 
-@njit(**_IN_ORDER)
+@njit(**_ANY_ORDER)
+def _sum(x, count):
+    s = _F(0)
+    for i in range(count):
+        s += x[i]
+    return s
+
+
+@njit(**_ANY_ORDER)
+def _squares(x):
+    s = _F(0)
+    for i in range(x.shape[0]):
+        s += x[i] * x[i]
+    return s
+
+
+@njit(**_OPTIONS)
 def _exp(x, count, scratch):
     """exp of the first `count` of x, in place, to two units in the last place (the polynomial of Cephes' expf)."""
     bits = x.view(np.int32)
@@ -37,7 +58,7 @@ def _exp(x, count, scratch):
         bits[i] += scratch[i] << 23
 
 
-@njit(**_IN_ORDER)
+@njit(**_OPTIONS)
 def _gelu(x, count, e, scratch):
     """x Phi(x) in place; erf by Abramowitz and Stegun 7.1.26, within 1.5e-7."""
     for i in range(count):
@@ -58,10 +79,7 @@ def _gelu(x, count, e, scratch):
 def unit(residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
     for t in range(residual_TD.shape[0]):
-        s = _F(0)
-        for d in range(residual_TD.shape[1]):
-            s += residual_TD[t, d] * residual_TD[t, d]
-        r = _F(1.0) / np.sqrt(s + floor)
+        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -116,12 +134,9 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
     current = (heads + kv_heads) * size + width
     for t in range(rows):
         for n in range(heads + kv_heads):
-            s = _F(0)
             for e in range(size):
-                y = mixed_NTO[n, t, e] + bias_NO[n, e] + projected[t, means + n * size + e]
-                mixed_NTO[n, t, e] = y
-                s += y * y
-            f = temperature_N[n] / max(np.sqrt(s), _F(1.1920929e-07))
+                mixed_NTO[n, t, e] = mixed_NTO[n, t, e] + bias_NO[n, e] + projected[t, means + n * size + e]
+            f = temperature_N[n] / max(np.sqrt(_squares(mixed_NTO[n, t])), _F(1.1920929e-07))
             to = q_THD[t, n] if n < heads else k_TGD[t, n - heads]
             for e in range(half):
                 left, right = mixed_NTO[n, t, e] * f, mixed_NTO[n, t, e + half] * f
@@ -138,69 +153,104 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
             v_pool[write_T[t]] = v_TGD[t]
 
 
-@njit(**_OPTIONS)
-def _score(q_D, key_D, scale):
-    s = _F(0)
-    for e in range(q_D.shape[0]):
-        s += q_D[e] * key_D[e]
-    return s * scale
+@cache
+def attend_of(size: int) -> Any:
+    """Attention for heads of this size, which the compiler is told.
 
+    Each row looks at the cached positions, clean rows and rows of its block that it sees, in this order. Keys and values of a
+    sequence and head are laid side by side first, cached ones in front: keys turned, so that scores of many keys are added up at
+    once, each in the order of its features. Four products are added per turn, which is what makes it fast; their order is kept."""
+    fours = size // 4 * 4
 
-@njit(**_OPTIONS)
-def _add(out_D, weight, value_D):
-    for e in range(out_D.shape[0]):
-        out_D[e] += weight * value_D[e]
+    @njit(**_OPTIONS)
+    def add_scores(q, keys_DL, begin, end, score):
+        for i in range(end - begin):
+            score[i] = 0
+        for e in range(0, fours, 4):
+            q0, q1, q2, q3 = q[e], q[e + 1], q[e + 2], q[e + 3]
+            k0, k1 = keys_DL[e, begin:end], keys_DL[e + 1, begin:end]
+            k2, k3 = keys_DL[e + 2, begin:end], keys_DL[e + 3, begin:end]
+            for i in range(end - begin):
+                score[i] = score[i] + q0 * k0[i] + q1 * k1[i] + q2 * k2[i] + q3 * k3[i]
+        for e in range(fours, size):
+            q0, k0 = q[e], keys_DL[e, begin:end]
+            for i in range(end - begin):
+                score[i] += q0 * k0[i]
 
+    @njit(**_OPTIONS)
+    def add_values(weight, values_LD, begin, end, out):
+        count = end - begin
+        for i in range(0, count // 4 * 4, 4):
+            w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+            v0, v1 = values_LD[begin + i], values_LD[begin + i + 1]
+            v2, v3 = values_LD[begin + i + 2], values_LD[begin + i + 3]
+            for e in range(size):
+                out[e] = out[e] + w0 * v0[e] + w1 * v1[e] + w2 * v2[e] + w3 * v3[e]
+        for i in range(count // 4 * 4, count):
+            w0, v0 = weight[i], values_LD[begin + i]
+            for e in range(size):
+                out[e] += w0 * v0[e]
 
-@njit(**_OPTIONS)
-def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_6T, first_S1, place_SL, scale, score_L, scratch_L, out_THD):
-    """Attention of each row over the cached positions, clean rows and rows of its block that it sees, in this order."""
-    heads, size = q_THD.shape[1:]
-    group = heads // k_TGD.shape[1]
-    for s in range(first_S1.shape[0] - 1):
-        for t in range(first_S1[s], first_S1[s + 1]):
-            for h in range(heads):
-                g, n = h // group, 0
-                for p in range(range_6T[0, t], range_6T[1, t]):
-                    score_L[n] = _score(q_THD[t, h], k_pool[place_SL[s, p], g], scale)
-                    n += 1
-                for part in (2, 4):
-                    for j in range(first_S1[s] + range_6T[part, t], first_S1[s] + range_6T[part + 1, t]):
-                        score_L[n] = _score(q_THD[t, h], k_TGD[j, g], scale)
-                        n += 1
-                top = score_L[0]
-                for i in range(n):
-                    top = max(top, score_L[i])
-                for i in range(n):
-                    score_L[i] -= top
-                _exp(score_L, n, scratch_L)
-                out = out_THD[t, h]
-                total = _F(0)
-                for i in range(n):
-                    total += score_L[i]
-                out[:] = 0
-                n = 0
-                for p in range(range_6T[0, t], range_6T[1, t]):
-                    _add(out, score_L[n], v_pool[place_SL[s, p], g])
-                    n += 1
-                for part in (2, 4):
-                    for j in range(first_S1[s] + range_6T[part, t], first_S1[s] + range_6T[part + 1, t]):
-                        _add(out, score_L[n], v_TGD[j, g])
-                        n += 1
-                for e in range(size):
-                    out[e] /= total
+    @njit(**_OPTIONS)
+    def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_6T, first_S1, place_SL, scale, keys_DL, values_LD, score_L, scratch_L,
+               out_THD):  # fmt: skip
+        kv_heads = k_TGD.shape[1]
+        group = q_THD.shape[1] // kv_heads
+        for s in range(first_S1.shape[0] - 1):
+            first, last = first_S1[s], first_S1[s + 1]
+            past = 0
+            for t in range(first, last):
+                past = max(past, range_6T[1, t])
+            for g in range(kv_heads):
+                for p in range(past):
+                    place = place_SL[s, p]
+                    for e in range(size):
+                        keys_DL[e, p] = k_pool[place, g, e]
+                        values_LD[p, e] = v_pool[place, g, e]
+                for t in range(first, last):
+                    for e in range(size):
+                        keys_DL[e, past + t - first] = k_TGD[t, g, e]
+                        values_LD[past + t - first, e] = v_TGD[t, g, e]
+                for t in range(first, last):
+                    for h in range(g * group, (g + 1) * group):
+                        out, count = out_THD[t, h], 0
+                        for part in range(3):
+                            shift = past if part else 0
+                            begin = range_6T[2 * part, t] + shift
+                            end = max(range_6T[2 * part + 1, t] + shift, begin)
+                            add_scores(q_THD[t, h], keys_DL, begin, end, score_L[count : count + end - begin])
+                            count += end - begin
+                        top = _F(-np.inf)
+                        for i in range(count):
+                            score_L[i] *= scale
+                        for i in range(count):
+                            top = max(top, score_L[i])
+                        for i in range(count):
+                            score_L[i] -= top
+                        _exp(score_L, count, scratch_L)
+                        for e in range(size):
+                            out[e] = 0
+                        count = 0
+                        for part in range(3):
+                            shift = past if part else 0
+                            begin = range_6T[2 * part, t] + shift
+                            end = max(range_6T[2 * part + 1, t] + shift, begin)
+                            add_values(score_L[count : count + end - begin], values_LD, begin, end, out)
+                            count += end - begin
+                        total = _sum(score_L, count)
+                        for e in range(size):
+                            out[e] /= total
+
+    return attend
 
 
 @njit(**_OPTIONS)
 def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = y + bias + residual * scale, in place, and its `unit`."""
     for t in range(residual_TD.shape[0]):
-        s = _F(0)
         for d in range(residual_TD.shape[1]):
-            z = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
-            residual_TD[t, d] = z
-            s += z * z
-        r = _F(1.0) / np.sqrt(s + floor)
+            residual_TD[t, d] = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
+        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -215,14 +265,11 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
     rows, width = state_TP.shape
     classes = balance_C.shape[0]
     for t in range(rows):
-        s = _F(0)
         for p in range(width):
-            x = state_TP[t, p] + bias_P[p]
-            if scale_P.shape[0]:
-                x += below_TP[t, p] * scale_P[p]
-            state_TP[t, p] = x
-            s += x * x
-        r = _F(1.0) / np.sqrt(s + floor)
+            state_TP[t, p] += bias_P[p]
+        for p in range(scale_P.shape[0]):
+            state_TP[t, p] += below_TP[t, p] * scale_P[p]
+        r = _F(1.0) / np.sqrt(_squares(state_TP[t]) + floor)
         a_P[:] = fc1_bias_P
         for i in range(width):
             x = state_TP[t, i] * r
@@ -289,14 +336,12 @@ def activate(gate_up_I2F, count, inner_IF, scratch_F):
 def combine(out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = weight * expert's output + bias + residual * scale, in place, and its `unit`."""
     for t in range(residual_TD.shape[0]):
-        s = _F(0)
         slot, weight = slot_T[t], probs_TC[t, expert_T[t]]
         for d in range(residual_TD.shape[1]):
-            z = bias_D[d] + residual_TD[t, d] * scale_D[d]
-            if slot >= 0:
-                z += out_ID[slot, d] * weight
-            residual_TD[t, d] = z
-            s += z * z
-        r = _F(1.0) / np.sqrt(s + floor)
+            residual_TD[t, d] = bias_D[d] + residual_TD[t, d] * scale_D[d]
+        if slot >= 0:
+            for d in range(residual_TD.shape[1]):
+                residual_TD[t, d] += out_ID[slot, d] * weight
+        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
