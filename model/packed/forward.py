@@ -74,7 +74,7 @@ class PackedForward:
             self._heads, self._kv_heads, self._size = (
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             )  # fmt: skip
-            self._scale, self._attend_rows = np.float32(self._size**-0.5), stages.attend_of(self._size)
+            self._scale = np.float32(self._size**-0.5)
             self._embedded_VD = (
                 trunk.embed_tokens.weight + trunk.input_hidden_states_bias
             ) * trunk.input_hidden_states_scale
@@ -145,7 +145,7 @@ class PackedForward:
             mixed, projected, arrays["convolution_bias_NO"], arrays["temperature_N"], *rope, work.previous, plan.write_T,
             k_pool, v_pool, work.q, work.k, work.v,
         )  # fmt: skip
-        self._attend_rows(
+        stages.attend(
             work.q, work.k, work.v, k_pool, v_pool, plan.range_6T[layer.kind], plan.first_S1, plan.place_SL, self._scale,
             *scratch, work.attended[1][:rows].reshape(rows, self._heads, self._size),
         )  # fmt: skip

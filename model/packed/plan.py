@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from ...kernels.cca import NOTHING
 from ..layout import CLEAN, FROM_TAIL, TokenLayout
 from ..state import SequenceState
+from .compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class PackedPlan:
         return cls(source, write, tail, first, place, kinds, longest)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled()
 def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, table_SP, page_size, window, source_TA, first_S1,
           place_SL, range_6T):  # fmt: skip
     """Writes the last four arrays; returns the most keys of a sequence. `window` 0 sees everything."""

@@ -1,8 +1,8 @@
 """What stands between the matrix products of `forward`, compiled by numba: a few calls a layer instead of tens of operations.
 
 Invariants:
-- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it. So sums, which
-  the compiler may add up in any order, are functions of their own, called in one place each; the rest is computed as written.
+- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it. So the sums
+  that the compiler may add up in any order are functions of their own (`_ANY_ORDER`); the rest is computed as written.
 - Arrays are float32 and contiguous, given by the caller; nothing is allocated for a row.
 
 Legend: as in `forward`; I slots of rows sorted by expert, L keys.
@@ -10,20 +10,17 @@ Legend: as in `forward`; I slots of rows sorted by expert, L keys.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-_OPTIONS = {"cache": True, "error_model": "numpy"}
-"""As written: vectorised or not, with or without room between two arrays, the numbers are the same."""
-_ANY_ORDER = {**_OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}
-"""Of sums. They read and do not write, so nothing but their length decides how they are vectorised."""
+from .compiled import compiled
+
+_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
+"""Of sums. They read and do not write, so nothing but their length decides how they are vectorised. Of all else the numbers are
+the same, vectorised or not, with or without room between two arrays."""
 _F = np.float32
 
 
-@njit(**_ANY_ORDER)
+@compiled(_ANY_ORDER)
 def _sum(x, count):
     s = _F(0)
     for i in range(count):
@@ -31,7 +28,7 @@ def _sum(x, count):
     return s
 
 
-@njit(**_ANY_ORDER)
+@compiled(_ANY_ORDER)
 def _squares(x):
     s = _F(0)
     for i in range(x.shape[0]):
@@ -39,7 +36,7 @@ def _squares(x):
     return s
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _exp(x, count, scratch):
     """exp of the first `count` of x, in place, to two units in the last place (the polynomial of Cephes' expf)."""
     bits = x.view(np.int32)
@@ -58,7 +55,7 @@ def _exp(x, count, scratch):
         bits[i] += scratch[i] << 23
 
 
-@njit(**_OPTIONS)
+@compiled()
 def _gelu(x, count, e, scratch):
     """x Phi(x) in place; erf by Abramowitz and Stegun 7.1.26, within 1.5e-7."""
     for i in range(count):
@@ -75,7 +72,7 @@ def _gelu(x, count, e, scratch):
         x[i] = x[i] * (tail if x[i] < 0 else _F(1.0) - tail)
 
 
-@njit(**_OPTIONS)
+@compiled()
 def unit(residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
     for t in range(residual_TD.shape[0]):
@@ -84,7 +81,7 @@ def unit(residual_TD, floor, unit_TD):
             unit_TD[t, d] = residual_TD[t, d] * r
 
 
-@njit(**_OPTIONS)
+@compiled()
 def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x_NTE, previous_TW):
     """Adds the projection's bias; x of each row's ancestors, side by side by head, and the parent's delayed value. Then keeps
     rows in the tail: whoever reads an entry has read it by then."""
@@ -124,7 +121,7 @@ def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x
                 delayed_pool[tail_T[t], w] = projected[t, channels + w]
 
 
-@njit(**_OPTIONS)
+@compiled()
 def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, previous_TW, write_T, k_pool, v_pool,
          q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
@@ -153,98 +150,97 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
             v_pool[write_T[t]] = v_TGD[t]
 
 
-@cache
-def attend_of(size: int) -> Any:
-    """Attention for heads of this size, which the compiler is told.
-
-    Each row looks at the cached positions, clean rows and rows of its block that it sees, in this order. Keys and values of a
-    sequence and head are laid side by side first, cached ones in front: keys turned, so that scores of many keys are added up at
-    once, each in the order of its features. Four products are added per turn, which is what makes it fast; their order is kept."""
-    fours = size // 4 * 4
-
-    @njit(**_OPTIONS)
-    def add_scores(q, keys_DL, begin, end, score):
+@compiled()
+def _add_scores(q, keys_DL, begin, end, score):
+    """q . k of keys begin .. end - 1, each added up in the order of its features. Four products a turn are what makes it fast;
+    their order is kept."""
+    size = q.shape[0]
+    for i in range(end - begin):
+        score[i] = 0
+    for e in range(0, size // 4 * 4, 4):
+        q0, q1, q2, q3 = q[e], q[e + 1], q[e + 2], q[e + 3]
+        k0, k1 = keys_DL[e, begin:end], keys_DL[e + 1, begin:end]
+        k2, k3 = keys_DL[e + 2, begin:end], keys_DL[e + 3, begin:end]
         for i in range(end - begin):
-            score[i] = 0
-        for e in range(0, fours, 4):
-            q0, q1, q2, q3 = q[e], q[e + 1], q[e + 2], q[e + 3]
-            k0, k1 = keys_DL[e, begin:end], keys_DL[e + 1, begin:end]
-            k2, k3 = keys_DL[e + 2, begin:end], keys_DL[e + 3, begin:end]
-            for i in range(end - begin):
-                score[i] = score[i] + q0 * k0[i] + q1 * k1[i] + q2 * k2[i] + q3 * k3[i]
-        for e in range(fours, size):
-            q0, k0 = q[e], keys_DL[e, begin:end]
-            for i in range(end - begin):
-                score[i] += q0 * k0[i]
+            score[i] = score[i] + q0 * k0[i] + q1 * k1[i] + q2 * k2[i] + q3 * k3[i]
+    for e in range(size // 4 * 4, size):
+        q0, k0 = q[e], keys_DL[e, begin:end]
+        for i in range(end - begin):
+            score[i] += q0 * k0[i]
 
-    @njit(**_OPTIONS)
-    def add_values(weight, values_LD, begin, end, out):
-        count = end - begin
-        for i in range(0, count // 4 * 4, 4):
-            w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-            v0, v1 = values_LD[begin + i], values_LD[begin + i + 1]
-            v2, v3 = values_LD[begin + i + 2], values_LD[begin + i + 3]
-            for e in range(size):
-                out[e] = out[e] + w0 * v0[e] + w1 * v1[e] + w2 * v2[e] + w3 * v3[e]
-        for i in range(count // 4 * 4, count):
-            w0, v0 = weight[i], values_LD[begin + i]
-            for e in range(size):
-                out[e] += w0 * v0[e]
 
-    @njit(**_OPTIONS)
-    def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_6T, first_S1, place_SL, scale, keys_DL, values_LD, score_L, scratch_L,
-               out_THD):  # fmt: skip
-        kv_heads = k_TGD.shape[1]
-        group = q_THD.shape[1] // kv_heads
-        for s in range(first_S1.shape[0] - 1):
-            first, last = first_S1[s], first_S1[s + 1]
-            past = 0
+@compiled()
+def _add_values(weight, values_LD, begin, end, out):
+    """Adds the weighted values begin .. end - 1 to out, in their order, four a turn."""
+    count, size = end - begin, out.shape[0]
+    for i in range(0, count // 4 * 4, 4):
+        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
+        v0, v1 = values_LD[begin + i], values_LD[begin + i + 1]
+        v2, v3 = values_LD[begin + i + 2], values_LD[begin + i + 3]
+        for e in range(size):
+            out[e] = out[e] + w0 * v0[e] + w1 * v1[e] + w2 * v2[e] + w3 * v3[e]
+    for i in range(count // 4 * 4, count):
+        w0, v0 = weight[i], values_LD[begin + i]
+        for e in range(size):
+            out[e] += w0 * v0[e]
+
+
+@compiled()
+def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_6T, first_S1, place_SL, scale, keys_DL, values_LD, score_L, scratch_L,
+           out_THD):  # fmt: skip
+    """Attention of each row over the cached positions, clean rows and rows of its block that it sees, in this order.
+
+    Keys and values of a sequence and head are laid side by side first, cached ones in front: keys turned, so that the scores of
+    many of them are added up at once."""
+    kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
+    group = q_THD.shape[1] // kv_heads
+    for s in range(first_S1.shape[0] - 1):
+        first, last = first_S1[s], first_S1[s + 1]
+        past = 0
+        for t in range(first, last):
+            past = max(past, range_6T[1, t])
+        for g in range(kv_heads):
+            for p in range(past):
+                place = place_SL[s, p]
+                for e in range(size):
+                    keys_DL[e, p] = k_pool[place, g, e]
+                    values_LD[p, e] = v_pool[place, g, e]
             for t in range(first, last):
-                past = max(past, range_6T[1, t])
-            for g in range(kv_heads):
-                for p in range(past):
-                    place = place_SL[s, p]
+                for e in range(size):
+                    keys_DL[e, past + t - first] = k_TGD[t, g, e]
+                    values_LD[past + t - first, e] = v_TGD[t, g, e]
+            for t in range(first, last):
+                for h in range(g * group, (g + 1) * group):
+                    out, count = out_THD[t, h], 0
+                    for part in range(3):
+                        shift = past if part else 0
+                        begin = range_6T[2 * part, t] + shift
+                        end = max(range_6T[2 * part + 1, t] + shift, begin)
+                        _add_scores(q_THD[t, h], keys_DL, begin, end, score_L[count : count + end - begin])
+                        count += end - begin
+                    top = _F(-np.inf)
+                    for i in range(count):
+                        score_L[i] *= scale
+                    for i in range(count):
+                        top = max(top, score_L[i])
+                    for i in range(count):
+                        score_L[i] -= top
+                    _exp(score_L, count, scratch_L)
                     for e in range(size):
-                        keys_DL[e, p] = k_pool[place, g, e]
-                        values_LD[p, e] = v_pool[place, g, e]
-                for t in range(first, last):
+                        out[e] = 0
+                    count = 0
+                    for part in range(3):
+                        shift = past if part else 0
+                        begin = range_6T[2 * part, t] + shift
+                        end = max(range_6T[2 * part + 1, t] + shift, begin)
+                        _add_values(score_L[count : count + end - begin], values_LD, begin, end, out)
+                        count += end - begin
+                    total = _sum(score_L, count)
                     for e in range(size):
-                        keys_DL[e, past + t - first] = k_TGD[t, g, e]
-                        values_LD[past + t - first, e] = v_TGD[t, g, e]
-                for t in range(first, last):
-                    for h in range(g * group, (g + 1) * group):
-                        out, count = out_THD[t, h], 0
-                        for part in range(3):
-                            shift = past if part else 0
-                            begin = range_6T[2 * part, t] + shift
-                            end = max(range_6T[2 * part + 1, t] + shift, begin)
-                            add_scores(q_THD[t, h], keys_DL, begin, end, score_L[count : count + end - begin])
-                            count += end - begin
-                        top = _F(-np.inf)
-                        for i in range(count):
-                            score_L[i] *= scale
-                        for i in range(count):
-                            top = max(top, score_L[i])
-                        for i in range(count):
-                            score_L[i] -= top
-                        _exp(score_L, count, scratch_L)
-                        for e in range(size):
-                            out[e] = 0
-                        count = 0
-                        for part in range(3):
-                            shift = past if part else 0
-                            begin = range_6T[2 * part, t] + shift
-                            end = max(range_6T[2 * part + 1, t] + shift, begin)
-                            add_values(score_L[count : count + end - begin], values_LD, begin, end, out)
-                            count += end - begin
-                        total = _sum(score_L, count)
-                        for e in range(size):
-                            out[e] /= total
-
-    return attend
+                        out[e] /= total
 
 
-@njit(**_OPTIONS)
+@compiled()
 def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = y + bias + residual * scale, in place, and its `unit`."""
     for t in range(residual_TD.shape[0]):
@@ -255,7 +251,7 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
             unit_TD[t, d] = residual_TD[t, d] * r
 
 
-@njit(**_OPTIONS)
+@compiled()
 def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP, fc2_bias_P, out_PC, balance_C, unit_TD,
           probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_P, b_P, e_P, scratch_P):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
@@ -317,7 +313,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
             slot_T[t] = -1
 
 
-@njit(**_OPTIONS)
+@compiled()
 def activate(gate_up_I2F, count, inner_IF, scratch_F):
     """silu(gate) * up."""
     size = inner_IF.shape[1]
@@ -332,7 +328,7 @@ def activate(gate_up_I2F, count, inner_IF, scratch_F):
             inner[f] = gate_up_I2F[i, f] / (_F(1.0) + inner[f]) * gate_up_I2F[i, size + f]
 
 
-@njit(**_OPTIONS)
+@compiled()
 def combine(out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = weight * expert's output + bias + residual * scale, in place, and its `unit`."""
     for t in range(residual_TD.shape[0]):
