@@ -3,8 +3,9 @@
 Invariants:
 - What is timed is the engine's own step on samples of its own, in its own cache; it is idle before and after, and counts
   nothing of it.
-- Schedules and batches take turns, several times over, and the shortest time counts: what else the machine does lengthens
-  them. So no step counts as longer than one with as many forwards and no fewer rows or sequences.
+- Schedules and batches take turns, several times over, and a short time counts: what else the machine does lengthens them. It
+  is the second shortest, for a virtual machine's clocks now and then leave out some of a step. So no step counts as longer
+  than one with as many forwards and no fewer rows or sequences.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ class _Bench:
         return self.longest(batch) >= context + self._room
 
     def time(self, schedules: Sequence[Schedule], batch: int, context: int) -> dict[str, float]:
-        """Shortest seconds of a step at this batch, by label."""
-        best: dict[str, float] = {}
+        """Second shortest seconds of a step at this batch, by label."""
+        taken: dict[str, list[float]] = {schedule.label: [] for schedule in schedules}
         room = self.longest(batch) - context
         params = SamplingParams("lossless", max_tokens=room, ignore_eos=True)
         draw = torch.Generator().manual_seed(context)
@@ -147,9 +148,9 @@ class _Bench:
                     seconds = now() - start
                     left = min((sample.remaining for sample in decoded), default=0)
                     if turn or schedule.kind != "fused":
-                        best[schedule.label] = min(seconds, best.get(schedule.label, seconds))
+                        taken[schedule.label].append(seconds)
         self._end()
-        return best
+        return {label: sorted(seconds)[1] for label, seconds in taken.items()}
 
     def _restart(self, request: RolloutRequest, batch: int) -> int:
         """Prefills the samples; the tokens each may still make."""

@@ -32,6 +32,8 @@ from ..machine import describe
 from ..schedule import Schedule
 
 _FORMAT = 1
+_SHORTEST = 1e-6
+"""Seconds. Whatever a table says, a step takes some."""
 _FAST, _SLOW = 0.2, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
 
@@ -105,7 +107,7 @@ class StepCosts:
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
         longer = (context - self.context) * batch * (self.per_position + self.per_row * row_count)
-        return max(at + longer, 0.25 * least)
+        return max(at + longer, 0.25 * least, _SHORTEST)
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
         """Whether the table holds all of these."""

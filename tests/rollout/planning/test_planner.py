@@ -383,3 +383,11 @@ def test_a_cache_that_cannot_be_written_is_said(policy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.warns(UserWarning, match="step times are measured again next time"):
         Engine(policy, EngineConfig(Schedule("auto"), max_batch=1, pages=4, page_size=8))
+
+
+def test_a_table_that_says_a_step_takes_no_time() -> None:
+    """A clock may leave a step out."""
+    ar = Schedule("ar").within(4)
+    costs = StepCosts({ar.label: {1: 0.0}}, context=10)
+    costs.note(ar, 1, 10, 0.002)
+    assert 0 < costs.seconds(ar, 1, 10) < 0.002
