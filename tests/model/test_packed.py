@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
-from blockroll.model.packed import packed_forward
+from blockroll.model.packed import packed_forward, stages
+from blockroll.model.packed.compiled import compiled
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
 
@@ -110,3 +111,22 @@ def test_the_markov_head_as_a_table(make_policy):
     previous = torch.arange(policy.config.vocab_size).flip(0).view(2, -1)
     with torch.inference_mode():
         torch.testing.assert_close(packed_forward(policy).markov(previous), policy.markov(previous))
+
+
+def test_functions_between_the_products():
+    """exp and gelu as the stages compute them, beside torch's."""
+    x = np.linspace(-86, 80, 5003, dtype=np.float32)
+    got, scratch = x.copy(), np.zeros(len(x), np.int32)
+    stages._exp(got, len(x), scratch)
+    np.testing.assert_allclose(got, np.exp(x.astype(np.float64)), rtol=3e-7)
+    x = np.linspace(-9, 9, 5003, dtype=np.float32)
+    got = x.copy()
+    stages._gelu(got, len(x), np.empty_like(x), scratch)
+    expected = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same():
+    scope = {"compiled": compiled}
+    exec("@compiled()\ndef double(x):\n    return 2 * x\n", scope)
+    assert scope["double"](3) == 6
