@@ -13,6 +13,7 @@ Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -30,36 +31,51 @@ from .weights import PackedLayer, floor, fold_layer, turned
 
 _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
+_MOST_SIZES = 256
+"""Packs of so many sizes are remembered, not what lies in them."""
 
 Angles = tuple[np.ndarray, np.ndarray, int]
 
 
-class _Work:
-    """Memory of a pass of T rows: tensors for the products, and arrays of the same memory for what is between them."""
+class _Memory:
+    """Pieces of memory by name, as large as was ever asked for."""
 
-    def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int) -> None:
-        turns, _, size = layer.convolution_N_AE_O.shape
+    def __init__(self) -> None:
+        self._pieces: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
+        """float32 of this shape, as a tensor and as an array; what was taken before under this name may lie there too."""
+        count = math.prod(shape)
+        piece = self._pieces.get(name)
+        if piece is None or len(piece) < count:
+            piece = self._pieces[name] = torch.zeros(1 << (count - 1).bit_length())
+        tensor = piece[:count].view(shape)
+        return tensor, tensor.numpy()
+
+
+class _Work:
+    """Where a pass of T rows works: tensors for the products, and arrays of the same memory for what is between them."""
+
+    def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int, memory: _Memory) -> None:
+        turns, inputs, size = layer.convolution_N_AE_O.shape
         hidden, width, classes = layer.output.shape[1], layer.router_down.shape[1], layer.balance_C.shape[0]
         experts, inner = layer.down_EFD.shape[:2]
         # A pack of one row is multiplied as two; an expert's only row has a slot beside its own.
-        some, slots = max(rows, 2), rows + experts
-
-        def both(*shape: int) -> tuple[torch.Tensor, np.ndarray]:
-            tensor = torch.zeros(shape)
-            return tensor, tensor.numpy()
-
-        self.residual, self.unit = both(some, hidden), both(some, hidden)
-        self.projected = both(some, layer.projection.shape[1])
-        self.x, self.mixed = both(turns, some, layer.convolution_N_AE_O.shape[1]), both(turns, some, size)
-        self.attended, self.y = both(some, heads * size), both(some, hidden)
-        self.q, self.k, self.v = (np.zeros((rows, count, size), np.float32) for count in (heads, kv_heads, kv_heads))
-        self.previous = np.zeros((rows, kv_heads * size // 2), np.float32)
-        self.states = both(some, width), both(some, width)
-        self.probs = np.zeros((rows, classes), np.float32)
+        some, slots, take = max(rows, 2), rows + experts, memory.take
+        self.residual, self.unit = take("residual", some, hidden), take("unit", some, hidden)
+        self.projected = take("projected", some, layer.projection.shape[1])
+        self.x, self.mixed = take("x", turns, some, inputs), take("mixed", turns, some, size)
+        self.attended, self.y = take("attended", some, heads * size), take("y", some, hidden)
+        self.q, self.k, self.v = (
+            take(name, rows, count, size)[1] for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        self.previous = take("previous", rows, kv_heads * size // 2)[1]
+        self.states = take("state", some, width), take("state below", some, width)
+        self.probs = take("probs", rows, classes)[1]
         self.expert, self.slot = (np.zeros(rows, np.int64) for _ in range(2))
         self.begin = np.zeros(classes + 1, np.int64)
-        self.sorted, self.gate_up = both(slots, hidden), both(slots, 2 * inner)
-        self.inner, self.out = both(slots, inner), both(slots, hidden)
+        self.sorted, self.gate_up = take("sorted", slots, hidden), take("gate_up", slots, 2 * inner)
+        self.inner, self.out = take("inner", slots, inner), take("out", slots, hidden)
         self.a, self.b, self.e = (np.zeros(width, np.float32) for _ in range(3))
         self.scratch = np.zeros(max(width, inner), np.int32)
 
@@ -84,7 +100,7 @@ class PackedForward:
             self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
             self._head_DV, self._head_bias = turned(policy.lm_head.weight), policy.lm_head.bias
             self._rope: dict[str, Angles] = {}
-            self._work: dict[int, _Work] = {}
+            self._memory, self._work = _Memory(), dict[int, _Work]()
             self._markov_VV: torch.Tensor | None = None
             if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
                 self._markov_VV = policy.markov(torch.arange(config.vocab_size))
@@ -181,11 +197,9 @@ class PackedForward:
     def _work_of(self, rows: int) -> _Work:
         work = self._work.get(rows)
         if work is None:
-            if len(self._work) >= 64:
-                self._work.clear()
-            work = _Work(self._layers[0], self._heads, self._kv_heads, rows)
-            if rows <= 1024:
-                self._work[rows] = work
+            if rows > max(self._work, default=0) or len(self._work) >= _MOST_SIZES:
+                self._work.clear()  # memory that grows lies elsewhere
+            work = self._work[rows] = _Work(self._layers[0], self._heads, self._kv_heads, rows, self._memory)
         return work
 
     def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
