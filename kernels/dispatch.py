@@ -1,10 +1,10 @@
 """Which implementation an op takes, and whether a row may depend on its batch.
 
 Invariants:
-- By default accelerator tensors take the Triton kernels and everything else the torch reference; where a gradient will be
-  asked for, the reference, which has one.
+- By default accelerator tensors take the Triton kernels, a CPU's the functions that numba compiles where an op has them and numba
+  is there, and everything else the torch reference; where a gradient will be asked for, the reference, which has one.
 - The choice is the caller's context, never an argument passed through the network: `with using(...)` around a step.
-- Nothing here imports triton.
+- Nothing here imports triton or numba.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
 
 import torch
 
-Implementation = Literal["auto", "triton", "reference"]
+Implementation = Literal["auto", "triton", "numba", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Attributes:
-    implementation: `auto` decides by device; `triton` on a CPU needs Triton's interpreter (TRITON_INTERPRET=1).
+    implementation: `auto` decides by device; `triton` on a CPU needs Triton's interpreter (TRITON_INTERPRET=1), `numba` is a
+        CPU's.
     batch_invariant: tile shapes and reduction orders fixed, so that a row's result does not depend on its batch.
     """
 
@@ -41,8 +44,8 @@ def using(implementation: Implementation | None = None, batch_invariant: bool | 
 
     Raises: ValueError for an unknown implementation.
     """
-    if implementation not in (None, "auto", "triton", "reference"):
-        raise ValueError(f"implementation: {implementation!r} is unknown; use auto, triton or reference")
+    if implementation is not None and implementation not in get_args(Implementation):
+        raise ValueError(f"implementation: {implementation!r} is unknown; use one of {', '.join(get_args(Implementation))}")
     choice = _choice.get()
     if implementation is not None:
         choice = replace(choice, implementation=implementation)
@@ -69,3 +72,18 @@ def takes_triton(*tensors: torch.Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in known):
         return False
     return known[0].device.type == "cuda"
+
+
+def takes_numba(*tensors: torch.Tensor) -> bool:
+    """Whether an op on these tensors, of a CPU and at most float32, takes what numba compiled."""
+    if any(tensor.device.type != "cpu" or tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    implementation = _choice.get().implementation
+    if implementation != "auto":
+        return implementation == "numba"
+    return _has_numba() and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import RequestError
 from ..kernels.transfer import upload
+from ..kernels.verify import logprobs
 from .layout import causal
 from .packed import packed_forward
 from .policy import Policy
@@ -83,14 +84,10 @@ def _score_pack(
     hidden_TD = policy(layout, plan=plan) if packed is None else packed(layout)
     head = policy.head if packed is None else packed.head
     target_N = layout.token_T[index + 1]
+    temperature_1 = torch.full((1,), float(temperature), dtype=torch.float64, device=index.device)
     at_once = rows_at_once(policy.config.vocab_size, 3, index.device)
     parts = [
-        _logp(head(hidden_TD[some]), target, temperature)
+        logprobs(head(hidden_TD[some]), target, temperature_1.expand(len(target)))
         for some, target in zip(index.split(at_once), target_N.split(at_once), strict=True)
     ]
     return np.split(torch.cat(parts).float().cpu().numpy(), np.cumsum(counts)[:-1])
-
-
-def _logp(logits_NV: torch.Tensor, target_N: torch.Tensor, temperature: float) -> torch.Tensor:
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)) / (temperature or 1.0)
-    return wide_NV.log_softmax(-1).gather(1, target_N[:, None])[:, 0]

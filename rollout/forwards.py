@@ -146,7 +146,7 @@ class Forwards:
         self._packed = packed_forward(self._policy)
         served = self._policy if self._packed is None else self._packed
         self.head = served.head
-        self.markov = None if self._policy.markov is None else served.markov
+        self.markov = served.markov
 
     def run(self, asked: Asked) -> Pass:
         """One pass. Its hidden states hold until the next one."""

@@ -17,12 +17,15 @@ so that the committed tokens are those of decoding without drafts. With x = argm
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ..dispatch import takes_triton
+from ..dispatch import takes_numba, takes_triton
 from ..philox import Purpose
 from . import reference
 from .reference import (
+    PairTable,
     Rejection,
     Sampled,
     count_accepted,
@@ -35,17 +38,21 @@ from .reference import (
 )
 
 __all__ = [
+    "PairTable",
     "Rejection",
     "Sampled",
     "count_accepted",
     "count_matching",
+    "draft_chain",
     "draw",
     "gumbel_argmax",
+    "logprobs",
     "mix_logits",
     "reject",
     "residual_weights",
     "sample_cdf",
     "sample_gumbel",
+    "verify_matching",
     "verify_rejection",
 ]
 
@@ -62,6 +69,10 @@ def sample_gumbel(
         from . import triton as fast
 
         return fast.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
+    if takes_numba(logits_SRV):
+        from . import numba as rows
+
+        return rows.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, Purpose.NOISE)
     return reference.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
 
 
@@ -78,7 +89,71 @@ def sample_cdf(
         from . import triton as fast
 
         return fast.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
+    if takes_numba(logits_SRV):
+        from . import numba as rows
+
+        return rows.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
     return reference.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
+
+
+def draft_chain(
+    q_logits_SMV: torch.Tensor,
+    markov: Callable[[torch.Tensor], torch.Tensor],
+    previous_S: torch.Tensor,
+    count_S: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    position_S: torch.Tensor,
+    excluded: int,
+    purpose: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
+
+    Args:
+        q_logits_SMV: float32, contiguous; becomes what was drawn from: `markov` of the token before is added to each row, and
+            the excluded token's logit is -inf. Rows past the count may hold anything, before and after.
+        markov: int64[S] tokens -> float32[S, V].
+        previous_S: int64, the token before the first draft.
+        purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
+    """
+    if isinstance(markov, PairTable) and takes_numba(q_logits_SMV):
+        from . import numba as rows
+
+        keys = previous_S, count_S, temperature_S, seed_S, position_S
+        return rows.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose)
+    sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
+    chosen = []
+    for k in range(q_logits_SMV.shape[1]):
+        q_logits_SMV[:, k] += markov(previous_S)
+        q_logits_SMV[:, k, excluded] = -torch.inf
+        chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, position_S + k))
+        previous_S = chosen[-1].token_SR[:, 0]
+    token_SM, lse_SM = torch.cat([slot.token_SR for slot in chosen], 1), torch.cat([slot.lse_SR for slot in chosen], 1)
+    slot_M = torch.arange(token_SM.shape[1], device=token_SM.device)
+    return torch.where(slot_M < count_S[:, None], token_SM, -1), lse_SM
+
+
+def verify_matching(
+    p_logits_SRV: torch.Tensor,
+    draft_SM: torch.Tensor,
+    count_S: torch.Tensor,
+    temperature_S: torch.Tensor,
+    seed_S: torch.Tensor,
+    anchor_S: torch.Tensor,
+) -> Rejection:
+    """Accept drafts while they are the tokens of `sample_gumbel`, for `ar`, `coupled` and temperature 0.
+
+    Args: as of `reference.verify_rejection`.
+    """
+    if takes_numba(p_logits_SRV):
+        from . import numba as rows
+
+        return rows.verify_matching(p_logits_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S)
+    token_SR, logprob_SR, _ = sample_gumbel(p_logits_SRV, temperature_S, seed_S, anchor_S + 1)
+    accepted_S = count_matching(token_SR[:, :-1], draft_SM, count_S)
+    committed_SR = torch.arange(token_SR.shape[1], device=token_SR.device) <= accepted_S[:, None]
+    logprob_SR = torch.where(committed_SR, logprob_SR, 0.0)
+    return Rejection(accepted_S, torch.where(committed_SR, token_SR, -1), logprob_SR, logprob_SR)
 
 
 def verify_rejection(
@@ -102,4 +177,18 @@ def verify_rejection(
         from . import rejection as fast
 
         return fast.verify_rejection(*arguments)
+    if takes_numba(p_logits_SRV):
+        from . import numba as rows
+
+        return rows.verify_rejection(*arguments)
     return reference.verify_rejection(*arguments)
+
+
+def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    """Log-probability of one token per row at the temperature (0: at 1), nothing cut; see `reference.logprobs`. On a CPU they
+    are to the last bit those that verification gives for the same logits."""
+    if takes_numba(logits_NV):
+        from . import numba as rows
+
+        return rows.logprobs(logits_NV, token_N, temperature_N)
+    return reference.logprobs(logits_NV, token_N, temperature_N)

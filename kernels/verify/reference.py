@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..philox.reference import Purpose, gumbel, uniform
 
@@ -41,6 +42,16 @@ class Rejection(NamedTuple):
     token_SR: torch.Tensor
     logprob_SR: torch.Tensor
     behavior_logprob_SR: torch.Tensor
+
+
+class PairTable(NamedTuple):
+    """What a token adds to the logits of the row after it, for every pair of a small vocabulary: pair_VV[before, after]."""
+
+    pair_VV: torch.Tensor
+
+    def __call__(self, previous: torch.Tensor) -> torch.Tensor:
+        """int64[...] tokens to [..., V]."""
+        return F.embedding(previous, self.pair_VV)
 
 
 def gumbel_argmax(score: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -239,3 +250,10 @@ def verify_rejection(
         return torch.where(token_SR >= 0, value_SR, 0.0).to(torch.float32)
 
     return Rejection(accepted_S, token_SR, at_token(logp_SRV), at_token(target_SRV))
+
+
+def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits / temperature) at one token per row; temperature 0 counts as 1. float32, or float64 for float64
+    logits."""
+    scaled_NV = _scaled(logits_NV[:, None], temperature_N, -1)[:, 0]
+    return scaled_NV.log_softmax(-1).gather(1, token_N[:, None])[:, 0]

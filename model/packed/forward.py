@@ -1,5 +1,5 @@
 """The network of `Policy.forward` with its weights folded for decoding on a CPU: library products, and what numba has compiled
-between them (`stages`).
+between them (`stages`, `attention`).
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
@@ -14,18 +14,19 @@ Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import mm
 
+from ...kernels.verify import PairTable
 from ..layout import TokenLayout
 from ..policy import Layer, Policy, Routing
 from ..state import SequenceState
 from . import stages
+from .attention import attend, padded
 from .plan import PackedPlan
 from .weights import PackedLayer, floor, fold_layer, turned
 
@@ -77,11 +78,14 @@ class _Work:
         self.sorted, self.gate_up = take("sorted", slots, hidden), take("gate_up", slots, 2 * inner)
         self.inner, self.out = take("inner", slots, inner), take("out", slots, hidden)
         self.a, self.b, self.e = (np.zeros(width, np.float32) for _ in range(3))
-        self.scratch = np.zeros(max(width, inner), np.int32)
 
 
 class PackedForward:
-    """Callable as `Policy.forward` is, and with its heads."""
+    """Callable as `Policy.forward` is, and with its heads.
+
+    Attributes:
+        markov: the policy's Markov head, looked up where the vocabulary is small; None where it has none.
+    """
 
     def __init__(self, policy: Policy) -> None:
         with torch.inference_mode():
@@ -90,7 +94,6 @@ class PackedForward:
             self._heads, self._kv_heads, self._size = (
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim,
             )  # fmt: skip
-            self._scale = np.float32(self._size**-0.5)
             self._embedded_VD = (
                 trunk.embed_tokens.weight + trunk.input_hidden_states_bias
             ) * trunk.input_hidden_states_scale
@@ -101,9 +104,9 @@ class PackedForward:
             self._head_DV, self._head_bias = turned(policy.lm_head.weight), policy.lm_head.bias
             self._rope: dict[str, Angles] = {}
             self._memory, self._work = _Memory(), dict[int, _Work]()
-            self._markov_VV: torch.Tensor | None = None
+            self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
             if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
-                self._markov_VV = policy.markov(torch.arange(config.vocab_size))
+                self.markov = PairTable(policy.markov(torch.arange(config.vocab_size)))
 
     @torch.inference_mode()
     def __call__(
@@ -114,8 +117,9 @@ class PackedForward:
         work = self._work_of(rows)
         torch.index_select(self._embedded_VD, 0, layout.token_T, out=work.residual[0][:rows])
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
-        keys, values = (np.empty(shape, np.float32) for shape in ((self._size, plan.longest), (plan.longest, self._size)))
-        scratch = keys, values, np.empty(plan.longest, np.float32), np.empty(plan.longest, np.int32)
+        width, size = padded(plan.longest), self._size
+        shapes = (size, width), (width, size), (2 * width,), (2 * width,), (size,), (size,)
+        scratch = tuple(np.empty(shape, np.float32) for shape in shapes)
         residual, unit = work.residual[1][:rows], work.unit[1][:rows]
         stages.unit(residual, self._layers[0].in_floor, unit)
         floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
@@ -136,13 +140,6 @@ class PackedForward:
         logits_RV = mm(hidden_RD, head_DV) if bias is None else torch.addmm(bias, hidden_RD, head_DV)
         return logits_RV[:count].view(*hidden.shape[:-1], -1)
 
-    def markov(self, previous: torch.Tensor) -> torch.Tensor:
-        """As the policy's Markov head, which it must have; looked up where the vocabulary is small."""
-        if self._markov_VV is not None:
-            return F.embedding(previous, self._markov_VV)
-        assert self._policy.markov is not None
-        return self._policy.markov(previous)
-
     def _attend(
         self, number: int, layer: PackedLayer, arrays: dict[str, np.ndarray], work: _Work, plan: PackedPlan, rope: Angles,
         state: SequenceState | None, scratch: tuple[np.ndarray, ...],
@@ -161,8 +158,8 @@ class PackedForward:
             mixed, projected, arrays["convolution_bias_NO"], arrays["temperature_N"], *rope, work.previous, plan.write_T,
             k_pool, v_pool, work.q, work.k, work.v,
         )  # fmt: skip
-        stages.attend(
-            work.q, work.k, work.v, k_pool, v_pool, plan.range_6T[layer.kind], plan.first_S1, plan.place_SL, self._scale,
+        attend(
+            work.q, work.k, work.v, k_pool, v_pool, plan.range_4T[layer.kind], plan.first_S1, plan.start_S, plan.place_SL,
             *scratch, work.attended[1][:rows].reshape(rows, self._heads, self._size),
         )  # fmt: skip
         mm(work.attended[0], layer.output, out=work.y[0])
@@ -180,13 +177,13 @@ class PackedForward:
         stages.route(
             state[1][:rows], arrays["router_down_bias"], below[1], arrays["router_scale"], layer.router_floor, arrays["fc1"],
             arrays["fc1_bias"], arrays["fc2"], arrays["fc2_bias"], arrays["router_out"], arrays["balance_C"], work.unit[1],
-            work.probs, work.expert, work.slot, work.begin, work.sorted[1], work.a, work.b, work.e, work.scratch,
+            work.probs, work.expert, work.slot, work.begin, work.sorted[1], work.a, work.b, work.e,
         )  # fmt: skip
         begin = work.begin.tolist()
         spans = [(e, slice(*span)) for e, span in enumerate(pairwise(begin[:-1])) if span[1] > span[0]]
         for e, span in spans:
             mm(work.sorted[0][span], layer.gate_up_ED2F[e], out=work.gate_up[0][span])
-        stages.activate(work.gate_up[1], begin[-1], work.inner[1], work.scratch)
+        stages.activate(work.gate_up[1], begin[-1], work.inner[1])
         for e, span in spans:
             mm(work.inner[0][span], layer.down_EFD[e], out=work.out[0][span])
         stages.combine(

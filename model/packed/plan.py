@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...kernels.cca import NOTHING
+from ...kernels.compiled import compiled
 from ..layout import CLEAN, FROM_TAIL, TokenLayout
 from ..state import SequenceState
-from .compiled import compiled
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,20 @@ class PackedPlan:
     Attributes:
         source_TA: each row and its ancestors, nearest first: a row of the pack, `NOTHING`, or -2 - n for tail entry n.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
-        first_S1: first row of each sequence, and T.
+        first_S1: first row of each sequence, and T. start_S: cached positions of each.
         place_SL: cache position of each sequence's positions.
-        range_6T: by layer type, begin and end of the cached positions, of the clean rows and of the block's rows that each row
-            sees; rows are counted from the sequence's first.
-        longest: most keys of a sequence, cached and in the pack.
+        range_4T: by layer type, begin and end of the clean keys and of its block's that each row sees. Keys of a sequence are its
+            cached positions, then its rows of the pack: a clean key's number is its position.
+        longest: most keys of a sequence.
     """
 
     source_TA: np.ndarray
     write_T: np.ndarray
     tail_T: np.ndarray
     first_S1: np.ndarray
+    start_S: np.ndarray
     place_SL: np.ndarray
-    range_6T: dict[str, np.ndarray]
+    range_4T: dict[str, np.ndarray]
     longest: int
 
     @classmethod
@@ -47,7 +48,7 @@ class PackedPlan:
         )  # fmt: skip
         rows, sequences = len(sequence), len(start)
         source, first = np.empty((rows, hops + 1), np.int64), np.empty(sequences + 1, np.int64)
-        ranges = {window: np.empty((6, rows), np.int64) for window in set(windows.values())}
+        ranges = {window: np.empty((4, rows), np.int64) for window in set(windows.values())}
         if state is None:
             write = tail = np.full(rows, NOTHING)
             table, tail_SH, size = np.zeros((sequences, 1), np.int64), np.zeros((sequences, hops), np.int64), 1
@@ -57,17 +58,17 @@ class PackedPlan:
             table, tail_SH = paging.table_SP.numpy(), paging.tail_SH.numpy()
         place = np.empty((sequences, int(start.max())), np.int64)
         longest = 1
-        for window, range_6T in ranges.items():
+        for window, range_4T in ranges.items():
             longest = _fill(
-                sequence, position, limit, block, parent, start, tail_SH, table, size, window or 0, source, first, place, range_6T
+                sequence, position, limit, block, parent, start, tail_SH, table, size, window or 0, source, first, place, range_4T
             )
         kinds = {kind: ranges[window] for kind, window in windows.items()}
-        return cls(source, write, tail, first, place, kinds, longest)
+        return cls(source, write, tail, first, start, place, kinds, longest)
 
 
 @compiled()
 def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, table_SP, page_size, window, source_TA, first_S1,
-          place_SL, range_6T):  # fmt: skip
+          place_SL, range_4T):  # fmt: skip
     """Writes the last four arrays; returns the most keys of a sequence. `window` 0 sees everything."""
     rows, hops = len(sequence_T), source_TA.shape[1] - 1
     sequences = len(start_S)
@@ -101,17 +102,14 @@ def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, 
                     source_TA[t, a] = -2 - tail_SH[s, back]
                 else:
                     source_TA[t, a] = NOTHING
-            low = max(position_T[t] - window + 1, 0) if window else 0
-            range_6T[0, t] = min(low, start)
-            range_6T[1, t] = min(start, limit_T[t] + 1)
-            range_6T[3, t] = min(max(limit_T[t] + 1 - start, 0), clean)
-            range_6T[2, t] = min(max(low - start, 0), range_6T[3, t])
-            range_6T[4, t] = range_6T[5, t] = 0
+            range_4T[0, t] = max(position_T[t] - window + 1, 0) if window else 0
+            range_4T[1, t] = max(min(limit_T[t] + 1, start + clean), range_4T[0, t])
+            range_4T[2, t] = range_4T[3, t] = 0
             if block_T[t] != CLEAN:
                 if t == first + clean or block_T[t] != block_T[t - 1]:
                     block_begin = t - first
                 end = t + 1
                 while end < first_S1[s + 1] and block_T[end] == block_T[t]:
                     end += 1
-                range_6T[4, t], range_6T[5, t] = block_begin, end - first
+                range_4T[2, t], range_4T[3, t] = start + block_begin, start + end - first
     return longest

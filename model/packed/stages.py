@@ -1,66 +1,28 @@
-"""What stands between the matrix products of `forward`, compiled by numba: a few calls a layer instead of tens of operations.
+"""What stands between the matrix products of `forward` beside `attention`, compiled by numba: a few calls a layer instead of tens
+of operations.
 
 Invariants:
-- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it. So the sums
-  that the compiler may add up in any order are functions of their own (`_ANY_ORDER`); the rest is computed as written.
+- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it.
 - Arrays are float32 and contiguous, given by the caller; nothing is allocated for a row.
 
-Legend: as in `forward`; I slots of rows sorted by expert, L keys.
+Legend: as in `forward`; I slots of rows sorted by expert.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .compiled import compiled
+from ...kernels.compiled import compiled, exponentials, squares
 
-_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
-"""Of sums. They read and do not write, so nothing but their length decides how they are vectorised. Of all else the numbers are
-the same, vectorised or not, with or without room between two arrays."""
 _F = np.float32
 
 
-@compiled(_ANY_ORDER)
-def _sum(x, count):
-    s = _F(0)
-    for i in range(count):
-        s += x[i]
-    return s
-
-
-@compiled(_ANY_ORDER)
-def _squares(x):
-    s = _F(0)
-    for i in range(x.shape[0]):
-        s += x[i] * x[i]
-    return s
-
-
 @compiled()
-def _exp(x, count, scratch):
-    """exp of the first `count` of x, in place, to two units in the last place (the polynomial of Cephes' expf)."""
-    bits = x.view(np.int32)
-    for i in range(count):
-        y = max(x[i], _F(-87.0))
-        n = np.floor(y * _F(1.44269504) + _F(0.5))
-        r = y - n * _F(0.693359375) + n * _F(2.12194440e-4)
-        p = _F(1.9875691500e-4) * r + _F(1.3981999507e-3)
-        p = p * r + _F(8.3334519073e-3)
-        p = p * r + _F(4.1665795894e-2)
-        p = p * r + _F(1.6666665459e-1)
-        p = p * r + _F(5.0000001201e-1)
-        x[i] = p * r * r + r + _F(1.0)
-        scratch[i] = np.int32(n)
-    for i in range(count):
-        bits[i] += scratch[i] << 23
-
-
-@compiled()
-def _gelu(x, count, e, scratch):
+def _gelu(x, count, e):
     """x Phi(x) in place; erf by Abramowitz and Stegun 7.1.26, within 1.5e-7."""
     for i in range(count):
         e[i] = -x[i] * x[i] * _F(0.5)
-    _exp(e, count, scratch)
+    exponentials(e, count)
     for i in range(count):
         z = abs(x[i]) * _F(0.70710678)
         t = _F(1.0) / (_F(1.0) + _F(0.3275911) * z)
@@ -76,7 +38,7 @@ def _gelu(x, count, e, scratch):
 def unit(residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
     for t in range(residual_TD.shape[0]):
-        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -133,7 +95,7 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
         for n in range(heads + kv_heads):
             for e in range(size):
                 mixed_NTO[n, t, e] = mixed_NTO[n, t, e] + bias_NO[n, e] + projected[t, means + n * size + e]
-            f = temperature_N[n] / max(np.sqrt(_squares(mixed_NTO[n, t])), _F(1.1920929e-07))
+            f = temperature_N[n] / max(np.sqrt(squares(mixed_NTO[n, t])), _F(1.1920929e-07))
             to = q_THD[t, n] if n < heads else k_TGD[t, n - heads]
             for e in range(half):
                 left, right = mixed_NTO[n, t, e] * f, mixed_NTO[n, t, e + half] * f
@@ -151,109 +113,19 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
 
 
 @compiled()
-def _add_scores(q, keys_DL, begin, end, score):
-    """q . k of keys begin .. end - 1, each added up in the order of its features. Four products a turn are what makes it fast;
-    their order is kept."""
-    size = q.shape[0]
-    for i in range(end - begin):
-        score[i] = 0
-    for e in range(0, size // 4 * 4, 4):
-        q0, q1, q2, q3 = q[e], q[e + 1], q[e + 2], q[e + 3]
-        k0, k1 = keys_DL[e, begin:end], keys_DL[e + 1, begin:end]
-        k2, k3 = keys_DL[e + 2, begin:end], keys_DL[e + 3, begin:end]
-        for i in range(end - begin):
-            score[i] = score[i] + q0 * k0[i] + q1 * k1[i] + q2 * k2[i] + q3 * k3[i]
-    for e in range(size // 4 * 4, size):
-        q0, k0 = q[e], keys_DL[e, begin:end]
-        for i in range(end - begin):
-            score[i] += q0 * k0[i]
-
-
-@compiled()
-def _add_values(weight, values_LD, begin, end, out):
-    """Adds the weighted values begin .. end - 1 to out, in their order, four a turn."""
-    count, size = end - begin, out.shape[0]
-    for i in range(0, count // 4 * 4, 4):
-        w0, w1, w2, w3 = weight[i], weight[i + 1], weight[i + 2], weight[i + 3]
-        v0, v1 = values_LD[begin + i], values_LD[begin + i + 1]
-        v2, v3 = values_LD[begin + i + 2], values_LD[begin + i + 3]
-        for e in range(size):
-            out[e] = out[e] + w0 * v0[e] + w1 * v1[e] + w2 * v2[e] + w3 * v3[e]
-    for i in range(count // 4 * 4, count):
-        w0, v0 = weight[i], values_LD[begin + i]
-        for e in range(size):
-            out[e] += w0 * v0[e]
-
-
-@compiled()
-def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_6T, first_S1, place_SL, scale, keys_DL, values_LD, score_L, scratch_L,
-           out_THD):  # fmt: skip
-    """Attention of each row over the cached positions, clean rows and rows of its block that it sees, in this order.
-
-    Keys and values of a sequence and head are laid side by side first, cached ones in front: keys turned, so that the scores of
-    many of them are added up at once."""
-    kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
-    group = q_THD.shape[1] // kv_heads
-    for s in range(first_S1.shape[0] - 1):
-        first, last = first_S1[s], first_S1[s + 1]
-        past = 0
-        for t in range(first, last):
-            past = max(past, range_6T[1, t])
-        for g in range(kv_heads):
-            for p in range(past):
-                place = place_SL[s, p]
-                for e in range(size):
-                    keys_DL[e, p] = k_pool[place, g, e]
-                    values_LD[p, e] = v_pool[place, g, e]
-            for t in range(first, last):
-                for e in range(size):
-                    keys_DL[e, past + t - first] = k_TGD[t, g, e]
-                    values_LD[past + t - first, e] = v_TGD[t, g, e]
-            for t in range(first, last):
-                for h in range(g * group, (g + 1) * group):
-                    out, count = out_THD[t, h], 0
-                    for part in range(3):
-                        shift = past if part else 0
-                        begin = range_6T[2 * part, t] + shift
-                        end = max(range_6T[2 * part + 1, t] + shift, begin)
-                        _add_scores(q_THD[t, h], keys_DL, begin, end, score_L[count : count + end - begin])
-                        count += end - begin
-                    top = _F(-np.inf)
-                    for i in range(count):
-                        score_L[i] *= scale
-                    for i in range(count):
-                        top = max(top, score_L[i])
-                    for i in range(count):
-                        score_L[i] -= top
-                    _exp(score_L, count, scratch_L)
-                    for e in range(size):
-                        out[e] = 0
-                    count = 0
-                    for part in range(3):
-                        shift = past if part else 0
-                        begin = range_6T[2 * part, t] + shift
-                        end = max(range_6T[2 * part + 1, t] + shift, begin)
-                        _add_values(score_L[count : count + end - begin], values_LD, begin, end, out)
-                        count += end - begin
-                    total = _sum(score_L, count)
-                    for e in range(size):
-                        out[e] /= total
-
-
-@compiled()
 def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = y + bias + residual * scale, in place, and its `unit`."""
     for t in range(residual_TD.shape[0]):
         for d in range(residual_TD.shape[1]):
             residual_TD[t, d] = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
-        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
 
 @compiled()
 def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP, fc2_bias_P, out_PC, balance_C, unit_TD,
-          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_P, b_P, e_P, scratch_P):  # fmt: skip
+          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_P, b_P, e_P):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
 
     `begin_C[c]`: first slot of class c, and the slots in use at the end. An expert's only row has a second slot beside its own,
@@ -265,19 +137,19 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
             state_TP[t, p] += bias_P[p]
         for p in range(scale_P.shape[0]):
             state_TP[t, p] += below_TP[t, p] * scale_P[p]
-        r = _F(1.0) / np.sqrt(_squares(state_TP[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
         a_P[:] = fc1_bias_P
         for i in range(width):
             x = state_TP[t, i] * r
             for p in range(width):
                 a_P[p] += x * fc1_PP[i, p]
-        _gelu(a_P, width, e_P, scratch_P)
+        _gelu(a_P, width, e_P)
         b_P[:] = fc2_bias_P
         for i in range(width):
             x = a_P[i]
             for p in range(width):
                 b_P[p] += x * fc2_PP[i, p]
-        _gelu(b_P, width, e_P, scratch_P)
+        _gelu(b_P, width, e_P)
         z_C = probs_TC[t]
         z_C[:] = 0
         for i in range(width):
@@ -314,7 +186,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
 
 
 @compiled()
-def activate(gate_up_I2F, count, inner_IF, scratch_F):
+def activate(gate_up_I2F, count, inner_IF):
     """silu(gate) * up."""
     size = inner_IF.shape[1]
     for i in range(count):
@@ -323,7 +195,7 @@ def activate(gate_up_I2F, count, inner_IF, scratch_F):
             inner[f] = -gate_up_I2F[i, f]
         for f in range(size):
             inner[f] = min(inner[f], _F(87.0))
-        _exp(inner, size, scratch_F)
+        exponentials(inner, size)
         for f in range(size):
             inner[f] = gate_up_I2F[i, f] / (_F(1.0) + inner[f]) * gate_up_I2F[i, size + f]
 
@@ -338,6 +210,6 @@ def combine(out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD, scale_D, fl
         if slot >= 0:
             for d in range(residual_TD.shape[1]):
                 residual_TD[t, d] += out_ID[slot, d] * weight
-        r = _F(1.0) / np.sqrt(_squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r

@@ -82,7 +82,8 @@ def fold_layer(layer: Layer) -> PackedLayer:
         before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
         convolution_N_AE_O=convolution,
         convolution_bias_N1O=convolution_bias,
-        temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp])[:, None] * size**0.5,
+        # Queries carry the scale of their scores, size ** -0.5.
+        temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp * size**0.5])[:, None],
         output=turned(attention.o_proj.weight * turn_hidden[:, None]),
         output_bias=(hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden
         + residual_bias * turn_residual,

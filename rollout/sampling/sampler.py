@@ -27,10 +27,10 @@ from collections.abc import Callable
 import torch
 
 from ...kernels.philox import Purpose, gumbel, uniform
-from ...kernels.verify import count_matching, draw, gumbel_argmax, mix_logits, reject
+from ...kernels.verify import count_matching, draw, gumbel_argmax, logprobs, mix_logits, reject
 from . import kernels
 from .drafts import Drafts, Group, SamplerRows, Verdict
-from .processing import Processed, full_logprobs, processed, widen
+from .processing import Processed, processed, widen
 
 __all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "sample_seed", "verify"]
 
@@ -123,8 +123,7 @@ def _draft_group(
         token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
     else:
         assert previous_S is not None
-        chain = _chain if group.sampler == "coupled" or group.greedy or group.cut else _plain_chain
-        token_SM, logq_SMV = chain(rows, group, q_logits_SMV, noise, markov, previous_S)
+        token_SM, logq_SMV = _chain(rows, group, q_logits_SMV, noise, markov, previous_S)
     token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
 
@@ -141,20 +140,6 @@ def _chain(
         previous_S1 = chosen[-1][0]
     kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
     return torch.cat([token_S1 for token_S1, _ in chosen], 1), torch.cat(kept, 1) if kept else None
-
-
-def _plain_chain(
-    rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, u_SM: torch.Tensor | None, markov: Markov,
-    previous_S: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`_chain` where q is drawn from as it is: a slot's turn is but a softmax and a draw, and log q is made of all at once."""
-    assert u_SM is not None
-    temperature_S1, chosen = rows.temperature_S[:, None].to(q_logits_SMV.dtype), []
-    for logits_SV, u_S in zip(q_logits_SMV.unbind(1), u_SM.unbind(1), strict=True):
-        logits_SV += markov(previous_S)
-        previous_S = draw((logits_SV / temperature_S1).softmax(-1), u_S)
-        chosen.append(previous_S)
-    return torch.stack(chosen, 1), full_logprobs(q_logits_SMV, rows.temperature_S[:, None])
 
 
 def _choose(
@@ -216,9 +201,6 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         drafted_SM = row_R[:m] < drafts.count_S[:, None]
         target_SRV = torch.cat((torch.where(drafted_SM[..., None], mixed_SMV, p_SMV), p_logits_SRV[:, m:]), 1)
     target = _process(rows, group, target_SRV)
-    full_logp_SRV = target.full_logp
-    if target_SRV is not p_logits_SRV:
-        full_logp_SRV = full_logprobs(p_logits_SRV, rows.temperature_S[:, None])
 
     if group.greedy or group.sampler in ("ar", "coupled"):
         if group.greedy:
@@ -233,17 +215,15 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         token_SR = torch.cat((drafts.token_SM, x_S[:, None]), 1).where(row_R != accepted_S[:, None], x_S[:, None])
 
     committed_SR, from_draft_SR = row_R <= accepted_S[:, None], row_R < accepted_S[:, None]
-    index_SR1 = token_SR.clamp(min=0)[..., None]
-
-    def at_token(logp_SRV: torch.Tensor) -> torch.Tensor:
-        return torch.where(committed_SR, logp_SRV.gather(-1, index_SR1)[..., 0], 0.0)
-
-    logprob_SR = at_token(full_logp_SRV)
+    index_SR = token_SR.clamp(min=0)
+    at_token_SR = target.logp.gather(-1, index_SR[..., None])[..., 0]
+    logprob_SR = logprobs(p_logits_SRV.flatten(0, 1), index_SR.flatten(), rows.temperature_S.repeat_interleave(r)).view_as(index_SR)
+    same = target.logp is target.full_logp and target_SRV is p_logits_SRV
     return Verdict(
         accepted_S=accepted_S,
         token_SR=torch.where(committed_SR, token_SR, -1),
-        logprob_SR=logprob_SR,
-        behavior_logprob_SR=logprob_SR if target.logp is full_logp_SRV else at_token(target.logp),
+        logprob_SR=torch.where(committed_SR, logprob_SR, 0.0),
+        behavior_logprob_SR=torch.where(committed_SR, logprob_SR if same else at_token_SR, 0.0),
         support_logmass_SR=torch.where(committed_SR, target.support_logmass, 0.0),
         from_draft_SR=from_draft_SR,
     )

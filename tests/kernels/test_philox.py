@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from blockroll.kernels.philox import Purpose, gumbel, uniform
+from blockroll.kernels.philox import numba as by_numba
 from blockroll.kernels.philox.reference import _gumbel_numpy, _gumbel_torch, _rounds, philox_4x32
 
 # Known answers published with Random123 (philox4x32, 10 rounds): counter, key, output.
@@ -46,6 +47,16 @@ def test_numpy_and_torch_paths_agree_with_plain_integers() -> None:
         expected = plain_philox(tuple(column[:2]), tuple(column[2:]))
         assert tuple(int(word[i]) for word in by_numpy) == expected
         assert tuple(int(word[i]) for word in by_torch) == expected
+
+
+def test_numba_agrees() -> None:
+    rng = np.random.default_rng(1)
+    for seed, position, purpose in zip(rng.integers(0, 2**63, 20).tolist(), rng.integers(0, 2**32, 20).tolist(), [0, 1, 2, 3] * 5):
+        words_W4 = np.empty((3, 4), np.uint32)
+        by_numba.fill_words(seed, position, purpose, words_W4)
+        key = seed % 2**32, seed // 2**32
+        assert [tuple(row) for row in words_W4.tolist()] == [plain_philox(key, (position, purpose, w, 0)) for w in range(3)]
+        assert by_numba.uniform(seed, position, purpose) == uniform(torch.tensor([seed]), torch.tensor([position]), purpose)[0]
 
 
 def test_broadcasting_equals_one_by_one() -> None:

@@ -1,4 +1,4 @@
-"""Samplers on Triton's kernels (interpreted) against the same samplers on torch."""
+"""Samplers on the kernels, Triton's (interpreted) and numba's, against the same samplers on torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from blockroll.kernels.dispatch import using
+from blockroll.kernels.verify import PairTable
 from blockroll.rollout.sampling import kernels
 from blockroll.rollout.sampling.drafts import Drafts
 from blockroll.rollout.sampling.sampler import SamplerRows, draft, sample_seed, verify
@@ -32,6 +33,12 @@ def same(got, expected) -> None:
             torch.testing.assert_close(a, b, atol=3e-6, rtol=3e-6, msg=lambda text, name=name: f"{name}: {text}")
         else:
             assert torch.equal(a, b), name
+
+
+@pytest.fixture(params=["triton", "numba"])
+def kernel(request):
+    """Which kernels."""
+    return request.param
 
 
 def step(implementation, params, dtype=torch.float32, markov=None):
@@ -60,30 +67,30 @@ def step(implementation, params, dtype=torch.float32, markov=None):
         ("mixed", 0.0, torch.float32),
     ],
 )
-def test_the_tokens_of_torch(sampler, temperature, dtype) -> None:
+def test_the_tokens_of_torch(kernel, sampler, temperature, dtype) -> None:
     params = [SamplingParams(sampler=sampler, temperature=temperature, mix_weight=0.3)] * 8
-    drafts, verdict = step("triton", params, dtype)
+    drafts, verdict = step(kernel, params, dtype)
     assert drafts.logq_SMV is None or sampler == "mixed"
     expected_drafts, expected = step("reference", params, dtype)
     assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
     same(verdict, expected)
 
 
-def test_a_batch_of_every_kind() -> None:
+def test_a_batch_of_every_kind(kernel) -> None:
     """Cut-offs beside plain rows, whose logits are half as wide in memory."""
     params = [
         SamplingParams(sampler=sampler, temperature=temperature, top_p=top_p)
         for sampler in ("lossless", "mixed", "coupled", "ar") for temperature, top_p in ((1.0, 1.0), (0.8, 0.9), (0.0, 1.0))
     ]  # fmt: skip
-    same(step("triton", params, torch.float16)[1], step("reference", params, torch.float16)[1])
+    same(step(kernel, params, torch.float16)[1], step("reference", params, torch.float16)[1])
 
 
-@pytest.mark.parametrize("sampler", ["coupled", "lossless"])
-def test_drafts_that_know_the_one_before(sampler) -> None:
-    table = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("sampler", ["coupled", "lossless", "mixed"])
+def test_drafts_that_know_the_one_before(kernel, sampler) -> None:
+    table = PairTable(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)))
     params = [SamplingParams(sampler=sampler, temperature=0.9)] * 6
-    drafts, verdict = step("triton", params, markov=table.__getitem__)
-    expected_drafts, expected = step("reference", params, markov=table.__getitem__)
+    drafts, verdict = step(kernel, params, markov=table)
+    expected_drafts, expected = step("reference", params, markov=table)
     assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
     same(verdict, expected)
 
@@ -94,7 +101,9 @@ def test_rows_that_the_kernels_serve() -> None:
         for changes in (dict(), dict(top_k=3), dict(temperature=0.0))
     )
     p, _ = logits(1)
-    with using("triton"):
-        assert kernels.serves(plain, p) and not kernels.serves(plain, p.double())
-        assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
-    assert not kernels.serves(plain, p)  # a CPU
+    for implementation in ("triton", "numba", "auto"):
+        with using(implementation):
+            assert kernels.serves(plain, p) and not kernels.serves(plain, p.double())
+            assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
+    with using("reference"):
+        assert not kernels.serves(plain, p)

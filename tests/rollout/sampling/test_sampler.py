@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
+from blockroll.kernels.dispatch import using
 from blockroll.kernels.philox import Purpose
 from blockroll.kernels.verify import reference
-from blockroll.rollout.sampling import sampler as sampler_module
 from blockroll.rollout.sampling.processing import process
 from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, sample_seed, verify
 from blockroll.rollout.types import SamplingParams
@@ -20,6 +20,16 @@ N = 200_000
 VOCAB, MASK = 8, 7
 INF = torch.inf
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True, params=["reference", "numba"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On torch, and where rows have no cut-offs on what numba compiles."""
+    with using(request.param):
+        yield
+
+
+ON_TORCH = pytest.mark.parametrize("implementation", ["reference"], indirect=True)
 
 
 def logits(seed: int, *shape: int, spread: float = 1.5) -> torch.Tensor:
@@ -134,6 +144,7 @@ def test_later_tokens_are_independent_of_earlier_ones() -> None:
         assert chi_square(verdict.token_SR[verdict.accepted_S == 2, 2], target(p[2], params)) < 6
 
 
+@ON_TORCH
 def test_the_check_sees_a_residual_replaced_by_p(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "residual_weights", lambda logp, logq, drafted: logp.exp())
     for kind in ("plain", "mixed"):
@@ -143,6 +154,7 @@ def test_the_check_sees_a_residual_replaced_by_p(monkeypatch: pytest.MonkeyPatch
         assert chi_square(verdict.token_SR[:, 0], target(m_row, PARAMS[kind])) > 100
 
 
+@ON_TORCH
 def test_the_check_sees_a_temperature_of_q_that_was_dropped() -> None:
     p, q = PAIRS["unrelated"]
     without = torch.log_softmax(q.index_fill(0, torch.tensor(MASK), -INF), -1)
@@ -154,6 +166,7 @@ def test_the_check_sees_a_temperature_of_q_that_was_dropped() -> None:
         assert chi_square(verdict.token_SR[:, 0], target(m_row, params)) > 100
 
 
+@ON_TORCH
 def test_the_check_sees_an_acceptance_that_shares_its_number_with_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     class Shared:
         NOISE, DRAFT, ACCEPT, RESAMPLE = Purpose.NOISE, Purpose.DRAFT, Purpose.DRAFT, Purpose.RESAMPLE
@@ -350,27 +363,3 @@ def test_sample_seed() -> None:
     assert sample_seed(0, first_of_splitmix64) == first_of_splitmix64 >> 1
     seeds = {sample_seed(request, sample) for request in (0, 1, 2**63 - 1) for sample in range(1000)}
     assert len(seeds) == 3000 and min(seeds) >= 0 and max(seeds) < 2**63
-
-
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
-@pytest.mark.parametrize("kind", ["lossless", "mixed"])
-def test_the_plain_chain_draws_what_the_chain_draws(monkeypatch: pytest.MonkeyPatch, kind: str, temperature: float) -> None:
-    """Drafts that know the one before them, in the short way for rows without cut-offs and in the way that serves all."""
-    vocab, s, m = 23, 40, 6
-    generator = torch.Generator().manual_seed(7)
-    q_logits_SMV = 2 * torch.randn(s, m, vocab, generator=generator)
-    table_VV = 2 * torch.randn(vocab, vocab, generator=generator)
-    rows = SamplerRows.make([SamplingParams(sampler=kind, temperature=temperature)] * s, range(s))  # type: ignore[arg-type]
-
-    def drafts() -> Drafts:
-        return draft(rows, q_logits_SMV.clone(), torch.arange(s), 3, None, table_VV.__getitem__, torch.arange(s) % vocab)
-
-    short = drafts()
-    monkeypatch.setattr(sampler_module, "_plain_chain", sampler_module._chain)
-    full = drafts()
-    assert torch.equal(short.token_SM, full.token_SM)
-    assert short.logq_SMV is not None and full.logq_SMV is not None
-    torch.testing.assert_close(short.logq_SMV, full.logq_SMV, atol=2e-6, rtol=2e-6)
-    assert (short.q_logits_SMV is None) == (kind == "lossless")
-    if short.q_logits_SMV is not None:
-        torch.testing.assert_close(short.q_logits_SMV, full.q_logits_SMV)

@@ -1,4 +1,4 @@
-"""Sampling and verification in Triton (interpreted) against the reference, and the reference against the samplers."""
+"""Sampling and verification in Triton (interpreted) and in numba against the reference, and all against the samplers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,27 @@ pytest.importorskip("triton")
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.philox import Purpose
 from blockroll.kernels.philox.reference import gumbel
-from blockroll.kernels.verify import count_matching, reference, sample_cdf, sample_gumbel, verify_rejection
+from blockroll.kernels.verify import (
+    PairTable,
+    count_matching,
+    draft_chain,
+    logprobs,
+    reference,
+    sample_cdf,
+    sample_gumbel,
+    verify_matching,
+    verify_rejection,
+)
 from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, draft, verify
 from blockroll.rollout.types import SamplingParams
 
 NAN = torch.nan
 
 
-@pytest.fixture(autouse=True)
-def interpreted(poisoned_outputs):
-    with using("triton"):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "numba"])
+def implementation(request, poisoned_outputs):
+    with using(request.param):
+        yield request.param
 
 
 def keys(s: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,17 +55,17 @@ def same(got, expected) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 3, 41, 4096, 9001])
 @pytest.mark.parametrize("sampler", ["gumbel", "cdf"])
 def test_sampling_equals_the_reference(sampler: str, vocab_size: int, dtype: torch.dtype) -> None:
-    by_triton, by_torch = {
+    fast, plain = {
         "gumbel": (sample_gumbel, reference.sample_gumbel), "cdf": (sample_cdf, reference.sample_cdf)
     }[sampler]  # fmt: skip
     logits = normal(3, 2, vocab_size, dtype=dtype)
     temperature = torch.tensor([0.0 if sampler == "gumbel" else 0.3, 0.7, 1.0], dtype=torch.float64)
     seed, position = keys(3)
-    same(by_triton(logits, temperature, seed, position), by_torch(logits, temperature, seed, position))
+    same(fast(logits, temperature, seed, position), plain(logits, temperature, seed, position))
     if vocab_size > 1:
         excluded = int(logits[0, 0].argmax())
-        got = by_triton(logits, temperature, seed, position, excluded)
-        same(got, by_torch(logits, temperature, seed, position, excluded))
+        got = fast(logits, temperature, seed, position, excluded)
+        same(got, plain(logits, temperature, seed, position, excluded))
         assert (got.token_SR != excluded).all()
 
 
@@ -159,6 +169,59 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
             alone = sample_gumbel(one[0][:, :1], one[5], one[6], one[7])
             for a, b in zip(alone, drawn, strict=True):
                 assert torch.equal(a[0], b[i])
+
+
+@pytest.mark.parametrize("purpose", [Purpose.NOISE, Purpose.DRAFT])
+def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose) -> None:
+    s, m, v, excluded = 5, 4, 301, 17
+    table, (seed, position) = PairTable(normal(v, v, seed=3)), keys(s)
+    temperature, previous, count = torch.tensor([0.0, 0.6, 1.0, 1.0, 0.9]), torch.arange(s) * 50, torch.tensor([4, 0, 2, 4, 1])
+    if purpose == Purpose.DRAFT:
+        temperature[0] = 1.1
+    given = normal(s, m, v)
+    given[1], given[2, 2:], given[4, 1:] = NAN, NAN, NAN
+    keys_S = temperature, seed, position
+
+    def chain(markov):
+        q = given.clone()
+        return q, *draft_chain(q, markov, previous, count, *keys_S, excluded, purpose)
+
+    made = chain(table), chain(table.__call__)  # as a table, and as any function
+    real = torch.arange(m) < count[:, None]
+    for q, token, _ in made:
+        assert torch.equal(token >= 0, real) and (token != excluded).all() and torch.isneginf(q[real][:, excluded]).all()
+    (q, token, lse), (other_q, other_token, other_lse) = made
+    assert torch.equal(token, other_token) and len(set(token[real].tolist())) > 5
+    torch.testing.assert_close(q[real], other_q[real], atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(lse[real], other_lse[real], atol=2e-6, rtol=2e-6)
+
+
+def test_matching_accepts_the_tokens_that_would_come_without_drafts(implementation: str) -> None:
+    s, m, v = 6, 3, 301
+    p, temperature, (seed, anchor) = normal(s, m + 1, v), torch.tensor([0.0, 0.5, 1.0, 1.0, 0.8, 0.0]), keys(s)
+    draft_SM = reference.sample_gumbel(p, temperature, seed, anchor + 1).token_SR[:, :m].clone()
+    draft_SM[1, 1], draft_SM[2, 0], draft_SM[5, 2] = v - 1, v - 1, v - 1
+    count = torch.tensor([3, 3, 3, 0, 2, 3])
+    p[3, 1:], draft_SM[3], p[4, 3], draft_SM[4, 2] = NAN, -1, NAN, -1
+    got = verify_matching(p, draft_SM, count, temperature, seed, anchor)
+    with using("reference"):
+        same(got, verify_matching(p, draft_SM, count, temperature, seed, anchor))
+    assert got.accepted_S.tolist() == [3, 1, 0, 0, 2, 2]
+
+
+def test_log_probabilities_are_those_of_verification() -> None:
+    """On a CPU to the last bit: `blockroll score` gives what the engine recorded."""
+    arguments = step(40, 4, 301)
+    p, temperature = arguments[0], arguments[5]
+    got = verify_rejection(*arguments)
+    committed = got.token_SR >= 0
+    wide = temperature[:, None].expand(committed.shape)[committed]
+    again = logprobs(p[committed], got.token_SR[committed], wide)
+    torch.testing.assert_close(again, reference.logprobs(p[committed], got.token_SR[committed], wide), atol=2e-6, rtol=2e-6)
+    with using("numba"):
+        assert torch.equal(
+            logprobs(p[committed], got.token_SR[committed], wide), verify_rejection(*arguments).logprob_SR[committed]
+        )
 
 
 @pytest.mark.parametrize("sampler", ["lossless", "mixed", "coupled", "ar"])

@@ -1,0 +1,98 @@
+"""Functions compiled by numba at their first call, and kept on disk for the next process.
+
+Invariants:
+- Sums that may be taken in any order are functions of their own (`total`, `squares`): they read and do not write, so nothing but
+  their length decides how they are vectorised. All else is computed as written, but for what `FUSED` allows, and the numbers are
+  the same, vectorised or not, with or without room between two arrays.
+
+numba does not see that a function called from another file has changed: after an edit here, what was kept of its callers
+(`__pycache__/*.nbi`) has to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_F = np.float32
+_ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
+_LEAST = int(np.float32(-np.inf).view(np.int32)) ^ 0x7FFFFFFF
+FUSED = frozenset({"contract"})
+"""For `compiled`: a product may be rounded together with the sum it goes into. What is written has to leave one way to do it, and
+its loops to end where the processor's vectors do, or always at the same place: then the numbers are the same everywhere."""
+
+
+def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function of arrays and numbers.
+
+    Args:
+        fastmath: LLVM's names of what may be done with floats beside what is written.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath)}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:  # nowhere to keep it: neither beside the source nor in the user's cache
+            return njit(**options)(function)
+
+    return decorate
+
+
+@compiled(_ANY_ORDER)
+def total(x, count):
+    """Sum of the first `count` of x, in x's type."""
+    s = _F(0)
+    for i in range(count):
+        s += x[i]
+    return s
+
+
+@compiled(_ANY_ORDER)
+def wide_total(x, count):
+    """Sum of the first `count` of x, in float64."""
+    s = 0.0
+    for i in range(count):
+        s += np.float64(x[i])
+    return s
+
+
+@compiled(_ANY_ORDER)
+def squares(x):
+    """Sum of the squares of x."""
+    s = _F(0)
+    for i in range(x.shape[0]):
+        s += x[i] * x[i]
+    return s
+
+
+@compiled()
+def largest(x, count):
+    """Largest of the first `count` of float32 x, -inf of none; with a NaN among them, any number. Compared as integers of the
+    same order, which is what makes it several at a time."""
+    bits, top = x.view(np.int32), np.int32(_LEAST)
+    for i in range(count):
+        b = bits[i]
+        b = np.int32(b ^ ((b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        top = b if b > top else top
+    return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
+@compiled(FUSED)
+def exponentials(x, count):
+    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf); of what is
+    below -87, exp(-87)."""
+    bits = x.view(np.int32)
+    for i in range(count):
+        y = x[i] if x[i] > _F(-87.0) else _F(-87.0)
+        n = np.floor(y * _F(1.44269504) + _F(0.5))
+        r = y - n * _F(0.693359375) + n * _F(2.12194440e-4)
+        p = _F(1.9875691500e-4) * r + _F(1.3981999507e-3)
+        p = p * r + _F(8.3334519073e-3)
+        p = p * r + _F(4.1665795894e-2)
+        p = p * r + _F(1.6666665459e-1)
+        p = p * r + _F(5.0000001201e-1)
+        bits[i] = _F(p * r * r + r + _F(1.0)).view(np.int32) + (np.int32(n) << np.int32(23))
