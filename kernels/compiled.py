@@ -83,8 +83,8 @@ def largest(x, count):
 
 @compiled(FUSED)
 def exponentials(x, count):
-    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf); of what is
-    below -87, exp(-87)."""
+    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf); below -87
+    that of -87."""
     bits = x.view(np.int32)
     for i in range(count):
         y = x[i] if x[i] > _F(-87.0) else _F(-87.0)

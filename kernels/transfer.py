@@ -10,8 +10,9 @@ What is sent is a tree: tensors in tuples, lists, dicts and dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -88,24 +89,29 @@ def download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return out
 
 
-def _branches(tree: Any) -> list[Any]:
+def _branches(tree: Any) -> Iterable[Any]:
     if isinstance(tree, tuple | list):
-        return list(tree)
+        return tree
     if isinstance(tree, dict):
-        return list(tree.values())
-    return [getattr(tree, field.name) for field in fields(tree)] if is_dataclass(tree) else []
+        return tree.values()
+    return [getattr(tree, name) for name in _names(type(tree))]
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    else:
-        for branch in _branches(tree):
-            yield from _tensors(branch)
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 def _unique(tree: Any) -> list[torch.Tensor]:
-    return list({id(tensor): tensor for tensor in _tensors(tree)}.values())
+    found: dict[int, torch.Tensor] = {}
+    waiting = [tree]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            found[id(each)] = each
+        else:
+            waiting.extend(_branches(each))
+    return list(found.values())
 
 
 def _with(tree: Any, copies: dict[int, torch.Tensor]) -> Any:

@@ -60,6 +60,7 @@ class PagedCache:
         self.k, self.v = (pool(pages * page_size, *kv) for _ in range(2))
         self.x = pool(slots * self.ring, channels)
         self.delayed = pool(slots * self.ring, kv[0] * kv[1] // 2)
+        self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
         self.total_pages = pages
         self._free = list(range(pages))[::-1]
         self._slots = list(range(slots))[::-1]
@@ -129,7 +130,7 @@ class PagedCache:
 
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
-        return Pools(self.k[layer], self.v[layer], self.x[layer], self.delayed[layer])
+        return self._pools[layer]
 
 
 def page_table(sequences: Sequence[Held], table_SP: np.ndarray) -> np.ndarray:

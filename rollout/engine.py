@@ -185,12 +185,11 @@ class Engine:
             self.forwards += 2 if schedule.kind == "two_pass" else 1
 
     def _commit(self, decoding: list[Sample], verdict: Verdict) -> None:
-        columns = (verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR,
-                   verdict.from_draft_SR)  # fmt: skip
+        columns = verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
         for sample, a, *row in zip(decoding, verdict.accepted_S.tolist(), *(c.tolist() for c in columns), strict=True):
             assert sample.held is not None
             before = len(sample.tokens)
-            sample.commit(a + 1, *row, version=self.version)
+            sample.commit(a, *row, version=self.version)
             sample.held.length = sample.anchor
             self.decode_tokens += len(sample.tokens) - before
 

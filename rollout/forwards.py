@@ -136,7 +136,8 @@ class Forwards:
 
     def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
         self._policy, self._cache, self._captured = policy, cache, captured
-        self._graphs = torch.cuda.is_available() and policy.device.type == "cuda"
+        self._device = policy.device
+        self._graphs = torch.cuda.is_available() and self._device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
         self._shapes: dict[Hashable, _Shape] = {}
         self.take_weights()
@@ -150,7 +151,8 @@ class Forwards:
 
     def run(self, asked: Asked) -> Pass:
         """One pass. Its hidden states hold until the next one."""
-        again = self._captured and self._policy.paged and len(asked.where) == len(asked.held) and not asked.routed
+        recurs = self._captured and self._packed is None and len(asked.where) == len(asked.held) and not asked.routed
+        again = recurs and self._policy.paged
         plans: list[DecodeRows] = []
         if again:
             full = asked.full
@@ -167,7 +169,7 @@ class Forwards:
         fills = asked.drafted is not None and asked.drafted.count_D.any()
         places = list(asked.drafted.places(first_D)) if asked.drafted is not None and fills else []
         index_DR, places, also = upload(
-            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in asked.also]), self._policy.device
+            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in asked.also]), self._device
         )
         fill = None
         if asked.drafted is not None and fills:
@@ -194,7 +196,7 @@ class Forwards:
                 fill(layout.token_T)
             return self._packed(layout, view, routing)
         plan = self._policy.host_plan(layout, view)
-        layout, plan = upload((layout, plan), self._policy.device)
+        layout, plan = upload((layout, plan), self._device)
         if fill is not None:
             fill(layout.token_T)
         return self._policy(layout, view, routing, plan)

@@ -71,16 +71,15 @@ class Sample:
 
     def commit(
         self,
-        count: int,
+        accepted: int,
         tokens: list[int],
         logprobs: list[float],
         behavior: list[float],
         support: list[float],
-        from_draft: list[bool],
         version: int,
     ) -> None:
-        """Take the first `count` of one step's tokens, up to the first that ends the sample."""
-        count = min(count, self.remaining)
+        """Take one step's tokens, `accepted` drafts and one more, up to the first that ends the sample."""
+        count = min(accepted + 1, self.remaining)
         taken = tokens[:count]
         if not self.stops.isdisjoint(taken):
             count, self.finish = 1 + next(i for i, token in enumerate(taken) if token in self.stops), "stop"
@@ -91,7 +90,7 @@ class Sample:
         self.logprobs += logprobs[:count]
         self.behavior += behavior[:count]
         self.support += support[:count]
-        self.from_draft += from_draft[:count]
+        self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
         self.versions += [version] * count
 
     def record_experts(self, position: int, expert_RL: np.ndarray) -> None:

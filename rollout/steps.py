@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 
 import numpy as np
 import torch
@@ -45,6 +44,7 @@ class StepRunner:
 
     def __init__(self, policy: Policy, cache: PagedCache, block_size: int, captured: bool = True) -> None:
         self.policy, self.cache, self.block_size = policy, cache, block_size
+        self._device = policy.device
         self.forwards = Forwards(policy, cache, captured)
         self._rows_of: list[Sample] = []
         self._rows: SamplerRows | None = None
@@ -128,7 +128,7 @@ class StepRunner:
             return None
         rows, (anchor_D, anchored_D) = self._sampler_rows(decoding), out.also
         p_logits_DRV = out.logits_DRV
-        drafts = Drafts.none(len(decoding), self.policy.device)
+        drafts = Drafts.none(len(decoding), self._device)
         if count_D.any():
             drafts = self._draft(rows, out, out.first_D + 1, count_D, anchor_D, anchored_D)
             second = np.flatnonzero(count_D)
@@ -160,23 +160,26 @@ class StepRunner:
 
     def _waiting(self, decoding: Sequence[Sample], most: int) -> tuple[Drafts, np.ndarray]:
         """The first `most` drafts of each sample, in order, and how many; runs of one batch are selected together."""
-        device = self.policy.device
         counts = [min(s.draft_count, max(s.remaining - 1, 0), most) if s.drafts else 0 for s in decoding]
         count_D = np.array(counts, dtype=np.int64)
         if not any(counts):
-            return Drafts.none(len(decoding), device), count_D
+            return Drafts.none(len(decoding), self._device), count_D
         parts: list[tuple[Drafts | None, list[int]]] = []
         for sample in decoding:
             if parts and parts[-1][0] is sample.drafts:
                 parts[-1][1].append(sample.draft_index)
             else:
                 parts.append((sample.drafts, [sample.draft_index]))
-        most_D, *index = upload([torch.from_numpy(count_D), *(torch.tensor(mine) for _, mine in parts)], device)
+        batch, mine = parts[0]
+        if len(parts) == 1 and batch is not None and mine == list(range(len(batch.count_S))):
+            if counts == [sample.draft_count for sample in decoding]:  # the last step's, as they are, mostly
+                return batch.narrow(max(counts)), count_D
+        most_D, *index = upload([torch.from_numpy(count_D), *(torch.tensor(mine) for _, mine in parts)], self._device)
         chosen = []
         for (batch, mine), index_N in zip(parts, index, strict=True):
             if batch is None:
-                chosen.append(Drafts.none(len(mine), device))
-            else:  # The batch of the last step, mostly: nothing of it is copied then.
+                chosen.append(Drafts.none(len(mine), self._device))
+            else:
                 chosen.append(batch if mine == list(range(len(batch.count_S))) else batch.select(index_N))
         drafts = chosen[0] if len(chosen) == 1 else Drafts.join(chosen)
         return drafts.limit(most_D, max(counts)), count_D
@@ -213,7 +216,7 @@ class StepRunner:
         """Draw drafts, `count_D` of them and at least one, from the mask rows that begin at `slot_D`, after the tokens
         `previous_D` at `anchor_D`."""
         index = np.minimum(slot_D[:, None] + np.arange(count_D.max()), len(out.hidden_TD) - 1)
-        index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self.policy.device)
+        index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
         logits_DMV = self.forwards.head(out.hidden_TD[index_DM])
         return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.forwards.markov, previous_D)
 
@@ -223,7 +226,7 @@ class StepRunner:
 
     def _heard_verdict(self, verdict: Verdict) -> Verdict:
         """The verdict on the host."""
-        return Verdict(*self._heard([getattr(verdict, field.name) for field in fields(verdict)]))
+        return Verdict(*self._heard([getattr(verdict, name) for name in Verdict.__slots__]))
 
     def _heard(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors on the host; with them comes which experts were chosen, where a sample keeps that."""
@@ -239,7 +242,7 @@ class StepRunner:
         same = len(decoding) == len(self._rows_of) and all(map(operator.is_, decoding, self._rows_of))
         if self._rows is None or not same:
             params = [s.request.params for s in decoding]
-            self._rows = SamplerRows.make(params, [s.seed for s in decoding], self.policy.device)
+            self._rows = SamplerRows.make(params, [s.seed for s in decoding], self._device)
             self._rows_of = decoding
         return self._rows
 

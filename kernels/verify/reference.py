@@ -9,6 +9,7 @@ Legend: S = sequences, M = most drafts of one sequence, R = rows of a sequence, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,8 @@ class Rejection(NamedTuple):
     behavior_logprob_SR: torch.Tensor
 
 
-class PairTable(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PairTable:
     """What a token adds to the logits of the row after it, for every pair of a small vocabulary: pair_VV[before, after]."""
 
     pair_VV: torch.Tensor

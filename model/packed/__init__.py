@@ -1,5 +1,6 @@
 """Decoding and scoring of a small float32 policy on a CPU: `weights` folded from the policy's, the `plan` of a layout, the
-network over both (`forward`), and what stands between its matrix products (`stages` and `attention`, compiled by numba at first use).
+network over both (`forward`), and what stands between its matrix products (`stages` and `attention`, compiled by numba at
+first use).
 
 `PackedForward` is imported where a policy is served: numba takes a moment, and a machine with an accelerator does without it.
 """

@@ -34,6 +34,8 @@ _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
 _MOST_SIZES = 256
 """Packs of so many sizes are remembered, not what lies in them."""
+_MOST_SPANS = 1024
+"""So many pieces of a pack that one expert has been given."""
 
 Angles = tuple[np.ndarray, np.ndarray, int]
 
@@ -60,7 +62,7 @@ class _Work:
     def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int, memory: _Memory) -> None:
         turns, inputs, size = layer.convolution_N_AE_O.shape
         hidden, width, classes = layer.output.shape[1], layer.router_down.shape[1], layer.balance_C.shape[0]
-        experts, inner = layer.down_EFD.shape[:2]
+        experts, inner = len(layer.down_E), layer.down_E[0].shape[0]
         # A pack of one row is multiplied as two; an expert's only row has a slot beside its own.
         some, slots, take = max(rows, 2), rows + experts, memory.take
         self.residual, self.unit = take("residual", some, hidden), take("unit", some, hidden)
@@ -78,6 +80,17 @@ class _Work:
         self.sorted, self.gate_up = take("sorted", slots, hidden), take("gate_up", slots, 2 * inner)
         self.inner, self.out = take("inner", slots, inner), take("out", slots, hidden)
         self.a, self.b, self.e = (np.zeros(width, np.float32) for _ in range(3))
+        self._spans: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    def span(self, begin: int, end: int) -> tuple[torch.Tensor, ...]:
+        """These slots of what experts are given, of gate and up, of their product, and of what experts give."""
+        known = self._spans.get((begin, end))
+        if known is None:
+            if len(self._spans) >= _MOST_SPANS:
+                self._spans.clear()
+            parts = self.sorted[0], self.gate_up[0], self.inner[0], self.out[0]
+            known = self._spans[begin, end] = tuple(part[begin:end] for part in parts)
+        return known
 
 
 class PackedForward:
@@ -180,12 +193,12 @@ class PackedForward:
             work.probs, work.expert, work.slot, work.begin, work.sorted[1], work.a, work.b, work.e,
         )  # fmt: skip
         begin = work.begin.tolist()
-        spans = [(e, slice(*span)) for e, span in enumerate(pairwise(begin[:-1])) if span[1] > span[0]]
-        for e, span in spans:
-            mm(work.sorted[0][span], layer.gate_up_ED2F[e], out=work.gate_up[0][span])
+        spans = [(e, work.span(*span)) for e, span in enumerate(pairwise(begin[:-1])) if span[1] > span[0]]
+        for e, (given, gate_up, _, _) in spans:
+            mm(given, layer.gate_up_E[e], out=gate_up)
         stages.activate(work.gate_up[1], begin[-1], work.inner[1])
-        for e, span in spans:
-            mm(work.inner[0][span], layer.down_EFD[e], out=work.out[0][span])
+        for e, (_, _, inner, out) in spans:
+            mm(inner, layer.down_E[e], out=out)
         stages.combine(
             work.out[1], work.slot, work.expert, work.probs, arrays["mlp_bias"], work.residual[1][:rows],
             arrays["mlp_residual_D"], after, work.unit[1],

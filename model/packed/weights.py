@@ -44,8 +44,8 @@ class PackedLayer:
     fc2_bias: torch.Tensor
     router_out: torch.Tensor
     balance_C: torch.Tensor
-    gate_up_ED2F: torch.Tensor
-    down_EFD: torch.Tensor
+    gate_up_E: list[torch.Tensor]  # [D, 2F] of each expert
+    down_E: list[torch.Tensor]  # [F, D]
     mlp_bias: torch.Tensor
     mlp_residual_D: torch.Tensor
 
@@ -99,8 +99,8 @@ def fold_layer(layer: Layer) -> PackedLayer:
         fc2_bias=mlp.fc2.bias.clone(),
         router_out=turned(mlp.out_proj.weight),
         balance_C=router.balancing_biases.clone(),
-        gate_up_ED2F=turned(gate_up),
-        down_EFD=turned(experts.down_proj * mlp_hidden[:, None]),
+        gate_up_E=list(turned(gate_up)),
+        down_E=list(turned(experts.down_proj * mlp_hidden[:, None])),
         mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
         mlp_residual_D=mlp_residual.clone(),
     )

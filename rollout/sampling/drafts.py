@@ -144,6 +144,8 @@ class Drafts:
 
     def narrow(self, m: int) -> Drafts:
         """The same drafts with M = m, which no count exceeds."""
+        if m == self.token_SM.shape[1]:
+            return self
         return Drafts(
             self.token_SM[:, :m],
             self.count_S,
@@ -191,7 +193,7 @@ def _stack_distributions(parts: Sequence[tuple[torch.Tensor, torch.Tensor | None
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What one step commits. Row k of sequence s is the token at position anchor + 1 + k; rows past accepted_S are
-    padding (-1, False, and 0 in the logarithms).
+    padding (-1, and 0 in the logarithms).
 
     Attributes:
         accepted_S: int64, a in 0 .. count; a + 1 tokens are committed.
@@ -200,7 +202,6 @@ class Verdict:
         behavior_logprob_SR: under the distribution sampled from: p with its cut-offs, or m with them for `mixed`.
         support_logmass_SR: log of the mass inside the cut-offs, of p (of m for `mixed`); 0 where nothing is cut. At
             temperature 0 the support is the one token.
-        from_draft_SR: bool, accepted from a draft.
     """
 
     accepted_S: torch.Tensor
@@ -208,7 +209,6 @@ class Verdict:
     logprob_SR: torch.Tensor
     behavior_logprob_SR: torch.Tensor
     support_logmass_SR: torch.Tensor
-    from_draft_SR: torch.Tensor
 
     @classmethod
     def padding(cls, sequences: int, width: int, like: Verdict) -> Verdict:
@@ -223,7 +223,6 @@ class Verdict:
             logprob_SR=wide(like.logprob_SR, 0),
             behavior_logprob_SR=wide(like.behavior_logprob_SR, 0),
             support_logmass_SR=wide(like.support_logmass_SR, 0),
-            from_draft_SR=wide(like.from_draft_SR, False),
         )
 
     def put(self, index_G: torch.Tensor, part: Verdict) -> None:
@@ -234,4 +233,3 @@ class Verdict:
         self.logprob_SR[index_G, :r] = part.logprob_SR
         self.behavior_logprob_SR[index_G, :r] = part.behavior_logprob_SR
         self.support_logmass_SR[index_G, :r] = part.support_logmass_SR
-        self.from_draft_SR[index_G, :r] = part.from_draft_SR

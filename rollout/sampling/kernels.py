@@ -78,5 +78,4 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     nothing_SR = torch.zeros_like(logprob_SR)
     # At temperature 0 the support is the one token.
     behavior_SR, support_SR = (nothing_SR, logprob_SR) if group.greedy else (behavior_SR, nothing_SR)
-    from_draft_SR = torch.arange(r, device=token_SR.device) < accepted_S[:, None]
-    return Verdict(accepted_S, token_SR, logprob_SR, behavior_SR, support_SR, from_draft_SR)
+    return Verdict(accepted_S, token_SR, logprob_SR, behavior_SR, support_SR)

@@ -214,10 +214,11 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         accepted_S, x_S = reject(target.logp, drafts.logq_SMV, drafts.token_SM, drafts.count_S, rows.seed_S, anchor_S)
         token_SR = torch.cat((drafts.token_SM, x_S[:, None]), 1).where(row_R != accepted_S[:, None], x_S[:, None])
 
-    committed_SR, from_draft_SR = row_R <= accepted_S[:, None], row_R < accepted_S[:, None]
+    committed_SR = row_R <= accepted_S[:, None]
     index_SR = token_SR.clamp(min=0)
     at_token_SR = target.logp.gather(-1, index_SR[..., None])[..., 0]
-    logprob_SR = logprobs(p_logits_SRV.flatten(0, 1), index_SR.flatten(), rows.temperature_S.repeat_interleave(r)).view_as(index_SR)
+    logprob_N = logprobs(p_logits_SRV.flatten(0, 1), index_SR.flatten(), rows.temperature_S.repeat_interleave(r))
+    logprob_SR = logprob_N.view_as(index_SR)
     same = target.logp is target.full_logp and target_SRV is p_logits_SRV
     return Verdict(
         accepted_S=accepted_S,
@@ -225,7 +226,6 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         logprob_SR=torch.where(committed_SR, logprob_SR, 0.0),
         behavior_logprob_SR=torch.where(committed_SR, logprob_SR if same else at_token_SR, 0.0),
         support_logmass_SR=torch.where(committed_SR, target.support_logmass, 0.0),
-        from_draft_SR=from_draft_SR,
     )
 
 

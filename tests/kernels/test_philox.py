@@ -51,7 +51,8 @@ def test_numpy_and_torch_paths_agree_with_plain_integers() -> None:
 
 def test_numba_agrees() -> None:
     rng = np.random.default_rng(1)
-    for seed, position, purpose in zip(rng.integers(0, 2**63, 20).tolist(), rng.integers(0, 2**32, 20).tolist(), [0, 1, 2, 3] * 5):
+    seeds, positions = rng.integers(0, 2**63, 20).tolist(), rng.integers(0, 2**32, 20).tolist()
+    for seed, position, purpose in zip(seeds, positions, [0, 1, 2, 3] * 5):
         words_W4 = np.empty((3, 4), np.uint32)
         by_numba.fill_words(seed, position, purpose, words_W4)
         key = seed % 2**32, seed // 2**32

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.kernels.compiled import compiled, exponentials
 from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
 from blockroll.model.packed import packed_forward, stages
-from blockroll.kernels.compiled import compiled, exponentials
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
 

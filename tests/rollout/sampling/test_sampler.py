@@ -260,7 +260,7 @@ def test_a_row_gives_the_same_tokens_alone_and_in_any_batch() -> None:
         alone_drafts, alone = run([s])
         assert torch.equal(alone_drafts.token_SM[0], drafts.token_SM[s])
         assert torch.equal(shuffled_drafts.token_SM[where], drafts.token_SM[s])
-        for name in ("accepted_S", "token_SR", "from_draft_SR"):
+        for name in ("accepted_S", "token_SR"):
             assert torch.equal(getattr(alone, name)[0], getattr(verdict, name)[s])
             assert torch.equal(getattr(shuffled_verdict, name)[where], getattr(verdict, name)[s])
         for name in ("logprob_SR", "behavior_logprob_SR", "support_logmass_SR"):
@@ -289,7 +289,6 @@ def test_padding_may_hold_anything() -> None:
             for field in ("logprob_SR", "behavior_logprob_SR", "support_logmass_SR"):
                 assert getattr(got, field).isfinite().all() and (getattr(got, field)[past] == 0).all()
             assert (got.accepted_S <= count).all()
-            assert torch.equal(got.from_draft_SR, torch.arange(6) < got.accepted_S[:, None])
 
 
 def test_log_probabilities_of_committed_tokens() -> None:
