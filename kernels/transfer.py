@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
 
 Tree = TypeVar("Tree")
 _ALIGNMENT = 16
+_NAMES: dict[type, tuple[str, ...]] = {}
+"""Fields of the dataclasses seen so far."""
 
 
 class Parcel(Generic[Tree]):
@@ -94,12 +95,10 @@ def _branches(tree: Any) -> Iterable[Any]:
         return tree
     if isinstance(tree, dict):
         return tree.values()
-    return [getattr(tree, name) for name in _names(type(tree))]
-
-
-@cache
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+    kind = type(tree)
+    if kind not in _NAMES:
+        _NAMES[kind] = tuple(field.name for field in fields(tree)) if is_dataclass(tree) else ()
+    return [getattr(tree, name) for name in _NAMES[kind]]
 
 
 def _unique(tree: Any) -> list[torch.Tensor]:

@@ -170,10 +170,9 @@ class StepRunner:
                 parts[-1][1].append(sample.draft_index)
             else:
                 parts.append((sample.drafts, [sample.draft_index]))
-        batch, mine = parts[0]
-        if len(parts) == 1 and batch is not None and mine == list(range(len(batch.count_S))):
-            if counts == [sample.draft_count for sample in decoding]:  # the last step's, as they are, mostly
-                return batch.narrow(max(counts)), count_D
+        (batch, mine), unchanged = parts[0], counts == [sample.draft_count for sample in decoding]
+        if unchanged and batch is not None and len(parts) == 1 and mine == list(range(len(batch.count_S))):
+            return batch.narrow(max(counts)), count_D  # the last step's, as they are: mostly so
         most_D, *index = upload([torch.from_numpy(count_D), *(torch.tensor(mine) for _, mine in parts)], self._device)
         chosen = []
         for (batch, mine), index_N in zip(parts, index, strict=True):
