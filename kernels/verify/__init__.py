@@ -70,9 +70,9 @@ def sample_gumbel(
 
         return fast.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
     if takes_numba(logits_SRV):
-        from . import numba as rows
+        from . import numba as compiled
 
-        return rows.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, Purpose.NOISE)
+        return compiled.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, Purpose.NOISE)
     return reference.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
 
 
@@ -90,9 +90,9 @@ def sample_cdf(
 
         return fast.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
     if takes_numba(logits_SRV):
-        from . import numba as rows
+        from . import numba as compiled
 
-        return rows.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
+        return compiled.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
     return reference.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
 
 
@@ -117,10 +117,10 @@ def draft_chain(
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
     """
     if isinstance(markov, PairTable) and takes_numba(q_logits_SMV):
-        from . import numba as rows
+        from . import numba as compiled
 
         keys = previous_S, count_S, temperature_S, seed_S, position_S
-        return rows.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose)
+        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose)
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
     chosen = []
     for k in range(q_logits_SMV.shape[1]):
@@ -146,9 +146,9 @@ def verify_matching(
     Args: as of `reference.verify_rejection`.
     """
     if takes_numba(p_logits_SRV):
-        from . import numba as rows
+        from . import numba as compiled
 
-        return rows.verify_matching(p_logits_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S)
+        return compiled.verify_matching(p_logits_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S)
     token_SR, logprob_SR, _ = sample_gumbel(p_logits_SRV, temperature_S, seed_S, anchor_S + 1)
     accepted_S = count_matching(token_SR[:, :-1], draft_SM, count_S)
     committed_SR = torch.arange(token_SR.shape[1], device=token_SR.device) <= accepted_S[:, None]
@@ -178,9 +178,9 @@ def verify_rejection(
 
         return fast.verify_rejection(*arguments)
     if takes_numba(p_logits_SRV):
-        from . import numba as rows
+        from . import numba as compiled
 
-        return rows.verify_rejection(*arguments)
+        return compiled.verify_rejection(*arguments)
     return reference.verify_rejection(*arguments)
 
 
@@ -188,7 +188,7 @@ def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torc
     """Log-probability of one token per row at the temperature (0: at 1), nothing cut; see `reference.logprobs`. On a CPU they
     are to the last bit those that verification gives for the same logits."""
     if takes_numba(logits_NV):
-        from . import numba as rows
+        from . import numba as compiled
 
-        return rows.logprobs(logits_NV, token_N, temperature_N)
+        return compiled.logprobs(logits_NV, token_N, temperature_N)
     return reference.logprobs(logits_NV, token_N, temperature_N)

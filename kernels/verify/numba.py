@@ -1,4 +1,5 @@
-"""Sampling and verification row by row on a CPU, compiled by numba. Rows after the first rejected draft are not looked at.
+"""Sampling and verification on a CPU, compiled by numba: sequence by sequence, and of each row by row (`rows`). Rows after the
+first rejected draft are not looked at.
 
 Invariants:
 - Tokens are those of `reference` on the same logits, but where two scores are equal up to rounding.
@@ -14,87 +15,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..compiled import compiled, exponentials, largest, wide_total
-from ..philox.numba import fill_words, uniform
+from ..compiled import compiled
+from ..philox.numba import uniform
 from .reference import Purpose, Rejection, Sampled
+from .rows import choose, draw, mix, normalise, probabilities
 
 _F = np.float32
 _NOISE, _ACCEPT, _RESAMPLE = int(Purpose.NOISE), int(Purpose.ACCEPT), int(Purpose.RESAMPLE)
-_DEEPEST = _F(-87.0)
-
-
-@compiled()
-def _normalise(logits_V, temperature, excluded, x_V, weight_V):
-    """Scaled logits x, weight = exp(x - top), and (top, log-sum-exp) of x."""
-    count = x_V.shape[0]
-    scale = _F(temperature) if temperature > 0 else _F(1.0)
-    for v in range(count):
-        x_V[v] = logits_V[v] / scale
-    if excluded >= 0:
-        x_V[excluded] = -np.inf
-    top = largest(x_V, count)
-    for v in range(count):
-        weight_V[v] = x_V[v] - top
-    exponentials(weight_V, count)
-    for v in range(count):
-        weight_V[v] = _F(0) if x_V[v] - top < _DEEPEST else weight_V[v]
-    return top, np.float64(top) + np.log(wide_total(weight_V, count))
-
-
-@compiled()
-def _argmax(x_V, top):
-    """The first token whose scaled logit is `top`, the largest; any where there is none."""
-    for v in range(x_V.shape[0]):
-        if x_V[v] == top:
-            return v
-    return 0
-
-
-@compiled()
-def _noisy(x, word):
-    """x + g in float32."""
-    u = (np.float64(word) + 0.5) * 2.0**-32
-    return x + _F(-np.log(-np.log(u)))
-
-
-@compiled()
-def _gumbel(x_V, weight_V, top, seed, position, words_W4):
-    """argmax(x + g). Noise is computed for the few tokens that can still win: g > d asks for 1 - u < exp(-d), which is twice
-    exp(-d) and more in what is compared here, so that rounding costs nothing."""
-    words_V = words_W4.reshape(-1)
-    fill_words(seed, position, _NOISE, words_W4)
-    first = _argmax(x_V, top)
-    token, best = first, _noisy(top, words_V[first])
-    reach = np.exp(np.float64(top) - np.float64(best)) * 2.0**33
-    for v in range(x_V.shape[0]):
-        if 2.0**32 - np.float64(words_V[v]) < np.float64(weight_V[v]) * reach:
-            score = _noisy(x_V[v], words_V[v])
-            if score > best or (score == best and v < token):
-                token, best = v, score
-                reach = np.exp(np.float64(top) - np.float64(best)) * 2.0**33
-    return token
-
-
-@compiled()
-def _draw(weight_V, u):
-    """Inverse CDF."""
-    target, s, last = u * wide_total(weight_V, weight_V.shape[0]), 0.0, 0
-    for v in range(weight_V.shape[0]):
-        if weight_V[v] > 0:
-            s, last = s + np.float64(weight_V[v]), v
-            if s > target:
-                break
-    return last
-
-
-@compiled()
-def _choose(x_V, weight_V, top, temperature, seed, position, purpose, words_W4):
-    """One token: the most probable one, by noise (`purpose` NOISE), or by inverse CDF."""
-    if temperature <= 0:
-        return _argmax(x_V, top)
-    if purpose == _NOISE:
-        return _gumbel(x_V, weight_V, top, seed, position, words_W4)
-    return _draw(weight_V, uniform(seed, position, purpose))
 
 
 @compiled()
@@ -104,8 +31,8 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
     words_W4 = np.empty(((vocabulary + 3) // 4, 4), np.uint32)
     for s in range(sequences):
         for r in range(rows):
-            top, lse = _normalise(logits_SRV[s, r], temperature_S[s], excluded, x_V, weight_V)
-            token = _choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + r, purpose, words_W4)
+            top, lse = normalise(logits_SRV[s, r], temperature_S[s], excluded, x_V, weight_V)
+            token = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + r, purpose, words_W4)
             token_SR[s, r], lse_SR[s, r] = token, lse
             logprob_SR[s, r] = _F(np.float64(x_V[token]) - lse)
 
@@ -124,8 +51,8 @@ def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, posi
                 for v in range(vocabulary):
                     logits_V[v] += pair_VV[previous, v]
                 logits_V[excluded] = -np.inf
-                top, lse = _normalise(logits_V, temperature_S[s], excluded, x_V, weight_V)
-                previous = _choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + k, purpose, words_W4)
+                top, lse = normalise(logits_V, temperature_S[s], excluded, x_V, weight_V)
+                previous = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + k, purpose, words_W4)
                 token_SM[s, k], lse_SM[s, k] = previous, lse
 
 
@@ -139,30 +66,11 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
         for r in range(rows):
             token_SR[s, r], logprob_SR[s, r] = -1, 0
             if accepted_S[s] < 0:
-                top, lse = _normalise(p_SRV[s, r], temperature_S[s], -1, x_V, weight_V)
-                token = _choose(x_V, weight_V, top, temperature_S[s], seed_S[s], anchor_S[s] + 1 + r, _NOISE, words_W4)
+                top, lse = normalise(p_SRV[s, r], temperature_S[s], -1, x_V, weight_V)
+                token = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], anchor_S[s] + 1 + r, _NOISE, words_W4)
                 token_SR[s, r], logprob_SR[s, r] = token, _F(np.float64(x_V[token]) - lse)
                 if r >= count_S[s] or draft_SM[s, r] != token:
                     accepted_S[s] = r
-
-
-@compiled()
-def _mix(p_V, q_V, weight, excluded, out_V):
-    """The mixture's logits; exactly p's or q's at its ends."""
-    w = _F(weight)
-    for v in range(p_V.shape[0]):
-        q = _F(-np.inf) if v == excluded else q_V[v]
-        out_V[v] = p_V[v] if w >= 1 else (q if w <= 0 else w * p_V[v] + (_F(1.0) - w) * q)
-
-
-@compiled()
-def _probabilities(x_V, lse, weight_V):
-    """exp(x - lse)."""
-    for v in range(x_V.shape[0]):
-        weight_V[v] = _F(np.float64(x_V[v]) - lse)
-    exponentials(weight_V, x_V.shape[0])
-    for v in range(x_V.shape[0]):
-        weight_V[v] = _F(0) if _F(np.float64(x_V[v]) - lse) < _DEEPEST else weight_V[v]
 
 
 @compiled()
@@ -177,11 +85,11 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
             token_SR[s, r], logprob_SR[s, r], behavior_SR[s, r] = -1, 0, 0
         for r in range(rows):
             position, drafted = anchor_S[s] + 1 + r, r < count_S[s]
-            _, p_lse = _normalise(p_SRV[s, r], temperature, -1, p_x_V, weight_V)
+            _, p_lse = normalise(p_SRV[s, r], temperature, -1, p_x_V, weight_V)
             lse, mixes = p_lse, mixed and drafted
             if mixes:
-                _mix(p_SRV[s, r], q_SMV[s, r], mix_S[s], excluded, q_V)
-                _, lse = _normalise(q_V, temperature, -1, x_V, weight_V)
+                mix(p_SRV[s, r], q_SMV[s, r], mix_S[s], excluded, q_V)
+                _, lse = normalise(q_V, temperature, -1, x_V, weight_V)
             target_V = x_V if mixes else p_x_V
             if drafted:
                 token = draft_SM[s, r]
@@ -194,13 +102,13 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
                     logprob_SR[s, r] = _F(np.float64(p_x_V[token]) - p_lse)
                     behavior_SR[s, r] = _F(np.float64(target_V[token]) - lse)
                     continue
-            _probabilities(target_V, lse, weight_V)
+            probabilities(target_V, lse, weight_V)
             if drafted:
                 for v in range(vocabulary):
                     q_x_V[v] = q_SMV[s, r, v] / _F(temperature)
                 if excluded >= 0:
                     q_x_V[excluded] = -np.inf
-                _probabilities(q_x_V, q_lse_SM[s, r], q_V)
+                probabilities(q_x_V, q_lse_SM[s, r], q_V)
                 left = 0.0
                 for v in range(vocabulary):
                     q_V[v] = max(weight_V[v] - q_V[v], _F(0))
@@ -208,7 +116,7 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
                 # No mass: p and q are equal to the last bit, and the rejection was rounding.
                 if left > 0:
                     weight_V[:] = q_V
-            token = _draw(weight_V, uniform(seed, position, _RESAMPLE))
+            token = draw(weight_V, uniform(seed, position, _RESAMPLE))
             token_SR[s, r], accepted_S[s] = token, r
             logprob_SR[s, r] = _F(np.float64(p_x_V[token]) - p_lse)
             behavior_SR[s, r] = _F(np.float64(target_V[token]) - lse)
@@ -220,7 +128,7 @@ def _logprobs(logits_NV, token_N, temperature_N, logprob_N):
     vocabulary = logits_NV.shape[1]
     x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for n in range(logits_NV.shape[0]):
-        _, lse = _normalise(logits_NV[n], temperature_N[n], -1, x_V, weight_V)
+        _, lse = normalise(logits_NV[n], temperature_N[n], -1, x_V, weight_V)
         logprob_N[n] = _F(np.float64(x_V[token_N[n]]) - lse)
 
 

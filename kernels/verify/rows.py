@@ -1,0 +1,114 @@
+"""One row of logits on a CPU, compiled by numba: its normaliser, a token of it by noise or by inverse CDF, a mixture of two.
+
+Invariants:
+- Arithmetic is float32, sums float64. A row's result depends on that row alone, to the last bit.
+- What is NaN gives some token of the row, and no error.
+
+Legend: V vocabulary, W = ceil(V / 4) words of noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..compiled import compiled, exponentials, largest, wide_total
+from ..philox.numba import fill_words, uniform
+from .reference import Purpose
+
+_F = np.float32
+_NOISE = int(Purpose.NOISE)
+_DEEPEST = _F(-87.0)
+"""Below it a weight is 0."""
+
+
+@compiled()
+def normalise(logits_V, temperature, excluded, x_V, weight_V):
+    """Scaled logits x, weight = exp(x - top), and (top, log-sum-exp) of x."""
+    count = x_V.shape[0]
+    scale = _F(temperature) if temperature > 0 else _F(1.0)
+    for v in range(count):
+        x_V[v] = logits_V[v] / scale
+    if excluded >= 0:
+        x_V[excluded] = -np.inf
+    top = largest(x_V, count)
+    for v in range(count):
+        weight_V[v] = x_V[v] - top
+    exponentials(weight_V, count)
+    for v in range(count):
+        weight_V[v] = _F(0) if x_V[v] - top < _DEEPEST else weight_V[v]
+    return top, np.float64(top) + np.log(wide_total(weight_V, count))
+
+
+@compiled()
+def _argmax(x_V, top):
+    """The first token whose scaled logit is `top`, the largest; any where there is none."""
+    for v in range(x_V.shape[0]):
+        if x_V[v] == top:
+            return v
+    return 0
+
+
+@compiled()
+def _noisy(x, word):
+    """x + g in float32."""
+    u = (np.float64(word) + 0.5) * 2.0**-32
+    return x + _F(-np.log(-np.log(u)))
+
+
+@compiled()
+def _gumbel(x_V, weight_V, top, seed, position, words_W4):
+    """argmax(x + g). Noise is computed for the few tokens that can still win: g > d asks for 1 - u < exp(-d), which is twice
+    exp(-d) and more in what is compared here, so that rounding costs nothing."""
+    words_V = words_W4.reshape(-1)
+    fill_words(seed, position, _NOISE, words_W4)
+    first = _argmax(x_V, top)
+    token, best = first, _noisy(top, words_V[first])
+    reach = np.exp(np.float64(top) - np.float64(best)) * 2.0**33
+    for v in range(x_V.shape[0]):
+        if 2.0**32 - np.float64(words_V[v]) < np.float64(weight_V[v]) * reach:
+            score = _noisy(x_V[v], words_V[v])
+            if score > best or (score == best and v < token):
+                token, best = v, score
+                reach = np.exp(np.float64(top) - np.float64(best)) * 2.0**33
+    return token
+
+
+@compiled()
+def draw(weight_V, u):
+    """Inverse CDF."""
+    target, s, last = u * wide_total(weight_V, weight_V.shape[0]), 0.0, 0
+    for v in range(weight_V.shape[0]):
+        if weight_V[v] > 0:
+            s, last = s + np.float64(weight_V[v]), v
+            if s > target:
+                break
+    return last
+
+
+@compiled()
+def choose(x_V, weight_V, top, temperature, seed, position, purpose, words_W4):
+    """One token: the most probable one, by noise (`purpose` NOISE), or by inverse CDF."""
+    if temperature <= 0:
+        return _argmax(x_V, top)
+    if purpose == _NOISE:
+        return _gumbel(x_V, weight_V, top, seed, position, words_W4)
+    return draw(weight_V, uniform(seed, position, purpose))
+
+
+@compiled()
+def mix(p_V, q_V, weight, excluded, out_V):
+    """The mixture's logits; exactly p's or q's at its ends."""
+    w = _F(weight)
+    for v in range(p_V.shape[0]):
+        q = _F(-np.inf) if v == excluded else q_V[v]
+        out_V[v] = p_V[v] if w >= 1 else (q if w <= 0 else w * p_V[v] + (_F(1.0) - w) * q)
+
+
+@compiled()
+def probabilities(x_V, lse, weight_V):
+    """exp(x - lse)."""
+    for v in range(x_V.shape[0]):
+        weight_V[v] = _F(np.float64(x_V[v]) - lse)
+    exponentials(weight_V, x_V.shape[0])
+    for v in range(x_V.shape[0]):
+        weight_V[v] = _F(0) if _F(np.float64(x_V[v]) - lse) < _DEEPEST else weight_V[v]
