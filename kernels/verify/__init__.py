@@ -13,6 +13,8 @@ Matching (x_k: the token the target gives at row k without any draft):
     accept d_k  iff  d_k = x_k;   the first x_k that differs is committed in its place
 
 so that the committed tokens are those of decoding without drafts. With x = argmax(log p + g), g Gumbel noise, x ~ p.
+
+`reference` is torch's; `triton` and `rejection` an accelerator's; `numba`, over `rows`, a CPU's.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def _noisy(x, word):
 
 @compiled()
 def _gumbel(x_V, weight_V, top, seed, position, words_W4):
-    """argmax(x + g). Noise is computed for the few tokens that can still win: g > d asks for 1 - u < exp(-d), which is twice
-    exp(-d) and more in what is compared here, so that rounding costs nothing."""
+    """argmax(x + g). Noise is computed for the few tokens that can still win: g > d asks for 1 - u < exp(-d). Compared with is
+    twice that, so that rounding loses none."""
     words_V = words_W4.reshape(-1)
     fill_words(seed, position, _NOISE, words_W4)
     first = _argmax(x_V, top)
