@@ -46,14 +46,6 @@ def scale(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     return logits / temperature[..., None].to(logits.dtype)
 
 
-def full_logprobs(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """log p at the sampling temperature over the full vocabulary (temperature 0: at 1): what trainers recompute.
-
-    Args: logits [..., V]; temperature broadcasts against [...]. Returns [..., V].
-    """
-    return torch.log_softmax(scale(logits, temperature), -1)
-
-
 def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Which tokens survive the cut-offs. top-p counts the probabilities left by top-k, renormalised; min-p compares
     with the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0.

@@ -217,7 +217,8 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
     committed_SR = row_R <= accepted_S[:, None]
     index_SR = token_SR.clamp(min=0)
     at_token_SR = target.logp.gather(-1, index_SR[..., None])[..., 0]
-    logprob_N = logprobs(p_logits_SRV.flatten(0, 1), index_SR.flatten(), rows.temperature_S.repeat_interleave(r))
+    temperature_SR = rows.temperature_S[:, None].expand_as(index_SR)
+    logprob_N = logprobs(p_logits_SRV.flatten(0, 1), index_SR.flatten(), temperature_SR.flatten())
     logprob_SR = logprob_N.view_as(index_SR)
     same = target.logp is target.full_logp and target_SRV is p_logits_SRV
     return Verdict(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from blockroll.rollout.sampling.processing import full_logprobs, process, processed
+from blockroll.rollout.sampling.processing import process, processed
 
 
 def plain(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
@@ -85,10 +85,9 @@ def test_support_logmass_is_the_mass_inside_the_support() -> None:
     logits = torch.randn(len(CUTS), 23, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     temperature, *cuts = columns(*CUTS)
     got = processed(logits, temperature, *cuts)
-    full = full_logprobs(logits, temperature)
     for row, (t, *_) in enumerate(CUTS):
         reference = torch.log_softmax(logits[row] / (t or 1.0), -1)
-        torch.testing.assert_close(full[row], reference)
+        torch.testing.assert_close(got.full_logp[row], reference)
         inside = got.logp[row] > -torch.inf
         torch.testing.assert_close(got.support_logmass[row], reference[inside].logsumexp(-1), atol=1e-12, rtol=1e-9)
         torch.testing.assert_close(got.logp[row][inside], (reference - got.support_logmass[row])[inside])
