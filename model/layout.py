@@ -182,6 +182,12 @@ class DecodeRows:
     proposals: tuple[int, ...]
     block_length: int
 
+    def behind(self, tokens: Sequence[int]) -> DecodeRows:
+        """The same, with the tokens before `start` in the pack and not in the cache."""
+        count = len(tokens)
+        offsets = tuple(offset + count for offset in self.proposals)
+        return DecodeRows([*tokens, *self.clean], self.start - count, offsets, self.block_length)
+
 
 @lru_cache(maxsize=4096)
 def _template(clean: int, proposals: tuple[int, ...], block_length: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from .planning.planner import Planner, candidates
 from .planning.step_costs import clock
 from .sampling.drafts import Verdict
 from .schedule import Schedule
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Turn
 from .sequence import Sample
 from .steps import StepRunner
 from .types import RolloutRequest, Trajectory
@@ -145,11 +145,11 @@ class Engine:
         """One decode step of every running sample; returns the samples that ended."""
         start = self._now()
         step = self.scheduler.next(self.block_size + 1)
-        decoding = [sample for sample, chunk in step if not chunk]
+        decoding = [turn.sample for turn in step if turn.decodes]
         schedule = self.planner.choose(decoding) if self.planner and decoding else self.schedule
         self._run(schedule, step, decoding)
         if self.planner and decoding:
-            self.planner.observe(decoding, self._now() - start if len(decoding) == len(step) else None)
+            self.planner.observe(decoding, None if any(turn.chunk for turn in step) else self._now() - start)
         return self._finish(decoding)
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:
@@ -173,9 +173,9 @@ class Engine:
             sample.finish = "abort"
         return [sample.trajectory() for sample in ended]
 
-    def _run(self, schedule: Schedule, step: list[tuple[Sample, int]], decoding: list[Sample]) -> None:
+    def _run(self, schedule: Schedule, step: list[Turn], decoding: list[Sample]) -> None:
         verdict = self.steps.run(schedule, step)
-        for sample, chunk in step:
+        for sample, chunk, _ in step:
             assert sample.held is not None
             sample.held.length += chunk
             if chunk and sample.prefilled:
@@ -205,7 +205,7 @@ class Engine:
         @torch.inference_mode()
         def run(schedule: Schedule) -> list[Sample]:
             step = self.scheduler.next(self.block_size + 1)
-            decoding = [sample for sample, chunk in step if not chunk]
+            decoding = [turn.sample for turn in step if turn.decodes]
             self._run(schedule, step, decoding)
             self._finish(decoding)
             return decoding

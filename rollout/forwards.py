@@ -59,6 +59,7 @@ class Asked:
     Attributes:
         held: its sequences, in order. where: those of them that decode; the others prefill.
         rows: what sequence s runs.
+        lead_D: rows of a decoding sequence that it prefills first; all else here is about those behind them.
         full: what a decoding sequence runs with nothing left out.
         start_D, first_D: where the rows of a decoding sequence begin, and its first token; None where the host knows none.
         width: R, rows of a decoding sequence whose logits are wanted.
@@ -70,6 +71,7 @@ class Asked:
     held: list[Held]
     where: list[int]
     rows: Callable[[int], DecodeRows]
+    lead_D: list[int]
     full: DecodeRows
     start_D: list[int]
     first_D: list[int] | None
@@ -81,9 +83,9 @@ class Asked:
 
 @dataclass
 class Pass:
-    """What it gives: final hidden states, first row and clean rows of each decoding sequence, p's logits of the rows that were
-    asked for (rows past a sequence's own hold anything), the experts of every row with the rows of each sequence, and what
-    was sent along."""
+    """What it gives: final hidden states; first row and clean rows of each decoding sequence, behind what it prefilled; p's
+    logits of the rows that were asked for (rows past a sequence's own hold anything); the experts of every row with the rows
+    of each sequence; and what was sent along."""
 
     hidden_TD: torch.Tensor
     first_D: np.ndarray
@@ -151,8 +153,9 @@ class Forwards:
 
     def run(self, asked: Asked) -> Pass:
         """One pass. Its hidden states hold until the next one."""
-        recurs = self._captured and self._packed is None and len(asked.where) == len(asked.held) and not asked.routed
-        again = recurs and self._policy.paged
+        lead_D = np.array(asked.lead_D, dtype=np.int64)
+        whole = len(asked.where) == len(asked.held) and not lead_D.any()
+        again = whole and self._captured and self._packed is None and not asked.routed and self._policy.paged
         plans: list[DecodeRows] = []
         if again:
             full = asked.full
@@ -164,7 +167,7 @@ class Forwards:
             clean_S = np.array([len(plan.clean) for plan in plans])
             count_S = clean_S + np.array([len(plan.proposals) * plan.block_length for plan in plans])
             first_S, total = np.cumsum(count_S) - count_S, count_S.sum()
-        first_D = first_S[asked.where]
+        first_D = first_S[asked.where] + lead_D
         index = np.minimum(first_D[:, None] + np.arange(asked.width), total - 1)
         fills = asked.drafted is not None and asked.drafted.count_D.any()
         places = list(asked.drafted.places(first_D)) if asked.drafted is not None and fills else []
@@ -183,7 +186,7 @@ class Forwards:
         logits_DRV = self.head(hidden_TD[index_DR]) if asked.where else hidden_TD[:0]
         expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
         spans = [] if again else [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)]
-        return Pass(hidden_TD, first_D, clean_S[asked.where], logits_DRV, expert_TL, spans, also)
+        return Pass(hidden_TD, first_D, clean_S[asked.where] - lead_D, logits_DRV, expert_TL, spans, also)
 
     def _once(
         self, plans: Sequence[DecodeRows], held: Sequence[Held], fill: Fill | None, routing: Routing | None

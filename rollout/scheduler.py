@@ -4,14 +4,25 @@ Invariants:
 - Order is by arrival and sample number alone, so a batch submitted whole is always served the same way.
 - A running sample has pages for everything the coming step may write. When the pool is empty the youngest sample waits;
   the oldest never does, so every sample ends.
+- The step that prefills the last rows of a prompt decodes it too: no weight is read for a prompt alone.
 """
 
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
 
 from .cache import Held, PagedCache
 from .sequence import Sample
+
+
+class Turn(NamedTuple):
+    """A sample's part in a step: `chunk` prompt rows that it prefills, and whether it decodes, for which they must be the last
+    that its cache lacks."""
+
+    sample: Sample
+    chunk: int
+    decodes: bool
 
 
 class Scheduler:
@@ -53,14 +64,14 @@ class Scheduler:
         if not any(s.request.id == sample.request.id for *_, s in self._waiting):
             self._forget_prompt(sample.request.id)
 
-    def next(self, rows: int) -> list[tuple[Sample, int]]:
-        """Samples of the coming step, oldest first, each with the number of prompt rows it prefills (0: it decodes).
+    def next(self, rows: int) -> list[Turn]:
+        """The coming step, oldest sample first.
 
         Args:
             rows: most positions a decode step writes per sample, the anchor included.
         """
         self._admit()
-        step: list[tuple[Sample, int]] = []
+        step: list[Turn] = []
         budget = self.prefill_rows
         for sample in sorted(self.running, key=lambda s: (s.arrival, s.number)):
             if sample.held is None:
@@ -69,11 +80,12 @@ class Scheduler:
             chunk = min(missing, budget)
             if missing and not chunk:
                 continue
-            target = sample.held.length + chunk if missing else sample.anchor + min(rows, sample.remaining + 1)
+            decodes = chunk == missing
+            target = sample.anchor + min(rows, sample.remaining + 1) if decodes else sample.held.length + chunk
             if self._make_room(sample, target):
                 budget -= chunk
-                step.append((sample, chunk))
-        return [(sample, chunk) for sample, chunk in step if sample.held is not None]
+                step.append(Turn(sample, chunk, decodes))
+        return [turn for turn in step if turn.sample.held is not None]
 
     def prefilled(self, sample: Sample) -> None:
         """Called when a sample's prompt is in the cache: siblings that still wait may share it."""

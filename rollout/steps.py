@@ -28,11 +28,11 @@ from .forwards import Asked, Drafted, Forwards, Pass
 from .sampling.drafts import Drafts, SamplerRows, Verdict
 from .sampling.sampler import draft, verify
 from .schedule import Schedule
+from .scheduler import Turn
 from .sequence import Sample
 from .types import StepTrace
 
-Step = Sequence[tuple[Sample, int]]
-"""Samples of a step, each with the number of prompt rows it prefills (0: it decodes)."""
+Step = Sequence[Turn]
 
 
 class StepRunner:
@@ -67,22 +67,22 @@ class StepRunner:
 
     def _fused(self, schedule: Schedule, step: Step) -> Verdict | None:
         """Verify the last step's drafts and propose for the next step in one forward; `ar` does neither."""
-        decoding, where = _decoding(step)
+        decoding = _decoding(step)
         drafting = schedule.kind != "ar"
         most, block, levels = (schedule.drafts or 0, schedule.block or 0, schedule.levels) if drafting else (0, 0, (0,))
         drafts, count_D = self._waiting(decoding, most)
-        remaining_D = _remaining(decoding)
-        proposes_D = _takes_drafts(decoding) & (remaining_D > 1) & drafting
+        remaining_D = np.array([sample.remaining for sample in decoding], dtype=np.int64)
+        proposes_D = np.array([_takes_drafts(sample) and drafting for sample in decoding], dtype=bool) & (remaining_D > 1)
 
         def run(d: int) -> DecodeRows:
             count = int(count_D[d])
             offsets = tuple(level + 1 for level in levels if level <= count) if proposes_D[d] else ()
             tokens = [decoding[d].tokens[-1], *self._unknown(count)]
-            return DecodeRows(tokens, _start(decoding[d]), offsets, block if offsets else 0)
+            return DecodeRows(tokens, decoding[d].anchor, offsets, block if offsets else 0)
 
         offsets = tuple(level + 1 for level in levels) if drafting else ()
         full = DecodeRows(self._unknown(1 + most), 0, offsets, block)
-        drafted = Drafted(drafts.token_SM, np.arange(len(where)), count_D, 1)
+        drafted = Drafted(drafts.token_SM, np.arange(len(decoding)), count_D, 1)
         anchors, first = [sample.anchor for sample in decoding], [sample.tokens[-1] for sample in decoding]
         out = self._pass(step, run, full, anchors, first, drafts.token_SM.shape[1] + 1, drafted, [anchors])
         if not decoding:
@@ -111,15 +111,16 @@ class StepRunner:
         return heard
 
     def _two_pass(self, schedule: Schedule, step: Step) -> Verdict | None:
-        """Pass A: anchor and masks, giving p after the anchor and drafts that know it. Pass B: the drafts."""
+        """Pass A: anchor and masks, giving p after the anchor and drafts that know it, the first of them p's own. Pass B: the
+        drafts."""
         most = schedule.drafts or 0
-        decoding, _ = _decoding(step)
-        count_D = np.where(_takes_drafts(decoding), np.clip(_remaining(decoding) - 1, 0, most), 0)
+        decoding = _decoding(step)
+        count_D = np.array([min(max(sample.remaining - 1, 0), most) * _takes_drafts(sample) for sample in decoding], np.int64)
 
         def run(d: int) -> DecodeRows:
             # A block is never cut short: how long it is would tell the draft where the sample ends.
             offsets, length = ((1,), most) if count_D[d] else ((), 0)
-            return DecodeRows(decoding[d].tokens[-1:], _start(decoding[d]), offsets, length)
+            return DecodeRows(decoding[d].tokens[-1:], decoding[d].anchor, offsets, length)
 
         anchors, first = [sample.anchor for sample in decoding], [sample.tokens[-1] for sample in decoding]
         full = DecodeRows(self._unknown(1), 0, (1,), most)
@@ -128,16 +129,17 @@ class StepRunner:
             return None
         rows, (anchor_D, anchored_D) = self._sampler_rows(decoding), out.also
         p_logits_DRV = out.logits_DRV
-        drafts = Drafts.none(len(decoding), self._device)
-        if count_D.any():
-            drafts = self._draft(rows, out, out.first_D + 1, count_D, anchor_D, anchored_D)
+        if not count_D.any():
+            drafts = Drafts.none(len(decoding), self._device)
+        else:
+            drafts = self._draft(rows, out, out.first_D + 1, count_D, anchor_D, anchored_D, p_logits_DRV[:, 0])
             second = np.flatnonzero(count_D)
 
             def verified(n: int) -> DecodeRows:
                 return DecodeRows(self._unknown(int(count_D[second[n]])), anchors[second[n]] + 1, (), 0)
 
             after = self._pass(
-                [(decoding[d], 0) for d in second], verified, DecodeRows(self._unknown(most), 0, (), 0),
+                [Turn(decoding[d], 0, True) for d in second], verified, DecodeRows(self._unknown(most), 0, (), 0),
                 [anchors[d] + 1 for d in second], None, drafts.token_SM.shape[1],
                 Drafted(drafts.token_SM, second, count_D[second], 0), [second.tolist()],
             )  # fmt: skip
@@ -187,37 +189,43 @@ class StepRunner:
         self, step: Step, run: Callable[[int], DecodeRows], full: DecodeRows, start_D: list[int], first_D: list[int] | None,
         width: int, drafted: Drafted | None, also: list[list[int]],
     ) -> Pass:  # fmt: skip
-        """One pass over a step; `run` says what its d-th decoding sample runs, the rest is as in `Asked`."""
-        where = [s for s, (_, chunk) in enumerate(step) if not chunk]
-        routed = any(sample.experts is not None for sample, _ in step)
-        held = [sample.held for sample, _ in step if sample.held is not None]
+        """One pass over a step; `run` says what its d-th decoding sample runs behind its prompt, the rest is as in `Asked`."""
+        where = [s for s, turn in enumerate(step) if turn.decodes]
+        lead_D = [step[s].chunk for s in where]
+        routed = any(turn.sample.experts is not None for turn in step)
+        held = [turn.sample.held for turn in step if turn.sample.held is not None]
         order = {s: d for d, s in enumerate(where)}
 
         def rows(s: int) -> DecodeRows:
-            sample, chunk = step[s]
-            return _prompt(sample, chunk) if chunk else run(order[s])
+            sample, chunk, decodes = step[s]
+            if not chunk:
+                return run(order[s])
+            start = _start(sample)
+            prompt = sample.tokens[start : start + chunk]
+            return run(order[s]).behind(prompt) if decodes else DecodeRows(prompt, start, (), 0)
 
-        out = self.forwards.run(Asked(held, where, rows, full, start_D, first_D, width, drafted, routed, also))
+        out = self.forwards.run(Asked(held, where, rows, lead_D, full, start_D, first_D, width, drafted, routed, also))
         if out.expert_TL is not None:
-            starts = dict(zip(where, start_D, strict=True))
+            starts = {s: start - lead for s, start, lead in zip(where, start_D, lead_D, strict=True)}
             spans = [
-                (sample, starts.get(s, _start(sample)), out.clean_rows[s])
-                for s, (sample, _) in enumerate(step)
-                if sample.experts is not None
+                (turn.sample, starts.get(s, _start(turn.sample)), out.clean_rows[s])
+                for s, turn in enumerate(step)
+                if turn.sample.experts is not None
             ]
             self._routed.append((out.expert_TL, spans))
         return out
 
     def _draft(
         self, rows: SamplerRows, out: Pass, slot_D: np.ndarray, count_D: np.ndarray, anchor_D: torch.Tensor,
-        previous_D: torch.Tensor,
+        previous_D: torch.Tensor, p_first_DV: torch.Tensor | None = None,
     ) -> Drafts:  # fmt: skip
         """Draw drafts, `count_D` of them and at least one, from the mask rows that begin at `slot_D`, after the tokens
-        `previous_D` at `anchor_D`."""
+        `previous_D` at `anchor_D`; the first from `p_first_DV`, if that is known."""
         index = np.minimum(slot_D[:, None] + np.arange(count_D.max()), len(out.hidden_TD) - 1)
         index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
         logits_DMV = self.forwards.head(out.hidden_TD[index_DM])
-        return draft(rows, logits_DMV, anchor_D, self.policy.mask_token_id, counts_D, self.forwards.markov, previous_D)
+        mask, markov = self.policy.mask_token_id, self.forwards.markov
+        return draft(rows, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DV)
 
     def _unknown(self, count: int) -> list[int]:
         """Tokens of rows that are to be filled on the device."""
@@ -246,28 +254,18 @@ class StepRunner:
         return self._rows
 
 
-def _decoding(step: Step) -> tuple[list[Sample], list[int]]:
-    """The samples of a step that decode, and where they stand in it."""
-    where = [s for s, (_, chunk) in enumerate(step) if not chunk]
-    return [step[s][0] for s in where], where
+def _decoding(step: Step) -> list[Sample]:
+    """The samples of a step that decode."""
+    return [turn.sample for turn in step if turn.decodes]
 
 
-def _takes_drafts(decoding: list[Sample]) -> np.ndarray:
-    return np.array([sample.request.params.sampler != "ar" for sample in decoding], dtype=bool)
-
-
-def _remaining(decoding: list[Sample]) -> np.ndarray:
-    return np.array([sample.remaining for sample in decoding], dtype=np.int64)
+def _takes_drafts(sample: Sample) -> bool:
+    return sample.request.params.sampler != "ar"
 
 
 def _start(sample: Sample) -> int:
     assert sample.held is not None
     return sample.held.length
-
-
-def _prompt(sample: Sample, chunk: int) -> DecodeRows:
-    start = _start(sample)
-    return DecodeRows(sample.tokens[start : start + chunk], start, (), 0)
 
 
 def _trace(sample: Sample, drafted: int, accepted: int, forwards: int) -> None:

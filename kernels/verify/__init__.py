@@ -108,6 +108,7 @@ def draft_chain(
     position_S: torch.Tensor,
     excluded: int,
     purpose: int,
+    markov_from: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
@@ -117,16 +118,18 @@ def draft_chain(
         markov: int64[S] tokens -> float32[S, V].
         previous_S: int64, the token before the first draft.
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
+        markov_from: the first slot that `markov` is added to.
     """
     if isinstance(markov, PairTable) and takes_numba(q_logits_SMV):
         from . import numba as compiled
 
         keys = previous_S, count_S, temperature_S, seed_S, position_S
-        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose)
+        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, markov_from)
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
     chosen = []
     for k in range(q_logits_SMV.shape[1]):
-        q_logits_SMV[:, k] += markov(previous_S)
+        if k >= markov_from:
+            q_logits_SMV[:, k] += markov(previous_S)
         q_logits_SMV[:, k, excluded] = -torch.inf
         chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, position_S + k))
         previous_S = chosen[-1].token_SR[:, 0]

@@ -38,7 +38,8 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
 
 
 @compiled()
-def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, position_S, excluded, purpose, token_SM, lse_SM):
+def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, position_S, excluded, purpose, markov_from, token_SM,
+           lse_SM):  # fmt: skip
     sequences, slots, vocabulary = logits_SMV.shape
     x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     words_W4 = np.empty(((vocabulary + 3) // 4, 4), np.uint32)
@@ -48,8 +49,9 @@ def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, posi
             token_SM[s, k], lse_SM[s, k] = -1, 0
             if k < count_S[s]:
                 logits_V = logits_SMV[s, k]
-                for v in range(vocabulary):
-                    logits_V[v] += pair_VV[previous, v]
+                if k >= markov_from:
+                    for v in range(vocabulary):
+                        logits_V[v] += pair_VV[previous, v]
                 logits_V[excluded] = -np.inf
                 top, lse = normalise(logits_V, temperature_S[s], excluded, x_V, weight_V)
                 previous = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + k, purpose, words_W4)
@@ -166,12 +168,13 @@ def draft_chain(
     position_S: torch.Tensor,
     excluded: int,
     purpose: int,
+    markov_from: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the package's, of a table of pairs."""
     assert logits_SMV.is_contiguous()
     out = _empty(*logits_SMV.shape[:2]), _empty(*logits_SMV.shape[:2], like=np.float64)
     keys = _flat(previous_S, count_S, temperature_S.double(), seed_S, position_S)
-    _chain(logits_SMV.numpy(), *_flat(pair_VV), *keys, excluded, int(purpose), *out)
+    _chain(logits_SMV.numpy(), *_flat(pair_VV), *keys, excluded, int(purpose), markov_from, *out)
     token_SM, lse_SM = map(torch.from_numpy, out)
     return token_SM, lse_SM
 

@@ -1,10 +1,11 @@
 """How far drafts survive, learnt while decoding, and what a schedule makes of it.
 
 A draft stands in a slot of its mask block: slot j predicts the token j places after the last one the block knew. Two rates
-per slot decide everything: `first`, that the first draft of a step is accepted (the token before it was sampled after the
-block was drafted), and `later`, that a draft is accepted after the one before it was. A block that begins at the anchor
-(`two_pass`, slot 0) has seen every committed token; one that began before the last sampled token (`fused`, slot 1 and up) has
-not, and all its slots draft the worse for it: the two are counted apart. From the rates, for a schedule that goes on and on:
+per slot decide everything: `first`, that the first draft of a step is accepted, and `later`, that a draft is accepted after the
+one before it was. The drafts of `two_pass` begin in slot 0, with p's own token, which is accepted (but for `mixed`). Those of
+`fused` begin in slot 1 or later, after a token that was sampled when the block was drafted, and is a surprising one where it
+took the place of a rejected draft: all their slots draft the worse for it. The two are counted apart. From the rates, for a
+schedule that goes on and on:
 
     two_pass(m)          1 + sum_k prod_{j < k} rate(j)          k = 1 .. m, from slot 0
     fused(m, levels)     the same from the slot where the drafts begin, averaged over the stationary distribution of that
@@ -12,8 +13,8 @@ not, and all its slots draft the worse for it: the two are counted apart. From t
 
 Invariants:
 - Only how many drafts were verified and accepted is counted; never a token, never a draft that was not verified.
-- Few observations lean on all of their kind, those on the other kind's (at `_SEEN` times or one `_SEEN`th of its odds), and
-  those on the prior.
+- Few observations lean on all of their kind, those on the `later` ones of the other kind (`later`: at `_EASE` times or one
+  `_EASE`th of its odds), and those on the prior.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..schedule import Schedule
 
 _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and both kinds' from the prior
 _KIN = 16.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
-_SEEN = 1.7  # odds of acceptance in a block that begins at the anchor over those in one that does not, as tiny-reasoner has it
+_EASE = 1.5  # odds of a later draft's acceptance in `two_pass` over those in `fused`, as tiny-reasoner has it
 _MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
 
 
@@ -41,7 +42,7 @@ class Survival:
 
     def __init__(self, slots: int, prior: float) -> None:
         self._prior = prior
-        # [block begins at the anchor or before, first or later, tries or hits, slot]
+        # [two_pass or fused, first or later, tries or hits, slot]
         self._seen = np.zeros((2, 2, 2, slots + 1))
         self._expected: dict[Schedule, tuple[float, float]] = {}
         self._reached: dict[int, np.ndarray] = {}
@@ -74,15 +75,17 @@ class Survival:
 
     def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
-        kind, out = int(slot > 0), []
-        for other, seen in zip(self._seen[1 - kind], self._seen[kind], strict=True):
-            rate = _leaning(other.sum(-1), self._prior, _WEIGHT)
-            if other[0].any():
-                odds = 1 / _SEEN if kind else _SEEN
-                rate = odds * rate / (1 + (odds - 1) * rate)
-            borrowed = _KIN if other[0].any() else _WEIGHT
-            out.append(_leaning(seen, _leaning(seen.sum(-1), rate, borrowed), _WEIGHT))
-        return out[0], out[1]
+        fused = slot > 0
+        (first, later), (_, other) = self._seen[int(fused)], self._seen[int(not fused)]
+        rate, borrowed = self._prior, _WEIGHT
+        first_rate = rate if fused else 1.0
+        if other[0].any():
+            rate, borrowed = float(_leaning(other.sum(-1), self._prior, _WEIGHT)), _KIN
+            first_rate = rate if fused else 1.0
+            odds = 1 / _EASE if fused else _EASE
+            rate = odds * rate / (1 + (odds - 1) * rate)
+        first_rate, rate = _leaning(first.sum(-1), first_rate, borrowed), _leaning(later.sum(-1), rate, borrowed)
+        return _leaning(first, first_rate, _WEIGHT), _leaning(later, rate, _WEIGHT)
 
     def tokens(self, schedule: Schedule) -> float:
         """Expected tokens per step of one sample, in the long run; `schedule` has its sizes (`Schedule.within`)."""

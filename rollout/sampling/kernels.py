@@ -35,6 +35,7 @@ def draft(
     count_S: torch.Tensor,
     markov: Callable[[torch.Tensor], torch.Tensor] | None,
     previous_S: torch.Tensor | None,
+    markov_from: int,
 ) -> Drafts:
     """As `sampler.draft` for one group. The drafts keep `q_logits_SMV` itself, its mask token now at -inf."""
     (group,) = rows.groups
@@ -51,7 +52,7 @@ def draft(
         q_logits_SMV = widen(q_logits_SMV).contiguous()
         token_SM, lse_SM = draft_chain(
             q_logits_SMV, markov, previous_S, count_S, rows.temperature_S, rows.seed_S, anchor_S + 1, mask_token,
-            Purpose.NOISE if noisy else Purpose.DRAFT,
+            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from,
         )  # fmt: skip
     if noisy:
         return Drafts(token_SM, count_S)

@@ -60,6 +60,7 @@ def draft(
     count_S: torch.Tensor | None = None,
     markov: Markov | None = None,
     previous_S: torch.Tensor | None = None,
+    p_first_SV: torch.Tensor | None = None,
 ) -> Drafts:
     """Draw drafts from q.
 
@@ -72,19 +73,22 @@ def draft(
         markov: what a token adds to the logits of the row after it (`MarkovHead`). Each draft is then drawn given the
             one before it, and q, wherever it is kept or compared, is that conditional distribution.
         previous_S: int64, the token at the anchor, for `markov`.
+        p_first_SV: p's raw logits for the position after the anchor, where they are known by now. They are then q of the first
+            draft, which is p's own token: it is accepted, unless p would have drawn the mask token. Not for `mixed`, whose
+            target is made of p and the block's q.
     """
     s, m, _ = q_logits_SMV.shape
     device = q_logits_SMV.device
     if count_S is None:
         count_S = torch.full((s,), m, dtype=torch.int64, device=device)
     if len(rows.groups) == 1:
-        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
+        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SV)
     count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
     large: dict[str, torch.Tensor] = {}
     for group in rows.groups:
         i = group.index_G
-        before = None if previous_S is None else previous_S[i]
-        part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before)
+        before, p_first = (None if each is None else each[i] for each in (previous_S, p_first_SV))
+        part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before, p_first)
         count_S[i], token_SM[i] = part.count_S, part.token_SM
         for name in ("logq_SMV", "q_logits_SMV", "q_lse_SM"):
             known = getattr(part, name)
@@ -103,14 +107,18 @@ def _draft_group(
     count_S: torch.Tensor,
     markov: Markov | None,
     previous_S: torch.Tensor | None,
+    p_first_SV: torch.Tensor | None,
 ) -> Drafts:
     (group,) = rows.groups
     s, m, vocab_size = q_logits_SMV.shape
     device = q_logits_SMV.device
     if group.sampler == "ar" or m == 0:
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
+    markov_from = 0
+    if p_first_SV is not None and group.sampler != "mixed":
+        q_logits_SMV[:, 0], markov_from = p_first_SV, 1
     if kernels.serves(group, q_logits_SMV):
-        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S)
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
     slot_M = torch.arange(m, device=device)
@@ -123,19 +131,20 @@ def _draft_group(
         token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
     else:
         assert previous_S is not None
-        token_SM, logq_SMV = _chain(rows, group, q_logits_SMV, noise, markov, previous_S)
+        token_SM, logq_SMV = _chain(rows, group, q_logits_SMV, noise, markov, previous_S, markov_from)
     token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
 
 
 def _chain(
     rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, noise: torch.Tensor | None, markov: Markov,
-    previous_S: torch.Tensor,
+    previous_S: torch.Tensor, markov_from: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`_choose` slot by slot, each draft given the one before it; what `markov` says is added to the logits."""
+    """`_choose` slot by slot, each draft given the one before it; what `markov` says is added to the logits, from one slot on."""
     chosen, previous_S1 = [], previous_S[:, None]
     for k in range(q_logits_SMV.shape[1]):
-        q_logits_SMV[:, k : k + 1] += markov(previous_S1)
+        if k >= markov_from:
+            q_logits_SMV[:, k : k + 1] += markov(previous_S1)
         chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
         previous_S1 = chosen[-1][0]
     kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]

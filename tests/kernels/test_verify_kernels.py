@@ -171,8 +171,8 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
                 assert torch.equal(a[0], b[i])
 
 
-@pytest.mark.parametrize("purpose", [Purpose.NOISE, Purpose.DRAFT])
-def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose) -> None:
+@pytest.mark.parametrize(("purpose", "markov_from"), [(Purpose.NOISE, 0), (Purpose.DRAFT, 0), (Purpose.DRAFT, 1)])
+def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, markov_from: int) -> None:
     s, m, v, excluded = 5, 4, 301, 17
     table, (seed, position) = PairTable(normal(v, v, seed=3)), keys(s)
     temperature, previous, count = torch.tensor([0.0, 0.6, 1.0, 1.0, 0.9]), torch.arange(s) * 50, torch.tensor([4, 0, 2, 4, 1])
@@ -184,13 +184,17 @@ def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose) -> None:
 
     def chain(markov):
         q = given.clone()
-        return q, *draft_chain(q, markov, previous, count, *keys_S, excluded, purpose)
+        return q, *draft_chain(q, markov, previous, count, *keys_S, excluded, purpose, markov_from)
 
     made = chain(table), chain(table.__call__)  # as a table, and as any function
     real = torch.arange(m) < count[:, None]
     for q, token, _ in made:
         assert torch.equal(token >= 0, real) and (token != excluded).all() and torch.isneginf(q[real][:, excluded]).all()
     (q, token, lse), (other_q, other_token, other_lse) = made
+    added = table(previous) if markov_from == 0 else 0.0
+    others = torch.arange(v) != excluded
+    torch.testing.assert_close(q[:, 0, others][real[:, 0]], (given[:, 0] + added)[:, others][real[:, 0]])
+    torch.testing.assert_close(q[0, 1, others], (given[0, 1] + table(token[0, 0]))[others])
     assert torch.equal(token, other_token) and len(set(token[real].tolist())) > 5
     torch.testing.assert_close(q[real], other_q[real], atol=2e-6, rtol=2e-6)
     torch.testing.assert_close(lse[real], other_lse[real], atol=2e-6, rtol=2e-6)

@@ -187,16 +187,46 @@ def test_stop_tokens_and_limits(policy):
     assert len(Engine(policy).generate([RolloutRequest("b", prompt(3), long)])[0].tokens) == 160 - len(prompt(3))
 
 
-def test_a_prompt_is_prefilled_once_for_its_group(policy):
-    engine, rows = Engine(policy, EngineConfig(max_batch=8, prefill_rows=64)), []
-    forward = policy.forward
+def rows_of_forwards(policy, config, params, samples):
+    """Of one request with 35 prompt tokens."""
+    engine, rows, forward = Engine(policy, config), [], policy.forward
     policy.forward = lambda layout, *args, **kw: rows.append(layout.rows) or forward(layout, *args, **kw)
     try:
-        params = SamplingParams(sampler="ar", max_tokens=4, ignore_eos=True)
-        engine.generate([RolloutRequest("g", tuple(range(4, 39)), params, samples=8)])
+        engine.generate([RolloutRequest("g", tuple(range(4, 39)), params, samples=samples)])
     finally:
         del policy.forward
-    assert sum(rows) == 34 + 8 * 4
+    return rows
+
+
+def test_a_prompt_is_prefilled_once_for_its_group(policy):
+    params = SamplingParams(sampler="ar", max_tokens=4, ignore_eos=True)
+    assert sum(rows_of_forwards(policy, EngineConfig(max_batch=8, prefill_rows=64), params, 8)) == 34 + 8 * 4
+
+
+def test_the_forward_that_ends_a_prompt_decodes_it(policy):
+    """No forward is spent on a prompt alone, but for what is too long for one."""
+    params = SamplingParams(sampler="ar", max_tokens=4, ignore_eos=True)
+    assert rows_of_forwards(policy, EngineConfig(), params, 1) == [34 + 1, 1, 1, 1]
+    assert rows_of_forwards(policy, EngineConfig(prefill_rows=20), params, 1) == [20, 14 + 1, 1, 1, 1]
+    fused = EngineConfig(Schedule("fused", levels=(0,)), block_size=8)
+    assert rows_of_forwards(policy, fused, SamplingParams("lossless", max_tokens=3, ignore_eos=True), 1)[0] == 34 + 1 + 8
+
+
+@pytest.mark.parametrize("sampler", ["lossless", "coupled", "mixed"])
+def test_the_first_draft_of_two_passes_is_p_s_own(policy, sampler):
+    """It is accepted, unless p drew the mask token. `mixed` has another target than p."""
+    asked = [RolloutRequest(f"{i}", prompt(i), SamplingParams(sampler, max_tokens=22), i, 2) for i in range(12)]
+    samples = Engine(policy, EngineConfig(Schedule("two_pass"))).generate(asked)
+    first = [
+        (step.accepted, sample.tokens[step.anchor + 1 - len(sample.prompt_tokens)])
+        for sample in samples for step in sample.trace if step.drafted
+    ]  # fmt: skip
+    rejected = [token for accepted, token in first if not accepted]
+    assert len(first) > 50
+    if sampler == "mixed":
+        assert set(rejected) - {policy.mask_token_id}
+    else:
+        assert set(rejected) <= {policy.mask_token_id} and len(rejected) < len(first) / 4
 
 
 def test_weights_change_between_two_steps(policy, make_policy):
