@@ -42,6 +42,13 @@ def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
     return decorate
 
 
+@compiled()
+def copy(source, target):
+    """All of `source` to the beginning of `target`; what numba makes of `target[:] = source` takes a number at a time."""
+    for i in range(source.shape[0]):
+        target[i] = source[i]
+
+
 @compiled(_ANY_ORDER)
 def total(x, count):
     """Sum of the first `count` of x, in x's type."""

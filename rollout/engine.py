@@ -22,8 +22,8 @@ from .planning.planner import Planner, candidates
 from .planning.step_costs import clock
 from .sampling.drafts import Verdict
 from .schedule import Schedule
-from .scheduler import Scheduler, Turn
-from .sequence import Sample
+from .scheduler import Scheduler
+from .sequence import Sample, Turn
 from .steps import StepRunner
 from .types import RolloutRequest, Trajectory
 

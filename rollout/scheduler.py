@@ -10,19 +10,9 @@ Invariants:
 from __future__ import annotations
 
 import heapq
-from typing import NamedTuple
 
 from .cache import Held, PagedCache
-from .sequence import Sample
-
-
-class Turn(NamedTuple):
-    """A sample's part in a step: `chunk` prompt rows that it prefills, and whether it decodes, for which they must be the last
-    that its cache lacks."""
-
-    sample: Sample
-    chunk: int
-    decodes: bool
+from .sequence import Sample, Turn
 
 
 class Scheduler:

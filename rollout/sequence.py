@@ -1,4 +1,4 @@
-"""One sample being made: its tokens, its record, its drafts and its place in the cache.
+"""One sample being made: its tokens, its record, its drafts, its place in the cache, and its part in a step.
 
 Invariants: `record` entries and generated tokens have the same length; a preempted sample keeps its drafts, so that
 preemption changes neither its tokens nor their distribution.
@@ -7,6 +7,7 @@ preemption changes neither its tokens nor their distribution.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,3 +119,12 @@ class Sample:
             support_logmass=np.array(self.support, dtype=np.float32) if cut else None,
             routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
         )
+
+
+class Turn(NamedTuple):
+    """A sample's part in a step: `chunk` prompt rows that it prefills, and whether it decodes, for which they must be the last
+    that its cache lacks."""
+
+    sample: Sample
+    chunk: int
+    decodes: bool

@@ -28,8 +28,7 @@ from .forwards import Asked, Drafted, Forwards, Pass
 from .sampling.drafts import Drafts, SamplerRows, Verdict
 from .sampling.sampler import draft, verify
 from .schedule import Schedule
-from .scheduler import Turn
-from .sequence import Sample
+from .sequence import Sample, Turn
 from .types import StepTrace
 
 Step = Sequence[Turn]

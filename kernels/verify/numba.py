@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..compiled import compiled
+from ..compiled import compiled, copy
 from ..philox.numba import uniform
 from .reference import Purpose, Rejection, Sampled
 from .rows import choose, draw, mix, normalise, probabilities
@@ -117,7 +117,7 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
                     left += np.float64(q_V[v])
                 # No mass: p and q are equal to the last bit, and the rejection was rounding.
                 if left > 0:
-                    weight_V[:] = q_V
+                    copy(q_V, weight_V)
             token = draw(weight_V, uniform(seed, position, _RESAMPLE))
             token_SR[s, r], accepted_S[s] = token, r
             logprob_SR[s, r] = _F(np.float64(p_x_V[token]) - p_lse)

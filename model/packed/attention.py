@@ -1,32 +1,34 @@
-"""Attention of `forward`, compiled by numba: over the cached positions and clean rows that a row sees, then over its block.
+"""Attention of `forward` over the cached positions and clean rows that a row sees, and over its block: of clean rows compiled by
+numba, a row at a time; of mask rows, which see the same keys by the dozen, as the library's products.
 
 Invariants:
-- A row's sums run over its keys in an order that the keys' numbers alone decide, whatever stands beside it in the pack and
+- A clean row's sums run over its keys in an order that the keys' numbers alone decide, whatever stands beside it in the pack and
   however much of its prefix is cached.
 - Keys are taken `LANES` at a time. What lies past a row's last key is finite, and weighs nothing.
 
-Legend: as in `forward`; U heads of a key head, L keys.
+Legend: as in `forward`; U heads of a key head, L keys, N sequences at once, R = U times the mask rows of one.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
-from ...kernels.compiled import FUSED, compiled, exponentials, largest, total
+import numpy as np
+import torch
+
+from ...kernels.compiled import FUSED, compiled, copy, exponentials, largest, total
+from .plan import PackedPlan
 
 LANES = 8
 _F = np.float32
-
-
-def padded(keys: int) -> int:
-    """Room that so many keys of a sequence take."""
-    return -(-keys // LANES) * LANES + LANES
+_MOST_SCORES = 2**16
+"""Of mask rows at once: so many lie in a processor's second cache."""
 
 
 @compiled()
 def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, keys_DL, values_LD):
     """Keys and values of a sequence and head side by side, cached ones in front: keys turned, so that the scores of many of them
-    are added up at once."""
+    are added up at once. Nothing behind them."""
     size, count = k_TGD.shape[2], start + last - first
     for p in range(start):
         place = place_L[p]
@@ -37,10 +39,9 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, keys_D
         for e in range(size):
             keys_DL[e, start + t - first] = k_TGD[t, g, e]
             values_LD[start + t - first, e] = v_TGD[t, g, e]
-    for p in range(count, count + LANES):
-        for e in range(size):
-            keys_DL[e, p] = 0
-            values_LD[p, e] = 0
+    for e in range(size):
+        keys_DL[e, count : count + LANES] = 0
+    values_LD[count:] = 0
 
 
 @compiled(FUSED)
@@ -95,31 +96,107 @@ def _to_weights(score_L, clean, room, block):
 
 
 @compiled()
-def attend(q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, start_S, place_SL, keys_DL, values_LD, score0_L, score1_L,
-           sum0_D, sum1_D, out_THD):  # fmt: skip
-    """Attention of each row, of queries that carry their scale; two heads at a time."""
+def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, mask_S, start_S, place_SL,
+                keys_NGDL, values_NGLD, mask_q_NGRD, score0_L, score1_L, sum0_D, sum1_D, out_THD):  # fmt: skip
+    """Attention of the clean rows of some sequences, of queries that carry their scale; two heads at a time. With `apart`, keys,
+    values and the queries of mask rows are kept, of each sequence in a place of its own."""
     kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
     group = q_THD.shape[1] // kv_heads
-    for s in range(start_S.shape[0]):
-        first, last = first_S1[s], first_S1[s + 1]
+    for s in range(begin_s, end_s):
+        first, last, n = first_S1[s], first_S1[s + 1], s - begin_s if apart else 0
         for g in range(kv_heads):
+            keys_DL, values_LD = keys_NGDL[n, g], values_NGLD[n, g]
             _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start_S[s], place_SL[s], keys_DL, values_LD)
-            for t in range(first, last):
-                begin, block_begin = range_4T[0, t], range_4T[2, t]
-                clean, block = range_4T[1, t] - begin, range_4T[3, t] - block_begin
-                clean_room, block_room = -(-clean // LANES) * LANES, -(-block // LANES) * LANES
+            for t in range(first, mask_S[s]):
+                begin = range_4T[0, t]
+                count = range_4T[1, t] - begin
+                room = -(-count // LANES) * LANES
                 for u in range(0, group, 2):
                     h0, h1 = g * group + u, g * group + min(u + 1, group - 1)
-                    q0_D, q1_D = q_THD[t, h0], q_THD[t, h1]
-                    block0_L, block1_L = score0_L[clean_room:], score1_L[clean_room:]
-                    _put_scores(q0_D, q1_D, keys_DL, begin, clean_room, score0_L, score1_L)
-                    _put_scores(q0_D, q1_D, keys_DL, block_begin, block_room, block0_L, block1_L)
-                    total0 = _to_weights(score0_L, clean, clean_room, block)
-                    total1 = _to_weights(score1_L, clean, clean_room, block)
+                    _put_scores(q_THD[t, h0], q_THD[t, h1], keys_DL, begin, room, score0_L, score1_L)
+                    total0, total1 = _to_weights(score0_L, count, room, 0), _to_weights(score1_L, count, room, 0)
                     sum0_D[:] = 0
                     sum1_D[:] = 0
-                    _add_values(score0_L, score1_L, values_LD, begin, clean_room, sum0_D, sum1_D)
-                    _add_values(block0_L, block1_L, values_LD, block_begin, block_room, sum0_D, sum1_D)
+                    _add_values(score0_L, score1_L, values_LD, begin, room, sum0_D, sum1_D)
                     for e in range(size):
                         out_THD[t, h0, e] = sum0_D[e] / total0
                         out_THD[t, h1, e] = sum1_D[e] / total1
+            for t in range(mask_S[s], last):
+                for u in range(group):
+                    copy(q_THD[t, g * group + u], mask_q_NGRD[n, g, (t - mask_S[s]) * group + u])
+
+
+@compiled()
+def _hide(begin_s, end_s, group, range_4T, first_S1, mask_S, score_NGRL):
+    """Scores of keys that a mask row does not see to -inf."""
+    for s in range(begin_s, end_s):
+        for t in range(mask_S[s], first_S1[s + 1]):
+            for g in range(score_NGRL.shape[1]):
+                for u in range(group):
+                    score_L = score_NGRL[s - begin_s, g, (t - mask_S[s]) * group + u]
+                    score_L[: range_4T[0, t]] = -np.inf
+                    score_L[range_4T[1, t] : range_4T[2, t]] = -np.inf
+                    score_L[range_4T[3, t] :] = -np.inf
+
+
+@compiled()
+def _spread(begin_s, end_s, group, first_S1, mask_S, attended_NGRD, out_THD):
+    """What mask rows attended to, to where it belongs."""
+    for s in range(begin_s, end_s):
+        for t in range(mask_S[s], first_S1[s + 1]):
+            for g in range(attended_NGRD.shape[1]):
+                for u in range(group):
+                    copy(attended_NGRD[s - begin_s, g, (t - mask_S[s]) * group + u], out_THD[t, g * group + u])
+
+
+class Attention:
+    """Attention of packs, and where it works.
+
+    Args:
+        take: memory by name and shape, as a tensor and an array; what lies there means nothing.
+    """
+
+    def __init__(
+        self, heads: int, kv_heads: int, size: int, take: Callable[..., tuple[torch.Tensor, np.ndarray]]
+    ) -> None:
+        self._group, self._kv_heads, self._size, self._take = heads // kv_heads, kv_heads, size, take
+        self._shape = (0, 0, 0)
+
+    def prepare(self, plan: PackedPlan) -> None:
+        """Have room for packs of this plan."""
+        shape = sequences, width, masks = len(plan.start_S), (-(-plan.longest // LANES) + 1) * LANES, plan.masks
+        if shape == self._shape:
+            return
+        self._shape, rows, take = shape, masks * self._group, self._take
+        at_once = min(max(1, _MOST_SCORES // (self._kv_heads * rows * width)), sequences) if rows else sequences
+        count = at_once if rows else 1
+        pairs = [
+            take(name, count, self._kv_heads, *rest)
+            for name, *rest in (
+                ("keys", self._size, width), ("values", width, self._size), ("mask queries", rows, self._size),
+                ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, self._size),
+            )
+        ]  # fmt: skip
+        self._keys, self._values, self._q, self._score, _, self._attended = (array for _, array in pairs)
+        spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
+        self._pieces = [(begin, end, [tensor[: end - begin].flatten(0, 1) for tensor, _ in pairs]) for begin, end in spans]
+        lines = [take(name, width + LANES)[1] for name in ("line", "other line")]
+        self._lines = (*lines, *(take(name, self._size)[1] for name in ("features", "other features")))
+
+    def __call__(
+        self, plan: PackedPlan, kind: str, q_THD: np.ndarray, k_TGD: np.ndarray, v_TGD: np.ndarray, k_pool: np.ndarray,
+        v_pool: np.ndarray, out_THD: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Writes out_THD, of the plan last prepared for. `kind`: the layer's type; queries carry their scale."""
+        first, mask, ranges, group = plan.first_S1, plan.mask_S, plan.range_4T[kind], self._group
+        for begin, end, (keys, values, q, score, weight, attended) in self._pieces:
+            _clean_rows(
+                begin, end, plan.masks > 0, q_THD, k_TGD, v_TGD, k_pool, v_pool, ranges, first, mask, plan.start_S, plan.place_SL,
+                self._keys, self._values, self._q, *self._lines, out_THD,
+            )  # fmt: skip
+            if plan.masks:
+                torch.bmm(q, keys, out=score)
+                _hide(begin, end, group, ranges, first, mask, self._score)
+                torch.softmax(score, -1, out=weight)
+                torch.bmm(weight, values, out=attended)
+                _spread(begin, end, group, first, mask, self._attended, out_THD)

@@ -26,7 +26,7 @@ from ..layout import TokenLayout
 from ..policy import Layer, Policy, Routing
 from ..state import SequenceState
 from . import stages
-from .attention import attend, padded
+from .attention import Attention
 from .plan import PackedPlan
 from .weights import PackedLayer, floor, fold_layer, turned
 
@@ -117,6 +117,7 @@ class PackedForward:
             self._head_DV, self._head_bias = turned(policy.lm_head.weight), policy.lm_head.bias
             self._rope: dict[str, Angles] = {}
             self._memory, self._work = _Memory(), dict[int, _Work]()
+            self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
             self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
             if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
                 self.markov = PairTable(policy.markov(torch.arange(config.vocab_size)))
@@ -130,14 +131,12 @@ class PackedForward:
         work = self._work_of(rows)
         torch.index_select(self._embedded_VD, 0, layout.token_T, out=work.residual[0][:rows])
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
-        width, size = padded(plan.longest), self._size
-        shapes = (size, width), (width, size), (2 * width,), (2 * width,), (size,), (size,)
-        scratch = tuple(np.empty(shape, np.float32) for shape in shapes)
+        self._attention.prepare(plan)
         residual, unit = work.residual[1][:rows], work.unit[1][:rows]
         stages.unit(residual, self._layers[0].in_floor, unit)
         floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
         for number, (layer, arrays, after) in enumerate(zip(self._layers, self._arrays, floors, strict=True)):
-            self._attend(number, layer, arrays, work, plan, ropes[layer.kind], state, scratch)
+            self._attend(number, layer, arrays, work, plan, ropes[layer.kind], state)
             self._mix(number, layer, arrays, work, rows, after)
             if routing is not None:
                 routing.expert_LT.append(torch.from_numpy(work.expert.copy()))
@@ -155,7 +154,7 @@ class PackedForward:
 
     def _attend(
         self, number: int, layer: PackedLayer, arrays: dict[str, np.ndarray], work: _Work, plan: PackedPlan, rope: Angles,
-        state: SequenceState | None, scratch: tuple[np.ndarray, ...],
+        state: SequenceState | None,
     ) -> None:  # fmt: skip
         """From the normed residual to the next one, through attention."""
         rows = len(work.q)
@@ -171,10 +170,8 @@ class PackedForward:
             mixed, projected, arrays["convolution_bias_NO"], arrays["temperature_N"], *rope, work.previous, plan.write_T,
             k_pool, v_pool, work.q, work.k, work.v,
         )  # fmt: skip
-        attend(
-            work.q, work.k, work.v, k_pool, v_pool, plan.range_4T[layer.kind], plan.first_S1, plan.start_S, plan.place_SL,
-            *scratch, work.attended[1][:rows].reshape(rows, self._heads, self._size),
-        )  # fmt: skip
+        out_THD = work.attended[1][:rows].reshape(rows, self._heads, self._size)
+        self._attention(plan, layer.kind, work.q, work.k, work.v, k_pool, v_pool, out_THD)
         mm(work.attended[0], layer.output, out=work.y[0])
         stages.add_unit(
             work.y[1], arrays["output_bias"], work.residual[1][:rows], arrays["attention_residual_D"], layer.post_floor,

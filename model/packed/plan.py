@@ -23,21 +23,24 @@ class PackedPlan:
     Attributes:
         source_TA: each row and its ancestors, nearest first: a row of the pack, `NOTHING`, or -2 - n for tail entry n.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
-        first_S1: first row of each sequence, and T. start_S: cached positions of each.
+        first_S1: first row of each sequence, and T. mask_S: first row of each behind its clean ones. start_S: cached positions
+            of each.
         place_SL: cache position of each sequence's positions.
         range_4T: by layer type, begin and end of the clean keys and of its block's that each row sees. Keys of a sequence are its
             cached positions, then its rows of the pack: a clean key's number is its position.
-        longest: most keys of a sequence.
+        longest, masks: most keys and most mask rows of a sequence.
     """
 
     source_TA: np.ndarray
     write_T: np.ndarray
     tail_T: np.ndarray
     first_S1: np.ndarray
+    mask_S: np.ndarray
     start_S: np.ndarray
     place_SL: np.ndarray
     range_4T: dict[str, np.ndarray]
     longest: int
+    masks: int
 
     @classmethod
     def of(cls, layout: TokenLayout, state: SequenceState | None, hops: int, windows: Mapping[str, int | None]) -> PackedPlan:
@@ -48,6 +51,7 @@ class PackedPlan:
         )  # fmt: skip
         rows, sequences = len(sequence), len(start)
         source, first = np.empty((rows, hops + 1), np.int64), np.empty(sequences + 1, np.int64)
+        mask = np.empty(sequences, np.int64)
         ranges = {window: np.empty((4, rows), np.int64) for window in set(windows.values())}
         if state is None:
             write = tail = np.full(rows, NOTHING)
@@ -57,22 +61,23 @@ class PackedPlan:
             write, tail, size = paging.write_T.numpy(), paging.tail_T.numpy(), paging.page_size
             table, tail_SH = paging.table_SP.numpy(), paging.tail_SH.numpy()
         place = np.empty((sequences, int(start.max())), np.int64)
-        longest = 1
+        longest, masks = 1, 0
         for window, range_4T in ranges.items():
-            longest = _fill(
-                sequence, position, limit, block, parent, start, tail_SH, table, size, window or 0, source, first, place, range_4T
-            )
+            longest, masks = _fill(
+                sequence, position, limit, block, parent, start, tail_SH, table, size, window or 0, source, first, mask, place,
+                range_4T,
+            )  # fmt: skip
         kinds = {kind: ranges[window] for kind, window in windows.items()}
-        return cls(source, write, tail, first, start, place, kinds, longest)
+        return cls(source, write, tail, first, mask, start, place, kinds, longest, masks)
 
 
 @compiled()
 def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, table_SP, page_size, window, source_TA, first_S1,
-          place_SL, range_4T):  # fmt: skip
-    """Writes the last four arrays; returns the most keys of a sequence. `window` 0 sees everything."""
+          mask_S, place_SL, range_4T):  # fmt: skip
+    """Writes the last five arrays; returns the most keys and the most mask rows of a sequence. `window` 0 sees everything."""
     rows, hops = len(sequence_T), source_TA.shape[1] - 1
     sequences = len(start_S)
-    t = longest = 0
+    t = longest = masks = 0
     for s in range(sequences):
         first_S1[s] = t
         while t < rows and sequence_T[t] == s:
@@ -86,6 +91,7 @@ def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, 
         clean = 0
         while first + clean < first_S1[s + 1] and block_T[first + clean] == CLEAN:
             clean += 1
+        mask_S[s], masks = first + clean, max(masks, first_S1[s + 1] - first - clean)
         block_begin = clean
         for t in range(first, first_S1[s + 1]):
             at, back = t, 0
@@ -112,4 +118,4 @@ def _fill(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, 
                 while end < first_S1[s + 1] and block_T[end] == block_T[t]:
                     end += 1
                 range_4T[2, t], range_4T[3, t] = start + block_begin, start + end - first
-    return longest
+    return longest, masks

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...kernels.compiled import compiled, exponentials, squares
+from ...kernels.compiled import compiled, copy, exponentials, squares
 
 _F = np.float32
 
@@ -108,8 +108,9 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
             flat[w] = projected[t, current + w]
             flat[w + width] = previous_TW[t, w]
         if write_T[t] >= 0:
-            k_pool[write_T[t]] = k_TGD[t]
-            v_pool[write_T[t]] = v_TGD[t]
+            for g in range(kv_heads):
+                copy(k_TGD[t, g], k_pool[write_T[t], g])
+                copy(v_TGD[t, g], v_pool[write_T[t], g])
 
 
 @compiled()
@@ -138,13 +139,13 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
         for p in range(scale_P.shape[0]):
             state_TP[t, p] += below_TP[t, p] * scale_P[p]
         r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
-        a_P[:] = fc1_bias_P
+        copy(fc1_bias_P, a_P)
         for i in range(width):
             x = state_TP[t, i] * r
             for p in range(width):
                 a_P[p] += x * fc1_PP[i, p]
         _gelu(a_P, width, e_P)
-        b_P[:] = fc2_bias_P
+        copy(fc2_bias_P, b_P)
         for i in range(width):
             x = a_P[i]
             for p in range(width):
@@ -178,7 +179,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
         for t in range(rows):
             if expert_T[t] == c:
                 slot_T[t] = at
-                sorted_ID[at] = unit_TD[t]
+                copy(unit_TD[t], sorted_ID[at])
                 at += 1
     for t in range(rows):
         if expert_T[t] == classes - 1:

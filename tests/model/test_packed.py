@@ -8,28 +8,33 @@ import torch
 
 from blockroll.kernels.compiled import compiled, exponentials
 from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
-from blockroll.model.packed import packed_forward, stages
+from blockroll.model.packed import attention, packed_forward, stages
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
 
 
 def steps():
-    """Prefill of three sequences of different lengths, a step of `fused` with gaps, one of `ar`, and a single row."""
+    """Prefill of three sequences of different lengths, of which one drafts, a step of `fused` with gaps, one of `ar`, one where
+    all draft, and a single row."""
     rows = np.random.default_rng(0)
 
     def tokens(count):
         return rows.integers(0, 40, count).tolist()
 
-    yield [DecodeRows(tokens(n), 0, (), 0) for n in (1, 9, 30)]
+    yield [DecodeRows(tokens(n), 0, (n,) * (n == 9), 6) for n in (1, 9, 30)]
     yield [DecodeRows(tokens(4), 1, (1, 3), 5), DecodeRows(tokens(1), 9, (1,), 5), DecodeRows(tokens(3), 30, (), 0)]
     yield [DecodeRows(tokens(1), start, (), 0) for start in (4, 10, 33)]
     yield [DecodeRows(tokens(2), start, (1,), 4) for start in (5, 11, 34)]
     yield [DecodeRows(tokens(1), 6, (), 0)]
 
 
+@pytest.mark.parametrize("at_once", ["all", "one"])
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"cca_time0": 3}], ids=str)
 @torch.inference_mode()
-def test_packed_equals_the_network(make_policy, changes):
+def test_packed_equals_the_network(make_policy, monkeypatch, changes, at_once):
+    """With the mask rows of all sequences in one product, or of one sequence after another."""
+    if at_once == "one":
+        monkeypatch.setattr(attention, "_MOST_SCORES", 1)
     policy = make_policy(torch.float32, seed=4, **changes)
     packed = packed_forward(policy)
     assert packed is not None
