@@ -8,7 +8,7 @@ same places when each decodes for itself, and their acceptance cannot be compare
 
 for a fresh block after a place of a text x that was drawn from p. A token of such a text, where a draft stood, came from
 that draft with chance min(p, q)(x) / p(x): so this is, without a draw, the chance that a lossless step which begins there
-accepts the draft of slot i after all before it. Slot 1 is the first token after the place.
+accepts the draft of slot i after all before it, every one drawn from q. Slot 1 is the first token after the place.
 
 Legend: T rows, M mask rows that stand for a token of the text, B block size, V vocabulary.
 """

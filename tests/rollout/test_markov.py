@@ -129,9 +129,9 @@ def test_the_check_sees_a_q_that_is_not_conditional(small, monkeypatch):
     """Acceptance judges drafts by the q they would have had without the head."""
     group = sampler_module._draft_group
 
-    def blind(rows, logits, anchor, mask, count, markov, previous):
-        plain = group(rows, logits.clone(), anchor, mask, count, None, previous)
-        made = group(rows, logits, anchor, mask, count, markov, previous)
+    def blind(rows, logits, anchor, mask, count, markov, *rest):
+        plain = group(rows, logits.clone(), anchor, mask, count, None, *rest)
+        made = group(rows, logits, anchor, mask, count, markov, *rest)
         return replace(plain, token_SM=made.token_SM)
 
     monkeypatch.setattr(sampler_module, "_draft_group", blind)

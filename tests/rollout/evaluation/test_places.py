@@ -10,6 +10,7 @@ import torch
 
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.tasks import make_tasks
+from blockroll.rollout import steps
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.evaluation import evaluate, places
 from blockroll.rollout.schedule import Schedule
@@ -25,13 +26,20 @@ def sampled(policy, sampler, schedule, temperature, samples, prompts=PROMPTS):
     return engine.generate([RolloutRequest(str(i), prompt, params, i, samples) for i, prompt in enumerate(prompts)])
 
 
+@pytest.fixture
+def all_from_q(monkeypatch):
+    """`two_pass` draws its first draft from q too."""
+    draft = steps.draft
+    monkeypatch.setattr(steps, "draft", lambda *arguments: draft(*arguments[:-1], None))
+
+
 def with_markov(policy):
     policy.add_markov(3, torch.Generator().manual_seed(0))
     policy.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(1))
     return policy
 
 
-def test_a_lossless_step_that_begins_there_accepts_as_much(make_policy, monkeypatch) -> None:
+def test_a_lossless_step_that_begins_there_accepts_as_much(make_policy, monkeypatch, all_from_q) -> None:
     policy, temperature = with_markov(make_policy(vocab_size=8, sharpness=0.3)), 0.7
     monkeypatch.setattr(places, "_places", lambda sample, most, seed: [len(sample.prompt_tokens)])
     texts = sampled(policy, "ar", Schedule("ar"), temperature, 200)
@@ -58,7 +66,7 @@ def test_block_sizes_share_their_places(make_policy) -> None:
 
 
 @pytest.mark.parametrize("markov", [False, True])
-def test_greedy_counts_equal_tokens(make_policy, monkeypatch, markov: bool) -> None:
+def test_greedy_counts_equal_tokens(make_policy, monkeypatch, all_from_q, markov: bool) -> None:
     policy = make_policy(vocab_size=8, sharpness=0.3)
     if markov:
         with_markov(policy)
