@@ -107,3 +107,19 @@ def test_rows_that_the_kernels_serve() -> None:
             assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
     with using("reference"):
         assert not kernels.serves(plain, p)
+
+
+@pytest.mark.parametrize("sampler", ["lossless", "mixed"])
+def test_a_plain_row_without_drafts_beside_a_cut_one_with_some(kernel, sampler) -> None:
+    """The only q of the batch is then of a kind that kernels do not read."""
+    cut, plain = SamplingParams(sampler, top_k=5), SamplingParams(sampler)
+    p, q = logits(2)
+    anchor = torch.tensor([4, 9])
+    with using(kernel):
+        waiting = draft(SamplerRows.make([cut], [1]), q[:1], anchor[:1], MASK)
+        assert waiting.q_lse_SM is None
+        drafts = Drafts.join([waiting, Drafts.none(1)])
+        verdict = verify(SamplerRows.make([cut, plain], [1, 2]), p[:, : drafts.token_SM.shape[1] + 1], drafts, anchor)
+        alone = verify(SamplerRows.make([plain], [2]), p[1:, :1], Drafts.none(1), anchor[1:])
+    assert verdict.accepted_S[1] == 0 and torch.equal(verdict.token_SR[1, :1], alone.token_SR[0])
+    assert verdict.logprob_SR[1, 0] == alone.logprob_SR[0, 0]
