@@ -77,15 +77,14 @@ class Survival:
         """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
         fused = slot > 0
         (first, later), (_, other) = self._seen[int(fused)], self._seen[int(not fused)]
-        rate, borrowed = self._prior, _WEIGHT
-        first_rate = rate if fused else 1.0
+        rate, odds, borrowed = _leaning(other.sum(-1), self._prior, _WEIGHT), 1.0, _WEIGHT
         if other[0].any():
-            rate, borrowed = float(_leaning(other.sum(-1), self._prior, _WEIGHT)), _KIN
-            first_rate = rate if fused else 1.0
-            odds = 1 / _EASE if fused else _EASE
-            rate = odds * rate / (1 + (odds - 1) * rate)
-        first_rate, rate = _leaning(first.sum(-1), first_rate, borrowed), _leaning(later.sum(-1), rate, borrowed)
-        return _leaning(first, first_rate, _WEIGHT), _leaning(later, rate, _WEIGHT)
+            odds, borrowed = 1 / _EASE if fused else _EASE, _KIN
+        first_rate, later_rate = rate if fused else 1.0, odds * rate / (1 + (odds - 1) * rate)
+        first_rate, later_rate = (
+            _leaning(seen.sum(-1), known, borrowed) for seen, known in ((first, first_rate), (later, later_rate))
+        )
+        return _leaning(first, first_rate, _WEIGHT), _leaning(later, later_rate, _WEIGHT)
 
     def tokens(self, schedule: Schedule) -> float:
         """Expected tokens per step of one sample, in the long run; `schedule` has its sizes (`Schedule.within`)."""

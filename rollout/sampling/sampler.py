@@ -183,9 +183,8 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
         assert i is not None
         # Padding is not worth the noise of a whole row each where the host can tell that a group has no drafts.
         rejects = group.sampler in ("lossless", "mixed") and not group.greedy
-        known = drafts.q_lse_SM is not None  # another kind of q may be there that belongs to neighbours
-        if not kernels.serves(group, p_logits_SRV):
-            known = drafts.logq_SMV is not None or drafts.q_logits_SMV is not None
+        # What q there is may be the neighbours', of a kind that this group does not read.
+        known = (drafts.q_lse_SM if kernels.serves(group, p_logits_SRV) else drafts.logq_SMV) is not None
         width = 1 if group.sampler == "ar" or (rejects and not known) else r
         part_drafts = drafts.select(i).narrow(width - 1)
         part = _verify_group(rows.of(group), p_logits_SRV[i, :width], part_drafts, anchor_S[i])
