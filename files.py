@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -65,6 +66,26 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     with storing(path):
         os.makedirs(path, exist_ok=True)
     return Path(path)
+
+
+@contextmanager
+def locked_directory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a directory for this process until the block ends; the system lets go of it when the process dies.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    with storing(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise StorageError(f"{os.fspath(path)}: another process is writing here; stop it or give another directory") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -9,19 +9,24 @@ import typer
 from .options import ConfigArgument
 
 
-def grpo(config: ConfigArgument) -> None:
+def grpo(
+    config: ConfigArgument,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the output directory.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
+) -> None:
     """Train a policy with GRPO on rollouts of this machine.
 
     Starts a cluster of engines and a trainer that talks to it over the bridge; writes metrics.jsonl, summary.json
-    and report.png to the run's directory.
+    and report.png to the run's directory. A run that was killed goes on with --resume, to the same trajectories.
 
     \b
     Example:
       blockroll grpo configs/grpo/quickstart.yaml
+      blockroll grpo configs/grpo/quickstart.yaml --resume
     """
-    from ..trainer_bridge import grpo as trainer
+    from ..trainer_bridge.trainers.grpo import run
 
-    trainer.run(config)
+    run.run(config, resume, overwrite)
 
 
 def convert(config: ConfigArgument) -> None:

@@ -10,7 +10,7 @@ from ..rollout.cluster import RayCluster
 from ..rollout.engine import EngineConfig
 from ..rollout.schedule import Schedule
 from .gateway import Gateway
-from .grpo_config import Rollouts
+from .trainers.grpo.config import Rollouts
 
 DISK_PATIENCE_S = 5.0
 """How long a full disk under the ledger may take to be freed before the service ends."""

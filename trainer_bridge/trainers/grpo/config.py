@@ -1,0 +1,114 @@
+"""What a GRPO run is. Sections are frozen and strict; every quantity carries its unit."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ....errors import InvalidInput
+from ....model.conversion.config import DraftLoss
+from ....model.tasks import families
+from ....rollout.backend import InFlightPolicy
+from ....rollout.schedule import Schedule
+from ....settings import Config
+
+
+class Tasks(Config):
+    """Prompts and their verifiers, from reasoning-gym."""
+
+    families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
+    prompts_per_step: int = Field(16, ge=1)
+    samples_per_prompt: int = Field(8, ge=2, description="size of a group; its mean reward is the baseline")
+    dynamic_sampling: bool = Field(True, description="leave groups whose rewards are all equal out of the update: their "
+                                   "advantages are zero, so they would only cost time (DAPO, arXiv 2503.14476)")
+    max_generation_batches: int = Field(1, ge=1, description="with dynamic_sampling: most batches of prompts rolled out "
+                                        "per step until prompts_per_step groups have rewards that differ")
+
+    @model_validator(mode="after")
+    def _known(self) -> Tasks:
+        if unknown := sorted(set(self.families) - set(families())):
+            raise InvalidInput("families", f"unknown {unknown}", f"use some of {', '.join(families())}")
+        if self.max_generation_batches > 1 and not self.dynamic_sampling:
+            raise InvalidInput("max_generation_batches", f"{self.max_generation_batches} without dynamic_sampling",
+                               "set dynamic_sampling: true, or leave it at 1")
+        return self
+
+
+class Rollouts(Config):
+    """The service that makes rollouts, and how tokens are drawn."""
+
+    actors: int = Field(2, ge=1, description="engines, one Ray actor and one core each")
+    sampler: Literal["ar", "lossless", "coupled", "mixed"] = Field("coupled", description="with ar and coupled a run "
+        "repeats whatever happens to its engines; see README for all four")
+    schedule: Literal["ar", "two_pass", "fused"] = "fused"
+    levels: tuple[int, ...] = Schedule().levels
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(192, ge=1)
+    batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
+    staleness: Literal[0, 1] = Field(0, description="optimiser steps by which rollouts may lag behind the weights that are "
+        "trained. 0: roll out, then train. 1: train on one batch while the engines decode the next one; the loss corrects by "
+        "the recorded log-probabilities. A run with 1 does not repeat to the bit: when a version arrives is a matter of time")
+    in_flight: InFlightPolicy = Field("keep", description="with staleness 1: what a weight version does to unfinished "
+        "samples. keep: they go on, each token tagged with the version that made it. finish: the push waits for them. "
+        "recompute: as keep, but their keys and values are computed again. abort: they end where they are")
+    ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
+    bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
+
+    @model_validator(mode="after")
+    def _levels(self) -> Rollouts:
+        Schedule(self.schedule, levels=self.levels)
+        return self
+
+
+class Loss(Config):
+    """Clipped policy gradient, plus the draft loss that lets the draft follow the policy."""
+
+    scale_rewards: Literal["group", "none"] = Field("group", description="what a group's centred rewards are divided by: "
+        "their standard deviation (arXiv 2402.03300), or nothing (Dr. GRPO, arXiv 2503.20783)")
+    aggregation: Literal["token", "sequence"] = Field("token", description="token: mean over all tokens of the update "
+        "(DAPO, arXiv 2503.14476). sequence: mean over samples of each one's mean over tokens (arXiv 2402.03300)")
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0, description="wider above than below (DAPO, arXiv 2503.14476)")
+    importance_cap: float = Field(2.0, ge=1, description="largest weight p / behaviour of a token")
+    kl_weight: float = Field(0.0, ge=0, description="weight of KL(p || p of the starting policy) per token, estimated by "
+        "r - 1 - log r with r = p_start / p (http://joschu.net/blog/kl-approx.html); 0 computes none")
+    draft_weight: float = Field(0.3, ge=0, description="weight of the draft loss; 0 leaves the mask rows untrained")
+    draft_share: float = Field(1.0, gt=0, le=1, description="share of the samples that carry mask rows. The draft loss is "
+        "a mean over them, so its weight does not depend on the share; its time does")
+    draft: DraftLoss = DraftLoss(ce=0.0, tv=1.0, slot_decay=0.95)
+
+
+class Optimizer(Config):
+    """AdamW."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; then linear decay to zero at the last step")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    updates_per_step: int = Field(2, ge=1, description="optimiser steps over one batch of trajectories")
+    pack_rows: int = Field(2048, ge=64, description="clean tokens per forward; bounds memory")
+    threads: int = Field(2, ge=1, description="packs computed at once, each on one core. Sums of gradients follow their "
+                         "order, so a run repeats only with the same number")
+
+
+class Evaluation(Config):
+    """Held-out tasks: one sample of each at the training temperature and one at temperature 0."""
+
+    tasks: int = Field(400, ge=1)
+    seed: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, description="steps between evaluations; 0 for none but before and after training")
+
+
+class GrpoConfig(Config):
+    """One run of `blockroll grpo`."""
+
+    output: str = Field(description="directory of the run")
+    policy: str = Field("tiny-reasoner-terse", description="converted policy to start from: a shipped name or a directory")
+    steps: int = Field(30, ge=1)
+    seed: int = Field(0, ge=0)
+    tasks: Tasks = Tasks()
+    rollouts: Rollouts = Rollouts()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    save_policy: bool = Field(True, description="write the trained policy to OUTPUT/policy")

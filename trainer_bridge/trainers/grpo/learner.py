@@ -1,0 +1,136 @@
+"""Optimiser steps over samples with advantages.
+
+Invariants:
+- What a step computes depends on the weights before it, the samples and their order, the configuration and the step's
+  number: nothing is drawn from a global generator, and gradients are summed in an order that the packs decide.
+- Replicas share the policy's parameters in memory and have gradients of their own, so packs are computed by several
+  threads at once: torch releases the interpreter's lock inside its operations.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ....model.policy import Policy
+from .config import GrpoConfig
+from .loss import Figures, Update, mask_blocks, pack_loss
+from .rewards import LearningSample
+
+Pack = tuple[list[LearningSample], list[list[tuple[int, int]]]]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Figures of one trainer step over its updates: means over tokens, `overlap` over samples with mask rows, and the
+    gradient's norm before clipping in the last update. None where nothing was trained."""
+
+    kl: float | None = None
+    clip_fraction: float | None = None
+    ratio: float | None = None
+    overlap: float | None = None
+    gradient_norm: float | None = None
+
+
+class Learner:
+    """Trains a policy in place.
+
+    Args:
+        policy: in float32, on a CPU.
+    """
+
+    def __init__(self, policy: Policy, config: GrpoConfig) -> None:
+        self._config, self.policy = config, policy.train().requires_grad_(True)
+        self._replicas = [policy, *(_replica(policy) for _ in range(config.optimizer.threads - 1))]
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=config.optimizer.learning_rate, weight_decay=0.0, foreach=True
+        )
+
+    def step(self, step: int, samples: Sequence[LearningSample]) -> Progress:
+        """`updates_per_step` optimiser steps over the samples in their order; none without samples.
+
+        Args:
+            step: number of the trainer's step, from 1; decides the learning rate and where mask blocks lie.
+        """
+        if not samples:
+            return Progress()
+        options, figures, norm = self._config.optimizer, [], 0.0
+        warm, left = step / (options.warmup_steps + 1), 1 - (step - 1) / self._config.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.learning_rate * min(1.0, warm) * left
+        draw = random.Random(f"{self._config.seed}/blocks/{step}")
+        size = -(-len(samples) // options.updates_per_step)
+        for start in range(0, len(samples), size):
+            update, packs = self._packs(samples[start : start + size], draw)
+            figures += self._gradients(update, packs)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), options.clip, foreach=True))
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        tokens, drafted = sum(f.tokens for f in figures), sum(f.drafted for f in figures)
+        return Progress(
+            kl=sum(f.kl for f in figures) / tokens,
+            clip_fraction=sum(f.clipped for f in figures) / tokens,
+            ratio=sum(f.ratio for f in figures) / tokens,
+            overlap=sum(f.overlap * f.drafted for f in figures) / drafted if drafted else None,
+            gradient_norm=norm,
+        )
+
+    def _packs(self, samples: Sequence[LearningSample], draw: random.Random) -> tuple[Update, list[Pack]]:
+        """Samples of like length together, at most `pack_rows` clean rows in a pack; which ones carry mask rows, and where."""
+        loss, size = self._config.loss, self.policy.block_size
+        drafting = set(draw.sample(range(len(samples)), round(loss.draft_share * len(samples)) or 1))
+        blocks = [mask_blocks(s, size, draw) if loss.draft_weight and i in drafting else [] for i, s in enumerate(samples)]
+        packs: list[Pack] = []
+        held = self._config.optimizer.pack_rows
+        for i in sorted(range(len(samples)), key=lambda i: (bool(blocks[i]), samples[i].rows)):
+            if held + samples[i].rows > self._config.optimizer.pack_rows:
+                packs.append(([], []))
+                held = 0
+            packs[-1][0].append(samples[i])
+            packs[-1][1].append(blocks[i])
+            held += samples[i].rows
+        tokens = sum(len(s.trajectory.tokens) for s in samples)
+        return Update(len(samples), tokens, sum(map(bool, blocks))), packs
+
+    def _gradients(self, update: Update, packs: Sequence[Pack]) -> list[Figures]:
+        """The update's gradient in the policy's parameters."""
+        replicas = self._replicas[: len(packs)]
+
+        def compute(number: int) -> list[Figures]:
+            torch.set_num_threads(1)  # OpenMP's setting belongs to the thread
+            found = []
+            for pack, blocks in packs[number :: len(replicas)]:
+                value, figures = pack_loss(
+                    replicas[number], pack, blocks, update, self._config.rollouts.temperature, self._config.loss
+                )
+                value.backward()
+                found.append(figures)
+            return found
+
+        if len(replicas) == 1:
+            return compute(0)
+        with ThreadPoolExecutor(len(replicas)) as threads:
+            found = list(threads.map(compute, range(len(replicas))))
+        for replica in replicas[1:]:
+            for own, other in zip(self.policy.parameters(), replica.parameters(), strict=True):
+                if other.grad is not None:
+                    own.grad = other.grad if own.grad is None else own.grad.add_(other.grad)
+                    other.grad = None
+        return [figures for part in found for figures in part]
+
+
+def _replica(policy: Policy) -> Policy:
+    """A policy over the same parameters and buffers, with gradients of its own."""
+    tokenizer, policy.tokenizer = policy.tokenizer, None
+    try:
+        replica = copy.deepcopy(policy)
+    finally:
+        policy.tokenizer = tokenizer
+    for own, shared in zip([*replica.parameters(), *replica.buffers()], [*policy.parameters(), *policy.buffers()], strict=True):
+        own.data = shared.data
+    return replica

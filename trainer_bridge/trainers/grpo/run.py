@@ -1,0 +1,132 @@
+"""One run of `blockroll grpo`: its directory, its service, its trainer.
+
+Invariants:
+- A directory belongs to one process at a time, and a run that is there is gone on with or replaced only when asked.
+- Everything that can be refused is checked before anything of an earlier run is touched; a run that replaces another one puts
+  it back when its own start fails.
+- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), checkpoint.safetensors, ledger.sqlite and what lies
+  beside it, summary.json, report.png, policy/.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ....errors import ConfigError, InvalidInput
+from ....files import locked_directory, make_directory, write_atomic, write_json
+from ....model.checkpoint import load_policy, save_policy
+from ....settings import load_yaml, whole_text
+from ...client import connect
+from ...service import serve
+from .checkpoint import NAME
+from .config import GrpoConfig
+from .metrics import METRICS
+from .report import Display, draw_report
+from .trainer import Trainer
+
+CONFIG, SUMMARY, REPORT, POLICY, LEDGER = "config.yaml", "summary.json", "report.png", "policy", "ledger.sqlite"
+_ASIDE = ".replaced"
+
+
+def run(config_path: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Start a service, train against it, write the run's files; returns the summary.
+
+    Args:
+        resume: go on with the run in the output directory from its last checkpoint; start one where there is none.
+        overwrite: replace the run in the output directory.
+
+    Raises:
+        ConfigError: the file is not a run's, the directory holds a run and neither flag is given, or a run of another
+            configuration is to be resumed.
+    """
+    if resume and overwrite:
+        raise InvalidInput("--overwrite", "given together with --resume", "give one of them")
+    torch.set_num_threads(1)
+    config = load_yaml(config_path, GrpoConfig)
+    policy = load_policy(config.policy)
+    output = make_directory(config.output)
+    with locked_directory(output), Display(config) as display:
+        if resume and _present(output):
+            _check_same(output, config, config_path)
+        with _replacing(output, overwrite, kept=resume) as started:
+            write_atomic(output / CONFIG, whole_text(config_path).encode())
+            display.say("starting the rollout service")
+            with serve(config.policy, config.rollouts, output / LEDGER) as address:
+                with connect(address, client_id="grpo", timeout=120.0, ack="manual") as client:
+                    start = load_policy(config.policy) if config.loss.kl_weight else None
+                    trainer = Trainer(config, policy, client, output, display, start)
+                    started()
+                    if resume:
+                        trainer.resume()
+                    summary = trainer.train()
+        if config.save_policy:
+            save_policy(policy.eval(), output / POLICY)
+        write_json(output / SUMMARY, summary)
+        draw_report(output)
+    return summary
+
+
+def _present(output: Path) -> list[Path]:
+    """What of a run lies in the directory."""
+    names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY)
+    return [*(output / name for name in names if (output / name).exists()), *output.glob(f"{LEDGER}*")]
+
+
+def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike[str]) -> None:
+    """ConfigError unless the run in the directory has this configuration."""
+    theirs, ours = load_yaml(output / CONFIG, GrpoConfig).model_dump(), config.model_dump()
+    for name, value in ours.items():
+        if name != "output" and theirs[name] != value:
+            raise ConfigError(name, f"{value} in {os.fspath(config_path)} differs from the run in {output}, which has "
+                              f"{theirs[name]}", "resume with the configuration it began with, or give another output")
+
+
+@contextmanager
+def _replacing(output: Path, overwrite: bool, kept: bool) -> Iterator[Callable[[], None]]:
+    """Sets an earlier run aside and puts it back when the block fails before it calls what is yielded.
+
+    Raises:
+        ConfigError: there is an earlier run and it may be neither replaced nor `kept`.
+    """
+    aside = output / _ASIDE
+    if aside.is_dir():  # a start that was killed: whatever it had made is worth less than what it set aside
+        _put_back(output, aside)
+    if kept:
+        yield lambda: None
+        return
+    present = _present(output)
+    if present and not overwrite:
+        raise ConfigError("output", f"{output} holds a run ({present[0].name})",
+                          "go on with it (--resume), replace it (--overwrite) or give another directory")
+    if present:
+        aside.mkdir()
+        for path in present:
+            path.rename(aside / path.name)
+    started = False
+
+    def settle() -> None:
+        nonlocal started
+        started = True
+        shutil.rmtree(aside, ignore_errors=True)
+
+    try:
+        yield settle
+    finally:
+        if not started:
+            _put_back(output, aside)
+
+
+def _put_back(output: Path, aside: Path) -> None:
+    for path in _present(output):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if aside.is_dir():
+        for path in aside.iterdir():
+            path.rename(output / path.name)
+        aside.rmdir()

@@ -1,0 +1,226 @@
+"""The loop of GRPO as a client of the bridge: roll out, reward, update, checkpoint, push.
+
+Invariants:
+- Rollouts are touched through `RolloutClient` alone: requests out, trajectories in, one weight version per step back.
+- Everything random is drawn from the run's seed and the step's number, and results are used in the order of their ids:
+  the same seed gives the same trajectories.
+- A step's order is: rollouts, update, checkpoint, push, evaluation, line of metrics, acknowledgement. A run killed anywhere in
+  it goes on from the checkpoint to the same trajectories; with `staleness: 1`, to ones of the same distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ....files import append_jsonl
+from ....model.policy import Policy
+from ....model.scoring import score as score_tokens
+from ....model.tasks import Task, make_tasks
+from ....model.tokenizer import encode_prompt
+from ....rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
+from ...client import RolloutClient
+from .checkpoint import NAME, load_checkpoint, save_checkpoint
+from .config import GrpoConfig
+from .learner import Learner, Progress
+from .metrics import METRICS, Row, read_rows, summary, write_rows
+from .report import Display
+from .rewards import LearningSample, advantages, differing, rewards
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        policy: the policy to train, in float32; changed in place.
+        client: where rollouts come from and weights go to; made with ack="manual".
+        output: the run's directory.
+        start: the starting policy, where the loss holds on to it (`kl_weight`).
+    """
+
+    def __init__(self, config: GrpoConfig, policy: Policy, client: RolloutClient, output: Path, display: Display,
+                 start: Policy | None = None) -> None:
+        self.config, self.policy, self.client, self.output, self.display = config, policy, client, output, display
+        self._start, self._learner = start, Learner(policy, config)
+        self._tokenizer = policy.tokenizer
+        self._done = 0
+        self._submitted: dict[int, float] = {}
+        self._rows: list[Row] = []
+
+    def resume(self) -> None:
+        """Go on from the run's directory: from its checkpoint, or from the start where it has none."""
+        row: Row = {}
+        if (self.output / NAME).exists():
+            self._done, row = load_checkpoint(self.output / NAME, self._learner)
+        self._rows = [r for r in read_rows(self.output / METRICS) if r["step"] <= self._done]
+        write_rows(self.output / METRICS, self._rows)
+        self.display.say(f"resuming after step {self._done}")
+        self._acknowledge_again()
+        if self.client.version < self._done:
+            self._push(self._done)
+        if row and self._rows[-1]["step"] < self._done:
+            self._record(row)
+
+    def train(self) -> Row:
+        """All steps that are left, with held-out accuracy before and after; returns the summary."""
+        began = time.monotonic()
+        if not self._rows:
+            self._record({"step": 0, "weight_version": 0})
+        for step in range(self._done + 1, self.config.steps + 1):
+            row, trajectories = self._step(step)
+            self._record(row)
+            self.client.acknowledge(trajectories)
+        return summary(self.config, self._rows, self.client.status(), time.monotonic() - began)
+
+    def _step(self, step: int) -> tuple[Row, list[Trajectory]]:
+        """Roll out, reward, update, checkpoint, push; the step's metrics and what is then to be acknowledged."""
+        began = time.monotonic()
+        groups, tokens_per_s = self._roll_out(step)
+        if self.config.rollouts.staleness and step < self.config.steps:
+            self._submit(step + 1)
+        rolled = time.monotonic()
+        samples = self._samples(groups)
+        progress = self._learner.step(step, samples)
+        trained = time.monotonic()
+        row = self._metrics(step, groups, samples, progress)
+        row["tokens_per_s"] = tokens_per_s
+        row["seconds"] = {"rollout": rolled - began, "train": trained - rolled}
+        save_checkpoint(self.output / NAME, self._learner, step, row)
+        self._push(step)
+        row["seconds"]["push"] = time.monotonic() - trained
+        return row, [t for group, _ in groups for t in group]
+
+    def _submit(self, step: int) -> None:
+        self._submitted[step] = time.monotonic()
+        self.client.submit(self._requests(step, 0))
+
+    def _roll_out(self, step: int) -> tuple[list[tuple[list[Trajectory], np.ndarray]], float]:
+        """Per prompt of the step, the group's trajectories and rewards_K; tokens per second since they were asked for."""
+        options = self.config.tasks
+        began = self._submitted.pop(step, time.monotonic())
+        groups: list[tuple[list[Trajectory], np.ndarray]] = []
+        for batch in range(options.max_generation_batches):
+            trajectories = self.client.generate(self._requests(step, batch))
+            rewards_GK = rewards(self._tasks(step, batch), trajectories, self._tokenizer)
+            size = options.samples_per_prompt
+            groups += [(trajectories[i * size : (i + 1) * size], r) for i, r in enumerate(rewards_GK)]
+            if differing(np.stack([r for _, r in groups])).sum() >= options.prompts_per_step:
+                break
+        tokens = sum(len(t.tokens) for group, _ in groups for t in group)
+        return groups, tokens / (time.monotonic() - began)
+
+    def _samples(self, groups: Sequence[tuple[list[Trajectory], np.ndarray]]) -> list[LearningSample]:
+        """The samples that the update learns from, whole groups one after the other."""
+        rewards_GK = np.stack([r for _, r in groups])
+        advantage_GK = advantages(rewards_GK, self.config.loss.scale_rewards)
+        used_G = differing(rewards_GK) if self.config.tasks.dynamic_sampling else np.ones(len(groups), dtype=bool)
+        chosen = np.flatnonzero(used_G)[: self.config.tasks.prompts_per_step]
+        pairs = [(t, float(a)) for g in chosen for t, a in zip(groups[g][0], advantage_GK[g], strict=True)]
+        if self._start is None:
+            return [LearningSample(t, a) for t, a in pairs]
+        known = score_tokens(self._start, [(t.prompt_tokens, t.tokens) for t, _ in pairs], self.config.rollouts.temperature)
+        return [LearningSample(t, a, r) for (t, a), r in zip(pairs, known, strict=True)]
+
+    def _metrics(self, step: int, groups: Sequence[tuple[list[Trajectory], np.ndarray]],
+                 samples: Sequence[LearningSample], progress: Progress) -> Row:
+        trajectories = [t for group, _ in groups for t in group]
+        rewards_GK = np.stack([r for _, r in groups])
+        tokens, forwards = sum(len(t.tokens) for t in trajectories), sum(t.forwards for t in trajectories)
+        return {
+            "step": step,
+            "weight_version": step,
+            "reward": float(rewards_GK.mean()),
+            "groups": len(groups),
+            "groups_used": len(samples) // self.config.tasks.samples_per_prompt,
+            "tokens": tokens,
+            "forwards": forwards,
+            "tokens_per_forward": tokens / max(forwards, 1),
+            "answer_tokens": tokens / len(trajectories),
+            "entropy": -float(np.concatenate([t.logprobs for t in trajectories]).mean(dtype=np.float64)),
+            "staleness": float(np.mean([step - 1 - v for t in trajectories for v in t.versions])),
+            **asdict(progress),
+            "trajectories_digest": digest(trajectories),
+        }
+
+    def _push(self, version: int) -> None:
+        in_flight = self.config.rollouts.in_flight if self.config.rollouts.staleness else "finish"
+        tied = self.policy.config.tie_word_embeddings
+        weights = {n: t.detach() for n, t in self.policy.state_dict().items() if not (tied and n == "lm_head.weight")}
+        self.client.push_weights(version, weights, in_flight=in_flight)
+
+    def _record(self, row: Row) -> None:
+        """Append a step's line of metrics, with held-out accuracy where it is due, and show it."""
+        trajectories: list[Trajectory] = []
+        if self._evaluation_due(row["step"]):
+            began = time.monotonic()
+            figures, trajectories = self._evaluate(row["step"])
+            row = {**row, **figures, "evaluation_seconds": time.monotonic() - began}
+        append_jsonl(self.output / METRICS, row)
+        self._rows.append(row)
+        self.display.row(row)
+        self.client.acknowledge(trajectories)
+
+    def _acknowledge_again(self) -> None:
+        """What is on disk here may be delivered once more, if its acknowledgement was lost with the process."""
+        requests = self._requests(self._done, 0) if self._done else []
+        if self._rows and "heldout_accuracy" in self._rows[-1]:
+            requests += self._heldout(self._rows[-1]["step"])[1]
+        self.client.acknowledge(self.client.generate(requests, on_error="skip"))
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.evaluation.every
+        return step in (0, self.config.steps) or bool(every and step % every == 0)
+
+    def _evaluate(self, step: int) -> tuple[Row, list[Trajectory]]:
+        """Accuracy and mean answer length on the held-out tasks, and the trajectories they were taken from."""
+        tasks, requests = self._heldout(step)
+        found = self.client.generate(requests)
+        figures: Row = {}
+        for name, part in (("accuracy", found[: len(tasks)]), ("greedy", found[len(tasks) :])):
+            figures[f"heldout_{name}"] = float(rewards(tasks, part, self._tokenizer).mean())
+            figures[f"heldout_{name}_tokens"] = sum(len(t.tokens) for t in part) / len(part)
+        return figures, found
+
+    def _heldout(self, step: int) -> tuple[list[Task], list[RolloutRequest]]:
+        """The held-out tasks; one request each at the training temperature, then one each at temperature 0."""
+        options = self.config.evaluation
+        tasks = make_tasks("heldout", options.tasks, options.seed, self.config.tasks.families or None)
+        kinds = (("accuracy", self.config.rollouts.temperature), ("greedy", 0.0))
+        return tasks, [self._request(f"heldout-{step:05d}/{name}/{i:05d}", task, f"heldout/{i}", 1, temperature)
+                       for name, temperature in kinds for i, task in enumerate(tasks)]  # fmt: skip
+
+    def _tasks(self, step: int, batch: int) -> list[Task]:
+        tasks = self.config.tasks
+        return make_tasks("rl", tasks.prompts_per_step, self._seed(f"tasks/{step}/{batch}"), tasks.families or None)
+
+    def _requests(self, step: int, batch: int) -> list[RolloutRequest]:
+        samples, temperature = self.config.tasks.samples_per_prompt, self.config.rollouts.temperature
+        # Numbers are padded, so that the order of ids is the order of tasks.
+        names = (f"step-{step:05d}/{batch:02d}/{i:05d}" for i in range(self.config.tasks.prompts_per_step))
+        return [self._request(n, t, n, samples, temperature) for n, t in zip(names, self._tasks(step, batch), strict=True)]
+
+    def _request(self, name: str, task: Task, seed: str, samples: int, temperature: float) -> RolloutRequest:
+        options = self.config.rollouts
+        params = SamplingParams(sampler=options.sampler, temperature=temperature, max_tokens=options.max_tokens)
+        prompt = tuple(encode_prompt(self._tokenizer, task.prompt))
+        return RolloutRequest(id=name, prompt_tokens=prompt, params=params, seed=self._seed(seed), samples=samples)
+
+    def _seed(self, name: str) -> int:
+        return random.Random(f"{self.config.seed}/{name}").getrandbits(62)
+
+
+def digest(trajectories: Sequence[Trajectory]) -> str:
+    """Hash of every token and log-probability, in the order of ids: equal runs have equal digests."""
+    state = hashlib.blake2b(digest_size=16)
+    for trajectory in order_by_id(trajectories):
+        state.update(repr(trajectory.key).encode())
+        state.update(np.asarray(trajectory.tokens, dtype=np.int64).tobytes())
+        state.update(trajectory.logprobs.tobytes())
+        state.update(trajectory.behavior_logprobs.tobytes())
+    return state.hexdigest()
