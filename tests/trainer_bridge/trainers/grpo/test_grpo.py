@@ -1,0 +1,139 @@
+"""Small real runs of `blockroll grpo`, from config to summary: Ray actors, sockets, ledger, trainer and the shipped policy."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from blockroll.errors import ConfigError
+from blockroll.settings import load_yaml
+from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
+from blockroll.trainer_bridge.trainers.grpo.metrics import read_rows
+
+RUN = """
+output: {output}
+policy: tiny-reasoner-terse
+steps: 3
+tasks: {{families: [products, chain_sum], prompts_per_step: 5, samples_per_prompt: 4, max_generation_batches: {batches}}}
+rollouts: {{actors: 2, max_tokens: 64, batch: 16, staleness: {staleness}}}
+evaluation: {{tasks: 6, every: 2}}
+save_policy: false
+"""
+COMMAND = [sys.executable, "-c", "from blockroll.cli import main; main()", "grpo"]
+
+
+def write_config(path: Path, output: Path, staleness: int = 0, batches: int = 1) -> Path:
+    path.write_text(RUN.format(output=output, staleness=staleness, batches=batches))
+    return path
+
+
+def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, str(config), *flags], capture_output=True, text=True, timeout=240, check=False)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+
+def test_unknown_key_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output: x\nstepz: 3\n")
+    with pytest.raises(ConfigError, match=r"stepz.*steps"):
+        load_yaml(path, GrpoConfig)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The directory of a run that nothing disturbed."""
+    place = tmp_path_factory.mktemp("whole")
+    done = run(write_config(place / "run.yaml", place / "run"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return place / "run"
+
+
+def test_a_run_writes_what_it_came_to(whole):
+    summary = json.loads((whole / "summary.json").read_text())
+    asked = 3 * 5 * 4 + 3 * 2 * 6  # steps; evaluations before, after step 2 and at the end
+    assert summary["trajectories"] == {"requested": asked, "unique": asked, "duplicates": 0, "missing": 0}
+    assert summary["final_weight_version"] == summary["steps"] == 3
+    rows = read_rows(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert ["heldout_greedy" in row for row in rows] == [True, False, True, True]
+    assert summary["heldout_greedy_before"] == rows[0]["heldout_greedy"]
+    assert summary["heldout_accuracy_after"] == rows[3]["heldout_accuracy"]
+    assert 0 < summary["groups_used"] <= summary["groups"] == 15
+    assert any(row["gradient_norm"] for row in rows[1:])
+    assert all(row["ratio"] is None or abs(row["ratio"] - 1) < 0.02 for row in rows[1:])
+    assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_run_is_not_overwritten_unasked(whole):
+    before = files_of(whole)
+    done = run(whole.parent / "run.yaml")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: output: {whole} holds a run (config.yaml); go on with it (--resume), replace it (--overwrite) or give "
+        "another directory"
+    )
+    bad = write_config(whole.parent / "bad.yaml", whole)
+    bad.write_text(bad.read_text().replace("batch: 16", "batch: 16, bind: 'tcp://nowhere'"))
+    done = run(bad, "--overwrite")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert files_of(whole) == before
+
+
+def test_another_configuration_is_not_resumed(whole, tmp_path):
+    other = write_config(tmp_path / "other.yaml", whole)
+    other.write_text(other.read_text().replace("steps: 3", "steps: 4"))
+    done = run(other, "--resume")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: steps: 4 in {other} differs from the run in {whole}, which has 3; ")
+
+
+def kill(process: subprocess.Popen, mark: str) -> None:
+    """Kill -9 a run, then whatever of its service is left."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for left in psutil.process_iter(["environ"]):
+        if (left.info["environ"] or {}).get("BLOCKROLL_TEST_RUN") == mark:
+            left.kill()
+
+
+@pytest.mark.parametrize(("rows", "wait"), [(1, 0.3), (3, 0.15)])
+def test_a_killed_run_goes_on_to_the_same_trajectories(whole, tmp_path, rows, wait):
+    """Killed in its first step, where there is no checkpoint; and after two steps."""
+    output, config = tmp_path / "run", write_config(tmp_path / "run.yaml", tmp_path / "run")
+    with open(tmp_path / "stderr", "w") as stderr:
+        first = subprocess.Popen([*COMMAND, str(config)], stderr=stderr, env=os.environ | {"BLOCKROLL_TEST_RUN": str(output)})
+    while len(read_rows(output / "metrics.jsonl")) < rows:
+        assert first.poll() is None, (tmp_path / "stderr").read_text()
+        time.sleep(0.02)
+    time.sleep(wait)
+    kill(first, str(output))
+    assert not (output / "summary.json").exists()
+    done = run(config, "--resume")
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours, theirs = (read_rows(d / "metrics.jsonl") for d in (output, whole))
+    same = ("step", "trajectories_digest", "kl", "heldout_accuracy", "heldout_greedy")
+    assert [[row.get(key) for key in same] for row in ours] == [[row.get(key) for key in same] for row in theirs]
+    counts = json.loads((output / "summary.json").read_text())["trajectories"]
+    assert counts["requested"] == counts["unique"] == 96 and counts["missing"] == 0
+
+
+def test_one_step_off_policy_with_more_than_one_batch_of_prompts(tmp_path):
+    config = write_config(tmp_path / "run.yaml", tmp_path / "run", staleness=1, batches=2)
+    done = run(config)
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary, rows = json.loads((tmp_path / "run/summary.json").read_text()), read_rows(tmp_path / "run/metrics.jsonl")
+    assert summary["trajectories"]["missing"] == 0 and summary["final_weight_version"] == 3
+    assert rows[1]["staleness"] == 0 and 0 <= rows[2]["staleness"] <= 1 and 0 <= rows[3]["staleness"] <= 1
+    assert max(rows[2]["staleness"], rows[3]["staleness"]) > 0
+    assert all(row["groups"] == 10 or row["groups_used"] == 5 for row in rows[1:])
