@@ -175,7 +175,7 @@ def _ours(
     check: dict[str, Any] = {"max_logprob_error": 0.0}
 
     def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
-        requests = [RolloutRequest(f"{seed}/{i}", p, params, seed=1000 * seed + i) for i, p in enumerate(prompts)]
+        requests = [RolloutRequest(f"{seed}/{i}", p, params) for i, p in enumerate(prompts)]
         samples = engine.generate(requests)
         if seed == 0:  # the round that is not timed
             again = score(policy, [(sample.prompt_tokens, sample.tokens) for sample in samples], temperature)
