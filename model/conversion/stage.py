@@ -109,6 +109,7 @@ def train_stage(
         ConfigError: the packs of a step cannot be shared out, or the stage's settings are not those of its checkpoint.
         InvalidInput: the loss is no longer finite.
     """
+    stage = stage.on(group.device.type)
     if stage.packs_per_step % group.size:
         raise ConfigError(
             f"stages.{stage.name}.packs_per_step", f"{stage.packs_per_step} packs cannot be shared by {group.size} processes",
@@ -132,7 +133,8 @@ def train_stage(
     if group.first:
         cut_log(log, stage.name, step)
     began, before = time.monotonic(), seen
-    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, saved["places"] if saved else None)
+    places = saved["places"] if saved else None
+    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, places, policy.mask_token_id)
     while seen < stage.tokens:
         own = [lay_out(pack, policy, stage, config) for pack in islice(stream, stage.packs_per_step // group.size)]
         set_rate(optimizer, learning_rate(stage, step, seen))
@@ -190,7 +192,7 @@ def train_step(
         draft_share = pack.draft_weight / drafts / (1 + stage.alpha) if drafts else 0.0
         alpha = stage.alpha if stage.packs_per_step == 1 else ar_share / draft_share if draft_share else 0.0
         routing = Routing([], [])
-        with torch.autocast(group.device.type, torch.bfloat16, enabled=stage.autocast == "bfloat16"):
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=stage.on(group.device.type).autocast == "bfloat16"):
             layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
             losses = objective(policy, layout, target_T, pack.prompts, alpha, stage.draft, routing, parent)
         (losses.total if stage.packs_per_step == 1 else losses.total * (ar_share + draft_share)).backward()

@@ -48,7 +48,7 @@ WAVES = 4
 _RANDOM_PROMPT = 32
 SCHEDULES = {
     "auto": Schedule("auto"), "ar": Schedule("ar"), "two_pass": Schedule("two_pass"),
-    "fused": Schedule("fused", levels=(0, 4, 8)),
+    "fused": Schedule("fused"),
 }  # fmt: skip
 """What `--schedule` may name."""
 
