@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .compare import LossRows
 from .config import ConversionConfig, Stage
 from .data import Document, PackStream, cut_blocks, learned_targets
 from .distributed import Group, clip_gradients, shard
-from .objective import objective
+from .objective import PackLosses, Weights, pack_losses
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -179,26 +179,36 @@ def train_step(
         own: this process's packs.
         parent: the policy whose p is to be kept, if any.
     """
-    weights = [(p.ar_rows, p.draft_weight, p.draft_rows, p.tokens, 1) for p in own]
-    ar, drafts, draft_rows, tokens, count = group.sum([sum(column) for column in zip(*weights)] or [0] * 5)
+    counts = [(p.ar_rows, p.draft_weight, p.draft_rows, p.tokens, 1) for p in own]
+    ar, drafts, draft_rows, tokens, count = group.sum([sum(column) for column in zip(*counts)] or [0] * 5)
     if count < stage.packs_per_step:
         return None
+    autocast = stage.on(group.device.type).autocast == "bfloat16"
+
+    def losses_of(pack: Pack, routing: Routing | None = None) -> PackLosses:
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=autocast):
+            layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
+            return pack_losses(policy, layout, target_T, pack.prompts, stage.draft, routing, parent if routing else None)
+
     optimizer.zero_grad(set_to_none=True)
     figures, loads = [0.0, 0.0, 0.0], None
+    over = Weights(ar, drafts)
+    # Weights that depend on p and q are known after a forward pass. Of one pack it is the pass that is differentiated; of several,
+    # whose passes are not kept, one more without gradient.
+    computed = stage.draft.slots != "all" or stage.draft.sampled > 0
+    if computed and len(own) > 1:
+        with torch.no_grad():
+            over = _summed([losses_of(pack).weights for pack in own], group)
     for pack in own:
-        # The objective is (alpha' * AR + draft) / (1 + alpha') of this pack's means. What it must add to the step's loss
-        # is its share of both means, so alpha' and a factor are chosen to make it that.
-        ar_share = pack.ar_rows / max(ar, 1) * (stage.alpha / (1 + stage.alpha) if drafts else 1.0)
-        draft_share = pack.draft_weight / drafts / (1 + stage.alpha) if drafts else 0.0
-        alpha = stage.alpha if stage.packs_per_step == 1 else ar_share / draft_share if draft_share else 0.0
         routing = Routing([], [])
-        with torch.autocast(group.device.type, torch.bfloat16, enabled=stage.on(group.device.type).autocast == "bfloat16"):
-            layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
-            losses = objective(policy, layout, target_T, pack.prompts, alpha, stage.draft, routing, parent)
-        (losses.total if stage.packs_per_step == 1 else losses.total * (ar_share + draft_share)).backward()
+        losses = losses_of(pack, routing)
+        if len(own) == 1:
+            over = losses.weights if group.size == 1 else _summed([losses.weights], group)
+        losses.share(stage.alpha, stage.draft, over).backward()
         routed = expert_loads(policy, routing)
         loads = routed if loads is None else loads + routed
-        for i, part in enumerate((losses.ar * pack.ar_rows, losses.draft * pack.draft_rows, losses.overlap * pack.draft_rows)):
+        means = losses.cross_entropy * pack.ar_rows, losses.nll * pack.draft_rows, losses.overlap * pack.draft_rows
+        for i, part in enumerate(means):
             figures[i] += part
     clip_gradients(policy, stage.clip)
     optimizer.step()
@@ -207,6 +217,11 @@ def train_step(
     ar_sum, draft_sum, overlap_sum = group.sum(figures)
     per_draft = max(draft_rows, 1)
     return Figures(ar_sum / max(ar, 1), draft_sum / per_draft, overlap_sum / per_draft, int(tokens))
+
+
+def _summed(weights: Sequence[Weights], group: Group) -> Weights:
+    """Of all packs of a step."""
+    return Weights(*group.sum([sum(column) for column in zip(*map(astuple, weights), strict=True)]))
 
 
 def make_optimizer(policy: Policy, stage: Stage) -> torch.optim.Optimizer:

@@ -30,6 +30,9 @@ from .data import texts
 from .distributed import joined, whole_policy
 from .stage import Report, check_settings, settings_of, train_stage
 
+_RESERVED = re.compile(r"[<\[].*(unused|reserved|mask|pad).*[>\]]", re.IGNORECASE)
+"""Names of tokens that no text becomes unless it spells them out."""
+
 
 def new_policy(config: ConversionConfig) -> Policy:
     """An untrained policy and its tokenizer, learned from the run's data."""
@@ -88,9 +91,6 @@ def _mask_token(policy: Policy, config: ConversionConfig) -> int:
         raise ConfigError("mask_token", f"{token}{shown} is a token of ordinary texts, which a mask row must not look like",
                           _free_token(policy))  # fmt: skip
     return token
-
-
-_RESERVED = re.compile(r"[<\[].*(unused|reserved|mask|pad).*[>\]]", re.IGNORECASE)
 
 
 def _reserved(tokenizer: Any, token: int) -> bool:
