@@ -185,10 +185,10 @@ def train_step(
         return None
     autocast = stage.on(group.device.type).autocast == "bfloat16"
 
-    def losses_of(pack: Pack, routing: Routing | None = None) -> PackLosses:
+    def losses_of(pack: Pack, parent: Policy | None = None, routing: Routing | None = None) -> PackLosses:
         with torch.autocast(group.device.type, torch.bfloat16, enabled=autocast):
             layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
-            return pack_losses(policy, layout, target_T, pack.prompts, stage.draft, routing, parent if routing else None)
+            return pack_losses(policy, layout, target_T, pack.prompts, stage.draft, routing, parent)
 
     optimizer.zero_grad(set_to_none=True)
     figures, loads = [0.0, 0.0, 0.0], None
@@ -201,7 +201,7 @@ def train_step(
             over = _summed([losses_of(pack).weights for pack in own], group)
     for pack in own:
         routing = Routing([], [])
-        losses = losses_of(pack, routing)
+        losses = losses_of(pack, parent, routing)
         if len(own) == 1:
             over = losses.weights if group.size == 1 else _summed([losses.weights], group)
         losses.share(stage.alpha, stage.draft, over).backward()

@@ -29,12 +29,17 @@ def stage(**changes) -> Stage:
     return Stage.model_validate({**fields, **changes})
 
 
-def test_packs_of_one_step_are_one_pack(make_policy):
+@pytest.mark.parametrize(
+    "draft",
+    [{}, dict(slots="reached"), dict(slots="accepted"), dict(slots="accepted", sampled=0.7)],
+    ids=["all", "reached", "accepted", "sampled"],
+)
+def test_packs_of_one_step_are_one_pack(make_policy, draft):
     """Losses, gradient, norm and expert loads of two packs are those of one pack that holds their documents."""
     results = []
     for groups in ([DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]]):
-        policy = make_policy(torch.float64, seed=3).requires_grad_(True)
-        one = stage(packs_per_step=len(groups), clip=0.5, balance_rate=0.01)
+        policy = make_policy(torch.float64, seed=3, sharpness=0.6).requires_grad_(True)
+        one = stage(packs_per_step=len(groups), clip=0.5, balance_rate=0.01, draft={**DRAFT, **draft})
         optimizer = make_optimizer(policy, one)
         packs = [Pack.of(group, one, policy.mask_token_id, random.Random(0)) for group in groups]
         figures = [train_step(policy, optimizer, one, packs, Group()) for _ in range(3)]
@@ -43,7 +48,7 @@ def test_packs_of_one_step_are_one_pack(make_policy):
         assert whole.tokens == parts.tokens == 29
         for name in ("ar", "draft", "overlap"):
             assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-6)
-    before = make_policy(torch.float64, seed=3).state_dict()
+    before = make_policy(torch.float64, seed=3, sharpness=0.6).state_dict()
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], tensor, atol=1e-5, rtol=0, msg=name)
         if name.endswith("balancing_biases"):
