@@ -71,7 +71,7 @@ class Sample:
         return self.limit - len(self.tokens)
 
     def own_drafts(self) -> None:
-        """Keep a copy of its own drafts in place of the batch they are in, whose q may take gigabytes: for a sample that waits."""
+        """Copy its own drafts out of the batch they are in, so that a sample that waits does not keep the q of all of it."""
         if self.drafts is not None:
             self.drafts = self.drafts.row(self.draft_index, self.draft_count) if self.draft_count else None
             self.draft_index = 0

@@ -75,8 +75,8 @@ class PackLosses:
     overlap: float
 
     def share(self, alpha: float, draft: DraftLoss, over: Weights) -> torch.Tensor:
-        """The pack's share of L of a step whose packs have the weights `over` in all: L itself, where they are the pack's own. The
-        shares of a step's packs add up to its loss, and their gradients to its gradient, whatever packs its documents are in."""
+        """The pack's share of L of a step whose packs have the weights `over` in all; L itself where they are its own. The
+        shares of all packs add up to the step's loss and gradient, whatever packs its documents are in."""
         ar = self.ar / over.ar
         if not over.draft:
             return ar

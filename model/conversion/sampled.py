@@ -102,6 +102,7 @@ def _draft(
         logits_CV[:, policy.mask_token_id] = -torch.inf
         mass_CV = logits_CV.double().softmax(-1).cumsum(-1)
         # The first token whose cumulated mass exceeds the number: never one of mass 0.
-        previous_C = torch.searchsorted(mass_CV, draw_C[:, None] * mass_CV[:, -1:], right=True)[:, 0].clamp_max(mass_CV.shape[1] - 1)
+        found_C1 = torch.searchsorted(mass_CV, draw_C[:, None] * mass_CV[:, -1:], right=True)
+        previous_C = found_C1[:, 0].clamp_max(mass_CV.shape[1] - 1)
         tokens.append(previous_C)
     return torch.stack(tokens, 1), torch.stack(before, 1)

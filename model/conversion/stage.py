@@ -193,8 +193,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     figures, loads = [0.0, 0.0, 0.0], None
     over = Weights(ar, drafts)
-    # Weights that depend on p and q are known after a forward pass. Of one pack it is the pass that is differentiated; of several,
-    # whose passes are not kept, one more without gradient.
+    # Weights that depend on p and q are known after a forward pass: of one pack, that which is differentiated; of several, whose
+    # passes are not all kept, one more without gradient.
     computed = stage.draft.slots != "all" or stage.draft.sampled > 0
     if computed and len(own) > 1:
         with torch.no_grad():

@@ -75,8 +75,7 @@ def compare(got, expected, atol):
 )
 def test_kernels_on_a_device(policy, schedule, samplers, monkeypatch):
     """Prompts in chunks, a group that shares one, samplers side by side, steps padded to few shapes; experts are recorded."""
-    # Steps that record experts are not padded.
-    group = requests(samplers[:1], samples=2, max_tokens=4, routed_experts=schedule.kind != "fused")
+    group = requests(samplers[:1], samples=2, max_tokens=4, routed_experts=True)
     asked = [*requests(samplers, max_tokens=4), *group]
     asked = [RolloutRequest(str(i), r.prompt_tokens, r.params, r.seed, r.samples) for i, r in enumerate(asked)]
     expected, _ = generate(policy, schedule, asked)
