@@ -18,16 +18,20 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.", "m
 """What DDP, torch.compile, FSDP and PEFT put before or into a name."""
 
 
+class FittingTensors(dict[str, torch.Tensor]):
+    """Tensors that were found to be a policy's."""
+
+
 def fitting_tensors(
     policy: Policy, tensors: Mapping[str, torch.Tensor], error: type[InvalidInput], field: str, where: str
-) -> dict[str, torch.Tensor]:
+) -> FittingTensors:
     """The tensors, checked: every one of the policy's `state_dict`, no other, of the same shape, floating, and finite in the
     policy's dtype. The head of a policy that ties it to the embedding may be there, if it equals the embedding; it is left out.
 
     Args:
         error, field, where: what is raised, the field it names, and what it calls the tensors.
     """
-    wanted, given = policy.state_dict(), dict(tensors)
+    wanted, given = policy.state_dict(), FittingTensors(tensors)
     tied = policy.config.tie_word_embeddings
     head = given.pop(_HEAD, None) if tied else None
     if tied:
@@ -40,7 +44,7 @@ def fitting_tensors(
             raise error(field, f"{name} in {where} is {kind}", f"use {', '.join(DTYPES)}")
         if tensor.shape != own.shape:
             raise error(field, f"{name} in {where} has shape {tuple(tensor.shape)}, the policy's has {tuple(own.shape)}",
-                        "use weights and a config.json of the same policy")  # fmt: skip
+                        "use the config.json that was saved with the weights")  # fmt: skip
         if not torch.isfinite(tensor.to(own.dtype)).all():
             raise error(field, f"{name} in {where} holds NaN or infinity", "use a checkpoint from before the training went wrong")
     embedding = given[_EMBEDDING]

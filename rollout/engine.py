@@ -16,7 +16,7 @@ import torch
 
 from ..errors import RequestError
 from ..model.policy import Policy
-from ..model.weights import fitting_tensors
+from ..model.weights import FittingTensors, fitting_tensors
 from .cache import PagedCache
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
@@ -187,6 +187,14 @@ class Engine:
             self.planner.observe(decoding, None if any(turn.chunk for turn in step) else self._now() - start)
         return self._finish(decoding)
 
+    def check_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> FittingTensors:
+        """The tensors of a weight version, checked as `load_weights` does, which takes the result without looking again."""
+        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 2**31:
+            raise RequestError("version", f"{version!r} is no whole number in 0..2**31-1", "count versions from 0")
+        if isinstance(tensors, FittingTensors):
+            return tensors
+        return fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
+
     def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:
         """Take a weight version between two steps, whole; an error changes nothing.
 
@@ -200,12 +208,9 @@ class Engine:
             RequestError: the tensors are not the policy's (names, shapes, dtypes, finite numbers); the version or `in_flight` is
                 none of the above.
         """
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 2**31:
-            raise RequestError("version", f"{version!r} is no whole number in 0..2**31-1", "count versions from 0")
         if in_flight not in ("keep", "recompute"):
             raise RequestError("in_flight", f"unknown value {in_flight!r}", "use keep or recompute")
-        fitting = fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
-        self.policy.load_state_dict(fitting, strict=False)
+        self.policy.load_state_dict(self.check_weights(tensors, version), strict=False)
         self.steps.take_weights()
         self.version = version
         self.scheduler.forget_prompts()

@@ -55,7 +55,7 @@ def new_policy(config: ConversionConfig) -> Policy:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    zaya.diffusion = {"mask_token_id": MASK}
+    zaya.diffusion = {"mask_token_id": MASK, **({"block_size": config.block_size} if config.block_size else {})}
     policy = Policy(zaya).initialise(torch.Generator().manual_seed(config.seed))
     policy.tokenizer = tokenizer
     return policy
