@@ -112,6 +112,7 @@ class Scheduler:
             assert sample.held is not None
             self.cache.release(sample.held)
             sample.held = self.cache.open()
+            sample.own_drafts()
 
     def _admit(self) -> None:
         filling = {s.request.id for s in self.running if not s.prefilled}

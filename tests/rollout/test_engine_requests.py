@@ -202,6 +202,19 @@ def test_a_sample_that_waits_or_has_ended_keeps_no_batch_of_drafts(policy, monke
     assert not len(batches)
 
 
+def test_a_sample_that_prefills_again_keeps_no_batch_of_drafts(policy):
+    engine = Engine(policy, EngineConfig(prefill_rows=4))
+    for name in "abc":
+        engine.add(RolloutRequest(name, (5, 6), SamplingParams("lossless", max_tokens=60, ignore_eos=True)))
+    engine.step()
+    engine.load_weights(policy.state_dict(), 1, "recompute")
+    drafts = [sample.drafts for sample in engine.scheduler.running if sample.drafts is not None]
+    assert len(drafts) > 1
+    for each in drafts:
+        assert len(each.token_SM) == 1
+        assert each.token_SM.untyped_storage().nbytes() == 8 * each.token_SM.numel()
+
+
 def test_a_finished_sample_drops_its_drafts(policy):
     """Those that were drawn in its last step are in a batch with its neighbour's."""
     engine = Engine(policy)
