@@ -141,6 +141,7 @@ def whole_directory(path: str | os.PathLike[str], owned: Callable[[str], bool] =
         try:
             os.chmod(staging, 0o777 & ~_umask())
             yield staging
+            _publish(staging)
             if target.is_dir():
                 for old in target.iterdir():
                     if not owned(old.name) and not (staging / old.name).exists():
@@ -231,8 +232,20 @@ def _exchange(one: Path, other: Path) -> None:
     os.rename(aside, one)
 
 
+def _publish(directory: Path) -> None:
+    """Give all that is in a directory the usual permissions: some writers (mkstemp, safetensors) make private files."""
+    mask = _umask()
+    for folder, folders, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.islink(path):
+                os.chmod(path, 0o666 & ~mask)
+        for name in folders:
+            os.chmod(os.path.join(folder, name), 0o777 & ~mask)
+
+
 def _umask() -> int:
-    # There is no call that only reads it. mkstemp makes private files; what is published gets the usual permissions.
+    # There is no call that only reads it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .options import DtypeOption, InputOption, OutputOption, PolicyOption, integers
+from .options import LEVELS, DtypeOption, InputOption, OutputOption, PolicyOption, integers
 
 
 def generate(
@@ -22,11 +22,13 @@ def generate(
         typer.Option(metavar="auto|ar|two_pass|fused", help="What a step runs; auto: what is fastest here, step by step. "
                      "Samples of lossless and mixed depend on it."),
     ] = "fused",
-    levels: Annotated[str, typer.Option(help="fused: acceptance lengths drafted for, 0 among them.")] = "0,4,8",
-    block_size: Annotated[int, typer.Option(help="Mask rows of a block, 2 to 64.")] = 16,
+    levels: Annotated[str, typer.Option(help="fused: acceptance lengths drafted for, 0 among them.")] = LEVELS,
+    block_size: Annotated[
+        int | None, typer.Option(help="Mask rows of a block, 2 to 64; without it the policy's own.", show_default=False)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="1.0 keeps every token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
+    top_k: Annotated[int, typer.Option(help="0 or -1 keeps every token.")] = 0,
     min_p: Annotated[float, typer.Option(help="0 keeps every token.")] = 0.0,
     n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,

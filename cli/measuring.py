@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import PolicyOption, integers, numbers, words
+from .options import LEVELS, PolicyOption, integers, numbers, words
 
 
 def evaluate(
@@ -22,7 +22,7 @@ def evaluate(
     samplers: Annotated[str, typer.Option(help="Beside ar, which is always measured.")] = "ar,lossless,mixed",
     mix_weights: Annotated[str, typer.Option(help="mixed: weights of p's logits.")] = "0.25,0.5,0.75",
     temperatures: Annotated[str, typer.Option(help="pass@k and acceptance are measured at the first.")] = "1.0,0.3",
-    levels: Annotated[str, typer.Option(help="Acceptance lengths a step drafts for.")] = "0,4,8",
+    levels: Annotated[str, typer.Option(help="Acceptance lengths a step drafts for.")] = LEVELS,
     block_sizes: Annotated[str, typer.Option(help="Compared slot by slot; the rest is at the policy's own.")] = "8,16",
     k: Annotated[
         str | None, typer.Option("--k", metavar="1,2,4,...", help="For pass@k; without it the powers of 2 up to samples.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InvalidInput
+from ..rollout.schedule import DEFAULT_LEVELS
 
 PolicyOption = Annotated[
     str, typer.Option("--policy", metavar="NAME_OR_DIR", help="A shipped policy, or a directory with a ZAYA model.")
@@ -15,6 +16,7 @@ PolicyOption = Annotated[
 InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
 DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+LEVELS = ",".join(map(str, DEFAULT_LEVELS))
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 
 

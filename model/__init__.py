@@ -6,6 +6,6 @@ Knows tensors, tokens and files. Does not know requests, sampling, Ray or socket
 `layout` says what a forward pass runs, `policy` is the network over it, of `cca`, `experts` and `linear`; `state` is
 what it asks of a cache, `paged` what a layout asks of kernels on the cache's pages. `packed` is the same network for
 small policies on a CPU. `scoring` gives log-probabilities of given tokens, `vocabulary` bounds the logits that exist at
-once. `checkpoint` and `tokenizer` are files, `shipped` policies that come along, `tasks` texts with verifiers,
-`conversion` training.
+once. `weights` checks tensors from elsewhere, `checkpoint` and `tokenizer` are files, `shipped` policies that come
+along, `tasks` texts with verifiers, `conversion` training.
 """

@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, ZayaConfig
 from ..errors import CheckpointError, StorageError
 from ..files import whole_directory
 from .policy import Policy
+from .weights import DTYPES, fitting_tensors
 
 SHIPPED = Path(__file__).parent / "shipped"
 _POLICY_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json",
                  "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                  "merges.txt", "chat_template*")  # fmt: skip
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
@@ -104,27 +104,7 @@ def load_policy(
     tensors = _tensors(directory)
     with torch.device("meta"):
         policy = Policy(config)
-    wanted = policy.state_dict()
-    if config.tie_word_embeddings:
-        wanted.pop("lm_head.weight")
-        tensors.pop("lm_head.weight", None)
-    for problem, names in (("lacks", wanted.keys() - tensors.keys()), ("has unknown", tensors.keys() - wanted.keys())):
-        if names:
-            raise CheckpointError(
-                "policy",
-                f"{directory} {problem} {len(names)} tensor(s), first {min(names)!r}",
-                "export the whole model again with save_pretrained",
-            )
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                "policy",
-                f"{name} in {directory} has shape {tuple(tensor.shape)}, config.json asks {tuple(wanted[name].shape)}",
-                "use the config.json that was saved with the weights",
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError("policy", f"{name} in {directory} holds NaN or infinity",
-                                  "use a checkpoint from before the training went wrong")  # fmt: skip
+    tensors = fitting_tensors(policy, tensors, CheckpointError, "policy", os.fspath(directory))
     policy = Policy(config)
     policy.load_state_dict(tensors, strict=False)
     # Buffers are rotary frequencies and balancing biases: half a number's digits would turn far positions by radians.

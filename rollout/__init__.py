@@ -4,7 +4,8 @@ Knows policies and requests. Does not know trainers, sockets or ledgers. `rollou
 
 A step, in the order of its sentence in `engine`: `schedule` says what a step may run, `scheduler` who takes part,
 `steps` lays out the rows, `forwards` runs them over `cache`, `sampling` draws and verifies, `sequence` is what one
-sample has so far. `types` is what goes in and comes out, `backend` what the bridge asks of whoever serves it.
+sample has so far. `types` is what goes in and comes out, `seeds` where its random numbers come from, `backend` what
+the bridge asks of whoever serves it.
 
 Folders around it: `planning` chooses schedules. `cluster` spreads engines over Ray. `evaluation` measures what a policy is worth,
 `conversion` makes one and measures it, `bench` measures machines. `offline` decodes and scores files. `progress` and `machine`

@@ -61,10 +61,9 @@ class PagedCache:
         self.x = pool(slots * self.ring, channels)
         self.delayed = pool(slots * self.ring, kv[0] * kv[1] // 2)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
-        self.total_pages = pages
-        self._free = list(range(pages))[::-1]
-        self._slots = list(range(slots))[::-1]
+        self.total_pages, self._total_slots = pages, slots
         self._users = np.zeros(pages, dtype=np.int64)
+        self.release_all()
 
     @property
     def free_pages(self) -> int:
@@ -119,6 +118,12 @@ class PagedCache:
         self._free += held.pages[self._users[held.pages] == 0].tolist()
         self._slots.append(held.slot)
         held.pages, held.length = _NO_PAGES, 0
+
+    def release_all(self) -> None:
+        """Take everything back from whoever holds it."""
+        self._free: list[int] = list(range(self.total_pages))[::-1]
+        self._slots: list[int] = list(range(self._total_slots))[::-1]
+        self._users[:] = 0
 
     def view(self, sequences: Sequence[Held], layout: TokenLayout, width: int | None = None) -> CacheView:
         """The state of one forward pass over the host layout `layout`, whose sequence s is `sequences[s]`.

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import RequestError
 from ..model.policy import Policy
+from ..model.weights import FittingTensors, fitting_tensors
 from .cache import PagedCache
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
@@ -91,9 +92,39 @@ class Engine:
         """Samples are waiting or running."""
         return self.scheduler.pending > 0
 
+    def check(self, *requests: RolloutRequest) -> None:
+        """Raise RequestError if this engine cannot serve one of the requests, or if two of them, or one of them and one that it
+        still serves, share an id."""
+        names = set[str]()
+        for request in requests:
+            if request.id in names or self.scheduler.serves(request.id):
+                raise RequestError("id", f"two unfinished requests are called {request.id!r}", "give each request its own id")
+            names.add(request.id)
+            self._check_sizes(request)
+
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
-        """Queue a request's samples, but for the numbers in `without`; RequestError if this policy cannot serve it."""
-        config, prompt, params = self.policy.config, request.prompt_tokens, request.params
+        """Queue a request's samples, but for the numbers in `without`; RequestError, and nothing is queued, where `check` says
+        so."""
+        self.check(request)
+        params, layers = request.params, self.policy.config.num_hidden_layers
+        limit = self._longest(request)
+        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*self.policy.eos_token_ids})
+        for number in range(request.samples):
+            if number in without:
+                continue
+            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
+            if params.routed_experts:
+                sample.experts = np.full((limit, layers), -1, dtype=np.int16)
+            self.scheduler.add(sample)
+        self._arrivals += 1
+
+    def _longest(self, request: RolloutRequest) -> int:
+        """Most tokens a sample of the request may reach, prompt included."""
+        return min(len(request.prompt_tokens) + request.params.max_tokens, self.policy.config.max_position_embeddings)
+
+    def _check_sizes(self, request: RolloutRequest) -> None:
+        """Raise RequestError where the request does not fit the policy or the cache."""
+        config, prompt = self.policy.config, request.prompt_tokens
         most = config.max_position_embeddings
         if len(prompt) >= most:
             raise RequestError(
@@ -107,37 +138,41 @@ class Engine:
                 f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
                 "use the policy's own tokenizer",
             )
-        limit = min(len(prompt) + params.max_tokens, most)
+        limit = self._longest(request)
         if self.cache.pages_for(limit) > self.cache.total_pages:
             raise RequestError(
                 "max_tokens", f"request {request.id!r} may need {limit} positions, more than the cache holds",
                 "raise the engine's `pages` or lower max_tokens",
             )  # fmt: skip
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*self.policy.eos_token_ids})
-        for number in range(request.samples):
-            if number in without:
-                continue
-            sample = Sample(request, number, limit, list(prompt), stops, self._arrivals)
-            if params.routed_experts:
-                sample.experts = np.full((limit, config.num_hidden_layers), -1, dtype=np.int16)
-            self.scheduler.add(sample)
-        self._arrivals += 1
 
     def generate(
         self, requests: Sequence[RolloutRequest], on_finish: Callable[[Trajectory], None] | None = None
     ) -> list[Trajectory]:
-        """Serve requests to the end. Returns their trajectories in the order of the requests, then of the samples."""
+        """Serve requests to the end. Returns their trajectories in the order of the requests, then of the samples.
+
+        Whatever ends the call early (`on_finish` raises, Ctrl-C) leaves the engine empty.
+
+        Raises:
+            RequestError: one of the requests cannot be served (`check`), or the engine holds samples of earlier calls of `add`.
+                No request of the call is queued.
+        """
+        if self.has_work:
+            raise RequestError("requests", f"the engine still holds {self.scheduler.pending} samples of earlier requests",
+                               "serve them with step(), or end them with abort(), before generate()")  # fmt: skip
+        self.check(*requests)
         order = {request.id: i for i, request in enumerate(requests)}
-        if len(order) != len(requests):
-            raise RequestError("id", "two requests of one call share an id", "give each request its own id")
-        for request in requests:
-            self.add(request)
         done: list[Trajectory] = []
-        while self.has_work:
-            for trajectory in self.step():
-                done.append(trajectory)
-                if on_finish is not None:
-                    on_finish(trajectory)
+        try:
+            for request in requests:
+                self.add(request)
+            while self.has_work:
+                for trajectory in self.step():
+                    done.append(trajectory)
+                    if on_finish is not None:
+                        on_finish(trajectory)
+        except BaseException:
+            self.abort()
+            raise
         return sorted(done, key=lambda t: (order[t.request_id], t.sample))
 
     @torch.inference_mode()
@@ -152,14 +187,30 @@ class Engine:
             self.planner.observe(decoding, None if any(turn.chunk for turn in step) else self._now() - start)
         return self._finish(decoding)
 
+    def check_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> FittingTensors:
+        """The tensors of a weight version, checked as `load_weights` does, which takes the result without looking again."""
+        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 2**31:
+            raise RequestError("version", f"{version!r} is no whole number in 0..2**31-1", "count versions from 0")
+        if isinstance(tensors, FittingTensors):
+            return tensors
+        return fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
+
     def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:
-        """Take a weight version between two steps.
+        """Take a weight version between two steps, whole; an error changes nothing.
 
         Args:
-            tensors: every tensor of the policy, by name.
+            tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. The head of a policy
+                that ties it to the embedding may be missing.
+            version: the number that new tokens carry, 0 <= version < 2**31.
             in_flight: `keep` goes on with the old K/V, `recompute` prefills running samples again under the new weights.
+
+        Raises:
+            RequestError: the tensors are not the policy's (names, shapes, dtypes, finite numbers); the version or `in_flight` is
+                none of the above.
         """
-        self.policy.load_state_dict(dict(tensors), strict=False)
+        if in_flight not in ("keep", "recompute"):
+            raise RequestError("in_flight", f"unknown value {in_flight!r}", "use keep or recompute")
+        self.policy.load_state_dict(self.check_weights(tensors, version), strict=False)
         self.steps.take_weights()
         self.version = version
         self.scheduler.forget_prompts()
@@ -169,6 +220,7 @@ class Engine:
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is; their trajectories, oldest first, some perhaps without a token."""
         ended = self.scheduler.clear()
+        self.steps.forget_samples()
         for sample in ended:
             sample.finish = "abort"
         return [sample.trajectory() for sample in ended]

@@ -4,6 +4,7 @@ Invariants:
 - Nothing here waits for the device.
 - What is captured computes what runs eagerly: the inputs of a shape lie in one place, which every step fills again.
 - The vocabulary head sees the rows that are asked for, and no others.
+- Graphs are few, and their memory is bounded.
 
 Legend: T rows, D hidden or, first of several, decoding sequences; M most drafts, R rows whose logits are asked for,
 V vocabulary, N rows whose tokens are drafts, L layers.
@@ -11,6 +12,7 @@ V vocabulary, N rows whose tokens are drafts, L layers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from ..kernels.dispatch import batch_invariant
-from ..kernels.graphs import capture
+from ..kernels.graphs import Captured, GraphBudget
 from ..kernels.transfer import upload
 from ..model.layout import DecodeRows, decode
 from ..model.packed import packed_forward
@@ -30,7 +32,14 @@ Fill = Callable[[torch.Tensor], object]
 """Writes, into token_T on the device, the tokens that the host does not know."""
 _OFTEN = 3
 """A shape is captured when it is met so many times."""
-_MOST_SHAPES = 512
+_MOST_SHAPES = 128
+"""Shapes whose inputs, and graphs, are kept."""
+_GRAPH_SHARE = 32
+"""Graphs take at most this part of the device's memory: 1 / 32."""
+_LATELY = 2000
+"""A graph that was not replayed in so many passes gives way to another one. Others stay, and what finds no room runs eagerly:
+shapes that take turns would else capture again and again, which takes as long as hundreds of steps."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -97,31 +106,44 @@ class Pass:
 
 
 class _Shape:
-    """Forwards of one shape: their inputs, and what they give once they are captured."""
+    """Forwards of one shape: their inputs, and what they give once they are captured.
 
-    def __init__(self, policy: Policy, inputs: RecurringInputs) -> None:
-        self._policy, self.inputs = policy, inputs
+    Attributes:
+        captured: the graph, once there is one. last: number of the pass it was run in last.
+    """
+
+    def __init__(self, policy: Policy, inputs: RecurringInputs, routed: bool) -> None:
+        self._policy, self.inputs, self._routed = policy, inputs, routed
         self.parcel = inputs.parcel(policy.device)
-        self._met = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.captured: Captured | None = None
+        self.last = self._met = 0
         self._hidden_TD: torch.Tensor | None = None
+        self._expert_TL: torch.Tensor | None = None
 
-    def run(self, graphs: bool, memory: object) -> torch.Tensor:
-        """hidden_TD; from a graph, with `graphs`, when the shape has been met often."""
+    def forward(self) -> None:
+        """Run it on the inputs as they are."""
         layout, plan = self.parcel.contents
+        routing = Routing([], []) if self._routed else None
+        self._hidden_TD = self._policy(layout, self.inputs.view, routing, plan)
+        self._expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
-        def forward() -> torch.Tensor:
-            self._hidden_TD = self._policy(layout, self.inputs.view, None, plan)
-            return self._hidden_TD
-
+    def run(self, capture: Callable[[Callable[[], None]], Captured | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_TD, and the experts if they are wanted. From a graph, which `capture` gives if it may, when the shape has been
+        met often."""
         self._met += 1
-        if not graphs or self._met < _OFTEN:
-            return forward()
-        if self._graph is None:
-            self._graph = capture(forward, memory)
-        self._graph.replay()
-        assert self._hidden_TD is not None
-        return self._hidden_TD
+        if self.captured is None and self._met >= _OFTEN:
+            self.captured = capture(self.forward)
+        if self.captured is None:
+            self.forward()
+        else:
+            self.captured.graph.replay()
+        hidden_TD, expert_TL = self._hidden_TD, self._expert_TL
+        assert hidden_TD is not None
+        if self.captured is None:
+            self._hidden_TD = self._expert_TL = None  # of use to nobody once the step is over
+        elif expert_TL is not None:
+            expert_TL = expert_TL.clone()  # it is read after the next graph, which may write over it
+        return hidden_TD, expert_TL
 
 
 class Forwards:
@@ -141,7 +163,10 @@ class Forwards:
         self._device = policy.device
         self._graphs = torch.cuda.is_available() and self._device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
+        total = torch.cuda.get_device_properties(self._device).total_memory if self._graphs else 0
+        self._budget, self._warned = GraphBudget(_MOST_SHAPES, total // _GRAPH_SHARE), False
         self._shapes: dict[Hashable, _Shape] = {}
+        self._passes = 0
         self.take_weights()
 
     def take_weights(self) -> None:
@@ -155,7 +180,7 @@ class Forwards:
         """One pass. Its hidden states hold until the next one."""
         lead_D = np.array(asked.lead_D, dtype=np.int64)
         whole = len(asked.where) == len(asked.held) and not lead_D.any()
-        again = whole and self._captured and self._packed is None and not asked.routed and self._policy.paged
+        again = whole and self._captured and self._packed is None and self._policy.paged
         plans: list[DecodeRows] = []
         if again:
             full = asked.full
@@ -181,43 +206,69 @@ class Forwards:
             def fill(token_T: torch.Tensor) -> None:
                 token_T.index_copy_(0, row_N, token_N)
 
-        routing = Routing([], []) if asked.routed else None
-        hidden_TD = self._again(asked, fill) if again else self._once(plans, asked.held, fill, routing)
+        hidden_TD, expert_TL = self._again(asked, fill) if again else self._once(plans, asked, fill)
         logits_DRV = self.head(hidden_TD[index_DR]) if asked.where else hidden_TD[:0]
-        expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
-        spans = [] if again else [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)]
+        # Rows of drafts that a sequence lacks count as its own: their positions are run again before they are committed.
+        spans = [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)] if asked.routed else []
         return Pass(hidden_TD, first_D, clean_S[asked.where] - lead_D, logits_DRV, expert_TL, spans, also)
 
     def _once(
-        self, plans: Sequence[DecodeRows], held: Sequence[Held], fill: Fill | None, routing: Routing | None
-    ) -> torch.Tensor:
-        """hidden_TD of every row, whatever each sequence runs."""
+        self, plans: Sequence[DecodeRows], asked: Asked, fill: Fill | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_TD of every row, whatever each sequence runs, and the experts if they are wanted."""
         layout = decode(plans, self._policy.mask_token_id)
-        view = self._cache.view(held, layout)
+        view = self._cache.view(asked.held, layout)
+        routing = Routing([], []) if asked.routed else None
         if self._packed is not None:
             if fill is not None:
                 fill(layout.token_T)
-            return self._packed(layout, view, routing)
-        plan = self._policy.host_plan(layout, view)
-        layout, plan = upload((layout, plan), self._device)
-        if fill is not None:
-            fill(layout.token_T)
-        return self._policy(layout, view, routing, plan)
+            hidden_TD = self._packed(layout, view, routing)
+        else:
+            plan = self._policy.host_plan(layout, view)
+            layout, plan = upload((layout, plan), self._device)
+            if fill is not None:
+                fill(layout.token_T)
+            hidden_TD = self._policy(layout, view, routing, plan)
+        return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
-    def _again(self, asked: Asked, fill: Fill | None) -> torch.Tensor:
-        """hidden_TD where every sequence runs the full rows. The shape is one of few: sequences are padded to a `bucket`, the
+    def _again(self, asked: Asked, fill: Fill | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same where every sequence runs the full rows. The shape is one of few: sequences are padded to a `bucket`, the
         table of pages to a power of two."""
         rows, held = asked.full, asked.held
         sequences, width = bucket(len(held)), 1 << (max(1, *(len(each.pages) for each in held)) - 1).bit_length()
-        key = len(rows.clean), rows.proposals, rows.block_length, sequences, width, batch_invariant()
+        key = len(rows.clean), rows.proposals, rows.block_length, sequences, width, batch_invariant(), asked.routed
         shape = self._shapes.pop(key, None)
         if shape is None:
             if len(self._shapes) >= _MOST_SHAPES:  # the one that was used longest ago goes
-                self._shapes.pop(next(iter(self._shapes)))
-            shape = _Shape(self._policy, RecurringInputs(self._policy, self._cache, rows, sequences, width))
+                self._drop_graph(self._shapes.pop(next(iter(self._shapes))))
+            inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
+            shape = _Shape(self._policy, inputs, asked.routed)
         self._shapes[key] = shape
+        self._passes += 1
+        shape.last = self._passes
         shape.inputs.at(held, asked.start_D, asked.first_D)
         shape.parcel.send()
         if fill is not None:
             fill(shape.parcel.contents[0].token_T)
-        return shape.run(self._graphs, self._memory)
+        return shape.run(self._capture)
+
+    def _capture(self, forward: Callable[[], None]) -> Captured | None:
+        """A graph of the forward; None where the device has no graphs, or all that fit were replayed lately."""
+        if not self._graphs:
+            return None
+        budget = self._budget
+        idle = (shape for shape in self._shapes.values() if shape.captured and self._passes - shape.last > _LATELY)
+        while not budget.has_room and (shape := next(idle, None)) is not None:
+            self._drop_graph(shape)
+        if budget.has_room:
+            return budget.capture(forward, self._memory)
+        if not self._warned:
+            _log.warning("%d captured graphs take %d MB, which is the bound: other shapes of steps run without a graph",
+                         budget.graphs, budget.bytes >> 20)  # fmt: skip
+            self._warned = True
+        return None
+
+    def _drop_graph(self, shape: _Shape) -> None:
+        if shape.captured is not None:
+            self._budget.drop(shape.captured)
+            shape.captured = None

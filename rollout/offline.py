@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -26,8 +25,9 @@ from ..model.scoring import score
 from ..model.tokenizer import encode_prompt
 from .engine import Engine, EngineConfig
 from .progress import Meter
-from .schedule import Schedule, ScheduleKind
-from .types import MAX_SEED, RolloutRequest, SamplingParams, Trajectory
+from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
+from .seeds import MAX_SEED, derived_seed
+from .types import RolloutRequest, SamplingParams, Trajectory
 
 SCHEDULES = ("auto", "ar", "two_pass", "fused")
 _TOKENS_PER_SCORING_PASS = 4096
@@ -63,8 +63,8 @@ def generate_file(
     *,
     params: SamplingParams,
     schedule: str = "fused",
-    levels: Sequence[int] = (0, 4, 8),
-    block_size: int = 16,
+    levels: Sequence[int] = DEFAULT_LEVELS,
+    block_size: int | None = None,
     n: int = 1,
     seed: int = 0,
     batch: int = 32,
@@ -75,6 +75,7 @@ def generate_file(
     Args:
         schedule: `ar`, `two_pass`, `fused`, or `auto`: step by step what is fastest on this machine.
         levels: acceptance lengths that `fused` drafts for.
+        block_size: mask rows of a block; None for the policy's own.
         seed: a line without a seed of its own gets one made from this number and its id.
         batch: most samples decoded at once.
 
@@ -147,7 +148,7 @@ def score_file(
                 meter.advance(len(sequences[index][1]), 0)
 
 
-def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int, batch: int) -> EngineConfig:
+def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int | None, batch: int) -> EngineConfig:
     if schedule not in SCHEDULES:
         raise InvalidInput("schedule", f"unknown schedule {schedule!r}", f"use one of {', '.join(SCHEDULES)}")
     if batch < 1:
@@ -164,18 +165,27 @@ def pages_for(requests: Sequence[RolloutRequest], policy: Policy, config: Engine
 
 
 def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:
-    """Trajectories as they finish. The engine holds about `ahead` samples, however long the file is."""
+    """Trajectories as they finish. The engine holds about `ahead` samples, however long the file is; once the caller stops, none.
+
+    Raises:
+        RequestError: one of the requests cannot be served; none was.
+    """
+    engine.check(*requests)
     left = iter(requests)
     held = 0
-    while True:
-        while held < ahead and (request := next(left, None)) is not None:
-            engine.add(request)
-            held += request.samples
-        if not engine.has_work:
-            return
-        for sample in engine.step():
-            held -= 1
-            yield sample
+    try:
+        while True:
+            while held < ahead and (request := next(left, None)) is not None:
+                engine.add(request)
+                held += request.samples
+            if not engine.has_work:
+                return
+            for sample in engine.step():
+                held -= 1
+                yield sample
+    except BaseException:
+        engine.abort()
+        raise
 
 
 def _requests(
@@ -194,7 +204,7 @@ def _requests(
             raise line.error("id", f"{name!r} stands on an earlier line too", "give each line an id of its own")
         own = line.record.get("seed")
         if own is None:
-            own = _seed_of(seed, str(name))
+            own = derived_seed(seed, str(name))
         if type(own) is not int or not 0 <= own <= MAX_SEED:
             raise line.error("seed", f"{json.dumps(own)} is not a seed", "use a whole number from 0 to 2**63-1")
         ids[str(name)] = name
@@ -225,11 +235,6 @@ def _prompt_tokens(line: _Line, policy: Policy) -> tuple[int, ...]:
         raise line.error(field, f"{len(tokens)} tokens, and this policy's maximum is {longest}, one to follow included",
                          f"shorten it to {longest - 1}")
     return tokens
-
-
-def _seed_of(seed: int, name: str) -> int:
-    """A seed for the line called `name`: lines differ, and moving one changes nothing."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()) & MAX_SEED
 
 
 def _sample_line(name: str | int, sample: Trajectory, policy: Policy) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ..errors import RequestError
 
+DEFAULT_LEVELS = (0, 4, 8)
 ScheduleKind = Literal["auto", "ar", "two_pass", "fused"]
 
 
@@ -24,7 +25,7 @@ class Schedule:
 
     kind: ScheduleKind = "fused"
     drafts: int | None = None
-    levels: tuple[int, ...] = (0, 4)
+    levels: tuple[int, ...] = DEFAULT_LEVELS
     block: int | None = None
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ class Scheduler:
         self.running: list[Sample] = []
         self._waiting: list[tuple[int, int, Sample]] = []
         self._prompts: dict[str, Held] = {}
+        self._unfinished: dict[str, int] = {}
         self.preemptions = 0
 
     @property
@@ -35,22 +36,35 @@ class Scheduler:
         """Samples not finished."""
         return len(self.running) + len(self._waiting)
 
+    def serves(self, request_id: str) -> bool:
+        """Whether a sample of the request is not finished."""
+        return request_id in self._unfinished
+
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
-        heapq.heappush(self._waiting, (sample.arrival, sample.number, sample))
+        self._unfinished[sample.request.id] = self._unfinished.get(sample.request.id, 0) + 1
+        self._wait(sample)
 
     def clear(self) -> list[Sample]:
-        """Give up every sample, and return them, oldest first."""
+        """Give up every sample, and return them, oldest first. Nothing is in use afterwards, also where an exception stopped a
+        step half way."""
         given_up = sorted([*self.running, *(s for *_, s in self._waiting)], key=lambda s: (s.arrival, s.number))
-        for sample in list(self.running):
-            self._give_up(sample)
+        for sample in given_up:
+            sample.held = sample.drafts = None
+        self.running.clear()
         self._waiting.clear()
-        self.forget_prompts()
+        self._prompts.clear()
+        self._unfinished.clear()
+        self.cache.release_all()
         return given_up
 
     def retire(self, sample: Sample) -> None:
-        """A finished sample gives its place back."""
+        """A finished sample gives its place back, and its drafts."""
         self._give_up(sample)
+        sample.drafts = None
+        self._unfinished[sample.request.id] -= 1
+        if not self._unfinished[sample.request.id]:
+            del self._unfinished[sample.request.id]
         if not any(s.request.id == sample.request.id for *_, s in self._waiting):
             self._forget_prompt(sample.request.id)
 
@@ -98,6 +112,7 @@ class Scheduler:
             assert sample.held is not None
             self.cache.release(sample.held)
             sample.held = self.cache.open()
+            sample.own_drafts()
 
     def _admit(self) -> None:
         filling = {s.request.id for s in self.running if not s.prefilled}
@@ -131,11 +146,15 @@ class Scheduler:
                 continue
             youngest = max(self.running, key=lambda s: (s.arrival, s.number))
             self._give_up(youngest)
+            youngest.own_drafts()
             self.preemptions += 1
-            self.add(youngest)
+            self._wait(youngest)
             if youngest is sample:
                 return False
         return True
+
+    def _wait(self, sample: Sample) -> None:
+        heapq.heappush(self._waiting, (sample.arrival, sample.number, sample))
 
     def _give_up(self, sample: Sample) -> None:
         assert sample.held is not None

@@ -13,7 +13,7 @@ import numpy as np
 
 from .cache import Held
 from .sampling.drafts import Drafts
-from .sampling.sampler import sample_seed
+from .seeds import sample_seed
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
@@ -69,6 +69,12 @@ class Sample:
     def remaining(self) -> int:
         """Tokens it may still generate."""
         return self.limit - len(self.tokens)
+
+    def own_drafts(self) -> None:
+        """Copy its own drafts out of the batch they are in, so that a sample that waits does not keep the q of all of it."""
+        if self.drafts is not None:
+            self.drafts = self.drafts.row(self.draft_index, self.draft_count) if self.draft_count else None
+            self.draft_index = 0
 
     def commit(
         self,

@@ -53,6 +53,10 @@ class StepRunner:
         """To be called when the policy's weights have changed."""
         self.forwards.take_weights()
 
+    def forget_samples(self) -> None:
+        """To be called when samples were given up, also half way through a step."""
+        self._rows_of, self._rows, self._routed = [], None, []
+
     def run(self, schedule: Schedule, step: Step) -> Verdict | None:
         """The verdict on the decoding samples, in the step's order, on the host; None when there are none.
 

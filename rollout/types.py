@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
 from ..errors import RequestError
+from .seeds import MAX_SEED, derived_seed
 
 SAMPLERS = ("ar", "lossless", "coupled", "mixed")
 SamplerName = Literal["ar", "lossless", "coupled", "mixed"]
 FinishReason = Literal["stop", "length", "abort"]
-MAX_SEED = 2**63 - 1
 
 
 def _require(condition: bool, name: str, problem: str, remedy: str) -> None:
@@ -40,7 +40,7 @@ class SamplingParams:
         sampler: `ar` (reference), `lossless` (rejection; distributed exactly as p), `coupled` (shared Gumbel noise; the
             same tokens as `ar` with the same seed) or `mixed` (a blend of p and q; faster, its own distribution).
         temperature: >= 0; 0 is greedy.
-        top_k: keep the k most probable tokens; 0 keeps all.
+        top_k: keep the k most probable tokens; 0 keeps all, and so does -1, which becomes 0.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens less probable than min_p times the most probable one, in [0, 1).
         mix_weight: weight w of p's logits in `mixed`, in [0, 1].
@@ -66,7 +66,8 @@ class SamplingParams:
                  f"use one of {', '.join(SAMPLERS)}")
         _require(0.0 <= self.temperature < 1e4, "temperature", f"{self.temperature} is out of range",
                  "use a number >= 0 (0 is greedy)")
-        _require(self.top_k >= 0, "top_k", f"{self.top_k} is negative", "use 0 to keep every token")
+        _require(-1 <= self.top_k < 2**31, "top_k", f"{self.top_k} is outside -1..2**31-1", "use 0 or -1 to keep every token")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
         _require(0.0 < self.top_p <= 1.0, "top_p", f"{self.top_p} is outside (0, 1]", "use 1.0 to keep every token")
         _require(0.0 <= self.min_p < 1.0, "min_p", f"{self.min_p} is outside [0, 1)", "use 0 to keep every token")
         _require(0.0 <= self.mix_weight <= 1.0, "mix_weight", f"{self.mix_weight} is outside [0, 1]",
@@ -81,14 +82,15 @@ class RolloutRequest:
     Attributes:
         id: the caller's own name for the request; the same id is the same request for ever.
         prompt_tokens: token ids, at least one.
-        seed: 0 <= seed < 2**63; sample i of the group draws its numbers from (seed, i) alone.
+        seed: 0 <= seed < 2**63; sample i of the group draws its numbers from (seed, i) alone. Given as None, the default, it is
+            made of the id (`derived_seed(0, id)`): the same id has the same seed in every process, other ids have others.
         samples: size of the group, >= 1.
     """
 
     id: str
     prompt_tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0
+    seed: int = cast(int, None)
     samples: int = 1
 
     def __post_init__(self) -> None:
@@ -98,7 +100,11 @@ class RolloutRequest:
                  "give at least one token, for instance the beginning-of-sequence token")
         _require(min(self.prompt_tokens) >= 0, "prompt_tokens", f"request {self.id!r} has a negative token id",
                  "token ids start at 0")
-        _require(0 <= self.seed <= MAX_SEED, "seed", f"{self.seed} is outside 0..2**63-1", "use a 63-bit seed")
+        if self.seed is None:
+            object.__setattr__(self, "seed", derived_seed(0, self.id))
+        _require(isinstance(self.seed, int | np.integer) and 0 <= self.seed <= MAX_SEED, "seed",
+                 f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
+        object.__setattr__(self, "seed", int(self.seed))
         _require(self.samples >= 1, "samples", f"{self.samples} is less than 1", "ask for at least one sample")
 
 
@@ -169,5 +175,3 @@ class Trajectory:
 def order_by_id(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     """Trajectories in the order of their keys, whatever order they arrived in."""
     return sorted(trajectories, key=lambda t: t.key)
-
-

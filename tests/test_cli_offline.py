@@ -21,6 +21,10 @@ import blockroll
 from blockroll import cli
 from blockroll.model.policy import Policy
 from blockroll.model.tokenizer import BOS, EOS, MASK, PAD, train_tokenizer
+from blockroll.rollout.conversion import ablation
+from blockroll.rollout.engine import EngineConfig
+from blockroll.rollout.evaluation.options import Options
+from blockroll.rollout.schedule import Schedule
 
 KEYS = ["id", "sample", "prompt_tokens", "tokens", "text", "logprobs", "behavior_logprobs", "versions",
         "finish_reason", "forwards"]
@@ -132,6 +136,14 @@ def test_coupled_is_ar_for_every_schedule(policy: Path, tmp_path: Path) -> None:
         assert [line["tokens"] for line in lines] == expected
 
 
+def test_defaults_are_the_policy_s_and_the_engine_s(policy: Path, tmp_path: Path) -> None:
+    """Block size 8, which the policy was converted for, and the levels of `Schedule`, everywhere."""
+    mine = generate(policy, tmp_path, PROMPTS, "--n", 4)
+    assert generate(policy, tmp_path, PROMPTS, "--n", 4, "--block-size", 8, "--levels", "0,4,8") == mine
+    assert generate(policy, tmp_path, PROMPTS, "--n", 4, "--block-size", 16) != mine
+    assert Schedule().levels == EngineConfig().schedule.levels == Options().levels == ablation.Decoding().levels == (0, 4, 8)
+
+
 def test_seeds(policy: Path, tmp_path: Path) -> None:
     """A line's samples depend on its id, the options and its own seed, not on where it stands."""
     same = {"prompt_tokens": [BOS, 20, 30]}
@@ -145,6 +157,9 @@ def test_seeds(policy: Path, tmp_path: Path) -> None:
     assert first["a"] != first["b"]
     assert first["c"] == first["d"]
     assert tokens(records[::-1], "--batch", 1) == first
+    params = blockroll.SamplingParams(max_tokens=12)
+    request = blockroll.RolloutRequest("a", (BOS, 20, 30), params)
+    assert blockroll.Engine(blockroll.load_policy(policy)).generate([request])[0].tokens == first["a"]
     other = tokens(records, "--seed", 1)
     assert other["c"] == first["c"]
     assert other["a"] != first["a"]

@@ -153,6 +153,25 @@ def test_directory_is_replaced_in_one_step_and_keeps_what_is_not_owned(tmp_path:
         assert not seen  # one system call, so there is no moment without the directory
 
 
+def test_files_of_a_directory_are_as_readable_as_others(tmp_path: Path) -> None:
+    """Also those whose writer made them private; what was there before keeps its permissions."""
+    path = tmp_path / "policy"
+    (path / "notes").mkdir(parents=True)
+    (path / "secret").write_text("mine")
+    (path / "secret").chmod(0o600)
+    mask = os.umask(0o027)
+    try:
+        with whole_directory(path, lambda name: name == "weights") as staging:
+            (staging / "weights").touch(mode=0o600)
+            (staging / "parts").mkdir(mode=0o700)
+            (staging / "parts" / "one").touch(mode=0o600)
+    finally:
+        os.umask(mask)
+    modes = {str(p.relative_to(path)): stat.S_IMODE(p.stat().st_mode) for p in path.rglob("*")}
+    assert modes == {"weights": 0o640, "parts": 0o750, "parts/one": 0o640, "secret": 0o600,
+                     "notes": stat.S_IMODE((path / "notes").stat().st_mode)}  # fmt: skip
+
+
 def test_interrupted_directory_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
     path = tmp_path / "policy"
     with whole_directory(path) as staging:

@@ -190,13 +190,18 @@ class Stage(Config):
                              "(arXiv 2607.05147), added where the policy has none; 0 adds none and trains one that is there")
     balance_rate: float = Field(1e-3, ge=0, description="change per step of a balancing bias, in units of router "
                                 "probability (arXiv 2408.15664)")
-    autocast: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="dtype of products; parameters, gradients and optimiser states are float32"
+    autocast: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of products; parameters, gradients and optimiser states are float32. None takes bfloat16 on an "
+        "accelerator and float32 on a CPU, where bfloat16 is several times as slow"
     )
     activation_checkpointing: bool = Field(False, description="keep only each layer's input for the backward pass and compute "
                                            "the layer again there: about a third more time, a fraction of the memory")
     report_steps: int = Field(20, ge=1, description="optimiser steps between lines of the log")
     checkpoint_steps: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+
+    def on(self, device: str) -> Stage:
+        """The stage with what depends on the type of the device (`cpu`, `cuda`) chosen."""
+        return self.model_copy(update={"autocast": self.autocast or ("float32" if device == "cpu" else "bfloat16")})
 
     @property
     def longest(self) -> int:
@@ -239,7 +244,8 @@ class ConversionConfig(Config):
     mask_token: int | None = Field(None, ge=0, description="id that mask rows carry; none takes the tokenizer's mask token")
     architecture: Architecture = Architecture()
     data: Data = Data()
-    block_size: int = Field(16, ge=2, le=64)
+    block_size: int | None = Field(None, ge=2, le=64, description="mask rows of a block in decoding; none takes the parent's, "
+                                   "which is 16 for a parent that was not converted")
     stages: tuple[Stage, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0)
     launcher: Launcher = Launcher()

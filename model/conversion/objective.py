@@ -1,8 +1,9 @@
-"""The training objective over one pack.
+"""The training objective.
 
     L = (alpha * L_AR + L_draft) / (1 + alpha)
     L_AR = mean over clean rows of  CE(target),  or of  KL(p_parent || p)  where a parent is given
     L_draft = sum over mask rows of  w * (ce * CE + tv * TV(p, q) + kl * KL(p || q)) / sum of w,  plus sampled * L_sampled
+    Means and sums of w are over all packs of a step.
     w = slot_decay ** slot * (chance that the slot is reached)
 
 p at a mask row's position is the AR distribution of the clean row before it, without gradient. Sources: TiDAR
@@ -32,6 +33,19 @@ from .sampled import sampled_drafts
 
 
 @dataclass(frozen=True)
+class Weights:
+    """What the losses of a pack, or of all packs of a step, are divided by.
+
+    Attributes:
+        ar: clean rows with loss. draft: sum of w over the mask rows. sampled: the same over the drafted rows.
+    """
+
+    ar: float
+    draft: float = 0.0
+    sampled: float = 0.0
+
+
+@dataclass(frozen=True)
 class Losses:
     """The loss to differentiate and what it is made of (detached): cross-entropies in nats per token, and overlap, the
     mean of sum_v min(p, q): the chance that a draft is accepted at temperature 1."""
@@ -40,6 +54,36 @@ class Losses:
     ar: float
     draft: float
     overlap: float
+
+
+@dataclass(frozen=True)
+class PackLosses:
+    """Losses of one pack, as sums over its rows, so that those of several packs add up.
+
+    Attributes:
+        ar, draft, sampled: sums of weight times loss, with gradient.
+        weights: what they are means over, of this pack.
+        cross_entropy, nll, overlap: `ar`, `draft` and `overlap` of `Losses`.
+    """
+
+    ar: torch.Tensor
+    draft: torch.Tensor | None
+    sampled: torch.Tensor | None
+    weights: Weights
+    cross_entropy: float
+    nll: float
+    overlap: float
+
+    def share(self, alpha: float, draft: DraftLoss, over: Weights) -> torch.Tensor:
+        """The pack's share of L of a step whose packs have the weights `over` in all; L itself where they are its own. The
+        shares of all packs add up to the step's loss and gradient, whatever packs its documents are in."""
+        ar = self.ar / over.ar
+        if not over.draft:
+            return ar
+        drafted = ar.new_zeros(()) if self.draft is None else self.draft / over.draft
+        if self.sampled is not None and over.sampled:
+            drafted = drafted + draft.sampled * self.sampled / over.sampled
+        return (alpha * ar + drafted) / (1 + alpha)
 
 
 def objective(
@@ -52,6 +96,20 @@ def objective(
     routing: Routing | None = None,
     parent: Policy | None = None,
 ) -> Losses:
+    """L of one pack that is a step of its own; arguments as in `pack_losses`."""
+    losses = pack_losses(policy, layout, target_T, prompts, draft, routing, parent)
+    return Losses(losses.share(alpha, draft, losses.weights), losses.cross_entropy, losses.nll, losses.overlap)
+
+
+def pack_losses(
+    policy: Policy,
+    layout: TokenLayout,
+    target_T: torch.Tensor,
+    prompts: Sequence[int],
+    draft: DraftLoss,
+    routing: Routing | None = None,
+    parent: Policy | None = None,
+) -> PackLosses:
     """Losses of one pack.
 
     Args:
@@ -64,12 +122,13 @@ def objective(
     parent_RD = None if parent is None else _parent_states(parent, layout, rows)
     heads = Heads(policy, parent, distil=draft.tv > 0 or draft.kl > 0)
     terms = _terms(heads, hidden_TD, rows, parent_RD)
-    cross_entropy = terms.nll_R.mean()
-    ar = cross_entropy if parent is None else terms.kept_R.mean()
+    ar = terms.nll_R.sum() if parent is None else terms.kept_R.sum()
+    count, cross_entropy = len(rows.clean_R), terms.nll_R.mean().item()
     if not len(rows.mask_M):
-        return Losses(ar, cross_entropy.item(), 0.0, 0.0)
-    drafted, nll, overlap = _draft_loss(policy, hidden_TD, layout, rows, terms, draft)
-    return Losses((alpha * ar + drafted) / (1 + alpha), cross_entropy.item(), nll, overlap)
+        return PackLosses(ar, None, None, Weights(count), cross_entropy, 0.0, 0.0)
+    drafted = _drafted(policy, hidden_TD, layout, rows, terms, draft)
+    weights = Weights(count, drafted.weight, drafted.sampled_weight)
+    return PackLosses(ar, drafted.loss, drafted.sampled, weights, cross_entropy, drafted.nll, drafted.overlap)
 
 
 def draft_loss(
@@ -88,7 +147,23 @@ def draft_loss(
         return hidden_TD.new_zeros(()), 0.0, 0.0
     heads = Heads(policy, temperature=temperature, distil=draft.tv > 0 or draft.kl > 0)
     terms = _terms(heads, hidden_TD, rows, None, own_loss=False)
-    return _draft_loss(policy, hidden_TD, layout, rows, terms, draft, temperature)
+    drafted = _drafted(policy, hidden_TD, layout, rows, terms, draft, temperature)
+    loss = drafted.loss / drafted.weight
+    if drafted.sampled is not None:
+        loss = loss + draft.sampled * drafted.sampled / drafted.sampled_weight
+    return loss, drafted.nll, drafted.overlap
+
+
+@dataclass(frozen=True)
+class _Drafted:
+    """L_draft of a pack, as sums; `sampled` is None where it does not count."""
+
+    loss: torch.Tensor
+    weight: float
+    sampled: torch.Tensor | None
+    sampled_weight: float
+    nll: float
+    overlap: float
 
 
 def _terms(
@@ -101,7 +176,7 @@ def _terms(
     )  # fmt: skip
 
 
-def _draft_loss(
+def _drafted(
     policy: Policy,
     hidden_TD: torch.Tensor,
     layout: TokenLayout,
@@ -109,7 +184,7 @@ def _draft_loss(
     terms: Terms,
     draft: DraftLoss,
     temperature: float = 1.0,
-) -> tuple[torch.Tensor, float, float]:
+) -> _Drafted:
     # A term that does not count would still cost its backward pass.
     weighed = ((draft.ce, terms.nll_M), (draft.tv, terms.tv_M), (draft.kl, terms.kl_M))
     loss_M = sum((weight * term_M for weight, term_M in weighed if weight), torch.zeros_like(terms.nll_M))
@@ -120,15 +195,16 @@ def _draft_loss(
     elif draft.slots == "accepted":
         accepted_M = (-terms.nll_M.detach() - terms.logp_M).clamp_max(0).exp()
         weight_M = weight_M * chance_reached(accepted_M, rows.block_M, rows.slot_M)
-    loss = (loss_M * weight_M).sum() / weight_M.sum()
+    loss, weight = (loss_M * weight_M).sum(), weight_M.sum().item()
+    extra, extra_weight = None, 0.0
     if draft.sampled:
         sampled = sampled_drafts(policy, hidden_TD, layout, rows, temperature)
         weight_M = draft.slot_decay ** sampled.slot_M.float()
         weight_M = weight_M * chance_reached(sampled.accepted_M, sampled.block_M, sampled.slot_M)
         # Its target is p, so cross-entropy is KL up to a constant.
         loss_M = draft.tv * sampled.terms.tv_M + (draft.ce + draft.kl) * sampled.terms.kl_M
-        loss = loss + draft.sampled * (loss_M * weight_M).sum() / weight_M.sum()
-    return loss, terms.nll_M.mean().item(), overlap_M.mean().item()
+        extra, extra_weight = (loss_M * weight_M).sum(), weight_M.sum().item()
+    return _Drafted(loss, weight, extra, extra_weight, terms.nll_M.mean().item(), overlap_M.mean().item())
 
 
 def chance_reached(accepted_M: torch.Tensor, block_M: torch.Tensor, slot_M: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ Decoding asks q for slot i after its own drafts 1..i-1, not after the document's
 as decoding would; one more pass without gradient, over the document up to the block and then the drafts, gives p there.
 
 Invariants:
-- Which block, and which drafts, are a function of the pack's tokens and the weights: a resumed run draws the same.
+- Which block, and which drafts, are a function of the document's tokens and the weights: a resumed run draws the same, and so
+  does one that packs its documents otherwise.
 - A draft counts no further than an end of sequence before it.
 
 Legend: M drafted rows, C blocks, B slots of the longest block, D hidden, V vocabulary.
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..layout import TokenLayout, causal
+from ..layout import CLEAN, TokenLayout, causal
 from ..policy import Policy
 from .compare import Heads, LossRows, Terms, compare
 
@@ -51,11 +52,13 @@ def sampled_drafts(
         rows: of the pack; only blocks that hold a row with loss are drafted.
     """
     device = hidden_TD.device
-    draw = torch.Generator().manual_seed(zlib.crc32(layout.token_T.cpu().numpy().tobytes()))
     first_S = torch.searchsorted(layout.sequence_T, torch.arange(layout.sequences, device=device))
     sequence_M = layout.sequence_T[rows.mask_M]
-    chosen, starts, texts = [], [], []
+    end_S = [*first_S[1:].tolist(), layout.rows]
+    chosen, starts, texts, draws = [], [], [], []
     for s in sequence_M.unique().tolist():
+        tokens_N, clean_N = (x[int(first_S[s]) : end_S[s]] for x in (layout.token_T, layout.block_T == CLEAN))
+        draw = torch.Generator().manual_seed(zlib.crc32(tokens_N[clean_N].cpu().numpy().tobytes()))
         blocks = rows.block_M[sequence_M == s].unique()
         block = blocks[torch.randint(len(blocks), (), generator=draw)]
         row_B = torch.nonzero(layout.block_T == block)[:, 0]
@@ -63,12 +66,14 @@ def sampled_drafts(
         chosen.append(row_B)
         starts.append(start)
         texts.append(layout.token_T[first : first + start].tolist())
+        draws.append(torch.rand(len(row_B), generator=draw, dtype=torch.float64))
     count_C = torch.tensor([len(row_B) for row_B in chosen], device=device)
     row_CB = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True)
+    draw_CB = torch.nn.utils.rnn.pad_sequence(draws, batch_first=True).to(device)
     real_CB = torch.arange(row_CB.shape[1], device=device) < count_C[:, None]
     previous_C = torch.tensor([text[-1] for text in texts], device=device)
     with torch.no_grad():
-        token_CB, previous_CB = _draft(policy, hidden_TD[row_CB], previous_C, temperature, draw)
+        token_CB, previous_CB = _draft(policy, hidden_TD[row_CB], previous_C, temperature, draw_CB)
         drafted = [[*text, *line[:n]] for text, line, n in zip(texts, token_CB.tolist(), count_C.tolist(), strict=True)]
         after_TD = policy(causal(drafted).to(device))
     lengths_C = torch.tensor([len(text) for text in drafted], device=device)
@@ -87,14 +92,17 @@ def sampled_drafts(
 
 
 def _draft(
-    policy: Policy, hidden_CBD: torch.Tensor, previous_C: torch.Tensor, temperature: float, draw: torch.Generator
+    policy: Policy, hidden_CBD: torch.Tensor, previous_C: torch.Tensor, temperature: float, draw_CB: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """token_CB drawn from q slot by slot, and the token before each."""
+    """token_CB drawn from q slot by slot, by the uniform numbers draw_CB, and the token before each."""
     tokens, before = [], []
-    for hidden_CD in hidden_CBD.unbind(1):
+    for hidden_CD, draw_C in zip(hidden_CBD.unbind(1), draw_CB.unbind(1), strict=True):
         before.append(previous_C)
         logits_CV = policy.draft_head(hidden_CD, previous_C).float() / temperature
         logits_CV[:, policy.mask_token_id] = -torch.inf
-        previous_C = torch.multinomial(logits_CV.softmax(-1).cpu(), 1, generator=draw)[:, 0].to(hidden_CD.device)
+        mass_CV = logits_CV.double().softmax(-1).cumsum(-1)
+        # The first token whose cumulated mass exceeds the number: never one of mass 0.
+        found_C1 = torch.searchsorted(mass_CV, draw_C[:, None] * mass_CV[:, -1:], right=True)
+        previous_C = found_C1[:, 0].clamp_max(mass_CV.shape[1] - 1)
         tokens.append(previous_C)
     return torch.stack(tokens, 1), torch.stack(before, 1)

@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from .compare import LossRows
 from .config import ConversionConfig, Stage
 from .data import Document, PackStream, cut_blocks, learned_targets
 from .distributed import Group, clip_gradients, shard
-from .objective import objective
+from .objective import PackLosses, Weights, pack_losses
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -109,6 +109,7 @@ def train_stage(
         ConfigError: the packs of a step cannot be shared out, or the stage's settings are not those of its checkpoint.
         InvalidInput: the loss is no longer finite.
     """
+    stage = stage.on(group.device.type)
     if stage.packs_per_step % group.size:
         raise ConfigError(
             f"stages.{stage.name}.packs_per_step", f"{stage.packs_per_step} packs cannot be shared by {group.size} processes",
@@ -132,7 +133,8 @@ def train_stage(
     if group.first:
         cut_log(log, stage.name, step)
     began, before = time.monotonic(), seen
-    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, saved["places"] if saved else None)
+    places = saved["places"] if saved else None
+    stream = PackStream(config.data, policy.tokenizer, stage, group.rank, group.size, places, policy.mask_token_id)
     while seen < stage.tokens:
         own = [lay_out(pack, policy, stage, config) for pack in islice(stream, stage.packs_per_step // group.size)]
         set_rate(optimizer, learning_rate(stage, step, seen))
@@ -177,26 +179,36 @@ def train_step(
         own: this process's packs.
         parent: the policy whose p is to be kept, if any.
     """
-    weights = [(p.ar_rows, p.draft_weight, p.draft_rows, p.tokens, 1) for p in own]
-    ar, drafts, draft_rows, tokens, count = group.sum([sum(column) for column in zip(*weights)] or [0] * 5)
+    counts = [(p.ar_rows, p.draft_weight, p.draft_rows, p.tokens, 1) for p in own]
+    ar, drafts, draft_rows, tokens, count = group.sum([sum(column) for column in zip(*counts)] or [0] * 5)
     if count < stage.packs_per_step:
         return None
+    autocast = stage.on(group.device.type).autocast == "bfloat16"
+
+    def losses_of(pack: Pack, parent: Policy | None = None, routing: Routing | None = None) -> PackLosses:
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=autocast):
+            layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
+            return pack_losses(policy, layout, target_T, pack.prompts, stage.draft, routing, parent)
+
     optimizer.zero_grad(set_to_none=True)
     figures, loads = [0.0, 0.0, 0.0], None
+    over = Weights(ar, drafts)
+    # Weights that depend on p and q are known after a forward pass: of one pack, that which is differentiated; of several, whose
+    # passes are not all kept, one more without gradient.
+    computed = stage.draft.slots != "all" or stage.draft.sampled > 0
+    if computed and len(own) > 1:
+        with torch.no_grad():
+            over = _summed([losses_of(pack).weights for pack in own], group)
     for pack in own:
-        # The objective is (alpha' * AR + draft) / (1 + alpha') of this pack's means. What it must add to the step's loss
-        # is its share of both means, so alpha' and a factor are chosen to make it that.
-        ar_share = pack.ar_rows / max(ar, 1) * (stage.alpha / (1 + stage.alpha) if drafts else 1.0)
-        draft_share = pack.draft_weight / drafts / (1 + stage.alpha) if drafts else 0.0
-        alpha = stage.alpha if stage.packs_per_step == 1 else ar_share / draft_share if draft_share else 0.0
         routing = Routing([], [])
-        with torch.autocast(group.device.type, torch.bfloat16, enabled=stage.autocast == "bfloat16"):
-            layout, target_T = pack.layout.to(group.device), pack.target_T.to(group.device)
-            losses = objective(policy, layout, target_T, pack.prompts, alpha, stage.draft, routing, parent)
-        (losses.total if stage.packs_per_step == 1 else losses.total * (ar_share + draft_share)).backward()
+        losses = losses_of(pack, parent, routing)
+        if len(own) == 1:
+            over = losses.weights if group.size == 1 else _summed([losses.weights], group)
+        losses.share(stage.alpha, stage.draft, over).backward()
         routed = expert_loads(policy, routing)
         loads = routed if loads is None else loads + routed
-        for i, part in enumerate((losses.ar * pack.ar_rows, losses.draft * pack.draft_rows, losses.overlap * pack.draft_rows)):
+        means = losses.cross_entropy * pack.ar_rows, losses.nll * pack.draft_rows, losses.overlap * pack.draft_rows
+        for i, part in enumerate(means):
             figures[i] += part
     clip_gradients(policy, stage.clip)
     optimizer.step()
@@ -205,6 +217,11 @@ def train_step(
     ar_sum, draft_sum, overlap_sum = group.sum(figures)
     per_draft = max(draft_rows, 1)
     return Figures(ar_sum / max(ar, 1), draft_sum / per_draft, overlap_sum / per_draft, int(tokens))
+
+
+def _summed(weights: Sequence[Weights], group: Group) -> Weights:
+    """Of all packs of a step."""
+    return Weights(*group.sum([sum(column) for column in zip(*map(astuple, weights), strict=True)]))
 
 
 def make_optimizer(policy: Policy, stage: Stage) -> torch.optim.Optimizer:

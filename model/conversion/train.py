@@ -11,8 +11,10 @@ Invariants:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ZayaConfig
@@ -27,6 +29,9 @@ from .config import ConversionConfig
 from .data import texts
 from .distributed import joined, whole_policy
 from .stage import Report, check_settings, settings_of, train_stage
+
+_RESERVED = re.compile(r"[<\[].*(unused|reserved|mask|pad).*[>\]]", re.IGNORECASE)
+"""Names of tokens that no text becomes unless it spells them out."""
 
 
 def new_policy(config: ConversionConfig) -> Policy:
@@ -50,7 +55,7 @@ def new_policy(config: ConversionConfig) -> Policy:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    zaya.diffusion = {"block_size": config.block_size, "mask_token_id": MASK}
+    zaya.diffusion = {"mask_token_id": MASK, **({"block_size": config.block_size} if config.block_size else {})}
     policy = Policy(zaya).initialise(torch.Generator().manual_seed(config.seed))
     policy.tokenizer = tokenizer
     return policy
@@ -68,23 +73,45 @@ def starting_policy(config: ConversionConfig) -> Policy:
     else:
         policy = load_policy(config.parent)
         policy.mask_token_id = _mask_token(policy, config)
-    policy.block_size, policy.converted = config.block_size, True
+    policy.block_size, policy.converted = config.block_size or policy.block_size, True
     return policy
 
 
 def _mask_token(policy: Policy, config: ConversionConfig) -> int:
-    vocabulary = policy.config.vocab_size
-    if config.mask_token is not None:
-        if config.mask_token >= vocabulary:
-            raise ConfigError("mask_token", f"{config.mask_token} is outside the parent's vocabulary",
-                              f"use 0..{vocabulary - 1}")  # fmt: skip
-        return config.mask_token
-    if policy.tokenizer is None or policy.converted:
+    vocabulary, tokenizer, asked = policy.config.vocab_size, policy.tokenizer, config.mask_token
+    if asked is None and (tokenizer is None or policy.converted):
         return policy.mask_token_id
-    if policy.tokenizer.mask_token_id is None:
-        raise ConfigError("mask_token", f"the tokenizer of {config.parent} has no mask token",
-                          "name an id that no text uses, such as one of the vocabulary's unused entries")  # fmt: skip
-    return policy.tokenizer.mask_token_id
+    if asked is None and tokenizer.mask_token_id is None:
+        raise ConfigError("mask_token", f"the tokenizer of {config.parent} has no mask token", _free_token(policy))
+    token: int = tokenizer.mask_token_id if asked is None else asked
+    if token >= vocabulary:
+        raise ConfigError("mask_token", f"{token} is outside the parent's vocabulary", f"use 0..{vocabulary - 1}")
+    if token in policy.eos_token_ids or (tokenizer is not None and not _reserved(tokenizer, token)):
+        shown = "" if tokenizer is None else f" ({tokenizer.convert_ids_to_tokens(token)!r})"
+        raise ConfigError("mask_token", f"{token}{shown} is a token of ordinary texts, which a mask row must not look like",
+                          _free_token(policy))  # fmt: skip
+    return token
+
+
+def _reserved(tokenizer: Any, token: int) -> bool:
+    """Whether no text becomes the token, unless it spells out the token's name: it has no name, or is a special token that marks
+    no beginning or end, or is called unused or reserved."""
+    if token >= len(tokenizer):
+        return True
+    if token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return False
+    added = tokenizer.added_tokens_decoder.get(token)
+    special = token in tokenizer.all_special_ids or (added is not None and added.special)
+    return special or _RESERVED.fullmatch(tokenizer.convert_ids_to_tokens(token) or "") is not None
+
+
+def _free_token(policy: Policy) -> str:
+    """What to do for want of a mask token, with an id that can be one where there is any."""
+    tokenizer, last = policy.tokenizer, policy.config.vocab_size - 1
+    if tokenizer is not None and tokenizer.mask_token_id is not None and _reserved(tokenizer, tokenizer.mask_token_id):
+        return f"use {tokenizer.mask_token_id}, the tokenizer's mask token"
+    free = next((i for i in range(last, -1, -1) if tokenizer is not None and _reserved(tokenizer, i)), None)
+    return f"name an id that no text uses, such as {'one of the unused entries of the vocabulary' if free is None else free}"
 
 
 def stage_directory(config: ConversionConfig, name: str) -> Path:
@@ -115,7 +142,7 @@ def run(
         if workers > 1 and group.size != workers:
             raise ConfigError("launcher.workers", f"{workers}, but {group.size} process(es) were started",
                               f"start them with torchrun --nproc-per-node {workers}")  # fmt: skip
-        for stage in config.runs:
+        for stage in (stage.on(group.device.type) for stage in config.runs):
             done = stage_directory(config, stage.name)
             if stage.kind == "diffusion" and not unconverted:
                 unconverted = [before]

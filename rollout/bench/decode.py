@@ -48,7 +48,7 @@ WAVES = 4
 _RANDOM_PROMPT = 32
 SCHEDULES = {
     "auto": Schedule("auto"), "ar": Schedule("ar"), "two_pass": Schedule("two_pass"),
-    "fused": Schedule("fused", levels=(0, 4, 8)),
+    "fused": Schedule("fused"),
 }  # fmt: skip
 """What `--schedule` may name."""
 
@@ -175,7 +175,7 @@ def _ours(
     check: dict[str, Any] = {"max_logprob_error": 0.0}
 
     def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
-        requests = [RolloutRequest(f"{seed}/{i}", p, params, seed=1000 * seed + i) for i, p in enumerate(prompts)]
+        requests = [RolloutRequest(f"{seed}/{i}", p, params) for i, p in enumerate(prompts)]
         samples = engine.generate(requests)
         if seed == 0:  # the round that is not timed
             again = score(policy, [(sample.prompt_tokens, sample.tokens) for sample in samples], temperature)

@@ -34,6 +34,7 @@ from ..planning.planner import Decision, candidates
 from ..planning.step_costs import clock
 from ..progress import Meter
 from ..schedule import Schedule
+from ..seeds import derived_seed
 from ..types import RolloutRequest, SamplingParams
 from .decode import LEAST_ROUNDS, prompts_of_one_length
 
@@ -113,7 +114,7 @@ def _requests(
         SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max(max_tokens * (i + 1) // batch, 1))  # type: ignore[arg-type]
         for i in range(batch)
     ]
-    return [RolloutRequest(f"{i}", prompts[i], params[i], seed=1000 * number + i) for i in range(batch)]
+    return [RolloutRequest(f"{i}", prompts[i], params[i], seed=derived_seed(number, str(i))) for i in range(batch)]
 
 
 def _serve(contestant: _Contestant, requests: Sequence[RolloutRequest], counted: bool) -> list[list[int]]:

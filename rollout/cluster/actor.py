@@ -38,12 +38,12 @@ class RolloutActor:
     ) -> None:
         torch.set_num_threads(1)
         self._engine = Engine(load_policy(policy, dtype), config)
-        self._staged: dict[int, dict[str, torch.Tensor]] = {}
+        self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
         self._between_steps = threading.Lock()
         self._epoch: int | None = None
         self._ended: list[Completed] = []
         if arrays is not None:
-            self._engine.load_weights(self._fitting(arrays), version)
+            self._engine.load_weights(self._fitting(arrays, version), version)
 
     def ready(self) -> int:
         """The weight version that serves; answers once the policy is loaded."""
@@ -87,7 +87,7 @@ class RolloutActor:
     @ray.method(concurrency_group="control")
     def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Hold a version's tensors ready; raises if one does not fit the policy."""
-        self._staged = {version: self._fitting(arrays)}
+        self._staged = {version: self._fitting(arrays, version)}
 
     @ray.method(concurrency_group="control")
     def commit(self, version: int, in_flight: InFlightPolicy) -> int:
@@ -114,14 +114,12 @@ class RolloutActor:
             "preemptions": self._engine.scheduler.preemptions,
         }
 
-    def _fitting(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    def _fitting(self, arrays: Mapping[str, np.ndarray], version: int) -> Mapping[str, torch.Tensor]:
         own = self._engine.policy.state_dict()
         tensors = {}
         for name, array in arrays.items():
             tensor = torch.from_numpy(np.array(array))
-            if own[name].dtype == torch.bfloat16 and tensor.dtype == torch.uint16:
+            if tensor.dtype == torch.uint16 and name in own and own[name].dtype == torch.bfloat16:
                 tensor = tensor.view(torch.bfloat16)
-            if tensor.shape != own[name].shape:
-                raise RequestError("weights", f"{name} has shape {tuple(tensor.shape)}", f"send {tuple(own[name].shape)}")
             tensors[name] = tensor
-        return tensors
+        return self._engine.check_weights(tensors, version)

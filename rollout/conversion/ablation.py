@@ -34,7 +34,7 @@ from ...model.tasks import make_tasks
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
 from ..machine import describe, one_thread
-from ..schedule import Schedule
+from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
 
 
@@ -43,7 +43,7 @@ class Decoding(Config):
 
     tasks: int = Field(200, ge=1, description="held-out tasks, one sample each")
     seed: int = Field(0, ge=0, description="of the tasks and of the samples")
-    levels: tuple[int, ...] = Field((0, 4, 8), description="acceptance lengths a fused step proposes for")
+    levels: tuple[int, ...] = Field(DEFAULT_LEVELS, description="acceptance lengths a fused step proposes for")
     batch: int = Field(16, ge=1, description="samples decoded at once; tokens per forward do not depend on it")
     mix_weight: float = Field(0.5, ge=0, le=1, description="weight of p's logits for `mixed`")
     max_tokens: int = Field(256, ge=1, description="most tokens per sample")

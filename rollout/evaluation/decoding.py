@@ -9,7 +9,6 @@ Invariants:
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from ...model.tokenizer import encode_prompt
 from ..engine import Engine, EngineConfig
 from ..offline import pages_for, serve
 from ..schedule import Schedule
+from ..seeds import derived_seed
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
 from .counts import (
     Kind,
@@ -127,12 +127,14 @@ def evaluate(
     """
     tokenizer = tokenizer_of(policy, tasks)
     check_groups(k, samples)
+    if seed < 0:
+        raise InvalidInput("seed", f"{seed} is negative", "use a number >= 0")
     params = SamplingParams(sampler=sampler, temperature=temperature, mix_weight=mix_weight, max_tokens=max_tokens)
     by_id = {task.id: task for task in tasks}
     if len(by_id) != len(tasks):
         raise InvalidInput("tasks", "a task is given twice", "use `samples` to sample a task more than once")
     requests = [
-        RolloutRequest(task.id, tuple(encode_prompt(tokenizer, task.prompt)), params, _seed_of(seed, task.id), samples)
+        RolloutRequest(task.id, tuple(encode_prompt(tokenizer, task.prompt)), params, derived_seed(seed, task.id), samples)
         for task in tasks
     ]
     config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
@@ -231,9 +233,3 @@ def check_groups(k: Sequence[int], samples: int) -> None:
         raise InvalidInput("k", f"{list(k)} holds no whole number, or one less than 1", "write numbers like 1,2,4")
     if max(k) > samples:
         raise InvalidInput("k", f"{max(k)} is more than the {samples} sample(s) of a task", "lower it, or raise `samples`")
-
-
-def _seed_of(seed: int, task_id: str) -> int:
-    if seed < 0:
-        raise InvalidInput("seed", f"{seed} is negative", "use a number >= 0")
-    return int.from_bytes(hashlib.sha256(f"{seed}/{task_id}".encode()).digest()[:8], "big") >> 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ...errors import InvalidInput
 from ..engine import EngineConfig
-from ..schedule import Schedule
+from ..schedule import DEFAULT_LEVELS, Schedule
 from ..types import SamplerName, SamplingParams
 from .decoding import check_groups
 
@@ -37,7 +37,7 @@ class Options:
     samplers: tuple[SamplerName, ...] = ("ar", "lossless", "mixed")
     mix_weights: tuple[float, ...] = (0.25, 0.5, 0.75)
     temperatures: tuple[float, ...] = (1.0, 0.3)
-    levels: tuple[int, ...] = (0, 4, 8)
+    levels: tuple[int, ...] = DEFAULT_LEVELS
     block_sizes: tuple[int, ...] = (8, 16)
     batch: int = 32
     max_tokens: int = 256

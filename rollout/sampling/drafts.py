@@ -40,7 +40,7 @@ class SamplerRows:
     """Seeds and sampling parameters of a batch, one entry per sequence; make one whenever the batch changes.
 
     Attributes:
-        seed_S: int64, of `sample_seed`. temperature_S, top_p_S, min_p_S, mix_weight_S: float64. top_k_S: int64.
+        seed_S: int64, of `seeds.sample_seed`. temperature_S, top_p_S, min_p_S, mix_weight_S: float64. top_k_S: int64.
         groups: a partition of the batch.
     """
 
@@ -56,7 +56,7 @@ class SamplerRows:
     def make(
         cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu"
     ) -> SamplerRows:
-        """Args: params and seeds, one each per sequence; seeds are those of `sample_seed`."""
+        """Args: params and seeds, one each per sequence; seeds are those of `seeds.sample_seed`."""
         assert len(params) == len(seeds) > 0
         members: dict[tuple[str, bool, bool], list[int]] = {}
         for s, p in enumerate(params):
@@ -130,6 +130,20 @@ class Drafts:
             None if self.logq_SMV is None else self.logq_SMV[index_N],
             None if self.q_logits_SMV is None else self.q_logits_SMV[index_N],
             None if self.q_lse_SM is None else self.q_lse_SM[index_N],
+        )
+
+    def row(self, index: int, m: int) -> Drafts:
+        """A copy of the first `m` drafts of one sequence: nothing of the others is kept alive."""
+
+        def copied(part: torch.Tensor) -> torch.Tensor:
+            return part[index : index + 1, :m].clone()
+
+        return Drafts(
+            copied(self.token_SM),
+            self.count_S[index : index + 1].clone(),
+            None if self.logq_SMV is None else copied(self.logq_SMV),
+            None if self.q_logits_SMV is None else copied(self.q_logits_SMV),
+            None if self.q_lse_SM is None else copied(self.q_lse_SM),
         )
 
     def limit(self, most_S: torch.Tensor, most: int | None = None) -> Drafts:

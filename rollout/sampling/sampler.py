@@ -32,24 +32,10 @@ from . import kernels
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, processed, widen
 
-__all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "sample_seed", "verify"]
+__all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "verify"]
 
 Markov = Callable[[torch.Tensor], torch.Tensor]
 """int64[...] tokens -> what they add to the logits of the rows after them, [..., V]."""
-
-_WORD = (1 << 64) - 1
-
-
-def sample_seed(request_seed: int, sample: int) -> int:
-    """The seed of one sample of a group, in [0, 2^63): SplitMix64 of the pair."""
-
-    def mix(x: int) -> int:
-        x = (x + 0x9E3779B97F4A7C15) & _WORD
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-        return x ^ (x >> 31)
-
-    return mix(mix(request_seed) ^ sample) >> 1
 
 
 def draft(

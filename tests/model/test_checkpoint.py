@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import stat
+
 import pytest
 import torch
 
@@ -37,6 +40,14 @@ def test_export_that_fails_half_way_leaves_the_older_policy(make_policy, tmp_pat
     assert checkpoint.read_config(path).rope_parameters == older.config.rope_parameters
     assert torch.equal(blockroll.load_policy(path).lm_head.weight, older.lm_head.weight)
     assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_all_files_of_a_policy_have_the_usual_permissions(make_policy, tmp_path):
+    path = save_policy(make_policy(torch.float32), tmp_path / "policy")
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()}
+    assert modes == dict.fromkeys(("config.json", "model.safetensors"), 0o666 & ~mask)
 
 
 def test_half_precision_keeps_the_buffers_whole(make_policy, tmp_path):

@@ -263,8 +263,18 @@ def test_what_cannot_be_served_is_refused(policy, request_, field):
 
 
 def test_bad_parameters_name_their_field():
-    for field, value in dict(sampler="best", temperature=-1, top_p=0.0, top_k=-1, min_p=1.0, mix_weight=2).items():
+    for field, value in dict(sampler="best", temperature=-1, top_p=0.0, top_k=-2, min_p=1.0, mix_weight=2).items():
         with pytest.raises(RequestError, match=field):
             SamplingParams(**{field: value})
     with pytest.raises(RequestError, match="schedule"):
         Schedule("fastest")
+
+
+def test_minus_one_keeps_every_token_as_in_other_engines(policy):
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    samples = [
+        Engine(policy).generate([RolloutRequest("a", prompt(3), SamplingParams("coupled", top_k=k, max_tokens=20))])[0]
+        for k in (-1, 0)
+    ]
+    assert samples[0].tokens == samples[1].tokens
+    assert samples[0].support_logmass is None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
+import weakref
 from collections import defaultdict
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,9 +17,11 @@ pytest.importorskip("triton")
 
 from pretend_device import PretendDevice
 
+from blockroll.kernels import graphs
 from blockroll.kernels.dispatch import using
 from blockroll.model.paged import PagedPlan
 from blockroll.model.scoring import score
+from blockroll.rollout import forwards as runner
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.evaluation.places import acceptance_at_places
 from blockroll.rollout.schedule import Schedule
@@ -75,8 +81,7 @@ def compare(got, expected, atol):
 )
 def test_kernels_on_a_device(policy, schedule, samplers, monkeypatch):
     """Prompts in chunks, a group that shares one, samplers side by side, steps padded to few shapes; experts are recorded."""
-    # Steps that record experts are not padded.
-    group = requests(samplers[:1], samples=2, max_tokens=4, routed_experts=schedule.kind != "fused")
+    group = requests(samplers[:1], samples=2, max_tokens=4, routed_experts=True)
     asked = [*requests(samplers, max_tokens=4), *group]
     asked = [RolloutRequest(str(i), r.prompt_tokens, r.params, r.seed, r.samples) for i, r in enumerate(asked)]
     expected, _ = generate(policy, schedule, asked)
@@ -153,3 +158,62 @@ def test_padded_shapes_change_nothing(policy, schedule):
     with using("triton"):
         exact, padded = (generate(policy, schedule, asked, captured=captured)[0] for captured in (False, True))
     compare(padded, exact, 1e-5)
+
+
+def test_one_request_that_records_experts_leaves_the_batch_captured(policy, monkeypatch):
+    routed = [False, False, True]
+    asked = [
+        RolloutRequest(str(i), (3 + i,), SamplingParams("coupled", max_tokens=4, routed_experts=records))
+        for i, records in enumerate(routed)
+    ]
+    again, once = [], []
+    for name, seen in (("_again", again), ("_once", once)):
+        real = getattr(runner.Forwards, name)
+        monkeypatch.setattr(runner.Forwards, name, lambda *args, real=real, seen=seen: seen.append(1) or real(*args))
+    with using("triton"):
+        exact, _ = generate(policy, Schedule("ar"), asked, captured=False)
+        assert (len(again), len(once)) == (0, 4)
+        padded, _ = generate(policy, Schedule("ar"), asked)
+        assert (len(again), len(once)) == (4, 4)
+    compare(padded, exact, 1e-5)
+    for mine, its, records in zip(padded, exact, routed, strict=True):
+        assert (mine.routed_experts is not None) == records
+        np.testing.assert_array_equal(mine.routed_experts, its.routed_experts)
+
+
+class Graph:
+    """A graph of the host: it runs its call again."""
+
+    alive: ClassVar = weakref.WeakSet()
+
+    def __init__(self, call):
+        call()
+        self.replay = call
+        self.alive.add(self)
+
+
+def test_graphs_are_bounded(policy, monkeypatch, caplog):
+    """By number and by memory; what finds no room runs eagerly and gives the same; a graph that is idle gives way."""
+    free = itertools.count(10**9, -1000)
+    for module in (graphs, runner):  # whichever of them is asked
+        monkeypatch.setattr(module, "capture", lambda call, pool=None: Graph(call), raising=False)
+    monkeypatch.setattr(graphs, "free_memory", lambda: next(free), raising=False)
+    monkeypatch.setattr(runner, "_OFTEN", 1)
+    asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + i, ignore_eos=True)) for i in range(3)]
+    sizes = dict(block_size=4, page_size=8, pages=64)
+    with using("triton"):
+        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).generate(asked)]
+        for most, most_bytes, lately in ((2, 10**9, 100), (100, 1500, 0)):
+            Graph.alive.clear()
+            monkeypatch.setattr(runner, "_LATELY", lately, raising=False)
+            engine = Engine(policy, EngineConfig(Schedule("ar"), **sizes))
+            inner = engine.steps.forwards
+            inner._graphs, inner._memory = True, None
+            inner._budget = graphs.GraphBudget(most, most_bytes)
+            assert [sample.tokens for sample in engine.generate(asked)] == expected
+            gc.collect()
+            assert len(inner._shapes) == 3
+            assert len(Graph.alive) == 2
+            assert (inner._budget.graphs, inner._budget.bytes) == (2, 2000)
+            assert caplog.text.count("captured graphs take") == (lately > 0)
+            caplog.clear()

@@ -30,6 +30,7 @@ class PackStream(Iterator[tuple[int, list[Document]]]):
     Args:
         data: of the run; a stage's own comes first.
         rank, ranks: this process takes packs rank, rank + ranks, ...
+        mask_token: the token of mask rows, which no document may hold; None where nobody trains on them.
         places: as `places` was of the streams of any number of processes, added up; all zeros for the beginning.
     """
 
@@ -41,8 +42,9 @@ class PackStream(Iterator[tuple[int, list[Document]]]):
         rank: int = 0,
         ranks: int = 1,
         places: Sequence[int] | None = None,
+        mask_token: int | None = None,
     ) -> None:
-        self._data, self._stage = stage.data or data, stage
+        self._data, self._stage, self._mask_token = stage.data or data, stage, mask_token
         self._sources = open_sources(self._data, tokenizer, stage.name)
         lanes = stage.packs_per_step
         if lanes % ranks:
@@ -84,7 +86,12 @@ class PackStream(Iterator[tuple[int, list[Document]]]):
         pools = [made for made in (source.pool(number) for source in self._sources) if made is not None]
         if not pools:
             return None
-        documents = [part for made in pools for where, document in made for part in fitted(document, self._stage, where)]
+        named = [one for made in pools for one in made]
+        for where, document in named:
+            if self._mask_token is not None and self._mask_token in document.tokens:
+                raise DataError(where, f"holds token {self._mask_token}, the token of mask rows",
+                                "remove the record, or choose a mask_token that no text becomes")  # fmt: skip
+        documents = [part for where, document in named for part in fitted(document, self._stage, where)]
         packs: list[list[Document]] = []
         held = 0
         for document in sorted(documents, key=lambda d: len(d.tokens)):

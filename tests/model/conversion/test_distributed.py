@@ -35,7 +35,7 @@ STAGES = (
          draft=dict(ce=0.5, tv=1.0, slot_decay=0.9)),
 )  # fmt: skip
 EVERYTHING = dict(
-    name="diffusion", kind="diffusion", tokens=3000, pack_tokens=300, packs_per_step=2, checkpoint_steps=4, markov_rank=4,
+    name="diffusion", kind="diffusion", tokens=4800, pack_tokens=300, packs_per_step=4, checkpoint_steps=4, markov_rank=4,
     ar_target="parent", draft=dict(ce=0.5, tv=1.0, slots="reached", sampled=0.5), activation_checkpointing=True,
 )  # fmt: skip
 

@@ -14,7 +14,8 @@ from blockroll.model.conversion.config import Stage
 from blockroll.model.conversion.data import Document
 from blockroll.model.conversion.distributed import Group
 from blockroll.model.conversion.stage import Pack, cut_log, learning_rate, make_optimizer, train_step
-from blockroll.model.conversion.train import run
+from blockroll.model.conversion.train import run, starting_policy
+from blockroll.model.policy import Policy
 
 DRAFT = dict(ce=0.5, tv=1.0, slot_decay=0.8)
 DOCUMENTS = [
@@ -29,12 +30,17 @@ def stage(**changes) -> Stage:
     return Stage.model_validate({**fields, **changes})
 
 
-def test_packs_of_one_step_are_one_pack(make_policy):
+@pytest.mark.parametrize(
+    "draft",
+    [{}, dict(slots="reached"), dict(slots="accepted"), dict(slots="accepted", sampled=0.7)],
+    ids=["all", "reached", "accepted", "sampled"],
+)
+def test_packs_of_one_step_are_one_pack(make_policy, draft):
     """Losses, gradient, norm and expert loads of two packs are those of one pack that holds their documents."""
     results = []
     for groups in ([DOCUMENTS], [DOCUMENTS[:1], DOCUMENTS[1:]]):
-        policy = make_policy(torch.float64, seed=3).requires_grad_(True)
-        one = stage(packs_per_step=len(groups), clip=0.5, balance_rate=0.01)
+        policy = make_policy(torch.float64, seed=3, sharpness=0.6).requires_grad_(True)
+        one = stage(packs_per_step=len(groups), clip=0.5, balance_rate=0.01, draft={**DRAFT, **draft})
         optimizer = make_optimizer(policy, one)
         packs = [Pack.of(group, one, policy.mask_token_id, random.Random(0)) for group in groups]
         figures = [train_step(policy, optimizer, one, packs, Group()) for _ in range(3)]
@@ -43,11 +49,41 @@ def test_packs_of_one_step_are_one_pack(make_policy):
         assert whole.tokens == parts.tokens == 29
         for name in ("ar", "draft", "overlap"):
             assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=1e-6)
-    before = make_policy(torch.float64, seed=3).state_dict()
+    before = make_policy(torch.float64, seed=3, sharpness=0.6).state_dict()
     for name, tensor in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], tensor, atol=1e-5, rtol=0, msg=name)
         if name.endswith("balancing_biases"):
             assert not torch.equal(tensor[:-1], before[name][:-1]) and torch.equal(tensor[-1], before[name][-1])
+
+
+def test_products_are_those_the_device_is_fast_at():
+    """float32 on a CPU, bfloat16 on an accelerator, unless the recipe says."""
+    plain = Stage(name="s", kind="diffusion", tokens=100)
+    assert [plain.on(device).autocast for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
+    assert [stage(autocast="bfloat16").on(device).autocast for device in ("cpu", "cuda")] == ["bfloat16"] * 2
+
+
+def test_a_stage_without_autocast_computes_in_float32_here(tmp_path, monkeypatch):
+    """And a stage that was trained in bfloat16 is not taken for it."""
+    seen = set()
+    head = Policy.head
+    monkeypatch.setattr(Policy, "head", lambda self, x: seen.add((out := head(self, x)).dtype) or out)
+    ar = dict(name="ar", kind="ar", tokens=1200, autocast=None)
+    run(recipe(tmp_path, ar))
+    assert seen == {torch.float32}
+    saved = tmp_path / "policy.ar" / "stage.json"
+    assert json.loads(saved.read_text())["autocast"] == "float32"
+    with pytest.raises(ConfigError, match=r"stages\.ar\.autocast: 'bfloat16' is not what .* \('float32'\)"):
+        run(recipe(tmp_path, {**ar, "autocast": "bfloat16"}))
+
+
+def test_a_policy_keeps_its_block_size_unless_another_is_given(tmp_path):
+    stages = dict(name="ar", kind="ar", tokens=600)
+    run(recipe(tmp_path / "parent", stages, block_size=8))
+    parent = str(tmp_path / "parent" / "policy")
+    for given, expected in ((None, 8), (4, 4)):
+        assert starting_policy(recipe(tmp_path, stages, parent=parent, block_size=given)).block_size == expected
+    assert starting_policy(recipe(tmp_path, stages, block_size=None)).block_size == 16
 
 
 def test_no_step_where_the_data_ended(make_policy):

@@ -11,7 +11,8 @@ from blockroll.kernels.dispatch import using
 from blockroll.kernels.verify import PairTable
 from blockroll.rollout.sampling import kernels
 from blockroll.rollout.sampling.drafts import Drafts
-from blockroll.rollout.sampling.sampler import SamplerRows, draft, sample_seed, verify
+from blockroll.rollout.sampling.sampler import SamplerRows, draft, verify
+from blockroll.rollout.seeds import sample_seed
 from blockroll.rollout.types import SamplingParams
 
 VOCAB, MASK, M = 30, 29, 3

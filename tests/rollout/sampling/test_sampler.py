@@ -13,7 +13,8 @@ from blockroll.kernels.dispatch import using
 from blockroll.kernels.philox import Purpose
 from blockroll.kernels.verify import reference
 from blockroll.rollout.sampling.processing import process
-from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, sample_seed, verify
+from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, verify
+from blockroll.rollout.seeds import sample_seed
 from blockroll.rollout.types import SamplingParams
 
 N = 200_000
