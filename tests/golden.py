@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from random_zaya import randomise, zaya_config
 
 from blockroll.model.checkpoint import load_policy

@@ -131,32 +131,15 @@ def pack_losses(
     return PackLosses(ar, drafted.loss, drafted.sampled, weights, cross_entropy, drafted.nll, drafted.overlap)
 
 
-def draft_loss(
-    policy: Policy,
-    hidden_TD: torch.Tensor,
-    layout: TokenLayout,
-    target_T: torch.Tensor,
-    prompts: Sequence[int],
-    draft: DraftLoss,
-    temperature: float = 1.0,
-) -> tuple[torch.Tensor, float, float]:
-    """L_draft of a pack whose hidden states are known, with p and q at `temperature`; the draft's mean cross-entropy (nats);
-    the mean overlap of p and q. For trainers with a loss of their own on the clean rows."""
-    rows = LossRows.of(layout, target_T, prompts)
-    if not len(rows.mask_M):
-        return hidden_TD.new_zeros(()), 0.0, 0.0
-    heads = Heads(policy, temperature=temperature, distil=draft.tv > 0 or draft.kl > 0)
-    terms = _terms(heads, hidden_TD, rows, None, own_loss=False)
-    drafted = _drafted(policy, hidden_TD, layout, rows, terms, draft, temperature)
-    loss = drafted.loss / drafted.weight
-    if drafted.sampled is not None:
-        loss = loss + draft.sampled * drafted.sampled / drafted.sampled_weight
-    return loss, drafted.nll, drafted.overlap
-
-
 @dataclass(frozen=True)
-class _Drafted:
-    """L_draft of a pack, as sums; `sampled` is None where it does not count."""
+class DraftLosses:
+    """L_draft of a pack, as sums over its mask rows, so that those of several packs add up.
+
+    Attributes:
+        loss, sampled: sums of weight times loss, with gradient; `sampled` is None where it does not count.
+        weight, sampled_weight: what they are means over, of this pack.
+        nll: mean cross-entropy of the draft, nats. overlap: mean overlap of p and q.
+    """
 
     loss: torch.Tensor
     weight: float
@@ -164,6 +147,30 @@ class _Drafted:
     sampled_weight: float
     nll: float
     overlap: float
+
+    def share(self, draft: DraftLoss, weight: float, sampled_weight: float) -> torch.Tensor:
+        """The pack's share of L_draft of a step whose packs have these weights in all."""
+        loss = self.loss / weight
+        return loss if self.sampled is None else loss + draft.sampled * self.sampled / sampled_weight
+
+
+def draft_losses(
+    policy: Policy,
+    hidden_TD: torch.Tensor,
+    layout: TokenLayout,
+    target_T: torch.Tensor,
+    prompts: Sequence[int],
+    draft: DraftLoss,
+    temperature: float = 1.0,
+) -> DraftLosses | None:
+    """L_draft of a pack whose hidden states are known, with p and q at `temperature`; None without mask rows. For trainers with
+    a loss of their own on the clean rows."""
+    rows = LossRows.of(layout, target_T, prompts)
+    if not len(rows.mask_M):
+        return None
+    heads = Heads(policy, temperature=temperature, distil=draft.tv > 0 or draft.kl > 0)
+    terms = _terms(heads, hidden_TD, rows, None, own_loss=False)
+    return _drafted(policy, hidden_TD, layout, rows, terms, draft, temperature)
 
 
 def _terms(
@@ -184,7 +191,7 @@ def _drafted(
     terms: Terms,
     draft: DraftLoss,
     temperature: float = 1.0,
-) -> _Drafted:
+) -> DraftLosses:
     # A term that does not count would still cost its backward pass.
     weighed = ((draft.ce, terms.nll_M), (draft.tv, terms.tv_M), (draft.kl, terms.kl_M))
     loss_M = sum((weight * term_M for weight, term_M in weighed if weight), torch.zeros_like(terms.nll_M))
@@ -204,7 +211,7 @@ def _drafted(
         # Its target is p, so cross-entropy is KL up to a constant.
         loss_M = draft.tv * sampled.terms.tv_M + (draft.ce + draft.kl) * sampled.terms.kl_M
         extra, extra_weight = (loss_M * weight_M).sum(), weight_M.sum().item()
-    return _Drafted(loss, weight, extra, extra_weight, terms.nll_M.mean().item(), overlap_M.mean().item())
+    return DraftLosses(loss, weight, extra, extra_weight, terms.nll_M.mean().item(), overlap_M.mean().item())
 
 
 def chance_reached(accepted_M: torch.Tensor, block_M: torch.Tensor, slot_M: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,10 @@ import torch
 
 from ....model.policy import Policy
 from .config import GrpoConfig
-from .loss import Figures, Update, mask_blocks, pack_loss
+from .loss import Blocks, Figures, Update, computed_draft_weights, draft_weight, mask_blocks, pack_loss
 from .rewards import LearningSample
 
-Pack = tuple[list[LearningSample], list[list[tuple[int, int]]]]
+Pack = tuple[list[LearningSample], list[Blocks]]
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,11 @@ class Learner:
             packs[-1][0].append(samples[i])
             packs[-1][1].append(blocks[i])
             held += samples[i].rows
-        tokens = sum(len(s.trajectory.tokens) for s in samples)
-        return Update(len(samples), tokens, sum(map(bool, blocks))), packs
+        if loss.draft.slots == "all" and not loss.draft.sampled:
+            weights = draft_weight(samples, blocks, loss.draft.slot_decay), 0.0
+        else:
+            weights = computed_draft_weights(self.policy, packs, self._config.rollouts.temperature, loss)
+        return Update(len(samples), sum(len(s.trajectory.tokens) for s in samples), *weights), packs
 
     def _gradients(self, update: Update, packs: Sequence[Pack]) -> list[Figures]:
         """The update's gradient in the policy's parameters."""

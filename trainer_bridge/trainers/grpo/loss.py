@@ -22,26 +22,31 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ....model.conversion.objective import draft_loss
+from ....model.conversion.objective import DraftLosses, draft_losses
 from ....model.layout import CLEAN, diffusion
 from ....model.policy import Policy
 from .config import Loss
 from .rewards import LearningSample
 
+Blocks = list[tuple[int, int]]
+"""(start, length) of the mask blocks of one sample."""
+
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimiser step learns from: its samples and tokens, and how many of the samples carry mask rows."""
+    """What one optimiser step learns from: its samples and tokens, and the weights that the draft losses of its packs are divided
+    by (`DraftLosses`)."""
 
     samples: int
     tokens: int
-    drafted: int
+    draft: float = 0.0
+    sampled: float = 0.0
 
 
 @dataclass(frozen=True)
 class Figures:
     """What one pack says: its N tokens; sums over them (clipped: 1 where the clip bounds; kl: log p_old - log p_new; ratio:
-    rho); the mean overlap of p and q over its mask rows, and the samples those belong to."""
+    rho); the mean overlap of p and q over its mask rows, and the samples that have some."""
 
     tokens: int
     clipped: float
@@ -51,17 +56,34 @@ class Figures:
     drafted: int
 
 
-def mask_blocks(sample: LearningSample, size: int, draw: random.Random) -> list[tuple[int, int]]:
+def mask_blocks(sample: LearningSample, size: int, draw: random.Random) -> Blocks:
     """(start, length) of mask blocks over a sample's answer; the first one has a random length, as no alignment is special."""
     start = len(sample.trajectory.prompt_tokens)
     first = start + draw.randint(1, size)
     return [(s, size) for s in (start, *range(first, start + len(sample.trajectory.tokens), size))]
 
 
+def draft_weight(samples: Sequence[LearningSample], blocks: Sequence[Blocks], slot_decay: float) -> float:
+    """Sum of slot_decay ** slot over the mask rows of answers, where every slot counts (`slots: all`)."""
+    ends = [sample.rows for sample in samples]
+    return sum(slot_decay**slot for end, some in zip(ends, blocks, strict=True)
+               for start, length in some for slot in range(min(length, end - start)))  # fmt: skip
+
+
+@torch.no_grad()
+def computed_draft_weights(
+    policy: Policy, packs: Sequence[tuple[Sequence[LearningSample], Sequence[Blocks]]], temperature: float, loss: Loss
+) -> tuple[float, float]:
+    """The weights of `Update`, where they depend on p and q: one forward pass over the packs that have mask rows."""
+    found = [drafted for pack, blocks in packs if any(blocks)
+             for drafted in [_Pack(policy, pack, blocks).drafted(temperature, loss)] if drafted is not None]  # fmt: skip
+    return sum(d.weight for d in found), sum(d.sampled_weight for d in found)
+
+
 def pack_loss(
     policy: Policy,
     pack: Sequence[LearningSample],
-    blocks: Sequence[list[tuple[int, int]]],
+    blocks: Sequence[Blocks],
     update: Update,
     temperature: float,
     loss: Loss,
@@ -69,17 +91,10 @@ def pack_loss(
     """The pack's part of the update's loss.
 
     Args:
-        blocks: the mask blocks of each sample; empty for one that trains no draft.
+        blocks: the mask blocks of each sample; none for one that trains no draft.
     """
-    trajectories = [sample.trajectory for sample in pack]
-    texts = [[*t.prompt_tokens, *t.tokens] for t in trajectories]
-    layout, target_T = diffusion(texts, blocks, policy.mask_token_id)
-    hidden_TD = policy(layout)
-    prompt_T = torch.tensor([len(t.prompt_tokens) for t in trajectories])[layout.sequence_T]
-    clean_T = layout.block_T == CLEAN
-    rows = torch.nonzero(clean_T & (target_T >= 0) & (layout.position_T >= prompt_T - 1))[:, 0]
-    logits_NV = policy.head(hidden_TD[rows]).float()
-    new_N = (logits_NV / temperature).log_softmax(-1).gather(1, target_T[rows, None])[:, 0]
+    trajectories, run = [sample.trajectory for sample in pack], _Pack(policy, pack, blocks)
+    new_N = run.logprobs(temperature)
     old_N = torch.from_numpy(np.concatenate([t.logprobs for t in trajectories]))
     behavior_N = torch.from_numpy(np.concatenate([t.behavior_logprobs for t in trajectories]))
     counts = torch.tensor([len(t.tokens) for t in trajectories])
@@ -91,14 +106,37 @@ def pack_loss(
     weight_N = (old_N - behavior_N).exp().clamp_max(loss.importance_cap)
     bounded_N = ratio_N.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     gain_N = weight_N * torch.minimum(ratio_N * advantage_N, bounded_N * advantage_N)
-    value, overlap, drafted = -(scale_N * gain_N).sum(), 0.0, sum(map(bool, blocks))
+    value = -(scale_N * gain_N).sum()
     if loss.kl_weight:
         log_r_N = torch.from_numpy(np.concatenate([sample.reference for sample in pack])) - new_N
         value = value + loss.kl_weight * (scale_N * (log_r_N.exp() - 1 - log_r_N)).sum()
-    if drafted:
-        prompts = [len(t.prompt_tokens) for t in trajectories]
-        draft, _, overlap = draft_loss(policy, hidden_TD, layout, target_T, prompts, loss.draft, temperature)
-        value = value + loss.draft_weight * draft * drafted / update.drafted
+    drafted = run.drafted(temperature, loss) if any(blocks) else None
+    if drafted is not None:
+        value = value + loss.draft_weight * drafted.share(loss.draft, update.draft, update.sampled)
     clipped = (ratio_N * advantage_N > bounded_N * advantage_N).float().sum().item()
-    detached_N = ratio_N.detach()
-    return value, Figures(len(rows), clipped, -detached_N.log().sum().item(), detached_N.sum().item(), overlap, drafted)
+    kl, ratio = (old_N - new_N).detach().sum().item(), ratio_N.detach().sum().item()
+    overlap, drafting = (0.0, 0) if drafted is None else (drafted.overlap, sum(map(bool, blocks)))
+    return value, Figures(len(new_N), clipped, kl, ratio, overlap, drafting)
+
+
+class _Pack:
+    """The forward pass over a pack of samples, with its mask blocks."""
+
+    def __init__(self, policy: Policy, pack: Sequence[LearningSample], blocks: Sequence[Blocks]) -> None:
+        trajectories = [sample.trajectory for sample in pack]
+        self._policy, self._prompts = policy, [len(t.prompt_tokens) for t in trajectories]
+        texts = [[*t.prompt_tokens, *t.tokens] for t in trajectories]
+        self._layout, self._target_T = diffusion(texts, blocks, policy.mask_token_id)
+        self._hidden_TD = policy(self._layout)
+
+    def logprobs(self, temperature: float) -> torch.Tensor:
+        """log p of the generated tokens, [N]."""
+        layout, target_T = self._layout, self._target_T
+        prompt_T = torch.tensor(self._prompts)[layout.sequence_T]
+        rows = torch.nonzero((layout.block_T == CLEAN) & (target_T >= 0) & (layout.position_T >= prompt_T - 1))[:, 0]
+        logits_NV = self._policy.head(self._hidden_TD[rows]).float()
+        return (logits_NV / temperature).log_softmax(-1).gather(1, target_T[rows, None])[:, 0]
+
+    def drafted(self, temperature: float, loss: Loss) -> DraftLosses | None:
+        """Losses of the mask rows."""
+        return draft_losses(self._policy, self._hidden_TD, self._layout, self._target_T, self._prompts, loss.draft, temperature)

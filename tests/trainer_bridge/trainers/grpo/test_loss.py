@@ -15,7 +15,7 @@ from blockroll.model.scoring import score
 from blockroll.rollout.types import Trajectory
 from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig, Loss
 from blockroll.trainer_bridge.trainers.grpo.learner import Learner, Progress
-from blockroll.trainer_bridge.trainers.grpo.loss import Update, mask_blocks, pack_loss
+from blockroll.trainer_bridge.trainers.grpo.loss import Update, draft_weight, mask_blocks, pack_loss
 from blockroll.trainer_bridge.trainers.grpo.rewards import LearningSample, advantages, differing
 
 
@@ -38,7 +38,7 @@ def sample(policy, tokens, advantage, prompt=(1, 20, 30), reference=None) -> Lea
 
 def plain_loss(policy, samples, **options):
     """The loss of one pack that is the whole update, without a draft loss."""
-    update = Update(len(samples), sum(len(s.trajectory.tokens) for s in samples), 0)
+    update = Update(len(samples), sum(len(s.trajectory.tokens) for s in samples))
     return pack_loss(policy, samples, [[] for _ in samples], update, 1.0, Loss(draft_weight=0.0, **options))
 
 
@@ -89,14 +89,16 @@ def test_kl_to_the_starting_policy_by_its_formula(policy):
 def test_draft_loss_trains_the_draft_and_leaves_p_its_target(policy):
     one = sample(policy, list(range(40, 70)), 0.0)
     blocks = [mask_blocks(one, policy.block_size, random.Random(0))]
-    value, figures = pack_loss(policy, [one], blocks, Update(1, 30, 1), 1.0, Loss(draft_weight=1.0))
+    update = Update(1, 30, draft_weight([one], blocks, 0.95))
+    value, figures = pack_loss(policy, [one], blocks, update, 1.0, Loss(draft_weight=1.0))
     gradient = torch.autograd.grad(value, policy.model.embed_tokens.weight)[0]
     assert gradient[policy.mask_token_id].abs().sum() > 0
     assert 0.0 < figures.overlap <= 1.0
 
 
-def config(**optimizer) -> GrpoConfig:
-    return GrpoConfig(output="unused", steps=4, optimizer={"pack_rows": 64, "updates_per_step": 2, **optimizer})
+def config(loss=None, **optimizer) -> GrpoConfig:
+    optimizer = {"pack_rows": 64, "updates_per_step": 2, **optimizer}
+    return GrpoConfig(output="unused", steps=4, loss=loss or {}, optimizer=optimizer)
 
 
 def many(policy) -> list[LearningSample]:
@@ -118,11 +120,12 @@ def test_steps_repeat_to_the_bit_and_threads_change_nothing_but_rounding(policy)
     assert trained[0][1][0].kl == pytest.approx(trained[2][1][0].kl, abs=1e-5)
 
 
-def test_gradients_do_not_depend_on_how_samples_are_packed(policy):
+@pytest.mark.parametrize("draft", [{}, {"slots": "reached"}, {"slots": "accepted", "kl": 1.0}])
+def test_gradients_do_not_depend_on_how_samples_are_packed(policy, draft):
     samples = many(policy)
     gradients = []
     for rows in (64, 4096):
-        learner = Learner(copy.deepcopy(policy), config(pack_rows=rows, threads=1))
+        learner = Learner(copy.deepcopy(policy), config({"draft": draft}, pack_rows=rows, threads=1))
         update, packs = learner._packs(samples, random.Random(0))
         learner._gradients(update, packs)
         gradients.append(torch.cat([p.grad.flatten() for p in learner.policy.parameters() if p.grad is not None]))
