@@ -141,7 +141,7 @@ def product_of(x_TD, begin, end, panels_PDW, out_TF):
     """Writes rows begin..end of out_TF: those rows of x times the weight."""
     features, rows = out_TF.shape[1], end - begin
     whole, tiles = features // WIDTH, -(-rows // ROWS)
-    each = -(-rows // max(tiles, 1))  # 9 rows are 5 and 4: a tile of few rows is slow
+    each = max(1, -(-rows // max(1, tiles)))  # 9 rows are 5 and 4: a tile of few rows is slow
     for p in range(whole):
         for t in range(begin, end, each):
             _some(x_TD, t, min(each, end - t), panels_PDW, p, out_TF, t, p * WIDTH)
@@ -155,10 +155,9 @@ def product_of(x_TD, begin, end, panels_PDW, out_TF):
                     out_TF[t + r, whole * WIDTH + f] = rest_RW[r, f]
 
 
-@compiled()
-def product(x_TD, panels_PDW, out_TF):
-    """Writes out_TF = x_TD w_DF."""
-    product_of(x_TD, 0, x_TD.shape[0], panels_PDW, out_TF)
+def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:
+    """Writes out_TF = x_TD w_DF. All arrays are float32 and contiguous."""
+    product_of(x_TD, 0, len(x_TD), panels_PDW, out_TF)
 
 
 @compiled()
