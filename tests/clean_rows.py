@@ -1,6 +1,7 @@
-"""Whether a clean row of a policy served by `model/packed` depends on its prefix alone, and what has to be seen when it does not.
+"""Whether a clean row of a policy that `model/packed` serves depends on its prefix alone, and products under which it does not.
 
-Run as a program, it says so of random policies under the settings of its environment, as one line of JSON: `forced` names them."""
+Run as a program, it prints what holds under the settings of its environment as one line of JSON: `forced`, the product that
+runs; `library`, as of `library_differs`; `differing`, by random policy; `planted`, the same with projections by the library."""
 
 from __future__ import annotations
 

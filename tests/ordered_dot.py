@@ -1,5 +1,5 @@
-"""`tl.dot` of Triton's interpreter in one order of summation. The interpreter's own is NumPy's, so OpenBLAS's, whose order depends on
-where a row stands in its tile and on the processor."""
+"""`tl.dot` of Triton's interpreter in one order of summation. The interpreter's own is NumPy's, that is OpenBLAS's: its order
+depends on where a row stands in its tile, and on the processor."""
 
 from __future__ import annotations
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils, config
+from numba.core import cgutils, codegen, config
 from numba.extending import intrinsic
 
 from ..compiled import compiled
@@ -35,8 +35,8 @@ _FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
 
 def _has(feature: str) -> bool:
     """Whether numba compiles for a processor with this x86 feature (`NUMBA_CPU_FEATURES`, or this machine's own)."""
-    features = config.CPU_FEATURES
-    return f"+{feature}" in (binding.get_host_cpu_features().flatten() if features is None else features).split(",")
+    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return f"+{feature}" in features.split(",")
 
 
 FUSED = platform.machine() not in ("x86_64", "AMD64") or _has("fma")

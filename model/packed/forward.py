@@ -80,7 +80,8 @@ class _Work:
         self.begin = np.zeros(classes + 1, np.int64)
         self.sorted, self.gate_up = take("sorted", rows, hidden), take("gate_up", rows, 2 * inner)
         self.inner, self.out = take("inner", rows, inner), take("out", rows, hidden)
-        self.a, self.b, self.e = (np.zeros(width, np.float32) for _ in range(3))
+        self.hidden = take("hidden", rows, width), take("hidden before", rows, width)
+        self.line = np.zeros(width, np.float32)
 
 
 class PackedForward:
@@ -166,9 +167,9 @@ class PackedForward:
         state, below = work.states[number % 2], work.states[1 - number % 2]
         linear.product(work.unit, layer.router_down_PDW, state)
         stages.route(
-            state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1, layer.fc1_bias, layer.fc2,
-            layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot, work.begin,
-            work.sorted, work.a, work.b, work.e,
+            state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1_PDW, layer.fc1_bias,
+            layer.fc2_PDW, layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot,
+            work.begin, work.sorted, *work.hidden, work.line,
         )  # fmt: skip
         stages.experts(
             work.sorted, work.begin, layer.gate_up_EPDW, layer.down_EPFW, work.gate_up, work.inner, work.out

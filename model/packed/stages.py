@@ -126,11 +126,12 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
 
 
 @compiled()
-def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP, fc2_bias_P, out_PC, balance_C, unit_TD,
-          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_P, b_P, e_P):  # fmt: skip
+def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
+          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP, e_P):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
 
-    `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip expert."""
+    `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip
+    expert."""
     rows, width = state_TP.shape
     classes = balance_C.shape[0]
     for t in range(rows):
@@ -139,23 +140,20 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
         for p in range(scale_P.shape[0]):
             state_TP[t, p] += below_TP[t, p] * scale_P[p]
         r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
-        copy(fc1_bias_P, a_P)
-        for i in range(width):
-            x = state_TP[t, i] * r
+        for p in range(width):
+            a_TP[t, p] = state_TP[t, p] * r
+    for weight, bias in ((fc1, fc1_bias_P), (fc2, fc2_bias_P)):
+        product_of(a_TP, 0, rows, weight, b_TP)
+        for t in range(rows):
             for p in range(width):
-                a_P[p] += x * fc1_PP[i, p]
-        _gelu(a_P, width, e_P)
-        copy(fc2_bias_P, b_P)
-        for i in range(width):
-            x = a_P[i]
-            for p in range(width):
-                b_P[p] += x * fc2_PP[i, p]
-        _gelu(b_P, width, e_P)
+                a_TP[t, p] = b_TP[t, p] + bias[p]
+            _gelu(a_TP[t], width, e_P)
+    for t in range(rows):
         z_C = probs_TC[t]
         z_C[:] = 0
         for i in range(width):
             for c in range(classes):
-                z_C[c] += b_P[i] * out_PC[i, c]
+                z_C[c] += a_TP[t, i] * out_PC[i, c]
         top = z_C.max()
         s = _F(0)
         for c in range(classes):

@@ -20,8 +20,8 @@ from ..policy import Layer
 
 @dataclass
 class PackedLayer:
-    """One layer, folded: float32 and contiguous. What rows are multiplied by lies in panels, the router's small matrices
-    [in, out]."""
+    """One layer, folded: float32 and contiguous. What rows are multiplied by lies in panels, the router's last
+    matrix [in, out]."""
 
     kind: str
     in_floor: np.float32
@@ -39,9 +39,9 @@ class PackedLayer:
     router_down_bias: np.ndarray
     router_scale: np.ndarray  # empty in a layer that takes no state
     router_floor: np.float32
-    fc1: np.ndarray
+    fc1_PDW: np.ndarray
     fc1_bias: np.ndarray
-    fc2: np.ndarray
+    fc2_PDW: np.ndarray
     fc2_bias: np.ndarray
     router_out: np.ndarray
     balance_C: np.ndarray
@@ -100,9 +100,9 @@ def fold_layer(layer: Layer) -> PackedLayer:
         router_down_bias=_array(router.down_proj.bias),
         router_scale=_array(weight.new_zeros(0) if router.router_states_scale is None else router.router_states_scale),
         router_floor=floor(width, mlp.norm.eps),
-        fc1=_array(turned(mlp.fc1.weight * mlp.norm.weight * width**0.5)),
+        fc1_PDW=pack(turned(mlp.fc1.weight * mlp.norm.weight * width**0.5)),
         fc1_bias=_array(mlp.fc1.bias),
-        fc2=_array(turned(mlp.fc2.weight)),
+        fc2_PDW=pack(turned(mlp.fc2.weight)),
         fc2_bias=_array(mlp.fc2.bias),
         router_out=_array(turned(mlp.out_proj.weight)),
         balance_C=_array(router.balancing_biases),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,13 @@ OLDEST_PATHS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}
 
 def bits(settings: dict[str, str]) -> dict:
     """What `clean_rows.py` says under these settings."""
-    done = subprocess.run(
-        [sys.executable, str(TESTS / "clean_rows.py")], env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
+    command, environment = [sys.executable, str(TESTS / "clean_rows.py")], {**os.environ, **settings}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numba makes no code for these processors here")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numba makes no code for these processors here")
 def test_a_processor_with_avx2_alone():
     found = bits(AVX2)
     assert "8 lanes, fused" in found["forced"]
