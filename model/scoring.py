@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens by one causal pass: what a trainer recomputes, from nothing but the tokens.
 
 A policy that decodes through `PackedForward` is scored through it: the log-probabilities are then those the engine records, to
-the last bit.
+the last bit, whatever else is scored beside them. Those of other policies are the same up to rounding.
 
 Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
 """
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _ROWS = 8192
 """Most rows of a pass, unless one sequence has more; sequences are packed up to it."""
-_MOST_PAIRS = 2**25
-"""Packs with more pairs of row and key, padding included, go through the policy itself, which masks long packs by the block."""
 
 
 @torch.inference_mode()
@@ -74,8 +72,6 @@ def _score_pack(
 ) -> list[np.ndarray]:
     texts = [[*prompt, *tokens] for prompt, tokens in pack]
     layout = causal(texts)
-    if packed is not None and len(texts) * max(map(len, texts)) ** 2 > _MOST_PAIRS:
-        packed = None
     plan = policy.plan(layout) if packed is None else None
     counts = [len(tokens) for _, tokens in pack]
     ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Kernels run in Triton's interpreter here. It asks once, when triton is first imported, which transformers does.
@@ -16,9 +17,12 @@ from blockroll.model.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ordered_dot
 from random_zaya import randomise, zaya_config
 
 torch.set_num_threads(1)
+if find_spec("triton") is not None:
+    ordered_dot.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

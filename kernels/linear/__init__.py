@@ -3,7 +3,7 @@
     out_t = W x_t + b
 
 The library's product serves everywhere but under `batch_invariant`: libraries choose tiles, and with them the order of a
-row's sum, by the number of rows.
+row's sum, by the number of rows. What has to have one order on a CPU takes `numba.product` and a packed weight.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The network of `Policy.forward` with its weights folded for decoding on a CPU: library products, and what numba has compiled
-between them (`stages`, `attention`).
+"""The network of `Policy.forward` with its weights folded for decoding on a CPU: products in one order of summation
+(`kernels/linear/numba.py`), and what numba has compiled between them (`stages`, `attention`).
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
 - What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
-  causal pass over its tokens. For this no product has a single row: libraries add those up in another order. (Measured with
-  oneMKL, whose products of two rows or more have one order; elsewhere it is the same up to rounding.)
+  causal pass over its tokens. Every sum of a clean row has an order that neither the pack nor the processor's library decides.
+  Of the library only copies and element-wise operations serve clean rows; its products serve the attention of mask rows.
 - The weights are copies: after the policy's change, make a new one.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows.
@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import mm
 
+from ...kernels.linear import numba as linear
 from ...kernels.verify import PairTable
 from ..layout import TokenLayout
 from ..policy import Layer, Policy, Routing
@@ -34,8 +33,8 @@ _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
 _MOST_SIZES = 256
 """Packs of so many sizes are remembered, not what lies in them."""
-_MOST_SPANS = 1024
-"""So many pieces of a pack that one expert has been given."""
+_ANGLES = 256
+"""Positions whose angles are computed at once, always in one shape: a cosine must not depend on how many stand beside it."""
 
 Angles = tuple[np.ndarray, np.ndarray, int]
 
@@ -57,40 +56,32 @@ class _Memory:
 
 
 class _Work:
-    """Where a pass of T rows works: tensors for the products, and arrays of the same memory for what is between them."""
+    """Where a pass of T rows works."""
 
     def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int, memory: _Memory) -> None:
-        turns, inputs, size = layer.convolution_N_AE_O.shape
-        hidden, width, classes = layer.output.shape[1], layer.router_down.shape[1], layer.balance_C.shape[0]
-        experts, inner = len(layer.down_E), layer.down_E[0].shape[0]
-        # A pack of one row is multiplied as two; an expert's only row has a slot beside its own.
-        some, slots, take = max(rows, 2), rows + experts, memory.take
-        self.residual, self.unit = take("residual", some, hidden), take("unit", some, hidden)
-        self.projected = take("projected", some, layer.projection.shape[1])
-        self.x, self.mixed = take("x", turns, some, inputs), take("mixed", turns, some, size)
-        self.attended, self.y = take("attended", some, heads * size), take("y", some, hidden)
+        turns, size = layer.convolution_bias_NO.shape
+        inputs, inner = layer.convolution_NPDW.shape[2], layer.down_EPFW.shape[2]
+        hidden, width, classes = len(layer.output_bias), len(layer.router_down_bias), len(layer.balance_C)
+
+        def take(name: str, *shape: int) -> np.ndarray:
+            return memory.take(name, *shape)[1]
+
+        self.residual, self.unit = take("residual", rows, hidden), take("unit", rows, hidden)
+        self.projected = take("projected", rows, len(layer.projection_bias))
+        self.x, self.mixed = take("x", turns, rows, inputs), take("mixed", turns, rows, size)
+        self.attended, self.y = take("attended", rows, heads * size), take("y", rows, hidden)
         self.q, self.k, self.v = (
-            take(name, rows, count, size)[1] for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            take(name, rows, count, size) for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        self.previous = take("previous", rows, kv_heads * size // 2)[1]
-        self.states = take("state", some, width), take("state below", some, width)
-        self.probs = take("probs", rows, classes)[1]
+        self.previous = take("previous", rows, kv_heads * size // 2)
+        self.states = take("state", rows, width), take("state below", rows, width)
+        self.probs = take("probs", rows, classes)
         self.expert, self.slot = (np.zeros(rows, np.int64) for _ in range(2))
         self.begin = np.zeros(classes + 1, np.int64)
-        self.sorted, self.gate_up = take("sorted", slots, hidden), take("gate_up", slots, 2 * inner)
-        self.inner, self.out = take("inner", slots, inner), take("out", slots, hidden)
-        self.a, self.b, self.e = (np.zeros(width, np.float32) for _ in range(3))
-        self._spans: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
-
-    def span(self, begin: int, end: int) -> tuple[torch.Tensor, ...]:
-        """These slots of what experts are given, of gate and up, of their product, and of what experts give."""
-        known = self._spans.get((begin, end))
-        if known is None:
-            if len(self._spans) >= _MOST_SPANS:
-                self._spans.clear()
-            parts = self.sorted[0], self.gate_up[0], self.inner[0], self.out[0]
-            known = self._spans[begin, end] = tuple(part[begin:end] for part in parts)
-        return known
+        self.sorted, self.gate_up = take("sorted", rows, hidden), take("gate_up", rows, 2 * inner)
+        self.inner, self.out = take("inner", rows, inner), take("out", rows, hidden)
+        self.hidden = take("hidden", rows, width), take("hidden before", rows, width)
+        self.line = np.zeros(width, np.float32)
 
 
 class PackedForward:
@@ -111,10 +102,10 @@ class PackedForward:
                 trunk.embed_tokens.weight + trunk.input_hidden_states_bias
             ) * trunk.input_hidden_states_scale
             self._layers = [fold_layer(layer) for layer in _layers(policy)]
-            self._arrays = [_arrays(layer) for layer in self._layers]
             size = config.hidden_size
             self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
-            self._head_DV, self._head_bias = turned(policy.lm_head.weight), policy.lm_head.bias
+            self._vocabulary, self._head_bias = config.vocab_size, policy.lm_head.bias
+            self._head_PDW = linear.pack(turned(policy.lm_head.weight))
             self._rope: dict[str, Angles] = {}
             self._memory, self._work = _Memory(), dict[int, _Work]()
             self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
@@ -129,77 +120,63 @@ class PackedForward:
         """Final hidden states, hidden_TD, of every row. Without a cache, of clean rows from the start of their documents."""
         plan, rows = PackedPlan.of(layout, state, self._policy.hops, self._policy.windows), layout.rows
         work = self._work_of(rows)
-        torch.index_select(self._embedded_VD, 0, layout.token_T, out=work.residual[0][:rows])
+        torch.index_select(self._embedded_VD, 0, layout.token_T, out=torch.from_numpy(work.residual))
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
         self._attention.prepare(plan)
-        residual, unit = work.residual[1][:rows], work.unit[1][:rows]
-        stages.unit(residual, self._layers[0].in_floor, unit)
+        stages.unit(work.residual, self._layers[0].in_floor, work.unit)
         floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
-        for number, (layer, arrays, after) in enumerate(zip(self._layers, self._arrays, floors, strict=True)):
-            self._attend(number, layer, arrays, work, plan, ropes[layer.kind], state)
-            self._mix(number, layer, arrays, work, rows, after)
+        for number, (layer, after) in enumerate(zip(self._layers, floors, strict=True)):
+            self._attend(number, layer, work, plan, ropes[layer.kind], state)
+            self._mix(number, layer, work, after)
             if routing is not None:
                 routing.expert_LT.append(torch.from_numpy(work.expert.copy()))
                 routing.probs_LTE.append(torch.from_numpy(work.probs.copy()))
-        return work.unit[0][:rows] * self._norm
+        return torch.from_numpy(work.unit) * self._norm
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the policy's, of hidden states [..., D]."""
-        hidden_RD = hidden.flatten(0, -2)
-        count = len(hidden_RD)
-        hidden_RD = hidden_RD.expand(2, -1) if count == 1 else hidden_RD
-        bias, head_DV = self._head_bias, self._head_DV
-        logits_RV = mm(hidden_RD, head_DV) if bias is None else torch.addmm(bias, hidden_RD, head_DV)
-        return logits_RV[:count].view(*hidden.shape[:-1], -1)
+        logits = torch.empty(*hidden.shape[:-1], self._vocabulary)
+        hidden_RD, logits_RV = hidden.flatten(0, -2).contiguous(), logits.view(-1, self._vocabulary)
+        linear.product(hidden_RD.numpy(), self._head_PDW, logits_RV.numpy())
+        return logits if self._head_bias is None else logits.add_(self._head_bias)
 
     def _attend(
-        self, number: int, layer: PackedLayer, arrays: dict[str, np.ndarray], work: _Work, plan: PackedPlan, rope: Angles,
-        state: SequenceState | None,
-    ) -> None:  # fmt: skip
+        self, number: int, layer: PackedLayer, work: _Work, plan: PackedPlan, rope: Angles, state: SequenceState | None
+    ) -> None:
         """From the normed residual to the next one, through attention."""
-        rows = len(work.q)
-        mm(work.unit[0], layer.projection, out=work.projected[0])
+        linear.product(work.unit, layer.projection_PDW, work.projected)
         k_pool, v_pool, x_pool, delayed_pool = _nothing(work) if state is None else [x.numpy() for x in state.pools(number)]
-        projected, mixed = work.projected[1][:rows], work.mixed[1]
         stages.gather(
-            projected, arrays["projection_bias"], plan.source_TA, plan.tail_T, arrays["before_W"], x_pool, delayed_pool,
-            work.x[1], work.previous,
+            work.projected, layer.projection_bias, plan.source_TA, plan.tail_T, layer.before, x_pool, delayed_pool, work.x,
+            work.previous,
         )  # fmt: skip
-        torch.bmm(work.x[0], layer.convolution_N_AE_O, out=work.mixed[0])
+        linear.products(work.x, layer.convolution_NPDW, work.mixed)
         stages.turn(
-            mixed, projected, arrays["convolution_bias_NO"], arrays["temperature_N"], *rope, work.previous, plan.write_T,
+            work.mixed, work.projected, layer.convolution_bias_NO, layer.temperature_N, *rope, work.previous, plan.write_T,
             k_pool, v_pool, work.q, work.k, work.v,
         )  # fmt: skip
-        out_THD = work.attended[1][:rows].reshape(rows, self._heads, self._size)
+        out_THD = work.attended.reshape(-1, self._heads, self._size)
         self._attention(plan, layer.kind, work.q, work.k, work.v, k_pool, v_pool, out_THD)
-        mm(work.attended[0], layer.output, out=work.y[0])
+        linear.product(work.attended, layer.output_PDW, work.y)
         stages.add_unit(
-            work.y[1], arrays["output_bias"], work.residual[1][:rows], arrays["attention_residual_D"], layer.post_floor,
-            work.unit[1],
-        )  # fmt: skip
+            work.y, layer.output_bias, work.residual, layer.attention_residual_D, layer.post_floor, work.unit
+        )
 
-    def _mix(
-        self, number: int, layer: PackedLayer, arrays: dict[str, np.ndarray], work: _Work, rows: int, after: np.float32
-    ) -> None:
+    def _mix(self, number: int, layer: PackedLayer, work: _Work, after: np.float32) -> None:
         """From the normed residual to the next one, through router and experts."""
         state, below = work.states[number % 2], work.states[1 - number % 2]
-        mm(work.unit[0], layer.router_down, out=state[0])
+        linear.product(work.unit, layer.router_down_PDW, state)
         stages.route(
-            state[1][:rows], arrays["router_down_bias"], below[1], arrays["router_scale"], layer.router_floor, arrays["fc1"],
-            arrays["fc1_bias"], arrays["fc2"], arrays["fc2_bias"], arrays["router_out"], arrays["balance_C"], work.unit[1],
-            work.probs, work.expert, work.slot, work.begin, work.sorted[1], work.a, work.b, work.e,
+            state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1_PDW, layer.fc1_bias,
+            layer.fc2_PDW, layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot,
+            work.begin, work.sorted, *work.hidden, work.line,
         )  # fmt: skip
-        begin = work.begin.tolist()
-        spans = [(e, work.span(*span)) for e, span in enumerate(pairwise(begin[:-1])) if span[1] > span[0]]
-        for e, (given, gate_up, _, _) in spans:
-            mm(given, layer.gate_up_E[e], out=gate_up)
-        stages.activate(work.gate_up[1], begin[-1], work.inner[1])
-        for e, (_, _, inner, out) in spans:
-            mm(inner, layer.down_E[e], out=out)
+        stages.experts(
+            work.sorted, work.begin, layer.gate_up_EPDW, layer.down_EPFW, work.gate_up, work.inner, work.out
+        )
         stages.combine(
-            work.out[1], work.slot, work.expert, work.probs, arrays["mlp_bias"], work.residual[1][:rows],
-            arrays["mlp_residual_D"], after, work.unit[1],
-        )  # fmt: skip
+            work.out, work.slot, work.expert, work.probs, layer.mlp_bias, work.residual, layer.mlp_residual_D, after, work.unit
+        )
 
     def _work_of(self, rows: int) -> _Work:
         work = self._work.get(rows)
@@ -214,8 +191,10 @@ class PackedForward:
         longest = int(position_T.max()) + 1
         known = self._rope.get(kind)
         if known is None or len(known[0]) < longest:
-            line = torch.arange(2 ** (longest - 1).bit_length())[None]
-            cos, sin = (x[0] for x in self._policy.model.rotary_emb(torch.zeros(1), line, kind))
+            most = max(_ANGLES, 2 ** (longest - 1).bit_length())
+            lines = torch.arange(most).view(-1, 1, _ANGLES)
+            parts = zip(*(self._policy.model.rotary_emb(torch.zeros(1), line, kind) for line in lines), strict=True)
+            cos, sin = (torch.cat([part[0] for part in some]) for some in parts)
             half = cos.shape[-1] // 2
             sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
             known = self._rope[kind] = cos.numpy().copy(), sin.numpy().copy(), half
@@ -223,18 +202,9 @@ class PackedForward:
         return known[0][position], known[1][position], known[2]
 
 
-def _arrays(layer: PackedLayer) -> dict[str, np.ndarray]:
-    """What `stages` takes of a layer."""
-    arrays = {name: value.numpy() for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
-    arrays["convolution_bias_NO"] = arrays["convolution_bias_N1O"][:, 0].copy()
-    arrays["temperature_N"] = arrays["temperature_N1"][:, 0].copy()
-    arrays["before_W"] = arrays["before_W"][0].copy()
-    return arrays
-
-
 def _nothing(work: _Work) -> list[np.ndarray]:
     """Pools that nothing is read from or kept in."""
-    return [work.k, work.v, work.projected[1], work.projected[1]]
+    return [work.k, work.v, work.projected, work.projected]
 
 
 def _layers(policy: Policy) -> Iterator[Layer]:

@@ -1,5 +1,5 @@
-"""What stands between the matrix products of `forward` beside `attention`, compiled by numba: a few calls a layer instead of tens
-of operations.
+"""What stands between the matrix products of `forward` beside `attention`, and the experts with theirs, compiled by numba: a few
+calls a layer instead of tens of operations.
 
 Invariants:
 - Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...kernels.compiled import compiled, copy, exponentials, squares
+from ...kernels.linear.numba import product_of
 
 _F = np.float32
 
@@ -125,12 +126,12 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
 
 
 @compiled()
-def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP, fc2_bias_P, out_PC, balance_C, unit_TD,
-          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_P, b_P, e_P):  # fmt: skip
+def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
+          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP, e_P):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
 
-    `begin_C[c]`: first slot of class c, and the slots in use at the end. An expert's only row has a second slot beside its own,
-    as no product may have one row. `slot_T`: where each row went, -1 for the skip expert."""
+    `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip
+    expert."""
     rows, width = state_TP.shape
     classes = balance_C.shape[0]
     for t in range(rows):
@@ -139,23 +140,20 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
         for p in range(scale_P.shape[0]):
             state_TP[t, p] += below_TP[t, p] * scale_P[p]
         r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
-        copy(fc1_bias_P, a_P)
-        for i in range(width):
-            x = state_TP[t, i] * r
+        for p in range(width):
+            a_TP[t, p] = state_TP[t, p] * r
+    for weight, bias in ((fc1, fc1_bias_P), (fc2, fc2_bias_P)):
+        product_of(a_TP, 0, rows, weight, b_TP)
+        for t in range(rows):
             for p in range(width):
-                a_P[p] += x * fc1_PP[i, p]
-        _gelu(a_P, width, e_P)
-        copy(fc2_bias_P, b_P)
-        for i in range(width):
-            x = a_P[i]
-            for p in range(width):
-                b_P[p] += x * fc2_PP[i, p]
-        _gelu(b_P, width, e_P)
+                a_TP[t, p] = b_TP[t, p] + bias[p]
+            _gelu(a_TP[t], width, e_P)
+    for t in range(rows):
         z_C = probs_TC[t]
         z_C[:] = 0
         for i in range(width):
             for c in range(classes):
-                z_C[c] += b_P[i] * out_PC[i, c]
+                z_C[c] += a_TP[t, i] * out_PC[i, c]
         top = z_C.max()
         s = _F(0)
         for c in range(classes):
@@ -171,8 +169,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
     for t in range(rows):
         begin_C[expert_T[t] + 1] += 1
     for c in range(classes - 1):
-        count = begin_C[c + 1]
-        begin_C[c + 1] = begin_C[c] + (2 if count == 1 else count)
+        begin_C[c + 1] += begin_C[c]
     begin_C[classes] = begin_C[classes - 1]
     for c in range(classes - 1):
         at = begin_C[c]
@@ -187,10 +184,10 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1_PP, fc1_bias_P, fc2_PP
 
 
 @compiled()
-def activate(gate_up_I2F, count, inner_IF):
+def _activate(gate_up_I2F, begin, end, inner_IF):
     """silu(gate) * up."""
     size = inner_IF.shape[1]
-    for i in range(count):
+    for i in range(begin, end):
         inner = inner_IF[i]
         for f in range(size):
             inner[f] = -gate_up_I2F[i, f]
@@ -199,6 +196,16 @@ def activate(gate_up_I2F, count, inner_IF):
         exponentials(inner, size)
         for f in range(size):
             inner[f] = gate_up_I2F[i, f] / (_F(1.0) + inner[f]) * gate_up_I2F[i, size + f]
+
+
+@compiled()
+def experts(sorted_ID, begin_C, gate_up_EPDW, down_EPFW, gate_up_I2F, inner_IF, out_ID):
+    """Each expert over its slots: down (silu(gate) * up)."""
+    for e in range(gate_up_EPDW.shape[0]):
+        if begin_C[e + 1] > begin_C[e]:
+            product_of(sorted_ID, begin_C[e], begin_C[e + 1], gate_up_EPDW[e], gate_up_I2F)
+            _activate(gate_up_I2F, begin_C[e], begin_C[e + 1], inner_IF)
+            product_of(inner_IF, begin_C[e], begin_C[e + 1], down_EPFW[e], out_ID)
 
 
 @compiled()

@@ -1,9 +1,9 @@
-"""The weights of `PackedForward`, folded once from a policy's own.
+"""The weights of `PackedForward`, folded once from a policy's own and laid out for `kernels/linear/numba.py`.
 
 Norms' weights and sizes go into the matrices after them, the two convolutions into one over all ancestors, the means of queries
 and keys into the projection, residual scales and biases into the matrices before them.
 
-Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert.
+Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, P panels, W columns of a panel.
 """
 
 from __future__ import annotations
@@ -13,46 +13,52 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...kernels.linear.numba import pack, products
 from ..cca import Projection
 from ..policy import Layer
 
 
 @dataclass
 class PackedLayer:
-    """One layer, folded. Matrices are [in, out] and contiguous: products of few rows with them take half the time that those
-    with their transposes do."""
+    """One layer, folded: float32 and contiguous. What rows are multiplied by lies in panels, the router's last
+    matrix [in, out]."""
 
     kind: str
     in_floor: np.float32
-    projection: torch.Tensor  # q and k, delayed value, current value, then q and k with their means
-    projection_bias: torch.Tensor
-    before_W: torch.Tensor  # delayed value before the document
-    convolution_N_AE_O: torch.Tensor
-    convolution_bias_N1O: torch.Tensor
-    temperature_N1: torch.Tensor
-    output: torch.Tensor
-    output_bias: torch.Tensor
-    attention_residual_D: torch.Tensor
+    projection_PDW: np.ndarray  # q and k, delayed value, current value, then q and k with their means
+    projection_bias: np.ndarray
+    before: np.ndarray  # delayed value before the document
+    convolution_NPDW: np.ndarray  # summed: the features of all A ancestors
+    convolution_bias_NO: np.ndarray
+    temperature_N: np.ndarray
+    output_PDW: np.ndarray
+    output_bias: np.ndarray
+    attention_residual_D: np.ndarray
     post_floor: np.float32
-    router_down: torch.Tensor
-    router_down_bias: torch.Tensor
-    router_scale: torch.Tensor  # empty in a layer that takes no state
+    router_down_PDW: np.ndarray
+    router_down_bias: np.ndarray
+    router_scale: np.ndarray  # empty in a layer that takes no state
     router_floor: np.float32
-    fc1: torch.Tensor
-    fc1_bias: torch.Tensor
-    fc2: torch.Tensor
-    fc2_bias: torch.Tensor
-    router_out: torch.Tensor
-    balance_C: torch.Tensor
-    gate_up_E: list[torch.Tensor]  # [D, 2F] of each expert
-    down_E: list[torch.Tensor]  # [F, D]
-    mlp_bias: torch.Tensor
-    mlp_residual_D: torch.Tensor
+    fc1_PDW: np.ndarray
+    fc1_bias: np.ndarray
+    fc2_PDW: np.ndarray
+    fc2_bias: np.ndarray
+    router_out: np.ndarray
+    balance_C: np.ndarray
+    gate_up_EPDW: np.ndarray  # D to 2F of each expert
+    down_EPFW: np.ndarray  # F to D
+    mlp_bias: np.ndarray
+    mlp_residual_D: np.ndarray
 
 
 def turned(matrix: torch.Tensor) -> torch.Tensor:
     """[..., out, in] as [..., in, out], contiguous."""
     return matrix.mT.contiguous()
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    """A copy, whatever becomes of the policy."""
+    return value.detach().numpy().copy()
 
 
 def floor(size: int, eps: float) -> np.float32:
@@ -77,32 +83,33 @@ def fold_layer(layer: Layer) -> PackedLayer:
     return PackedLayer(
         kind=attention.kind,
         in_floor=floor(hidden, layer.input_layernorm.eps),
-        projection=turned(weight * layer.input_layernorm.weight * hidden**0.5),
-        projection_bias=weight.new_zeros(len(weight)) if bias is None else bias,
-        before_W=weight.new_zeros(1, len(delayed.weight)) if delayed.bias is None else delayed.bias[None].clone(),
-        convolution_N_AE_O=convolution,
-        convolution_bias_N1O=convolution_bias,
+        projection_PDW=pack(turned(weight * layer.input_layernorm.weight * hidden**0.5)),
+        projection_bias=_array(weight.new_zeros(len(weight)) if bias is None else bias),
+        before=_array(weight.new_zeros(len(delayed.weight)) if delayed.bias is None else delayed.bias),
+        convolution_NPDW=convolution,
+        convolution_bias_NO=convolution_bias,
         # Queries carry the scale of their scores, size ** -0.5.
-        temperature_N1=torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp * size**0.5])[:, None],
-        output=turned(attention.o_proj.weight * turn_hidden[:, None]),
-        output_bias=(hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden
-        + residual_bias * turn_residual,
-        attention_residual_D=turn_residual.clone(),
+        temperature_N=_array(torch.cat([weight.new_ones(query_heads), attention.qk_norm.temp * size**0.5])),
+        output_PDW=pack(turned(attention.o_proj.weight * turn_hidden[:, None])),
+        output_bias=_array(
+            (hidden_bias if own_bias is None else hidden_bias + own_bias) * turn_hidden + residual_bias * turn_residual
+        ),
+        attention_residual_D=_array(turn_residual),
         post_floor=floor(hidden, layer.post_attention_layernorm.eps),
-        router_down=turned(router.down_proj.weight * norm),
-        router_down_bias=router.down_proj.bias.clone(),
-        router_scale=weight.new_zeros(0) if router.router_states_scale is None else router.router_states_scale.clone(),
+        router_down_PDW=pack(turned(router.down_proj.weight * norm)),
+        router_down_bias=_array(router.down_proj.bias),
+        router_scale=_array(weight.new_zeros(0) if router.router_states_scale is None else router.router_states_scale),
         router_floor=floor(width, mlp.norm.eps),
-        fc1=turned(mlp.fc1.weight * mlp.norm.weight * width**0.5),
-        fc1_bias=mlp.fc1.bias.clone(),
-        fc2=turned(mlp.fc2.weight),
-        fc2_bias=mlp.fc2.bias.clone(),
-        router_out=turned(mlp.out_proj.weight),
-        balance_C=router.balancing_biases.clone(),
-        gate_up_E=list(turned(gate_up)),
-        down_E=list(turned(experts.down_proj * mlp_hidden[:, None])),
-        mlp_bias=mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual,
-        mlp_residual_D=mlp_residual.clone(),
+        fc1_PDW=pack(turned(mlp.fc1.weight * mlp.norm.weight * width**0.5)),
+        fc1_bias=_array(mlp.fc1.bias),
+        fc2_PDW=pack(turned(mlp.fc2.weight)),
+        fc2_bias=_array(mlp.fc2.bias),
+        router_out=_array(turned(mlp.out_proj.weight)),
+        balance_C=_array(router.balancing_biases),
+        gate_up_EPDW=pack(turned(gate_up)),
+        down_EPFW=pack(turned(experts.down_proj * mlp_hidden[:, None])),
+        mlp_bias=_array(mlp_bias * mlp_hidden + mlp_residual_bias * mlp_residual),
+        mlp_residual_D=_array(mlp_residual),
     )
 
 
@@ -121,8 +128,8 @@ def _projection(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
     return whole(*(each.weight for each in layers)), whole(*biases) if biases else None
 
 
-def _convolution(project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both convolutions as one product per head over all ancestors, and its bias."""
+def _convolution(project: Projection) -> tuple[np.ndarray, np.ndarray]:
+    """Both convolutions as one product per head over all ancestors, in panels, and its bias."""
     depthwise, grouped = project.conv_qk_depthwise, project.conv_qk_grouped
     assert depthwise.bias is not None and grouped.bias is not None
     heads, size = project.heads + project.kv_heads, project.head_dim
@@ -133,7 +140,7 @@ def _convolution(project: Projection) -> tuple[torch.Tensor, torch.Tensor]:
     for h in range(time1):
         for j in range(time0):
             whole_NAEO[:, h + j] += (w_NOEH[..., h] * taps_NEJ[:, None, :, j]).transpose(1, 2)
-    bias_NO = grouped.bias.unflatten(0, (heads, size)) + torch.einsum(
-        "noeh,ne->no", w_NOEH, depthwise.bias.unflatten(0, (heads, size))
-    )
-    return whole_NAEO.flatten(1, 2), bias_NO[:, None]
+    bias_N1D = depthwise.bias.unflatten(0, (heads, size)).repeat_interleave(time1, 1)[:, None]
+    through_N1O = np.empty((heads, 1, size), np.float32)
+    products(_array(bias_N1D), pack(turned(w_NOEH.flatten(2))), through_N1O)
+    return pack(whole_NAEO.flatten(1, 2)), _array(grouped.bias).reshape(heads, size) + through_N1O[:, 0]

@@ -31,6 +31,7 @@ from rich.table import Table
 from ...errors import InvalidInput
 from ...files import write_json
 from ...model.checkpoint import load_policy
+from ...model.packed import products
 from ...model.policy import Policy
 from ...model.scoring import score
 from ...model.tasks import make_tasks
@@ -90,7 +91,7 @@ def bench_decode(
     Returns:
         Rows with `engine`, `sampler`, `schedule`, `levels`, `batch`, `context` (prompt tokens), `temperature`,
         `tokens_per_s` (median), `tokens_per_forward` (per sequence, prefill not counted), `ratio_to_ar` (to our own
-        `ar` at the same batch), `max_tokens`, `rounds`, the check,
+        `ar` at the same batch), `max_tokens`, `rounds`, the check, `products` (who multiplies the clean rows of our engine),
         `planned` (with `auto`: steps by schedule), and `machine`: processor, cores, threads, versions and date. The
         figures of a peer that refuses the policy are null, and `unsupported` says why.
 
@@ -146,6 +147,7 @@ def bench_decode(
         write_json(output, rows)
     console = Console()
     console.print(_table(rows))
+    console.print(f"products of clean rows: {products(policy)}")
     for name, why in {row["engine"]: row["unsupported"] for row in rows if "unsupported" in row}.items():
         console.print(f"{name} does not serve this policy: {why}")
     return rows
@@ -172,7 +174,7 @@ def _ours(
 ) -> _Contestant:
     engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=batch))
     params = SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
-    check: dict[str, Any] = {"max_logprob_error": 0.0}
+    check: dict[str, Any] = {"max_logprob_error": 0.0, "products": products(policy)}
 
     def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
         requests = [RolloutRequest(f"{seed}/{i}", p, params) for i, p in enumerate(prompts)]

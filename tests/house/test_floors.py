@@ -14,7 +14,7 @@ from importlinter.configuration import configure
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOORS = ["kernels", "model", "rollout", "trainer_bridge", "cli"]
-KERNELS_MAY_IMPORT = {"numpy", "torch", "triton", "numba"}
+KERNELS_MAY_IMPORT = {"numpy", "torch", "triton", "numba", "llvmlite"}
 
 
 @pytest.fixture(scope="module")

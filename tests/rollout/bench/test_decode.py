@@ -42,7 +42,7 @@ def test_coupled_is_checked_against_ar(directory: Path, tmp_path: Path) -> None:
     assert coupled["tokens_equal_ar"] is True
     assert "tokens_equal_ar" not in ar and "tokens_equal_ar" not in mixed
     for row in rows:
-        assert row["max_logprob_error"] <= 1e-5
+        assert row["max_logprob_error"] == 0 and row["products"].startswith("fixed order")
         assert (row["batch"], row["max_tokens"], row["rounds"]) == (2, 10, 3)
         assert row["context"] > 4
         assert row["machine"]["torch_threads"] == 1

@@ -1,0 +1,167 @@
+"""The product of rows with a weight on a CPU, in one order of summation, compiled by numba.
+
+    out_tf = fma(x_tD, w_Df, ... fma(x_t1, w_1f, fma(x_t0, w_0f, 0)))
+
+Invariants:
+- Each output is one chain of multiply-adds over its D features in their order. So it depends on its row and its column of the
+  weight alone, to the last bit: neither the number of rows nor a row's place among them takes part, on any processor.
+- Multiply-adds are written into the code (`llvm.fma`), not left to the compiler to find: tiles of every size round alike, and
+  processors with AVX2 give the bits of those with AVX-512. One without fused multiply-add rounds product and sum, in all tiles.
+- Tiles decide the speed only: which chains run side by side in registers.
+
+Weights lie in panels of `WIDTH` columns, those of one feature side by side, with zeros after the last column.
+
+Legend: T rows, D summed features, F output features, P panels, W = `WIDTH` columns of a panel.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, codegen, config
+from numba.extending import intrinsic
+
+from ..compiled import compiled
+
+WIDTH = 32
+_FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
+
+
+def _has(feature: str) -> bool:
+    """Whether numba compiles for a processor with this x86 feature (`NUMBA_CPU_FEATURES`, or this machine's own)."""
+    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return f"+{feature}" in features.split(",")
+
+
+FUSED = platform.machine() not in ("x86_64", "AMD64") or _has("fma")
+"""Whether the processor rounds a product and the sum that it goes into once, together."""
+LANES = 16 if _has("avx512f") else 8
+"""Floats in a register; a tile is made for 32 registers of 16, or 16 of 8."""
+ROWS = 8 if LANES == 16 else 6
+"""Most rows of a tile. One or two wait for the weights, which are then read once."""
+
+
+def name() -> str:
+    """The product in a few words, for whoever reads a benchmark."""
+    return f"fixed order (numba, {LANES} lanes, {'fused' if FUSED else 'plain'} multiply-add)"
+
+
+def pack(weight_DF: torch.Tensor) -> np.ndarray:
+    """panels_PDW of a float32 weight, a copy. Any leading shape stays in front."""
+    *lead, _, f = weight_DF.shape
+    panels = torch.nn.functional.pad(weight_DF, (0, -f % WIDTH)).unflatten(-1, (-1, WIDTH)).movedim(-2, len(lead))
+    return panels.contiguous().numpy()
+
+
+def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    if not FUSED:
+        return builder.fadd(builder.fmul(a, b), c)
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32"), [a, b, c])
+
+
+def _tile(rows: int) -> Callable[..., None]:
+    """A function of (x_TD, t, panels_PDW, p, out_TF, to, f): rows t.. of x times panel p, into rows to.. and columns f.. of out.
+    All arrays are float32 and contiguous."""
+    columns = WIDTH if LANES == 16 or rows <= 2 else WIDTH // 2
+
+    @intrinsic
+    def tile(typing_context, x_TD, t, panels_PDW, p, out_TF, to, f):
+        def generate(context, builder, signature, arguments):
+            x, panels, out = (
+                context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2, 4)
+            )  # fmt: skip
+            depth, stride = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x, out))
+            _, t, _, p, _, to, f = arguments
+            vector = ir.VectorType(_FLOAT, columns)
+            zero, nothing = ir.Constant(vector, [0.0] * columns), ir.Constant(vector, ir.Undefined)
+            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), columns), [0] * columns)
+
+            def at(array: Any, index: Any) -> Any:
+                return builder.gep(array, [index])
+
+            def as_vector(pointer: Any) -> Any:
+                return builder.bitcast(pointer, vector.as_pointer())
+
+            x_r = [at(x.data, builder.mul(builder.add(t, _LONG(r)), depth)) for r in range(rows)]
+            out_r = [at(out.data, builder.add(builder.mul(builder.add(to, _LONG(r)), stride), f)) for r in range(rows)]
+            panel = at(panels.data, builder.mul(p, builder.mul(depth, _LONG(WIDTH))))
+            for begin in range(0, WIDTH, columns):
+                sums = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
+                for total in sums:
+                    builder.store(zero, total)
+                with cgutils.for_range(builder, depth) as loop:
+                    weight_at = at(panel, builder.add(builder.mul(loop.index, _LONG(WIDTH)), _LONG(begin)))
+                    weight = builder.load(as_vector(weight_at), align=4)
+                    for x_D, total in zip(x_r, sums, strict=True):
+                        first = builder.insert_element(nothing, builder.load(at(x_D, loop.index)), ir.IntType(32)(0))
+                        spread = builder.shuffle_vector(first, nothing, everywhere)
+                        builder.store(_multiply_add(builder, spread, weight, builder.load(total)), total)
+                for out_F, total in zip(out_r, sums, strict=True):
+                    builder.store(builder.load(total), as_vector(at(out_F, _LONG(begin))), align=4)
+            return context.get_dummy_value()
+
+        return types.void(x_TD, types.intp, panels_PDW, types.intp, out_TF, types.intp, types.intp), generate
+
+    return tile
+
+
+_tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_tile(min(rows, ROWS)) for rows in range(1, 9))
+
+
+@compiled()
+def _some(x_TD, t, count, panels_PDW, p, out_TF, to, f):
+    """A tile of `count` rows."""
+    if count == 1:
+        _tile1(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 2:
+        _tile2(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 3:
+        _tile3(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 4:
+        _tile4(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 5:
+        _tile5(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 6:
+        _tile6(x_TD, t, panels_PDW, p, out_TF, to, f)
+    elif count == 7:
+        _tile7(x_TD, t, panels_PDW, p, out_TF, to, f)
+    else:
+        _tile8(x_TD, t, panels_PDW, p, out_TF, to, f)
+
+
+@compiled()
+def product_of(x_TD, begin, end, panels_PDW, out_TF):
+    """Writes rows begin..end of out_TF: those rows of x times the weight."""
+    features, rows = out_TF.shape[1], end - begin
+    whole, tiles = features // WIDTH, -(-rows // ROWS)
+    each = max(1, -(-rows // max(1, tiles)))  # 9 rows are 5 and 4: a tile of few rows is slow
+    for p in range(whole):
+        for t in range(begin, end, each):
+            _some(x_TD, t, min(each, end - t), panels_PDW, p, out_TF, t, p * WIDTH)
+    if whole < panels_PDW.shape[0]:
+        rest_RW = np.empty((ROWS, WIDTH), np.float32)
+        for t in range(begin, end, each):
+            count = min(each, end - t)
+            _some(x_TD, t, count, panels_PDW, whole, rest_RW, 0, 0)
+            for r in range(count):
+                for f in range(features - whole * WIDTH):
+                    out_TF[t + r, whole * WIDTH + f] = rest_RW[r, f]
+
+
+def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:
+    """Writes out_TF = x_TD w_DF. All arrays are float32 and contiguous."""
+    product_of(x_TD, 0, len(x_TD), panels_PDW, out_TF)
+
+
+@compiled()
+def products(x_NTD, panels_NPDW, out_NTF):
+    """`product` of each of N rows and weights."""
+    for n in range(x_NTD.shape[0]):
+        product_of(x_NTD[n], 0, x_NTD.shape[1], panels_NPDW[n], out_NTF[n])
