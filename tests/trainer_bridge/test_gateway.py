@@ -128,7 +128,7 @@ def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: S
         assert client.status()["missing"] == client.delivery["missing"] > 0
         backend.longest, backend.rate = 10**6, 1e9
         until(lambda: client.status()["in_flight"] == 0)
-        gateway._ledger._db.execute("PRAGMA max_page_count=1000000")
+        gateway._ledger._file.run("PRAGMA max_page_count=1000000")
         client.submit([request("more", prompt=range(1, 5000))])
         assert len(list(client.results(timeout=10))) == client.delivery["requested"]
         assert client.delivery["missing"] == 0
@@ -137,7 +137,7 @@ def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: S
 
 def test_disk_that_stays_full_ends_a_gateway_of_little_patience(tmp_path: Path) -> None:
     backend = ToyBackend()
-    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l", max_ledger_bytes=100_000, disk_patience=0.5).start()
+    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l", max_ledger_bytes=250_000, disk_patience=0.5).start()
     with connect(gateway.address) as client:
         with pytest.raises(StorageError, match="free disk space"):
             client.generate([request(f"r{i}", 8) for i in range(200)])
