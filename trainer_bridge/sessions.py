@@ -206,6 +206,8 @@ class Sessions:
         session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
         self._open[inbound.peer] = session
         self.reply(inbound.peer, Welcome(self._ledger.ledger_id, self._version()))
+        if notice := self._notice():
+            self.reply(inbound.peer, Pong(self._version(), notice))
 
     def _submit(self, session: Session, message: Submit) -> None:
         try:

@@ -199,6 +199,56 @@ def test_what_does_not_fit_leaves_the_old_version(serve: Serve) -> None:
         assert client.push_weights(1, weights()) == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("embed.weight", np.nan), ("scale", np.inf), ("half", -np.inf)])
+def test_weights_that_are_not_finite_leave_the_old_version(serve: Serve, name: str, value: float) -> None:
+    backend = ToyBackend()
+    with connect(serve(backend).address) as client:
+        client.push_weights(1, weights(1))
+        bad = {k: np.array(v) for k, v in weights(2).items()}
+        bad[name][(0,) * bad[name].ndim] = value
+        with pytest.raises(TransportError, match=f"{name!r} is not finite"):
+            client.push_weights(2, bad)
+        assert client.status()["version"] == backend.version == 1
+        assert client.generate([request("a")])[0].versions[0] == 1
+        assert client.push_weights(2, weights(2)) == 2
+
+
+def test_a_state_dict_with_its_tied_head_is_welcome(serve: Serve) -> None:
+    torch = pytest.importorskip("torch")
+    expected = {"model.embed_tokens.weight": ("bfloat16", (600, 1000)), "model.norm.weight": ("float32", (8,)),
+                "z.weight": ("float32", (900, 1000))}
+    embedding = torch.nn.Parameter(torch.randn(600, 1000).bfloat16())
+    others = {"model.norm.weight": torch.ones(8), "z.weight": torch.randn(900, 1000)}
+    state = {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding, **others}
+    backend = ToyBackend(expected=expected)
+    with connect(serve(backend).address) as client:
+        for version, order in enumerate((list(state), list(state)[::-1], sorted(state)), start=1):
+            assert client.push_weights(version, {name: state[name] for name in order}) == version
+            assert {k: v.shape for k, v in backend.arrays.items()} == {k: shape for k, (_, shape) in expected.items()}
+            assert np.array_equal(backend.arrays["z.weight"], others["z.weight"].numpy())
+            assert torch.equal(torch.from_numpy(backend.arrays["model.embed_tokens.weight"]).view(torch.bfloat16), embedding)
+        del state["lm_head.weight"]
+        backend.arrays = {}
+        assert client.push_weights(3, {name: state[name] for name in sorted(state)}) == 3
+        assert backend.arrays == {}
+        for head in (embedding + 1, embedding.float()):
+            with pytest.raises(TransportError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'.*tied"):
+                client.push_weights(4, {**state, "lm_head.weight": head})
+        assert client.status()["version"] == 3
+        assert client.push_weights(4, {**state, "lm_head.weight": embedding.clone()}) == 4
+
+
+def test_an_untied_head_is_one_tensor_of_the_policy(serve: Serve) -> None:
+    expected = {"model.embed_tokens.weight": ("float32", (6, 4)), "lm_head.weight": ("float32", (6, 4))}
+    same = np.ones((6, 4), np.float32)
+    backend = ToyBackend(expected=expected)
+    with connect(serve(backend).address) as client:
+        assert client.push_weights(1, {"model.embed_tokens.weight": same, "lm_head.weight": same}) == 1
+        assert list(backend.arrays) == ["model.embed_tokens.weight", "lm_head.weight"]
+        with pytest.raises(TransportError, match=r"lacks 1 tensors, 'lm_head.weight'"):
+            client.push_weights(2, {"model.embed_tokens.weight": same})
+
+
 def test_finish_waits_for_what_is_in_flight_and_holds_what_comes_later(serve: Serve) -> None:
     backend = ToyBackend(rate=0.0)
     gateway = serve(backend)
@@ -207,7 +257,7 @@ def test_finish_waits_for_what_is_in_flight_and_holds_what_comes_later(serve: Se
         until(lambda: bool(backend.batches))
         pusher = threading.Thread(target=other.push_weights, args=(1, weights()))
         pusher.start()
-        until(lambda: gateway._sessions.desk._committing is not None)
+        until(lambda: gateway._desk._committing is not None)
         client.submit([request("late")])
         backend.rate = 1e9
         versions = {t.request_id: int(t.versions[0]) for t in client.results()}
@@ -287,12 +337,12 @@ def test_aborted_and_abandoned_pushes_leave_the_old_version(serve: Serve) -> Non
     with pytest.raises(TransportError, match="by client 'p'"):
         second._state("q")
     first._abort("p")
-    until(lambda: gateway._sessions.desk._stage is None)
+    until(lambda: gateway._desk._stage is None)
     begin(second, "q")
     second._state("q")
     second.close()
     first.close()
-    until(lambda: gateway._sessions.desk._stage is None)
+    until(lambda: gateway._desk._stage is None)
     assert backend.version == 0
     with connect(gateway.address) as client:
         assert client.push_weights(1, weights()) == 1
@@ -314,7 +364,7 @@ def test_interrupted_sender_aborts(serve: Serve) -> None:
     with connect(gateway.address) as client:
         with pytest.raises(KeyboardInterrupt):
             client.push_weights(1, Interrupted(weights()))
-        until(lambda: gateway._sessions.desk._stage is None)
+        until(lambda: gateway._desk._stage is None)
         assert backend.version == 0
         assert client.push_weights(1, weights()) == 1
 
