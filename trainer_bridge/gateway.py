@@ -216,6 +216,7 @@ class Gateway:
             event = self._driver.events.get()
             if isinstance(event, Outputs):
                 self._unrecorded.extend(event.completed)
+                self._leases.update({item.epoch: now for item in event.completed if item.epoch in self._leases})
             elif isinstance(event, CommitEnded):
                 self._desk.ended(event)
             elif isinstance(event, WorkRefused):
@@ -264,8 +265,11 @@ class Gateway:
         self._desk.expire(now)
         if not self._driver.in_flight:
             self._leases.clear()
-        if self._lease_seconds is not None:
-            self._revoked.update(e for e, since in self._leases.items() if now - since > self._lease_seconds)
+        late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}
+        if late - self._revoked:
+            self._revoked |= late
+            # The others may have waited behind those.
+            self._leases = dict.fromkeys(self._leases, now)
 
     def _failed(self, what: str, error: StorageError, now: float) -> None:
         self._trouble[what], self._retry[what] = str(error), now + RETRY_S

@@ -90,6 +90,11 @@ class RolloutActor:
         self._staged = {version: self._fitting(arrays)}
 
     @ray.method(concurrency_group="control")
+    def unstage(self) -> None:
+        """Free what is held ready."""
+        self._staged = {}
+
+    @ray.method(concurrency_group="control")
     def commit(self, version: int, in_flight: InFlightPolicy) -> int:
         """Take the staged version between two steps.
 
@@ -115,13 +120,23 @@ class RolloutActor:
         }
 
     def _fitting(self, arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        own = self._engine.policy.state_dict()
+        """The arrays as tensors of the policy: all of its names, its shapes and dtypes, finite numbers."""
+        own = dict(self._engine.policy.state_dict())
+        if "lm_head.weight" not in arrays and self._engine.policy.config.tie_word_embeddings:
+            del own["lm_head.weight"]
+        if odd := own.keys() ^ arrays.keys():
+            missing = min(odd) in own
+            raise RequestError("weights", f"{min(odd)!r} is {'missing' if missing else 'unknown'}",
+                               "send exactly the policy's tensors")
         tensors = {}
         for name, array in arrays.items():
-            tensor = torch.from_numpy(np.array(array))
-            if own[name].dtype == torch.bfloat16 and tensor.dtype == torch.uint16:
+            tensor, want = torch.from_numpy(np.array(array)), own[name]
+            if want.dtype == torch.bfloat16 and tensor.dtype == torch.uint16:
                 tensor = tensor.view(torch.bfloat16)
-            if tensor.shape != own[name].shape:
-                raise RequestError("weights", f"{name} has shape {tuple(tensor.shape)}", f"send {tuple(own[name].shape)}")
+            if (tensor.shape, tensor.dtype) != (want.shape, want.dtype):
+                raise RequestError("weights", f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}",
+                                   f"send {want.dtype} of shape {tuple(want.shape)}")
+            if not torch.isfinite(tensor).all():
+                raise RequestError("weights", f"{name} holds a number that is not finite", "send numbers")
             tensors[name] = tensor
         return tensors
