@@ -77,7 +77,8 @@ class RolloutBackend(Protocol):
         ...
 
     def stats(self) -> dict[str, float | int | str]:
-        """Metrics of the engines, flat, at most 256 entries."""
+        """Metrics of the engines, flat, at most 256 entries. `loading`: engines that are not ready yet; while there are
+        any, no lease runs out."""
         ...
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class Gateway:
         max_ledger_bytes: size the ledger may reach, without the weights; None for what the disk holds.
         keep_requests: wholly acknowledged requests that are remembered, to recognise them when they are submitted again.
         lease_seconds: lease work again, under a new epoch, when no sample of a lease has come for so long; the engines that
-            hold it are given up. Longer than the longest sample and a load of weights take. None never.
+            hold it are given up. Longer than the longest sample takes; loading an engine does not count. None never.
         push_idle_seconds: a weight push without a chunk for so long gives way to another one.
         disk_patience: seconds a ledger that cannot be written is waited for; None for ever.
     """
@@ -265,6 +265,8 @@ class Gateway:
         self._desk.expire(now)
         if not self._driver.in_flight:
             self._leases.clear()
+        if self._driver.stats.get("loading"):
+            self._leases = dict.fromkeys(self._leases, now)
         late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}
         if late - self._revoked:
             self._revoked |= late

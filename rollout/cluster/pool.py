@@ -77,11 +77,14 @@ class _Seat:
 
     Attributes:
         actor: who sits there now.
+        ready, since: its answer once the policy is loaded, None from then on; when it was started, seconds of the clock.
         shares: its work; the first is being computed.
         stream, source: where the first share's samples come from, and the actor that makes them.
     """
 
     actor: Any
+    ready: Any
+    since: float
     shares: deque[_Share] = field(default_factory=deque)
     stream: Any = None
     source: Any = None
@@ -121,9 +124,9 @@ class RayCluster:
         self._weights: Any = None  # reference to the arrays of `version`; None for those of the directory
         self._early: list[Completed] = []
         self.restarts = 0
-        self._seats = [_Seat(self._spawn()) for _ in range(actors)]
+        self._seats = [_Seat(*self._spawn()) for _ in range(actors)]
         try:
-            self._ask([seat.actor.ready.remote() for seat in self._seats])
+            self._ask([seat.ready for seat in self._seats])
         except BaseException:
             self.close()
             raise
@@ -228,7 +231,8 @@ class RayCluster:
     def stats(self) -> dict[str, float | int | str]:
         """Figures of the pool."""
         busy = sum(bool(seat.shares) for seat in self._seats)
-        return {"actors": len(self._seats), "busy": busy, "restarts": self.restarts, "version": self._version}
+        return {"actors": len(self._seats), "busy": busy, "loading": self._loading(), "restarts": self.restarts,
+                "version": self._version}
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""
@@ -273,17 +277,30 @@ class RayCluster:
         self._start(seat)
         return [Completed(share.epoch, request.id, error=error) for request in share.left()]
 
-    def _spawn(self) -> Any:
+    def _loading(self) -> int:
+        """How many actors have not loaded the policy yet; one that takes too long for it is given up."""
+        count = 0
+        for seat in self._seats:
+            if seat.ready is not None and ray.wait([seat.ready], timeout=0)[0]:
+                seat.ready = None
+            elif seat.ready is not None:
+                count += 1
+                if time.monotonic() - seat.since > self._answer_s:
+                    self._replace(seat)
+        return count
+
+    def _spawn(self) -> tuple[Any, Any, float]:
+        """A new actor, its answer once it has loaded the policy, and when it was started."""
         actor: Any = RolloutActor.remote(  # type: ignore[attr-defined]  # Ray's decorator is untyped
             self._policy, self._config, self._dtype, self._version, self._weights
         )
-        return actor
+        return actor, actor.ready.remote(), time.monotonic()
 
     def _replace(self, seat: _Seat) -> None:
         """A fresh actor in the place of one that is dead or given up; its broken stream is found by the next poll."""
         self.restarts += 1
         ray.kill(seat.actor)
-        seat.actor = self._spawn()
+        seat.actor, seat.ready, seat.since = self._spawn()
 
     def _ask(self, references: list[Any]) -> None:
         try:

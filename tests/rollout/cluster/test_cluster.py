@@ -168,9 +168,28 @@ def test_where_every_engine_fails_over_a_version_the_old_one_serves_on_all(clust
         assert client.push_weights(old + 1, next_weights[0]) == old + 1
 
 
+def test_a_cluster_that_starts_elsewhere_is_brought_to_the_version_of_the_ledger(cluster, next_weights, tmp_path):
+    arrays, policy = next_weights
+    first, version = {name: array * np.float32(0.5) for name, array in arrays.items()}, cluster.version + 1
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="t") as client:
+            client.push_weights(version, arrays)
+            client.submit(requests("left", 4))
+    cluster.revoke(1)
+    cluster.commit_weights(version - 1, first)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="t") as client:
+            got = client.generate(requests("left", 4), timeout=60)
+            assert {int(v) for t in got for v in t.versions} == {version}
+            assert largest_error(policy, got) < 1e-4
+            ray.kill(cluster._seats[0].actor)
+            got = client.generate(requests("more", 4), timeout=60)
+            assert largest_error(policy, got) < 1e-4
+
+
 def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
     """Stopped, not dead: nothing but silence tells."""
-    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger", lease_seconds=4.0, max_in_flight=80) as gateway:
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger", lease_seconds=2.0, max_in_flight=80) as gateway:
         with connect(gateway.address) as client:
             client.submit(requests("hung", 40, tokens=100))
             results = client.results(timeout=60)
@@ -223,10 +242,11 @@ def across(trajectories):
     return [t for t in trajectories if len(set(t.versions.tolist())) == 2]
 
 
-def largest_error(policy, trajectories, version):
-    """Between the recorded logprobs of a version's tokens and those of `policy`."""
+def largest_error(policy, trajectories, version=None):
+    """Between the recorded logprobs of a version's tokens, or all, and those of `policy`."""
     scores = score(policy, [(t.prompt_tokens, t.tokens) for t in trajectories])
-    return max(np.abs(s - t.logprobs)[t.versions == version].max() for s, t in zip(scores, trajectories))
+    return max(np.abs(s - t.logprobs)[(t.versions == version) | (version is None)].max()
+               for s, t in zip(scores, trajectories))
 
 
 def test_finish_waits_for_every_sample(cluster, next_weights):
