@@ -145,6 +145,46 @@ def test_disk_that_stays_full_ends_a_gateway_of_little_patience(tmp_path: Path) 
         gateway.wait(10)
 
 
+def test_trouble_with_an_acknowledgement_ends_with_its_session(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose acknowledgement met a full disk goes for good; then there is room again."""
+    monkeypatch.setattr(sessions, "PROBE_S", 0.1)
+    gateway = serve(ToyBackend(), disk_patience=2.0)
+    gone = connect(gateway.address, ack="manual")
+    found = gone.generate([request("a")])
+    gateway._ledger._file.run("PRAGMA query_only=1")
+    gone._deliveries.acknowledge([t.key for t in found])
+    gone._deliveries.drive(lambda: gateway._sessions.trouble is not None)
+    gone.close(acknowledge=False)
+    until(lambda: len(gateway._sessions) == 0)
+    gateway._ledger._file.run("PRAGMA query_only=0")
+    assert not gateway.wait(2.5)
+    with connect(gateway.address) as client:
+        assert client.status()["notice"] == ""
+
+
+def test_a_start_that_fails_lets_go_of_the_ledger(tmp_path: Path) -> None:
+    class Dead(ToyBackend):
+        def stats(self) -> dict[str, float | int | str]:
+            raise ClusterError("no live actor")
+
+    path = tmp_path / "l"
+    for backend, address, error in ((Dead(), "tcp://127.0.0.1:*", ClusterError), (ToyBackend(), "tcp://1:1", TransportError)):
+        gateway = Gateway(backend, address, path)
+        with pytest.raises(error):
+            gateway.start()
+        with Gateway(ToyBackend(), "tcp://127.0.0.1:*", path):
+            pass
+
+
+def test_the_size_of_the_ledger_is_shown(serve: Serve) -> None:
+    with connect(serve(ToyBackend(), keep_requests=3).address) as client:
+        client.generate([request(f"r{i}") for i in range(10)])
+        client.generate([request("last")])
+        status = client.status()
+        assert status["ledger_kept"] == 3
+        assert 0 <= int(status["ledger_free_bytes"]) < int(status["ledger_bytes"])
+
+
 def test_push_serves_the_new_weights_bit_for_bit(serve: Serve) -> None:
     backend = ToyBackend()
     with connect(serve(backend).address) as client:
