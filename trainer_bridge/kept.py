@@ -5,9 +5,10 @@ Invariants:
   one write that makes a version the last committed one; any other file is left over and removed.
 - What is read is checked as what a trainer pushes is: the manifest by the digest in the ledger, each tensor by the manifest's.
 
-What it costs: a push is written while it arrives, at the network's pace, and waits at its end for what the disk has not taken
-yet, before the engines take it (for 17 GB some seconds, while samples in flight go on; for 8 MB some milliseconds). The disk
-holds two versions for the time of a push and one otherwise.
+What it costs: a push is written while it arrives, and a thread beside has the disk take it in pieces, so it goes at the pace of
+the network or the disk, whichever is slower (17 GB: 9 s at 2 GB/s). What the disk has not taken at the end, one piece or so, is
+waited for before the engines take the version, while samples in flight go on; for 8 MB that is all of it, tens of milliseconds.
+The disk holds two versions for the time of a push and one otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from .codec import Buffer
 from .messages import MAX_CHUNK, MAX_MANIFEST
 from .weights import Manifest, WeightStager
 
+PIECE = 64 << 20
+"""Bytes written between two calls that have the disk take them."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -87,6 +91,9 @@ class VersionFile:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._part = path, path.with_name(path.name + ".part")
+        self._written, self._syncing = 0, Future[None]()
+        self._syncing.set_result(None)
+        self._beside: ThreadPoolExecutor | None = None
         record = manifest.encode()
         with storing(self._path):
             self._file = open(self._part, "wb")  # noqa: SIM115 - closed by seal or discard
@@ -100,13 +107,21 @@ class VersionFile:
         """The next bytes of the tensors, in the manifest's order. Raises StorageError."""
         with storing(self._path):
             self._file.write(data)
+            self._written += len(data)
+            if self._written >= PIECE and self._syncing.done():
+                self._syncing.result()
+                self._written = 0
+                self._file.flush()
+                self._beside = self._beside or ThreadPoolExecutor(1, "blockroll-weights")
+                self._syncing = self._beside.submit(os.fdatasync, self._file.fileno())
 
     def seal(self) -> None:
         """Waits until all of it is on disk and gives it its name. Raises StorageError."""
         with storing(self._path):
+            self._syncing.result()
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+            self._close()
             os.replace(self._part, self._path)
             folder = os.open(self._path.parent, os.O_RDONLY)
             try:
@@ -117,6 +132,11 @@ class VersionFile:
     def discard(self) -> None:
         """Leaves nothing of a version that was not sealed; safe to call twice."""
         with suppress(OSError):
-            self._file.close()
+            self._close()
         with suppress(OSError):
             self._part.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._beside is not None:
+            self._beside.shutdown()
+        self._file.close()

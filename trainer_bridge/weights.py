@@ -258,9 +258,9 @@ class WeightStager:
         """Looks at the numbers whose last byte is within start..end-1."""
         flat = self._arrays[self._index].reshape(-1)
         first = start // flat.itemsize
-        bad = ~_finite(flat[first:end // flat.itemsize], spec.dtype)
-        if bad.any():
-            place = tuple(int(i) for i in np.unravel_index(first + int(bad.argmax()), spec.shape))
+        finite = _finite(flat[first:end // flat.itemsize], spec.dtype)
+        if not finite.all():
+            place = tuple(int(i) for i in np.unravel_index(first + int(finite.argmin()), spec.shape))
             raise TransportError(f"weight version {self.manifest.version}: {spec.name!r} is not finite at {list(place)}; "
                                  "push numbers; the version before it serves on")
 

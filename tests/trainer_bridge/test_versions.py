@@ -157,7 +157,8 @@ def test_what_was_done_is_delivered_while_weights_are_missing(tmp_path: Path) ->
         assert len(client.generate([request("a", 2)])) == 2
 
 
-def test_bfloat16_weights_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_bfloat16_weights_come_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blockroll.trainer_bridge.kept.PIECE", 1 << 20)
     torch = pytest.importorskip("torch")
     expected = {"w": ("bfloat16", (300, 7000)), "norm": ("float32", (7,))}
     tensors = {"w": torch.randn(300, 7000).bfloat16(), "norm": torch.randn(7)}

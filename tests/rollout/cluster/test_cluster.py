@@ -296,3 +296,19 @@ def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path
         assert client.delivery == {"requested": 80, "unique": 80, "duplicates": 0, "failed": 0, "missing": 0}
     assert across(got)
     assert {int(v) for t in got for v in t.versions} == {old, old + 1}
+
+
+def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_weights, tmp_path, monkeypatch):
+    """One step off policy: engines decode while the trainer trains, without a word between them, and take its push in mid-way."""
+    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 1.0)
+    old, batch = cluster.version, requests("next", 40, tokens=100)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address, ack="manual") as client:
+        client.submit(batch)
+        time.sleep(1.2)
+        assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
+        got = client.generate(batch, timeout=60)
+        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+        assert across(got)
+        assert all((np.diff(t.versions) >= 0).all() and {*t.versions.tolist()} <= {old, old + 1} for t in got)
+        client.acknowledge(got)
+        assert client.status()["acknowledged"] == 80
