@@ -2,7 +2,8 @@
 
 Invariants:
 - No heavy imports: the bridge programs against this module without torch or Ray.
-- The gateway makes one call at a time: `expected_weights` once before it starts, all others from one thread of its own.
+- The gateway makes one call at a time: `expected_weights`, and `commit_weights` of the version it comes back at, before it
+  starts, all others from one thread of its own.
   It never calls `close`: who made a backend ends it.
 - A lease is an epoch: work is submitted under one, comes back under the same one, and the same request submitted again
   under a higher epoch replaces the former. Epochs only grow.
@@ -61,6 +62,11 @@ class RolloutBackend(Protocol):
         """What finished since the last call, in any order; waits up to `timeout` seconds for the first; [] if none."""
         ...
 
+    def revoke(self, epoch: int) -> None:
+        """The lease is over: unfinished work under this epoch is not waited for and its outputs are not wanted. An engine that
+        is busy with it may hang and is given up, so that the work, submitted again, goes to one that answers."""
+        ...
+
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Every engine takes the version between two steps, or none does (ClusterError). A bfloat16 tensor comes as the
         uint16 array of its bits. The arrays belong to the backend from here on."""
@@ -71,7 +77,8 @@ class RolloutBackend(Protocol):
         ...
 
     def stats(self) -> dict[str, float | int | str]:
-        """Metrics of the engines, flat, at most 256 entries."""
+        """Metrics of the engines, flat, at most 256 entries. `loading`: engines that are not ready yet; while there are
+        any, no lease runs out."""
         ...
 
     def close(self) -> None:

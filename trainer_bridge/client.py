@@ -39,7 +39,10 @@ class RolloutClient:
     caller's next call of `submit`, `generate` or `push_weights`, at the next item of `results`, and on leaving the
     context without an exception. With ack="manual" only `acknowledge` does it, for a trainer that first makes its own
     checkpoint. After a crash, connect with the same client_id and submit the same requests: what was not acknowledged
-    comes (again), what was is refused by name.
+    comes (again), what was is refused by name. A trainer that resumes from a checkpoint first acknowledges the requests whose
+    work the checkpoint holds (`acknowledge` takes requests, too), then submits those that follow.
+
+    To work while engines decode: `submit` a batch, do what is to be done, then `generate` the same batch, which collects it.
     """
 
     def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,
@@ -103,6 +106,7 @@ class RolloutClient:
                 self._hand(item.request_id, FAILURE)
                 if on_error == "raise":
                     raise item
+                self._skip([item.request_id])
                 continue
             trajectory = item.open()
             self._hand(*trajectory.key)
@@ -112,8 +116,9 @@ class RolloutClient:
                  on_error: OnError = "raise") -> list[Trajectory]:
         """Submits one batch and waits for all its samples, ordered by (id, sample) whatever order they arrived in.
 
-        Raises RequestRefused for the first request that cannot be served, after all others are done; those stay to be had
-        from `results`. With on_error="skip" the others are returned. `timeout` as in `results`.
+        Requests that were submitted before are waited for, not asked for again. Raises RequestRefused for the first request
+        that cannot be served (its `others` tell of the rest), after all others are done; those stay to be had from
+        `results`. With on_error="skip" the others are returned. `timeout` as in `results`.
         """
         self._enter()
         book, batch = self._deliveries.book, list(requests)
@@ -155,19 +160,42 @@ class RolloutClient:
             aside += [item for item, _ in found if not served or item.request_id in refused]
         book.inbox.extendleft(reversed(aside))
         if refused and on_error == "raise":
-            raise refused[min(refused)]
+            first, *others = (refused[name] for name in sorted(refused))
+            first.others = tuple(others)
+            raise first
+        self._skip(refused)
         trajectories = order_by_id([trajectory for _, trajectory in served])
         for trajectory in trajectories:
             self._hand(*trajectory.key)
         return trajectories
 
-    def acknowledge(self, trajectories: Iterable[Trajectory]) -> None:
-        """With ack="manual": these are safe with the trainer and never delivered again; waits until recorded."""
+    def acknowledge(self, done: Iterable[Trajectory | RequestRefused | RolloutRequest]) -> None:
+        """With ack="manual": these are safe with the trainer and never delivered again; waits until recorded.
+
+        Args:
+            done: trajectories; refusals, with their `others`; or requests, each of which stands for all its samples and its
+                refusal, whether this life of the client was handed them or not. What the ledger does not have yet cannot be
+                acknowledged and is delivered.
+        """
         self._begin()
-        keys = {t.key for t in trajectories}
-        self._deliveries.acknowledge([k for k in self._handed if k in keys])
+        handed = dict.fromkeys(self._handed)
+        keys: dict[tuple[str, int], None] = {}
+        whole: set[str] = set()
+        for item in done:
+            if isinstance(item, RolloutRequest):
+                track = self._deliveries.book.tracks.get(item.id)
+                asked = track is not None and track.record
+                keys.update(((item.id, i), None) for i in range(item.samples) if not asked or i in track.seen)
+                keys[item.id, FAILURE] = None
+                whole.add(item.id)
+            elif isinstance(item, RequestRefused):
+                keys.update((k, None) for r in (item, *item.others) if (k := (r.request_id, FAILURE)) in handed)
+            elif item.key in handed:
+                keys[item.key] = None
+        self._deliveries.acknowledge(list(keys))
         self._handed = [k for k in self._handed if k not in keys]
         self._deliveries.drive(lambda: not self._deliveries.acknowledging)
+        self._deliveries.book.forget(whole)
 
     def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
                      in_flight: str = "finish") -> int:
@@ -247,6 +275,13 @@ class RolloutClient:
     def _hand(self, request_id: str, sample: int) -> None:
         self._deliveries.book.hand(request_id, sample)
         self._handed.append((request_id, sample))
+
+    def _skip(self, names: Iterable[str]) -> None:
+        """The caller will not hear of these refusals, so that it could not acknowledge them."""
+        if not self._auto:
+            keys = {(name, FAILURE) for name in names}
+            self._deliveries.acknowledge(sorted(keys))
+            self._handed = [k for k in self._handed if k not in keys]
 
     def _plane(self) -> ControlPlane:
         if self._control is None:

@@ -29,11 +29,16 @@ class SessionLost(Exception):
 
 
 class RequestRefused(RequestError):
-    """The service cannot serve one request; `request_id` names it."""
+    """The service cannot serve one request; `request_id` names it. `others`: more requests of the same call it cannot serve."""
+
+    others: tuple[RequestRefused, ...] = ()
 
     def __init__(self, request_id: str, why: str) -> None:
-        self.request_id = request_id
+        self.request_id, self.why = request_id, why
         super().__init__(f"request {request_id!r}", why, "a changed request needs a new id; the other requests go on")
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.request_id, self.why)
 
 
 def refusal(message: Refused) -> BlockrollError:

@@ -3,6 +3,7 @@
 Invariants:
 - Every call to the backend after the start is made here, one at a time.
 - A commit with policy `finish` starts when no leased work is in flight; work submitted meanwhile waits behind it.
+- A version is on disk before the backend is given it.
 - What the backend returns is handed on in the order it came; what is in flight is bounded by who submits.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import ClusterError
+from ..errors import BlockrollError, ClusterError, StorageError
 from ..rollout.backend import Completed, RolloutBackend
 from ..rollout.types import RolloutRequest
 
@@ -33,11 +34,19 @@ class Work:
 
 @dataclass(frozen=True)
 class Commit:
-    """A complete weight version to commit."""
+    """A complete weight version to commit, after `seal` has brought it to disk."""
 
     version: int
     arrays: Mapping[str, np.ndarray]
     in_flight: str
+    seal: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """A lease that is over: what it holds is not waited for."""
+
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,10 @@ class WorkRefused:
 
 @dataclass(frozen=True)
 class CommitEnded:
-    """A commit is over; `error` is None when the version serves."""
+    """A commit is over; `error` is None when every engine has the version."""
 
     version: int
-    error: str | None
+    error: BlockrollError | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class BackendDriver:
         self.version, self.stats = backend.version, backend.stats()
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
-        self._commands: queue.SimpleQueue[Work | Commit | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Work | Commit | Revoke | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int]] = {}
         self._samples = 0
         self._lock = threading.Lock()
@@ -111,9 +120,13 @@ class BackendDriver:
                 self._samples += request.samples
         self._commands.put(Work(epoch, batch))
 
-    def commit(self, version: int, arrays: Mapping[str, np.ndarray], in_flight: str) -> None:
+    def commit(self, commit: Commit) -> None:
         """Hands a weight version on; from any thread, at once. Ends with a CommitEnded event."""
-        self._commands.put(Commit(version, arrays, in_flight))
+        self._commands.put(commit)
+
+    def revoke(self, epoch: int) -> None:
+        """Gives a lease up; from any thread, at once."""
+        self._commands.put(Revoke(epoch))
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after the call it is in; whether it ended in time."""
@@ -129,7 +142,10 @@ class BackendDriver:
             while not self._stop.is_set():
                 command = self._take(busy=waiting is not None or bool(self._samples))
                 if isinstance(command, Commit):
-                    waiting = command
+                    waiting = command if self._sealed(command) else None
+                elif isinstance(command, Revoke):
+                    held = [work for work in held if work.epoch != command.epoch]
+                    self._revoke(command.epoch)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -146,7 +162,7 @@ class BackendDriver:
             # Handed to the gateway, which ends and raises it to its owner.
             self._tell(Crashed(error))
 
-    def _take(self, busy: bool) -> Work | Commit | None:
+    def _take(self, busy: bool) -> Work | Commit | Revoke | None:
         try:
             return self._commands.get(timeout=0.0 if busy else IDLE_S)
         except queue.Empty:
@@ -163,15 +179,33 @@ class BackendDriver:
                     self._forget(request.id, work.epoch)
             self._tell(WorkRefused(work.epoch))
 
+    def _sealed(self, commit: Commit) -> bool:
+        """Brings a version to disk while samples in flight go on; one that the disk refuses ends here."""
+        try:
+            commit.seal()
+        except StorageError as error:
+            self._tell(CommitEnded(commit.version, error))
+            return False
+        return True
+
+    def _revoke(self, epoch: int) -> None:
+        with self._lock:
+            for request_id in [name for name, (under, _) in self._flight.items() if under == epoch]:
+                self._forget(request_id)
+        try:
+            self._backend.revoke(epoch)
+        except ClusterError as error:
+            self._trouble["submit"] = str(error)
+
     def _commit(self, commit: Commit) -> None:
+        error: BlockrollError | None = None
         try:
             if commit.in_flight == "finish":
                 self._backend.commit_weights(commit.version, commit.arrays)
             else:
                 self._backend.commit_weights(commit.version, commit.arrays, in_flight=commit.in_flight)  # type: ignore[call-arg]
-            error = None
         except ClusterError as failure:
-            error = str(failure)
+            error = failure
         self._refresh()
         self._tell(CommitEnded(commit.version, error))
 

@@ -6,6 +6,8 @@ Invariants:
 - A batch reaches the cluster whole, in one call, under one epoch; outputs of another epoch are refused by the ledger.
 - Memory is bounded: payloads stay in the ledger until the client's credit asks for them, at most `max_in_flight` samples
   are with the cluster (one batch may exceed it), and a peer that does not read is forgotten.
+- The service comes back at the weight version it committed last (`kept`). Where that cannot be had, it hands out no work, says
+  so in its notice and waits for a push of that version or the next one; submissions and deliveries go on.
 - A full disk or a cluster without engines stops the work that needs it, is told to clients as a notice, and is retried;
   with `disk_patience` a disk that stays full for so long ends the gateway.
 """
@@ -15,19 +17,20 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import zmq
 
-from ..errors import StorageError
+from ..errors import ClusterError, StorageError
 from ..rollout.backend import Completed, RolloutBackend
 from .dispatch import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
 from .keys import ServerKeys
-from .ledger import Ledger
+from .kept import KeptVersions
+from .ledger import KEEP, Ledger
 from .messages import TO_GATEWAY
 from .pushes import PushDesk
 from .sessions import Figures, Sessions
@@ -44,21 +47,24 @@ class Gateway:
     Args:
         cluster: the backend; it is not closed by the gateway.
         address: `tcp://HOST:PORT` (port `*` for any free one) or `ipc://PATH`; beyond loopback only with `keys`.
-        ledger_path: SQLite file of the ledger; made if missing, resumed if not.
+        ledger_path: SQLite file of the ledger; made if missing, resumed if not. The weight version that serves is kept beside
+            it, in `LEDGER_PATH.weights-V`.
         keys: the gateway's CURVE pair and the public keys it admits.
         max_in_flight: samples leased to the cluster at once.
-        max_ledger_bytes: size the ledger may reach; None for what the disk holds.
-        lease_seconds: lease work again, under a new epoch, when it has not come back for so long; None never.
+        max_ledger_bytes: size the ledger may reach, without the weights; None for what the disk holds.
+        keep_requests: wholly acknowledged requests that are remembered, to recognise them when they are submitted again.
+        lease_seconds: lease work again, under a new epoch, when no sample of a lease has come for so long; the engines that
+            hold it are given up. Longer than the longest sample takes; loading an engine does not count. None never.
         push_idle_seconds: a weight push without a chunk for so long gives way to another one.
         disk_patience: seconds a ledger that cannot be written is waited for; None for ever.
     """
 
     def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *,
                  keys: ServerKeys | None = None, max_in_flight: int = 4096, max_ledger_bytes: int | None = None,
-                 lease_seconds: float | None = None, push_idle_seconds: float = 60.0,
+                 keep_requests: int = KEEP, lease_seconds: float | None = None, push_idle_seconds: float = 60.0,
                  disk_patience: float | None = None) -> None:
         self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
-        self._max_in_flight, self._max_bytes = max_in_flight, max_ledger_bytes
+        self._max_in_flight, self._max_bytes, self._keep = max_in_flight, max_ledger_bytes, keep_requests
         self._lease_seconds, self._push_idle = lease_seconds, push_idle_seconds
         self._disk_patience = disk_patience
         self._refused: dict[str, float] = {}
@@ -76,22 +82,44 @@ class Gateway:
         """Opens the ledger, binds, serves. Raises StorageError, TransportError or ClusterError."""
         expected = dict(self._cluster.expected_weights())
         policies = tuple(getattr(self._cluster, "in_flight_policies", ("finish",)))
-        self._ledger = Ledger(self._path, max_bytes=self._max_bytes)
-        try:
+        with ExitStack() as undo:
+            self._ledger = Ledger(self._path, max_bytes=self._max_bytes, keep=self._keep)
+            undo.callback(self._ledger.close)
             self._router = Router(self._bind, self._keys, TO_GATEWAY)
-        except BaseException:
-            self._ledger.close()
-            raise
-        self._wake_in, self._wake_out = socket.socketpair()
-        self._wake_in.setblocking(False)
-        self._wake_out.setblocking(False)
-        self._driver = BackendDriver(self._cluster, self._wake)
-        self._sessions = Sessions(self._router, self._ledger, lambda: self._driver.version, self._notice, self._figures)
-        self._sessions.desk = PushDesk(expected, policies, self._driver, self._ledger, self._sessions.reply,
-                                       self._push_idle)
-        self._thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
-        self._thread.start()
+            undo.callback(self._router.close, 0.0)
+            kept = KeptVersions(self._path)
+            missing = self._restore(kept, expected)
+            self._wake_in, self._wake_out = socket.socketpair()
+            undo.callback(self._wake_in.close)
+            undo.callback(self._wake_out.close)
+            self._wake_in.setblocking(False)
+            self._wake_out.setblocking(False)
+            self._driver = BackendDriver(self._cluster, self._wake)
+            undo.callback(self._driver.stop, 30.0)
+            self._sessions = Sessions(self._router, self._ledger, lambda: self._desk.version, self._notice, self._figures)
+            self._desk = PushDesk(expected, policies, self._driver, self._ledger, kept, self._sessions.reply,
+                                  self._push_idle)
+            if missing:
+                self._desk.version, self._desk.missing = missing
+            self._sessions.desk = self._desk
+            thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
+            thread.start()
+            self._thread = thread
+            undo.pop_all()
         return self
+
+    def _restore(self, kept: KeptVersions, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, str] | None:
+        """Brings the cluster to the version committed last; that version and why it cannot, where it cannot."""
+        last = self._ledger.last_version()
+        kept.sweep(None if last is None else last[0])
+        if last is None or last[0] == self._cluster.version:
+            return None
+        try:
+            self._cluster.commit_weights(last[0], kept.load(*last, expected))
+        except (StorageError, ClusterError) as error:
+            return last[0], (f"no work is handed out: weight version {last[0]} was committed last and cannot be served; push "
+                             f"version {last[0]} again, or version {last[0] + 1} ({error})")
+        return None
 
     @property
     def address(self) -> str:
@@ -138,6 +166,7 @@ class Gateway:
             self._farewell(lambda: self._sessions.fail(kind, why))
         finally:
             self._driver.stop(30.0)
+            self._desk.close()
             self._router.close(5.0)
             self._ledger.close()
             with self._lock:
@@ -187,14 +216,22 @@ class Gateway:
             event = self._driver.events.get()
             if isinstance(event, Outputs):
                 self._unrecorded.extend(event.completed)
+                self._leases.update({item.epoch: now for item in event.completed if item.epoch in self._leases})
             elif isinstance(event, CommitEnded):
-                self._sessions.desk.ended(event)
+                self._desk.ended(event)
             elif isinstance(event, WorkRefused):
                 self._revoked.add(event.epoch)
                 self._retry["dispatch"] = now + RETRY_S
             elif isinstance(event, Crashed):
                 raise event.error
-        if self._unrecorded and now >= self._retry.get("record", 0.0):
+        if self._desk.undecided and now >= self._retry.get("commit", 0.0):
+            try:
+                self._desk.settle()
+            except StorageError as error:
+                self._failed("commit", error, now)
+            else:
+                self._worked("commit")
+        if self._unrecorded and not self._desk.undecided and now >= self._retry.get("record", 0.0):
             try:
                 self._sessions.mark(self._ledger.record(self._unrecorded))
             except StorageError as error:
@@ -202,15 +239,16 @@ class Gateway:
             else:
                 self._unrecorded.clear()
                 self._worked("record")
-        return bool(self._unrecorded)
+        return bool(self._unrecorded) or self._desk.undecided
 
     def _dispatch(self, now: float) -> None:
         """Leases queued batches while there is room; what stays queued is in the ledger alone."""
-        if now < self._retry.get("dispatch", 0.0) or self._unrecorded:
+        if now < self._retry.get("dispatch", 0.0) or self._unrecorded or self._desk.undecided or self._desk.missing:
             return
         try:
             for epoch in sorted(self._revoked):
                 self._ledger.release(epoch)
+                self._driver.revoke(epoch)
                 self._revoked.remove(epoch)
                 self._leases.pop(epoch, None)
             while self._driver.in_flight < self._max_in_flight:
@@ -224,11 +262,16 @@ class Gateway:
             self._failed("dispatch", error, now)
 
     def _expire(self, now: float) -> None:
-        self._sessions.desk.expire(now)
+        self._desk.expire(now)
         if not self._driver.in_flight:
             self._leases.clear()
-        if self._lease_seconds is not None:
-            self._revoked.update(e for e, since in self._leases.items() if now - since > self._lease_seconds)
+        if self._driver.stats.get("loading"):
+            self._leases = dict.fromkeys(self._leases, now)
+        late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}
+        if late - self._revoked:
+            self._revoked |= late
+            # The others may have waited behind those.
+            self._leases = dict.fromkeys(self._leases, now)
 
     def _failed(self, what: str, error: StorageError, now: float) -> None:
         self._trouble[what], self._retry[what] = str(error), now + RETRY_S
@@ -248,14 +291,15 @@ class Gateway:
 
     def _notice(self) -> str:
         """What keeps the service from working, in one line of at most 1000 characters."""
-        return "; ".join([*self._trouble.values(), *self._driver.notices()])[:1000]
+        return "; ".join(filter(None, [self._desk.missing, *self._trouble.values(), *self._driver.notices()]))[:1000]
 
     def _figures(self) -> Figures:
-        counters = self._ledger.counters
+        counters, (size, free) = self._ledger.counters, self._ledger.size()
         return {
-            "version": self._driver.version, "in_flight": self._driver.in_flight, "sessions": len(self._sessions),
+            "version": self._desk.version, "in_flight": self._driver.in_flight, "sessions": len(self._sessions),
             "requested": counters.requested, "unique": counters.unique, "duplicates": counters.duplicates,
             "missing": counters.missing, "failed": counters.failed, "acknowledged": counters.acknowledged,
             "stale": counters.stale, "malformed": self._sessions.malformed, "notice": self._notice(),
+            "ledger_bytes": size, "ledger_free_bytes": free, "ledger_kept": counters.kept,
             **{f"engine.{name}": value for name, value in self._driver.stats.items()},
         }

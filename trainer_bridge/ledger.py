@@ -3,46 +3,39 @@
 Invariants:
 - A request is recorded before it is acknowledged, a trajectory before it is sent; both with a write that reached the disk.
 - The same request id with the same content is the same request; with other content, or from another client, it is refused.
-- (request id, sample) is unique for ever: a second trajectory is dropped, also after the first was acknowledged. An
-  acknowledged payload is freed, its id stays.
+- (request id, sample) is unique: a second trajectory is dropped, also after the first was acknowledged.
 - Work is leased under an epoch that only grows; what comes back under another epoch than the request's own is refused.
 - Opening takes every lease back, so what a killed gateway left unfinished is dispatched again.
+- The greatest version recorded is the one that serves, or that the service waits for after a restart.
 - A write that fails (full disk) changes nothing and raises StorageError.
+
+What is kept. An acknowledged payload is freed at once. When all of a request is acknowledged it is settled: its trajectories
+go, and one row of about 300 bytes stays with its index (id, owner, digest, how many samples), by which a repetition is
+recognised; of a failed request also the reason, which answers it again. Of settled requests the `keep` newest stay, 60 MB for
+200,000; older ones are deleted a few with each acknowledgement. So the size is bounded by that, open work and what clients did
+not acknowledge. The id, with which a row and its index begin, is most of it: a longer memory of ids and digests alone would
+save little and could not say how much was acknowledged. An id older than the retention is a new request: a trainer that goes
+back further than `keep` requests has its work done again. Counters are kept beside the rows and survive them.
 
 One process holds a ledger at a time. One thread at a time.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import RequestError, StorageError, TransportError
+from ..errors import RequestError, TransportError
 from ..rollout.backend import Completed
 from ..rollout.types import RolloutRequest
+from .ledger_file import COUNTERS, DONE, FAILED, LEASED, OPEN, QUEUED, SETTLED, STAGED, UNACKED, LedgerFile
 from .records import FAILURE, decode_request, encode_trajectory, request_digest
 
-STAGED, QUEUED, LEASED, DONE, FAILED = range(5)
-_FORMAT = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS clients (client TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS versions (version INTEGER PRIMARY KEY, digest BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS requests (
-    seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, client TEXT NOT NULL, batch TEXT NOT NULL, place INTEGER NOT NULL,
-    digest BLOB NOT NULL, samples INTEGER NOT NULL, state INTEGER NOT NULL, epoch INTEGER NOT NULL DEFAULT 0,
-    recorded INTEGER NOT NULL DEFAULT 0, acked INTEGER NOT NULL DEFAULT 0, payload BLOB);
-CREATE INDEX IF NOT EXISTS open_requests ON requests (state, seq) WHERE state < 3;
-CREATE TABLE IF NOT EXISTS trajectories (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL, sample INTEGER NOT NULL, client TEXT NOT NULL,
-    acked INTEGER NOT NULL DEFAULT 0, payload BLOB, UNIQUE (request_id, sample));
-CREATE INDEX IF NOT EXISTS unacknowledged ON trajectories (client, seq) WHERE acked = 0;
-"""
+KEEP, KEEP_VERSIONS = 200_000, 1024
+_PURGE = 256
+"""Most settled requests deleted with one acknowledgement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +50,7 @@ class Pending:
 
 @dataclass(slots=True)
 class Counters:
-    """Samples over the ledger's whole life, except `duplicates` and `stale`: outputs dropped since it was created."""
+    """Samples over the ledger's whole life; `duplicates` and `stale`: outputs dropped; `kept`: settled requests it holds."""
 
     requested: int = 0
     unique: int = 0
@@ -65,6 +58,7 @@ class Counters:
     acknowledged: int = 0
     duplicates: int = 0
     stale: int = 0
+    kept: int = 0
 
     @property
     def missing(self) -> int:
@@ -76,51 +70,32 @@ class Ledger:
     """The durable state of a gateway in one SQLite file.
 
     Args:
-        path: the file; its folder must exist. WAL and synchronous FULL: what a call recorded survives a power cut.
+        path: the file; its folder must exist.
         max_bytes: refuse to grow beyond this (StorageError); None for as much as the disk holds.
+        keep: settled requests that are remembered.
     """
 
-    def __init__(self, path: str | Path, *, max_bytes: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, max_bytes: int | None = None, keep: int = KEEP) -> None:
+        self._file, self._keep = LedgerFile(path, max_bytes), keep
+        self.path = self._file.path
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0.5)
-        except sqlite3.Error as error:
-            raise self._storage(error) from error
-        try:
-            with self._guard():
-                self._open(max_bytes)
+            with self._file.transaction():
+                self._file.run(f"UPDATE requests SET state=? WHERE state=? AND {OPEN}", (QUEUED, LEASED))
+                # A client submits a batch it had not finished from the start.
+                self._file.run(f"DELETE FROM requests WHERE state=? AND {OPEN}", (STAGED,))
+                self.ledger_id: str = self._file.meta("ledger")
+                self._epoch: int = self._file.meta("epoch")
+                totals = self._file.run("SELECT * FROM counters WHERE id=1").fetchone()
+                self.counters = Counters(*totals[1:])
         except BaseException:
-            self._db.close()
+            self._file.close()
             raise
-
-    def _open(self, max_bytes: int | None) -> None:
-        run = self._db.execute
-        # Held from the first read on, released by the kernel when the process dies: no second gateway, no stale lock.
-        run("PRAGMA locking_mode=EXCLUSIVE")
-        run("PRAGMA journal_mode=WAL")
-        run("PRAGMA synchronous=FULL")
-        self._db.executescript(_SCHEMA)
-        run("INSERT OR IGNORE INTO meta VALUES ('format', ?), ('ledger', ?), ('epoch', 0), ('duplicates', 0), "
-            "('stale', 0)", (_FORMAT, uuid.uuid4().hex))
-        if self._meta("format") != _FORMAT:
-            raise StorageError(f"{self.path} has ledger format {self._meta('format')}, this version writes {_FORMAT}; "
-                               "finish it with the version that wrote it, or name a new file")
-        if max_bytes is not None:
-            run(f"PRAGMA max_page_count={max(1, max_bytes // self._value('PRAGMA page_size'))}")
-        run("UPDATE requests SET state=? WHERE state=?", (QUEUED, LEASED))
-        self.ledger_id: str = self._meta("ledger")
-        self._epoch: int = self._meta("epoch")
-        row = run("SELECT COALESCE(SUM(samples), 0), COALESCE(SUM(recorded), 0), COALESCE(SUM(acked), 0), "
-                  "COALESCE(SUM(CASE state WHEN ? THEN samples - recorded END), 0) FROM requests WHERE state > ?",
-                  (FAILED, STAGED)).fetchone()
-        self.counters = Counters(requested=row[0], unique=row[1], acknowledged=row[2], failed=row[3],
-                                 duplicates=self._meta("duplicates"), stale=self._meta("stale"))
 
     def claim(self, client: str, key: str) -> None:
         """Binds a client id to the public key that used it first. Raises TransportError for another key."""
-        with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO clients VALUES (?, ?)", (client, key))
-            owner = self._value("SELECT key FROM clients WHERE client=?", client)
+        with self._file.transaction():
+            self._file.run("INSERT OR IGNORE INTO clients VALUES (?, ?)", (client, key))
+            owner = self._file.value("SELECT key FROM clients WHERE client=?", client)
         if owner != key:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
 
@@ -130,16 +105,14 @@ class Ledger:
 
         Returns, per request, how many of its samples were acknowledged before, and the refused ones as (index, why).
         """
-        acked, refused = [], []
-        with self._transaction():
+        acked, refused, run = [], [], self._file.run
+        with self._counting() as new:
             for i, (request, payload) in enumerate(requests):
                 digest, place = request_digest(payload), (part << 16) + i
-                row = self._db.execute("SELECT client, digest, state, acked FROM requests WHERE id=?",
-                                       (request.id,)).fetchone()
+                row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
                 acked.append(0)
                 if row is None:
-                    self._db.execute(
-                        "INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
+                    run("INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
                         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                         (request.id, client, batch, place, digest, request.samples, STAGED, payload))
                 elif row[0] != client or row[1] != digest:
@@ -147,18 +120,16 @@ class Ledger:
                     why = RequestError("id", f"{request.id!r} {what}", "give each new request a new id")
                     refused.append((i, str(why)))
                 elif row[2] == STAGED:
-                    self._db.execute("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
+                    run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
                 else:
                     acked[i] = row[3]
                     if row[2] == FAILED:
-                        self._repeat_failure(client, request.id)
+                        self._repeat_failure(client, request.id, new)
             if final:
-                which, staged = "FROM requests WHERE client=? AND batch=? AND state=?", (client, batch, STAGED)
-                added = self._value(f"SELECT COALESCE(SUM(samples), 0) {which}", *staged)
-                self._db.execute("UPDATE requests SET state=? WHERE client=? AND batch=? AND state=?",
-                                 (QUEUED, *staged))
-        if final:
-            self.counters.requested += added
+                staged = f"state=? AND client=? AND batch=? AND {OPEN}"
+                new.requested += self._file.value(
+                    f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
+                run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
         return acked, refused
 
     def lease(self, room: int, force: bool = False) -> tuple[int, list[RolloutRequest]] | None:
@@ -166,27 +137,28 @@ class Ledger:
 
         None when nothing is queued, or when the batch asks for more than `room` samples and `force` is not set.
         """
-        with self._guard():
-            head = self._db.execute("SELECT client, batch FROM requests WHERE state=? ORDER BY seq LIMIT 1",
-                                    (QUEUED,)).fetchone()
+        run = self._file.run
+        with self._file.guard():
+            head = run(f"SELECT client, batch FROM requests WHERE state=? AND {OPEN} ORDER BY seq LIMIT 1",
+                       (QUEUED,)).fetchone()
             if head is None:
                 return None
-            rows = self._db.execute("SELECT id, payload, samples FROM requests WHERE state=? AND client=? AND batch=? "
-                                    "ORDER BY place", (QUEUED, *head)).fetchall()
+            rows = run("SELECT id, payload, samples FROM requests WHERE state=? AND client=? AND batch=? AND "
+                       f"{OPEN} ORDER BY place", (QUEUED, *head)).fetchall()
         if not force and sum(r[2] for r in rows) > room:
             return None
         epoch = self._epoch + 1
-        with self._transaction():
-            self._db.execute("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
-            self._db.executemany("UPDATE requests SET state=?, epoch=? WHERE id=?",
-                                 [(LEASED, epoch, r[0]) for r in rows])
+        with self._file.transaction():
+            run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
+            for row in rows:
+                run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[0]))
         self._epoch = epoch
         return epoch, [decode_request(r[1]) for r in rows]
 
     def release(self, epoch: int) -> None:
         """Queues again what is unfinished of a lease: its outputs are refused from the next lease on."""
-        with self._transaction():
-            self._db.execute("UPDATE requests SET state=? WHERE state=? AND epoch=?", (QUEUED, LEASED, epoch))
+        with self._file.transaction():
+            self._file.run(f"UPDATE requests SET state=? WHERE state=? AND epoch=? AND {OPEN}", (QUEUED, LEASED, epoch))
 
     def record(self, completed: Sequence[Completed]) -> set[str]:
         """Records outputs of engines, all or none; returns the clients that have something new.
@@ -195,49 +167,44 @@ class Ledger:
         is recorded already is dropped and counted in `duplicates`.
         """
         clients: set[str] = set()
-        unique = failed = duplicates = stale = 0
-        outputs = [_payload(item) for item in completed]
-        with self._transaction():
+        outputs, run = [_payload(item) for item in completed], self._file.run
+        with self._counting() as new:
             for item, (place, payload) in zip(completed, outputs, strict=True):
-                row = self._db.execute("SELECT client, samples, state, epoch, recorded FROM requests WHERE id=?",
-                                       (item.request_id,)).fetchone()
+                row = run("SELECT client, samples, state, epoch, recorded, settled FROM requests WHERE id=?",
+                          (item.request_id,)).fetchone()
                 key = (item.request_id, place)
-                client, samples, state, epoch, recorded = row or ("", 0, STAGED, 0, 0)
+                client, samples, state, epoch, recorded, settled = row or ("", 0, STAGED, 0, 0, 0)
                 if state not in (LEASED, DONE) or epoch != item.epoch or not FAILURE <= place < samples:
-                    stale += 1
+                    new.stale += 1
                     continue
-                if self._db.execute("SELECT 1 FROM trajectories WHERE request_id=? AND sample=?", key).fetchone():
-                    duplicates += 1
+                if settled or run("SELECT 1 FROM trajectories WHERE request_id=? AND sample=?", key).fetchone():
+                    new.duplicates += 1
                     continue
                 if state == DONE:
-                    stale += 1
+                    new.stale += 1
                     continue
                 if place == FAILURE:
-                    state, failed = FAILED, failed + samples - recorded
+                    state, new.failed = FAILED, new.failed + samples - recorded
                 else:
-                    recorded, unique = recorded + 1, unique + 1
+                    recorded, new.unique = recorded + 1, new.unique + 1
                     state = DONE if recorded == samples else LEASED
-                self._db.execute("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
-                                 (*key, client, payload))
-                self._db.execute(
-                    "UPDATE requests SET state=?, recorded=?, payload=CASE ? WHEN ? THEN payload END WHERE id=?",
-                    (state, recorded, state, LEASED, item.request_id))
+                run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
+                    (*key, client, payload))
+                if state == LEASED:
+                    run("UPDATE requests SET recorded=? WHERE id=?", (recorded, item.request_id))
+                else:
+                    # A failed request keeps the reason: it is the answer to every later submission.
+                    run("UPDATE requests SET state=?, recorded=?, payload=? WHERE id=?",
+                        (state, recorded, payload if state == FAILED else None, item.request_id))
                 clients.add(client)
-            if duplicates or stale:
-                self._db.execute("UPDATE meta SET value=value+? WHERE key='duplicates'", (duplicates,))
-                self._db.execute("UPDATE meta SET value=value+? WHERE key='stale'", (stale,))
-        self.counters.unique += unique
-        self.counters.failed += failed
-        self.counters.duplicates += duplicates
-        self.counters.stale += stale
         return clients
 
     def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
         """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`."""
         found: list[Pending] = []
-        with self._guard():
-            for row in self._db.execute("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
-                                        "acked=0 AND seq>? ORDER BY seq", (client, after)):
+        with self._file.guard():
+            for row in self._file.run("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
+                                      f"{UNACKED} AND seq>? ORDER BY seq", (client, after)):
                 found.append(Pending(*row))
                 max_bytes -= len(found[-1].payload)
                 if max_bytes <= 0:
@@ -246,77 +213,83 @@ class Ledger:
 
     def acknowledge(self, client: str, keys: Sequence[tuple[str, int]]) -> int:
         """Frees the payloads of these (request id, sample); returns how many were not acknowledged before."""
-        samples = total = 0
-        with self._transaction():
+        total, run, touched = 0, self._file.run, set()
+        with self._counting() as new:
             for request_id, sample in keys:
-                # A failure keeps its text: it is the answer to the request for ever.
-                new = self._db.execute(
-                    "UPDATE trajectories SET acked=1, payload=CASE sample WHEN ? THEN payload END "
-                    "WHERE request_id=? AND sample=? AND client=? AND acked=0",
-                    (FAILURE, request_id, sample, client)).rowcount
-                total += new
-                if new and sample != FAILURE:
-                    samples += 1
-                    self._db.execute("UPDATE requests SET acked=acked+1 WHERE id=?", (request_id,))
-        self.counters.acknowledged += samples
+                fresh = run(f"UPDATE trajectories SET acked=1, payload=NULL WHERE request_id=? AND sample=? AND client=? "
+                            f"AND {UNACKED}", (request_id, sample, client)).rowcount
+                if fresh:
+                    total += 1
+                    touched.add(request_id)
+                    if sample != FAILURE:
+                        new.acknowledged += 1
+                        run("UPDATE requests SET acked=acked+1 WHERE id=?", (request_id,))
+            for request_id in touched:
+                self._settle(request_id, new)
+            self._purge(new)
+        self._file.give_back()
         return total
 
     def committed(self, version: int) -> bytes | None:
-        """Digest of the manifest committed as this version, if this ledger saw it."""
-        with self._guard():
-            row = self._db.execute("SELECT digest FROM versions WHERE version=?", (version,)).fetchone()
+        """Digest of the manifest committed as this version, if this ledger remembers it."""
+        with self._file.guard():
+            row = self._file.run("SELECT digest FROM versions WHERE version=?", (version,)).fetchone()
         return row[0] if row else None
 
+    def last_version(self) -> tuple[int, bytes] | None:
+        """The version committed last and its digest; None before the first push."""
+        with self._file.guard():
+            row: tuple[int, bytes] | None = self._file.run(
+                "SELECT version, digest FROM versions WHERE version=(SELECT MAX(version) FROM versions)").fetchone()
+        return row
+
     def record_version(self, version: int, digest: bytes) -> None:
-        """Remembers what was committed as this version."""
-        with self._transaction():
-            self._db.execute("INSERT OR REPLACE INTO versions VALUES (?, ?)", (version, digest))
+        """From here on this version is the one that serves."""
+        with self._file.transaction():
+            self._file.run("INSERT OR REPLACE INTO versions VALUES (?, ?)", (version, digest))
+            self._file.run("DELETE FROM versions WHERE version<=?", (version - KEEP_VERSIONS,))
+
+    def size(self) -> tuple[int, int]:
+        """Bytes of the file, and those of them that are free for new rows."""
+        return self._file.size()
 
     def close(self) -> None:
-        self._db.close()
+        self._file.close()
 
-    def _repeat_failure(self, client: str, request_id: str) -> None:
+    def _settle(self, request_id: str, new: Counters) -> None:
+        """Deletes what a request does not need once all of it is acknowledged."""
+        run = self._file.run
+        if run(f"SELECT 1 FROM trajectories WHERE request_id=? AND {UNACKED}", (request_id,)).fetchone():
+            return
+        if run("UPDATE requests SET settled=1 WHERE id=? AND state>=? AND settled=0", (request_id, DONE)).rowcount:
+            run("DELETE FROM trajectories WHERE request_id=?", (request_id,))
+            new.kept += 1
+
+    def _purge(self, new: Counters) -> None:
+        """Deletes the oldest settled requests beyond `keep`, a few at a time."""
+        if (over := min(self.counters.kept + new.kept - self._keep, _PURGE)) > 0:
+            new.kept -= self._file.run(f"DELETE FROM requests WHERE seq IN (SELECT seq FROM requests WHERE {SETTLED} "
+                                       "ORDER BY seq LIMIT ?)", (over,)).rowcount
+
+    def _repeat_failure(self, client: str, request_id: str, new: Counters) -> None:
         """Gives a failure a new place in the client's queue, so that a new submission is answered again."""
-        row = self._db.execute("DELETE FROM trajectories WHERE request_id=? AND sample=? RETURNING payload",
-                               (request_id, FAILURE)).fetchone()
-        self._db.execute("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
-                         (request_id, FAILURE, client, row[0]))
-
-    def _meta(self, key: str) -> Any:
-        return self._value("SELECT value FROM meta WHERE key=?", key)
-
-    def _value(self, query: str, *args: object) -> Any:
-        return self._db.execute(query, args).fetchone()[0]
+        run = self._file.run
+        run("DELETE FROM trajectories WHERE request_id=? AND sample=?", (request_id, FAILURE))
+        run("INSERT INTO trajectories (request_id, sample, client, payload) "
+            "SELECT id, ?, ?, payload FROM requests WHERE id=?", (FAILURE, client, request_id))
+        new.kept -= run("UPDATE requests SET settled=0 WHERE id=? AND settled=1", (request_id,)).rowcount
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._guard():
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise self._storage(error) from error
-
-    def _storage(self, error: sqlite3.Error) -> StorageError:
-        remedies = {"SQLITE_FULL": "free disk space there; what was recorded before is safe",
-                    "SQLITE_IOERR": "free disk space there or check the disk; what was recorded before is safe",
-                    "SQLITE_BUSY": "another gateway holds it; stop that one or name another file",
-                    "SQLITE_CANTOPEN": "create its folder and make it writable",
-                    "SQLITE_READONLY": "make it writable", "SQLITE_NOTADB": "name a ledger or a new file",
-                    "SQLITE_CORRUPT": "restore it from a copy or name a new file"}
-        name = getattr(error, "sqlite_errorname", "") or ""
-        remedy = next((r for n, r in remedies.items() if name.startswith(n)), "check the disk under it")
-        return StorageError(f"ledger {self.path}: {error}; {remedy}")
+    def _counting(self) -> Iterator[Counters]:
+        """A transaction, with what it adds to the counters."""
+        new = Counters()
+        with self._file.transaction():
+            yield new
+            if any(astuple(new)):
+                changes = ", ".join(f"[{name}]=[{name}]+?" for name in COUNTERS)
+                self._file.run(f"UPDATE counters SET {changes} WHERE id=1", astuple(new))
+        for name in COUNTERS:
+            setattr(self.counters, name, getattr(self.counters, name) + getattr(new, name))
 
 
 def _payload(item: Completed) -> tuple[int, bytes]:

@@ -54,8 +54,8 @@ Figures = dict[str, float | int | str]
 
 @dataclass
 class Session:
-    """How far a client's queue was sent, in rows and bytes, what waits for room or for the disk, and whether this client
-    asked the gateway to stop (`stops`)."""
+    """How far a client's queue was sent, in rows and bytes, what waits for room or for the disk, why the disk refused its
+    oldest acknowledgement (`trouble`), and whether this client asked the gateway to stop (`stops`)."""
 
     peer: bytes
     client: str
@@ -66,6 +66,7 @@ class Session:
     cursor: int = 0
     more: bool = True
     stops: bool = False
+    trouble: StorageError | None = None
     outbox: deque[Message] = field(default_factory=deque)
     acks: deque[Ack] = field(default_factory=deque)
 
@@ -77,7 +78,6 @@ class Sessions:
         desk: takes pushes; set by the gateway before the first message.
         malformed: messages that could not be read, so far.
         shutdown: a control session asked the gateway to stop.
-        trouble: why the disk refused an acknowledgement, until it takes one.
     """
 
     desk: PushDesk
@@ -89,7 +89,12 @@ class Sessions:
         self._open: dict[bytes, Session] = {}
         self._probed = self._retry = 0.0
         self.malformed, self.shutdown = 0, False
-        self.trouble: StorageError | None = None
+
+    @property
+    def trouble(self) -> StorageError | None:
+        """Why the disk refused an acknowledgement that still waits; what waited goes with its session, to be repeated in the
+        client's next one."""
+        return next((s.trouble for s in self._open.values() if s.trouble is not None), None)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -206,6 +211,8 @@ class Sessions:
         session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
         self._open[inbound.peer] = session
         self.reply(inbound.peer, Welcome(self._ledger.ledger_id, self._version()))
+        if notice := self._notice():
+            self.reply(inbound.peer, Pong(self._version(), notice))
 
     def _submit(self, session: Session, message: Submit) -> None:
         try:
@@ -227,9 +234,9 @@ class Sessions:
             try:
                 self._ledger.acknowledge(session.client, session.acks[0].keys)
             except StorageError as error:
-                self.trouble, self._retry = error, time.monotonic() + RETRY_S
+                session.trouble, self._retry = error, time.monotonic() + RETRY_S
                 return
-            self.trouble = None
+            session.trouble = None
             self.reply(session.peer, Acked(session.acks.popleft().number))
 
     def _deliver(self, session: Session) -> bool:

@@ -209,6 +209,16 @@ class Book:
         self.held -= item.size
         return replace(item, size=0)
 
+    def forget(self, request_ids: set[str]) -> None:
+        """Drops what arrived of these requests, all of which is acknowledged, and was not taken."""
+        if request_ids:
+            for item in [self.inbox.popleft() for _ in range(len(self.inbox))]:
+                if item.request_id not in request_ids:
+                    self.inbox.append(item)
+                elif isinstance(item, Item):
+                    self.held -= item.size
+                    self.requested -= 1
+
     def hand(self, request_id: str, sample: int) -> None:
         """Counts something as handed to the caller."""
         self._track(request_id).taken.add(sample)

@@ -3,7 +3,8 @@
 Invariants:
 - The manifest comes first and is checked against what the serving policy accepts before memory is taken, so a stage holds
   one policy's weights and no more.
-- Chunks of a tensor come in order and without gaps; each tensor's digest is checked as its last byte arrives.
+- Chunks of a tensor come in order and without gaps; each tensor's digest is checked as its last byte arrives, and that every
+  number is finite as its chunk does.
 - `WeightStager.finish` gives every array of the manifest or raises; a stage that failed once stays failed.
 - torch is never imported here: a tensor is recognised only where its owner has imported torch already.
 """
@@ -14,7 +15,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,8 @@ WEIGHT_DTYPES = (*DTYPES, "bfloat16")
 ANY_PARENT = -1
 """Parent of a version that may follow any smaller one."""
 DIGEST = 32
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+"""A policy whose head is tied to its embedding has one tensor of these two, which a `state_dict()` names twice."""
 _MANIFEST = 3
 _HEADER = Row((Int(1), Int(ANY_PARENT)))
 
@@ -161,11 +164,26 @@ def chunks(tensors: Mapping[str, Any], size: int = MAX_CHUNK) -> Iterator[tuple[
             yield index, offset, data[offset:offset + size]
 
 
+def without_tied_head(manifest: Manifest, expected: Mapping[str, Any]) -> tuple[Manifest, int]:
+    """The manifest without the head of a policy that ties it to the embedding, and the head's index; -1 where nothing is tied.
+
+    Raises TransportError for a head that is not the embedding.
+    """
+    places = {t.name: i for i, t in enumerate(manifest.tensors)}
+    if HEAD in expected or EMBEDDING not in expected or HEAD not in places or EMBEDDING not in places:
+        return manifest, -1
+    index = places[HEAD]
+    if replace(manifest.tensors[index], name=EMBEDDING) != manifest.tensors[places[EMBEDDING]]:
+        raise TransportError(f"weight version {manifest.version}: {HEAD!r} differs from {EMBEDDING!r}, to which the head "
+                             "of the serving policy is tied; push them equal, or leave the head out")
+    return replace(manifest, tensors=(*manifest.tensors[:index], *manifest.tensors[index + 1:])), index
+
+
 class WeightStager:
     """Collects one version and lets it out whole or not at all.
 
     Args:
-        manifest: what will arrive.
+        manifest: what will arrive, without a tied head (`without_tied_head`).
         expected: name -> (dtype, shape) the serving policy accepts. Raises TransportError where the manifest differs.
     """
 
@@ -189,7 +207,8 @@ class WeightStager:
         self._begin()
 
     def add(self, index: int, offset: int, data: Buffer) -> None:
-        """The next chunk. Raises TransportError for a gap, a repeat, an overrun or a wrong digest: the stage is dead."""
+        """The next chunk. Raises TransportError for a gap, a repeat, an overrun, a wrong digest or a number that is not
+        finite: the stage is dead."""
         try:
             self._add(index, offset, data)
         except TransportError:
@@ -209,6 +228,7 @@ class WeightStager:
             raise refuse("weights", f"{spec.name!r} has {spec.size} bytes, a chunk reaches to {end}")
         _bytes(self._arrays[index])[offset:end] = data
         self._hash.update(data)
+        self._check_finite(spec, offset, end)
         self._offset, self.received = end, self.received + 1
         if end == spec.size:
             self._end()
@@ -234,11 +254,29 @@ class WeightStager:
             self._end()
             self._index += 1
 
+    def _check_finite(self, spec: TensorSpec, start: int, end: int) -> None:
+        """Looks at the numbers whose last byte is within start..end-1."""
+        flat = self._arrays[self._index].reshape(-1)
+        first = start // flat.itemsize
+        finite = _finite(flat[first:end // flat.itemsize], spec.dtype)
+        if not finite.all():
+            place = tuple(int(i) for i in np.unravel_index(first + int(finite.argmin()), spec.shape))
+            raise TransportError(f"weight version {self.manifest.version}: {spec.name!r} is not finite at {list(place)}; "
+                                 "push numbers; the version before it serves on")
+
     def _end(self) -> None:
         spec = self.manifest.tensors[self._index]
         if self._hash.digest() != spec.digest:
             raise TransportError(f"weight version {self.manifest.version}: the bytes of {spec.name!r} do not have the "
                                  "digest of the manifest; push the version again")
+
+
+def _finite(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Which numbers are neither NaN nor infinite, whatever the dtype; bfloat16 by its bits."""
+    if dtype == "bfloat16":
+        finite: np.ndarray = (array & 0x7F80) != 0x7F80
+        return finite
+    return np.isfinite(array)
 
 
 def _hash(data: Buffer = b"") -> Any:

@@ -90,6 +90,11 @@ class RolloutActor:
         self._staged = {version: self._fitting(arrays, version)}
 
     @ray.method(concurrency_group="control")
+    def unstage(self) -> None:
+        """Free what is held ready."""
+        self._staged = {}
+
+    @ray.method(concurrency_group="control")
     def commit(self, version: int, in_flight: InFlightPolicy) -> int:
         """Take the staged version between two steps.
 

@@ -5,8 +5,9 @@ Invariants:
   at a time, in the order they came. So a run with the same seed computes the same thing however fast each actor is.
 - Samples come back one by one. When an actor dies, a fresh one computes those that had not come, under the same epoch;
   each is handed out once.
-- A version is staged on every actor before any takes it. An actor that dies in between is replaced by one that starts
-  from the version the cluster is at, so the pool never serves two versions.
+- A version is staged on every actor before any takes it. An actor that dies or fails over taking it is replaced by one that
+  starts from it; where every actor fails, all are replaced by ones at the old version. So the pool never serves two versions.
+- An actor that does not answer in time, or holds work of a lease that is over, is killed: its work goes to a fresh one.
 - Actors that die again and again without a single sample end their share with an error; they are not restarted for ever.
 """
 
@@ -33,6 +34,8 @@ from ..engine import EngineConfig
 from ..types import RolloutRequest
 from .actor import RolloutActor
 
+ANSWER_S = 600.0
+"""Seconds an actor may take to load, or to take, a weight version."""
 DEATHS = 3
 """Actors one share may lose in a row without a sample in between."""
 
@@ -74,11 +77,14 @@ class _Seat:
 
     Attributes:
         actor: who sits there now.
+        ready, since: its answer once the policy is loaded, None from then on; when it was started, seconds of the clock.
         shares: its work; the first is being computed.
         stream, source: where the first share's samples come from, and the actor that makes them.
     """
 
     actor: Any
+    ready: Any
+    since: float
     shares: deque[_Share] = field(default_factory=deque)
     stream: Any = None
     source: Any = None
@@ -90,6 +96,7 @@ class RayCluster:
     Args:
         policy: shipped name or directory, readable by every actor.
         address: Ray address; None starts a Ray of its own on this machine.
+        answer_seconds: how long an actor may take to load, or to take, a weight version before it is given up.
     """
 
     in_flight_policies = IN_FLIGHT_POLICIES
@@ -102,7 +109,9 @@ class RayCluster:
         actors: int = 2,
         dtype: str = "float32",
         address: str | None = None,
+        answer_seconds: float = ANSWER_S,
     ) -> None:
+        self._answer_s = answer_seconds
         self._policy, self._config, self._dtype = policy, config, dtype
         state = load_policy(policy, dtype).state_dict()
         if _tied(state):
@@ -115,9 +124,9 @@ class RayCluster:
         self._weights: Any = None  # reference to the arrays of `version`; None for those of the directory
         self._early: list[Completed] = []
         self.restarts = 0
-        self._seats = [_Seat(self._spawn()) for _ in range(actors)]
+        self._seats = [_Seat(*self._spawn()) for _ in range(actors)]
         try:
-            self._ask([seat.actor.ready.remote() for seat in self._seats])
+            self._ask([seat.ready for seat in self._seats])
         except BaseException:
             self.close()
             raise
@@ -150,6 +159,15 @@ class RayCluster:
             done += self._collect(streams[ready[0]])
             wait = 0.0
 
+    def revoke(self, epoch: int) -> None:
+        """Drop the shares of a lease that is over; who computes one of them is replaced, for it may hang."""
+        for seat in self._seats:
+            if seat.stream is not None and seat.shares[0].epoch == epoch:
+                self._replace(seat)
+                seat.stream = None
+            seat.shares = deque(share for share in seat.shares if share.epoch != epoch)
+            self._start(seat)
+
     def commit_weights(
         self, version: int, arrays: Mapping[str, np.ndarray], in_flight: InFlightPolicy = "finish"
     ) -> None:
@@ -163,23 +181,48 @@ class RayCluster:
             raise ClusterError(f"in_flight: unknown policy {in_flight!r}; use one of {', '.join(IN_FLIGHT_POLICIES)}")
         while in_flight == "finish" and any(seat.shares for seat in self._seats):
             self._early = self.poll(1.0)
-        reference = ray.put(dict(arrays))
-        for seat in self._seats:
-            try:
-                ray.get(seat.actor.stage.remote(version, reference))
-            except RayActorError:
+        reference = self._stage(version, arrays)
+        outcomes = self._each("commit", version, in_flight)
+        taken = not all(isinstance(error, RayTaskError) for error in outcomes)
+        if taken:
+            self._version, self._weights = version, reference
+        for seat, error in zip(self._seats, outcomes, strict=True):
+            if error is not None:
+                # It may have taken half of it. Its successor starts from what the cluster serves.
                 self._replace(seat)
-                self._ask([seat.actor.stage.remote(version, reference)])
+        if not taken:
+            why = _reason(next(error for error in outcomes if error is not None))
+            raise ClusterError(f"weights: no engine could take version {version} ({why}); the old one serves")
+
+    def _stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> Any:
+        """The version beside the one that serves, on every actor; the reference to its arrays."""
+        try:
+            reference = ray.put(dict(arrays))
+            failed = self._each("stage", version, reference)
+            for seat, error in zip(self._seats, failed, strict=True):
+                if isinstance(error, RayTaskError):
+                    raise error
+                if error is not None:
+                    self._replace(seat)
+                    ray.get(seat.actor.stage.remote(version, reference), timeout=self._answer_s)
+        except RayError as error:
+            for seat in self._seats:
+                seat.actor.unstage.remote()
+            raise ClusterError(f"weights: version {version} was refused by an engine ({_reason(error)}); "
+                               "the old one serves") from error
+        return reference
+
+    def _each(self, method: str, *arguments: Any) -> list[RayError | None]:
+        """Calls a method of every actor at once; what each call ended with, None where it went well."""
+        calls = [getattr(seat.actor, method).remote(*arguments) for seat in self._seats]
+        end, errors = time.monotonic() + self._answer_s, list[RayError | None]()
+        for call in calls:
+            try:
+                ray.get(call, timeout=max(0.0, end - time.monotonic()))
+                errors.append(None)
             except RayError as error:
-                raise ClusterError(f"weights: version {version} was refused by an engine ({_reason(error)}); "
-                                   "the old one serves") from error
-        # From here on the version is the cluster's: an actor that dies while taking it is replaced by one that has it.
-        self._version, self._weights = version, reference
-        for seat, taken in [(seat, seat.actor.commit.remote(version, in_flight)) for seat in self._seats]:
-            try:
-                ray.get(taken)
-            except RayActorError:
-                self._replace(seat)
+                errors.append(error)
+        return errors
 
     def expected_weights(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of a version."""
@@ -188,7 +231,8 @@ class RayCluster:
     def stats(self) -> dict[str, float | int | str]:
         """Figures of the pool."""
         busy = sum(bool(seat.shares) for seat in self._seats)
-        return {"actors": len(self._seats), "busy": busy, "restarts": self.restarts, "version": self._version}
+        return {"actors": len(self._seats), "busy": busy, "loading": self._loading(), "restarts": self.restarts,
+                "version": self._version}
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""
@@ -233,16 +277,30 @@ class RayCluster:
         self._start(seat)
         return [Completed(share.epoch, request.id, error=error) for request in share.left()]
 
-    def _spawn(self) -> Any:
+    def _loading(self) -> int:
+        """How many actors have not loaded the policy yet; one that takes too long for it is given up."""
+        count = 0
+        for seat in self._seats:
+            if seat.ready is not None and ray.wait([seat.ready], timeout=0)[0]:
+                seat.ready = None
+            elif seat.ready is not None:
+                count += 1
+                if time.monotonic() - seat.since > self._answer_s:
+                    self._replace(seat)
+        return count
+
+    def _spawn(self) -> tuple[Any, Any, float]:
+        """A new actor, its answer once it has loaded the policy, and when it was started."""
         actor: Any = RolloutActor.remote(  # type: ignore[attr-defined]  # Ray's decorator is untyped
             self._policy, self._config, self._dtype, self._version, self._weights
         )
-        return actor
+        return actor, actor.ready.remote(), time.monotonic()
 
     def _replace(self, seat: _Seat) -> None:
-        """A fresh actor in the place of a dead one; its broken stream is found by the next poll."""
+        """A fresh actor in the place of one that is dead or given up; its broken stream is found by the next poll."""
         self.restarts += 1
-        seat.actor = self._spawn()
+        ray.kill(seat.actor)
+        seat.actor, seat.ready, seat.since = self._spawn()
 
     def _ask(self, references: list[Any]) -> None:
         try:

@@ -1,16 +1,23 @@
 """A small in-process backend for tests of the bridge: the engine is absent, everything else is real.
 
 A sample is a function of (weights, prompt, seed, sample number), so that a test can say what must arrive. Run as a script
-it serves a gateway in a process of its own, to be killed.
+it serves a gateway in a process of its own, to be killed, or to kill itself at a named moment of its first weight push.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +25,8 @@ from blockroll.errors import ClusterError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, Trajectory
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.kept import KeptVersions, VersionFile
+from blockroll.trainer_bridge.ledger import Ledger
 
 EXPECTED: dict[str, tuple[str, tuple[int, ...]]] = {
     "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)),
@@ -62,6 +71,14 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
             "half": rng.random((3, 5)).astype(np.float16), "none": np.zeros((0, 4), np.float32)}
 
 
+def name_weights(arrays: Mapping[str, np.ndarray]) -> str:
+    """Short name of the content of some weights."""
+    content = hashlib.blake2b(digest_size=8)
+    for name, array in sorted(arrays.items()):
+        content.update(repr((name, array.dtype, array.shape)).encode() + array.tobytes())
+    return content.hexdigest()
+
+
 class ToyBackend:
     """Finishes `rate` samples per second, in a scrambled order; refuses prompts longer than `longest`."""
 
@@ -101,6 +118,9 @@ class ToyBackend:
             found += [Completed(epoch, asked.id, make_trajectory(asked, sample, self.version))] * (1 + self.repeat)
         return found
 
+    def revoke(self, epoch: int) -> None:
+        """A sample in flight under this epoch comes all the same: late."""
+
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         if self.broken:
             raise ClusterError(self.broken)
@@ -111,10 +131,49 @@ class ToyBackend:
         return self.expected
 
     def stats(self) -> dict[str, float | int | str]:
-        return {"queued": len(self._work), "rate": self.rate}
+        return {"queued": len(self._work), "rate": self.rate, "weights": name_weights(self.arrays)}
 
     def close(self) -> None:
         self._work.clear()
+
+
+class Served:
+    """A gateway process on a fixed port, to be killed and started again."""
+
+    def __init__(self, ledger: Path, rate: float, die: str = "") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        self._command = [sys.executable, __file__, self.address, str(ledger)]
+        self.start(rate, die)
+
+    def start(self, rate: float | None = None, die: str = "") -> None:
+        self._rate = self._rate if rate is None else rate
+        self.process = subprocess.Popen([*self._command, "--rate", str(self._rate), "--die", die],
+                                        stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline().strip() == self.address
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.communicate()
+
+
+def die_at(moment: str) -> None:
+    """Kills this process before or after the first call of what the moment is called for."""
+    owner, name, when = {
+        "sealing": (VersionFile, "seal", "before"), "sealed": (VersionFile, "seal", "after"),
+        "taken": (ToyBackend, "commit_weights", "after"), "recording": (Ledger, "record_version", "before"),
+        "recorded": (Ledger, "record_version", "after"), "swept": (KeptVersions, "sweep", "after"),
+    }[moment]
+    call = getattr(owner, name)
+
+    def dying(*arguments: Any, **options: Any) -> Any:
+        if when == "after":
+            call(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, dying)
 
 
 def main() -> None:
@@ -122,8 +181,11 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("ledger")
     parser.add_argument("--rate", type=float, default=1e9)
+    parser.add_argument("--die", default="")
     args = parser.parse_args()
     with Gateway(ToyBackend(rate=args.rate), args.address, args.ledger) as gateway:
+        if args.die:
+            die_at(args.die)
         print(gateway.address, flush=True)
         gateway.wait()
 

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from bridge_parts import ToyBackend
+from bridge_parts import Served, ToyBackend
 
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -25,5 +25,17 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
             gateway = Gateway(backend, address, tmp_path / "ledger.sqlite", **options).start()
             stack.callback(gateway.stop)
             return gateway
+
+        yield start
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """served(rate, die) -> a gateway in a process of its own, killed after the test."""
+    with ExitStack() as stack:
+        def start(rate: float, die: str = "") -> Served:
+            made = Served(tmp_path / "ledger.sqlite", rate, die)
+            stack.callback(made.kill)
+            return made
 
         yield start

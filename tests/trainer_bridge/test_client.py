@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bridge_parts import ToyBackend, assert_same, make_trajectory, request
+from bridge_parts import ToyBackend, assert_same, make_trajectory, request, weights
 
 from blockroll.errors import InvalidInput, RequestError, TransportError
 from blockroll.trainer_bridge.client import RequestRefused, connect
@@ -105,6 +106,83 @@ def test_manual_acknowledgement(serve: Serve) -> None:
     with connect(gateway.address, client_id="t") as client:
         client.submit([request("b")])
         assert {t.key for t in client.results()} >= {("b", 0)}
+
+
+def test_a_refusal_is_acknowledged_like_a_trajectory(serve: Serve) -> None:
+    gateway = serve(ToyBackend())
+    asked = [request("a"), request("long", 3, prompt=range(1, 100)), request("longer", prompt=range(1, 100))]
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        with pytest.raises(RequestRefused) as caught:
+            client.generate(asked)
+        assert [e.request_id for e in (caught.value, *caught.value.others)] == ["long", "longer"]
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        with pytest.raises(RequestRefused) as caught:
+            client.generate(asked)
+        client.acknowledge([caught.value, *client.results()])
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        client.submit([request("b")])
+        assert [t.key for t in client.results()] == [("b", 0)]
+
+
+@pytest.mark.parametrize("call", ["generate", "results"])
+def test_a_refusal_that_is_skipped_does_not_come_back(serve: Serve, call: str) -> None:
+    gateway = serve(ToyBackend())
+    asked = [request("a"), request("long", prompt=range(1, 100))]
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        if call == "generate":
+            found = client.generate(asked, on_error="skip")
+        else:
+            client.submit(asked)
+            found = list(client.results(on_error="skip"))
+        client.acknowledge(found)
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        client.submit([request("b")])
+        assert [t.key for t in client.results()] == [("b", 0)]
+
+
+def test_a_trainer_that_resumes_acknowledges_what_its_checkpoint_holds(serve: Serve) -> None:
+    """Killed after its checkpoint and before, or in the middle of, the acknowledgement of the step it holds."""
+    gateway = serve(ToyBackend())
+    steps = [[request(f"step-{s}/{i}", 4, seed=s) for i in range(40)] for s in range(3)]
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        for step in steps[:2]:
+            found = client.generate(step)
+        client.acknowledge(found[:37])
+        client.submit(steps[2])
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        client.acknowledge(r for step in steps[:2] for r in step)
+        assert client.status()["acknowledged"] == 2 * 160
+        again = client.generate(steps[2])
+        assert [t.key for t in again] == [(r.id, i) for r in sorted(steps[2], key=lambda r: r.id) for i in range(4)]
+        client.acknowledge(again)
+        assert client.delivery == {"requested": 160, "unique": 160, "duplicates": 0, "failed": 0, "missing": 0}
+        assert list(client.results()) == []
+        assert client.status()["acknowledged"] == 3 * 160
+    with connect(gateway.address, client_id="t", ack="manual") as client:
+        with pytest.raises(RequestRefused, match="all of it was acknowledged in an earlier life"):
+            client.generate(steps[2])
+
+
+def test_a_request_acknowledged_before_all_of_it_came_goes_on(serve: Serve) -> None:
+    backend = ToyBackend(rate=0.0)
+    with connect(serve(backend).address, client_id="t", ack="manual") as client:
+        client.submit([request("a", 3)])
+        client.acknowledge([request("a", 3), request("unknown", 2)])
+        backend.rate = 1e9
+        assert len(client.generate([request("a", 3)], timeout=10)) == 3
+
+
+def test_a_batch_is_collected_after_long_work_elsewhere(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submitted, left alone for longer than a silence is borne, then collected by the same requests."""
+    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 1.0)
+    with connect(serve(ToyBackend(rate=200)).address, timeout=2.0) as client:
+        mine = [request(f"next-{i}", 2) for i in range(20)]
+        client.submit(mine)
+        time.sleep(3.5)
+        assert client.push_weights(1, weights(1)) == 1
+        assert {t.request_id for t in client.generate([request("other")])} == {"other"}
+        assert [t.key for t in client.generate(mine)] == sorted((r.id, i) for r in mine for i in range(2))
+        assert client.delivery["missing"] == client.delivery["duplicates"] == 0
 
 
 def test_refused_request_is_named_and_the_others_go_on(serve: Serve) -> None:

@@ -128,7 +128,7 @@ def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: S
         assert client.status()["missing"] == client.delivery["missing"] > 0
         backend.longest, backend.rate = 10**6, 1e9
         until(lambda: client.status()["in_flight"] == 0)
-        gateway._ledger._db.execute("PRAGMA max_page_count=1000000")
+        gateway._ledger._file.run("PRAGMA max_page_count=1000000")
         client.submit([request("more", prompt=range(1, 5000))])
         assert len(list(client.results(timeout=10))) == client.delivery["requested"]
         assert client.delivery["missing"] == 0
@@ -137,12 +137,52 @@ def test_full_disk_is_an_error_for_who_submits_and_a_wait_for_who_waits(serve: S
 
 def test_disk_that_stays_full_ends_a_gateway_of_little_patience(tmp_path: Path) -> None:
     backend = ToyBackend()
-    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l", max_ledger_bytes=100_000, disk_patience=0.5).start()
+    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "l", max_ledger_bytes=250_000, disk_patience=0.5).start()
     with connect(gateway.address) as client:
         with pytest.raises(StorageError, match="free disk space"):
             client.generate([request(f"r{i}", 8) for i in range(200)])
     with pytest.raises(StorageError, match="free disk space"):
         gateway.wait(10)
+
+
+def test_trouble_with_an_acknowledgement_ends_with_its_session(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose acknowledgement met a full disk goes for good; then there is room again."""
+    monkeypatch.setattr(sessions, "PROBE_S", 0.1)
+    gateway = serve(ToyBackend(), disk_patience=2.0)
+    gone = connect(gateway.address, ack="manual")
+    found = gone.generate([request("a")])
+    gateway._ledger._file.run("PRAGMA query_only=1")
+    gone._deliveries.acknowledge([t.key for t in found])
+    gone._deliveries.drive(lambda: gateway._sessions.trouble is not None)
+    gone.close(acknowledge=False)
+    until(lambda: len(gateway._sessions) == 0)
+    gateway._ledger._file.run("PRAGMA query_only=0")
+    assert not gateway.wait(2.5)
+    with connect(gateway.address) as client:
+        assert client.status()["notice"] == ""
+
+
+def test_a_start_that_fails_lets_go_of_the_ledger(tmp_path: Path) -> None:
+    class Dead(ToyBackend):
+        def stats(self) -> dict[str, float | int | str]:
+            raise ClusterError("no live actor")
+
+    path = tmp_path / "l"
+    for backend, address, error in ((Dead(), "tcp://127.0.0.1:*", ClusterError), (ToyBackend(), "tcp://1:1", TransportError)):
+        gateway = Gateway(backend, address, path)
+        with pytest.raises(error):
+            gateway.start()
+        with Gateway(ToyBackend(), "tcp://127.0.0.1:*", path):
+            pass
+
+
+def test_the_size_of_the_ledger_is_shown(serve: Serve) -> None:
+    with connect(serve(ToyBackend(), keep_requests=3).address) as client:
+        client.generate([request(f"r{i}") for i in range(10)])
+        client.generate([request("last")])
+        status = client.status()
+        assert status["ledger_kept"] == 3
+        assert 0 <= int(status["ledger_free_bytes"]) < int(status["ledger_bytes"])
 
 
 def test_push_serves_the_new_weights_bit_for_bit(serve: Serve) -> None:
@@ -199,6 +239,56 @@ def test_what_does_not_fit_leaves_the_old_version(serve: Serve) -> None:
         assert client.push_weights(1, weights()) == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("embed.weight", np.nan), ("scale", np.inf), ("half", -np.inf)])
+def test_weights_that_are_not_finite_leave_the_old_version(serve: Serve, name: str, value: float) -> None:
+    backend = ToyBackend()
+    with connect(serve(backend).address) as client:
+        client.push_weights(1, weights(1))
+        bad = {k: np.array(v) for k, v in weights(2).items()}
+        bad[name][(0,) * bad[name].ndim] = value
+        with pytest.raises(TransportError, match=f"{name!r} is not finite"):
+            client.push_weights(2, bad)
+        assert client.status()["version"] == backend.version == 1
+        assert client.generate([request("a")])[0].versions[0] == 1
+        assert client.push_weights(2, weights(2)) == 2
+
+
+def test_a_state_dict_with_its_tied_head_is_welcome(serve: Serve) -> None:
+    torch = pytest.importorskip("torch")
+    expected = {"model.embed_tokens.weight": ("bfloat16", (600, 1000)), "model.norm.weight": ("float32", (8,)),
+                "z.weight": ("float32", (900, 1000))}
+    embedding = torch.nn.Parameter(torch.randn(600, 1000).bfloat16())
+    others = {"model.norm.weight": torch.ones(8), "z.weight": torch.randn(900, 1000)}
+    state = {"lm_head.weight": embedding, "model.embed_tokens.weight": embedding, **others}
+    backend = ToyBackend(expected=expected)
+    with connect(serve(backend).address) as client:
+        for version, order in enumerate((list(state), list(state)[::-1], sorted(state)), start=1):
+            assert client.push_weights(version, {name: state[name] for name in order}) == version
+            assert {k: v.shape for k, v in backend.arrays.items()} == {k: shape for k, (_, shape) in expected.items()}
+            assert np.array_equal(backend.arrays["z.weight"], others["z.weight"].numpy())
+            assert torch.equal(torch.from_numpy(backend.arrays["model.embed_tokens.weight"]).view(torch.bfloat16), embedding)
+        del state["lm_head.weight"]
+        backend.arrays = {}
+        assert client.push_weights(3, {name: state[name] for name in sorted(state)}) == 3
+        assert backend.arrays == {}
+        for head in (embedding + 1, embedding.float()):
+            with pytest.raises(TransportError, match=r"'lm_head.weight' differs from 'model.embed_tokens.weight'.*tied"):
+                client.push_weights(4, {**state, "lm_head.weight": head})
+        assert client.status()["version"] == 3
+        assert client.push_weights(4, {**state, "lm_head.weight": embedding.clone()}) == 4
+
+
+def test_an_untied_head_is_one_tensor_of_the_policy(serve: Serve) -> None:
+    expected = {"model.embed_tokens.weight": ("float32", (6, 4)), "lm_head.weight": ("float32", (6, 4))}
+    same = np.ones((6, 4), np.float32)
+    backend = ToyBackend(expected=expected)
+    with connect(serve(backend).address) as client:
+        assert client.push_weights(1, {"model.embed_tokens.weight": same, "lm_head.weight": same}) == 1
+        assert list(backend.arrays) == ["model.embed_tokens.weight", "lm_head.weight"]
+        with pytest.raises(TransportError, match=r"lacks 1 tensors, 'lm_head.weight'"):
+            client.push_weights(2, {"model.embed_tokens.weight": same})
+
+
 def test_finish_waits_for_what_is_in_flight_and_holds_what_comes_later(serve: Serve) -> None:
     backend = ToyBackend(rate=0.0)
     gateway = serve(backend)
@@ -207,7 +297,7 @@ def test_finish_waits_for_what_is_in_flight_and_holds_what_comes_later(serve: Se
         until(lambda: bool(backend.batches))
         pusher = threading.Thread(target=other.push_weights, args=(1, weights()))
         pusher.start()
-        until(lambda: gateway._sessions.desk._committing is not None)
+        until(lambda: gateway._desk._committing is not None)
         client.submit([request("late")])
         backend.rate = 1e9
         versions = {t.request_id: int(t.versions[0]) for t in client.results()}
@@ -287,12 +377,12 @@ def test_aborted_and_abandoned_pushes_leave_the_old_version(serve: Serve) -> Non
     with pytest.raises(TransportError, match="by client 'p'"):
         second._state("q")
     first._abort("p")
-    until(lambda: gateway._sessions.desk._stage is None)
+    until(lambda: gateway._desk._stage is None)
     begin(second, "q")
     second._state("q")
     second.close()
     first.close()
-    until(lambda: gateway._sessions.desk._stage is None)
+    until(lambda: gateway._desk._stage is None)
     assert backend.version == 0
     with connect(gateway.address) as client:
         assert client.push_weights(1, weights()) == 1
@@ -314,7 +404,7 @@ def test_interrupted_sender_aborts(serve: Serve) -> None:
     with connect(gateway.address) as client:
         with pytest.raises(KeyboardInterrupt):
             client.push_weights(1, Interrupted(weights()))
-        until(lambda: gateway._sessions.desk._stage is None)
+        until(lambda: gateway._desk._stage is None)
         assert backend.version == 0
         assert client.push_weights(1, weights()) == 1
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bridge_parts import ToyBackend, assert_same, make_trajectory, request
+from bridge_parts import Served, ToyBackend, assert_same, make_trajectory, request
 
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
@@ -25,38 +25,7 @@ from blockroll.trainer_bridge.gateway import Gateway
 HERE = Path(__file__).parent
 
 
-class Served:
-    """A gateway process on a fixed port, to be killed and started again."""
-
-    def __init__(self, ledger: Path, rate: float) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-        self.command = [sys.executable, str(HERE / "bridge_parts.py"), self.address, str(ledger), "--rate", str(rate)]
-        self.start()
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().strip() == self.address
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.communicate()
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Callable[[float], Served]]:
-    with contextlib.ExitStack() as stack:
-        def start(rate: float) -> Served:
-            made = Served(tmp_path / "ledger.sqlite", rate)
-            stack.callback(made.kill)
-            return made
-
-        yield start
-
-
-def test_gateway_killed_again_and_again(served: Callable[[float], Served]) -> None:
+def test_gateway_killed_again_and_again(served: Callable[..., Served]) -> None:
     gateway = served(400.0)
     asked = {f"r{i}": request(f"r{i}", 4, seed=i) for i in range(100)}
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
@@ -74,7 +43,7 @@ def test_gateway_killed_again_and_again(served: Callable[[float], Served]) -> No
         assert (status["requested"], status["unique"], status["missing"]) == (400, 400, 0)
 
 
-def test_gateway_killed_while_nobody_listens_and_while_submitting(served: Callable[[float], Served]) -> None:
+def test_gateway_killed_while_nobody_listens_and_while_submitting(served: Callable[..., Served]) -> None:
     gateway = served(1e9)
     asked = [request(f"r{i:04}", prompt=range(1, 60)) for i in range(1000)]
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
@@ -105,7 +74,7 @@ with connect(sys.argv[1], client_id="trainer", timeout=20) as client, open(sys.a
 """
 
 
-def test_trainer_and_gateway_killed_again_and_again(served: Callable[[float], Served], tmp_path: Path) -> None:
+def test_trainer_and_gateway_killed_again_and_again(served: Callable[..., Served], tmp_path: Path) -> None:
     gateway, journal, rng = served(150.0), tmp_path / "journal", random.Random(0)
     journal.touch()
     output = ""
@@ -234,7 +203,7 @@ def test_line_cut_in_mid_push(cable: Callable[..., Cable]) -> None:
     assert np.array_equal(backend.arrays["w"], tensors["w"])
 
 
-def test_gateway_killed_in_mid_push(served: Callable[[float], Served]) -> None:
+def test_gateway_killed_in_mid_push(served: Callable[..., Served]) -> None:
     from bridge_parts import weights
 
     gateway = served(1e9)
@@ -260,7 +229,7 @@ def test_gateway_killed_in_mid_push(served: Callable[[float], Served]) -> None:
         assert client.generate([request("a")])[0].versions[0] == 1
 
 
-def test_stopped_gateway_is_waited_for(served: Callable[[float], Served]) -> None:
+def test_stopped_gateway_is_waited_for(served: Callable[..., Served]) -> None:
     gateway = served(1e9)
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
         os.kill(gateway.process.pid, signal.SIGSTOP)

@@ -77,6 +77,39 @@ def test_manifest_that_does_not_fit_the_policy_is_refused_before_a_byte() -> Non
         WeightStager(dataclasses.replace(twice, tensors=(*twice.tensors, twice.tensors[0])), EXPECTED)
 
 
+@pytest.mark.parametrize("size", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize(("name", "place", "value"), [
+    ("embed.weight", (0, 0), np.nan), ("embed.weight", (31, 7), -np.inf), ("scale", (), np.inf), ("half", (2, 4), np.nan)])
+def test_a_number_that_is_not_finite_kills_the_stage_by_name(size: int, name: str, place: Any, value: float) -> None:
+    tensors = weights(1)
+    tensors[name] = np.array(tensors[name])
+    tensors[name][place] = value
+    where = rf"{name!r} is not finite at \[{', '.join(map(str, place))}\]"
+    with pytest.raises(TransportError, match=where):
+        stage(tensors, size)
+
+
+@pytest.mark.parametrize("value", ["nan", "-nan", "inf", "-inf"])
+def test_bfloat16_is_looked_at_by_its_bits(value: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.randn(5, 9).bfloat16()
+    largest = torch.finfo(torch.bfloat16).max
+    tensor[0, 0], tensor[4, 8] = largest, -largest
+    expected = {"w": ("bfloat16", (5, 9))}
+    for bad in (False, True):
+        tensor[3, 1] = float(value) if bad else 0.0
+        stager = WeightStager(make_manifest(1, 0, {"w": tensor}), expected)
+        sent = list(chunks({"w": tensor}, 7))
+        if bad:
+            with pytest.raises(TransportError, match=r"'w' is not finite at \[3, 1\]"):
+                for chunk in sent:
+                    stager.add(*chunk)
+        else:
+            for chunk in sent:
+                stager.add(*chunk)
+            assert stager.finish()["w"].dtype == np.uint16
+
+
 def test_wrong_bytes_gaps_and_repeats_kill_the_stage() -> None:
     tensors = weights()
     sent = list(chunks(tensors, 100))

@@ -6,16 +6,15 @@ import os
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 import torch
-from transformers import ZayaConfig
 
 import blockroll
 from blockroll.errors import ClusterError, InvalidInput
-from blockroll.model.policy import Policy
 from blockroll.model.scoring import score
 from blockroll.rollout.cluster import RayCluster
 from blockroll.rollout.engine import Engine, EngineConfig
@@ -26,22 +25,21 @@ from blockroll.trainer_bridge.records import decode_trajectory, encode_trajector
 
 
 @pytest.fixture(scope="module")
-def policy_dir(tmp_path_factory):
-    config = ZayaConfig(
-        vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        moe_intermediate_size=24, num_experts=3, router_hidden_size=8, max_position_embeddings=128, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    config.diffusion = {"block_size": 8, "mask_token_id": 3}
-    policy = Policy(config).initialise(torch.Generator().manual_seed(0))
-    return str(blockroll.save_policy(policy, tmp_path_factory.mktemp("policies") / "random"))
-
-
-@pytest.fixture(scope="module")
 def cluster(policy_dir):
     cluster = RayCluster(policy_dir, EngineConfig(max_batch=8), actors=2)
     yield cluster
     cluster.close()
+
+
+class Stubborn:
+    """An actor that fails when it is to take a version: asked for one it was never given, it raises."""
+
+    def __init__(self, actor):
+        self._actor = actor
+        self.commit = SimpleNamespace(remote=lambda version, how: actor.commit.remote(version + 1000, how))
+
+    def __getattr__(self, name):
+        return getattr(self._actor, name)
 
 
 def requests(prefix, count=10, tokens=24):
@@ -125,6 +123,98 @@ def test_weights_are_taken_by_all_or_none(cluster, policy_dir):
     assert {int(v) for c in collect(cluster, 4) for v in c.trajectory.versions} == {version + 1}
 
 
+def pids(cluster):
+    return [ray.get(seat.actor.stats.remote())["pid"] for seat in cluster._seats]
+
+
+def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(cluster, next_weights, monkeypatch):
+    old, before, (arrays, policy) = cluster.version, pids(cluster), next_weights
+    seat = cluster._seats[1]
+    monkeypatch.setattr(cluster, "_replace", keep_proxies_out(cluster._replace))
+    seat.actor = Stubborn(seat.actor)
+    cluster.submit(requests("s", 20, tokens=100), epoch=20)
+    done = collect(cluster, 4)
+    cluster.commit_weights(old + 1, arrays, in_flight="keep")
+    done += collect(cluster, 40 - len(done))
+    assert cluster.version == old + 1
+    assert (pids(cluster)[0] == before[0], pids(cluster)[1] == before[1]) == (True, False)
+    assert ray.get([seat.actor.ready.remote() for seat in cluster._seats]) == [old + 1, old + 1]
+    assert len({c.trajectory.key for c in done}) == 40
+    cluster.submit(requests("t", 4), epoch=21)
+    got = [c.trajectory for c in collect(cluster, 8)]
+    assert {int(v) for t in got for v in t.versions} == {old + 1}
+    assert largest_error(policy, got, old + 1) < 1e-4
+
+
+def keep_proxies_out(replace):
+    def replacing(seat):
+        if isinstance(seat.actor, Stubborn):
+            seat.actor = seat.actor._actor
+        replace(seat)
+
+    return replacing
+
+
+def test_where_every_engine_fails_over_a_version_the_old_one_serves_on_all(cluster, next_weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster, "_replace", keep_proxies_out(cluster._replace))
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
+        old = client.version
+        for seat in cluster._seats:
+            seat.actor = Stubborn(seat.actor)
+        with pytest.raises(ClusterError, match=f"no engine could take version {old + 1}"):
+            client.push_weights(old + 1, next_weights[0])
+        assert ray.get([seat.actor.ready.remote() for seat in cluster._seats]) == [old, old]
+        assert {int(v) for t in client.generate(requests("u", 4), timeout=60) for v in t.versions} == {old}
+        assert client.push_weights(old + 1, next_weights[0]) == old + 1
+
+
+def test_a_cluster_that_starts_elsewhere_is_brought_to_the_version_of_the_ledger(cluster, next_weights, tmp_path):
+    arrays, policy = next_weights
+    first, version = {name: array * np.float32(0.5) for name, array in arrays.items()}, cluster.version + 1
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="t") as client:
+            client.push_weights(version, arrays)
+            client.submit(requests("left", 4))
+    cluster.revoke(1)
+    cluster.commit_weights(version - 1, first)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="t") as client:
+            got = client.generate(requests("left", 4), timeout=60)
+            assert {int(v) for t in got for v in t.versions} == {version}
+            assert largest_error(policy, got) < 1e-4
+            ray.kill(cluster._seats[0].actor)
+            got = client.generate(requests("more", 4), timeout=60)
+            assert largest_error(policy, got) < 1e-4
+
+
+def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
+    """Stopped, not dead: nothing but silence tells."""
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger", lease_seconds=2.0, max_in_flight=80) as gateway:
+        with connect(gateway.address) as client:
+            client.submit(requests("hung", 40, tokens=100))
+            results = client.results(timeout=60)
+            got = [next(results) for _ in range(4)]
+            pid = pids(cluster)[1]
+            os.kill(pid, signal.SIGSTOP)
+            got += list(results)
+            assert len({t.key for t in got}) == len(got) == 80
+            assert pid not in pids(cluster)
+            assert client.status()["missing"] == 0
+
+
+@pytest.mark.parametrize(("change", "what"), [
+    (lambda a: a.pop("model.norm.weight"), "'model.norm.weight' is missing"),
+    (lambda a: a.update(extra=a["model.norm.weight"]), "'extra' is unknown"),
+    (lambda a: a.update({"model.norm.weight": a["model.norm.weight"] * np.nan}), "model.norm.weight holds a number"),
+    (lambda a: a.update({"model.norm.weight": a["model.norm.weight"].astype(np.float64)}), "model.norm.weight is torch.float64")])
+def test_a_version_that_is_not_the_policys_is_refused_before_any_engine_takes_it(cluster, next_weights, change, what):
+    arrays, version, before = dict(next_weights[0]), cluster.version, pids(cluster)
+    change(arrays)
+    with pytest.raises(ClusterError, match=what):
+        cluster.commit_weights(version + 1, arrays)
+    assert (cluster.version, pids(cluster)) == (version, before)
+
+
 @pytest.fixture
 def next_weights(cluster, policy_dir):
     """Arrays of the version after the one that serves, and the policy that has them."""
@@ -152,10 +242,11 @@ def across(trajectories):
     return [t for t in trajectories if len(set(t.versions.tolist())) == 2]
 
 
-def largest_error(policy, trajectories, version):
-    """Between the recorded logprobs of a version's tokens and those of `policy`."""
+def largest_error(policy, trajectories, version=None):
+    """Between the recorded logprobs of a version's tokens, or all, and those of `policy`."""
     scores = score(policy, [(t.prompt_tokens, t.tokens) for t in trajectories])
-    return max(np.abs(s - t.logprobs)[t.versions == version].max() for s, t in zip(scores, trajectories))
+    return max(np.abs(s - t.logprobs)[(t.versions == version) | (version is None)].max()
+               for s, t in zip(scores, trajectories))
 
 
 def test_finish_waits_for_every_sample(cluster, next_weights):
@@ -205,3 +296,19 @@ def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path
         assert client.delivery == {"requested": 80, "unique": 80, "duplicates": 0, "failed": 0, "missing": 0}
     assert across(got)
     assert {int(v) for t in got for v in t.versions} == {old, old + 1}
+
+
+def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_weights, tmp_path, monkeypatch):
+    """One step off policy: engines decode while the trainer trains, without a word between them, and take its push in mid-way."""
+    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 1.0)
+    old, batch = cluster.version, requests("next", 40, tokens=100)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address, ack="manual") as client:
+        client.submit(batch)
+        time.sleep(1.2)
+        assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
+        got = client.generate(batch, timeout=60)
+        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+        assert across(got)
+        assert all((np.diff(t.versions) >= 0).all() and {*t.versions.tolist()} <= {old, old + 1} for t in got)
+        client.acknowledge(got)
+        assert client.status()["acknowledged"] == 80
