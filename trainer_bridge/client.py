@@ -184,8 +184,8 @@ class RolloutClient:
         for item in done:
             if isinstance(item, RolloutRequest):
                 track = self._deliveries.book.tracks.get(item.id)
-                asked = track is not None and track.record
-                keys.update(((item.id, i), None) for i in range(item.samples) if not asked or i in track.seen)
+                samples = range(item.samples) if track is None or not track.record else track.seen
+                keys.update(((item.id, i), None) for i in samples)
                 keys[item.id, FAILURE] = None
                 whole.add(item.id)
             elif isinstance(item, RequestRefused):

@@ -37,7 +37,7 @@ class RequestRefused(RequestError):
         self.request_id, self.why = request_id, why
         super().__init__(f"request {request_id!r}", why, "a changed request needs a new id; the other requests go on")
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # type: ignore[override]  # fewer arguments
         return type(self), (self.request_id, self.why)
 
 

@@ -28,8 +28,8 @@ import zmq
 from ..errors import ClusterError, StorageError
 from ..rollout.backend import Completed, RolloutBackend
 from .dispatch import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
-from .keys import ServerKeys
 from .kept import KeptVersions
+from .keys import ServerKeys
 from .ledger import KEEP, Ledger
 from .messages import TO_GATEWAY
 from .pushes import PushDesk

@@ -206,7 +206,8 @@ def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
     (lambda a: a.pop("model.norm.weight"), "'model.norm.weight' is missing"),
     (lambda a: a.update(extra=a["model.norm.weight"]), "'extra' is unknown"),
     (lambda a: a.update({"model.norm.weight": a["model.norm.weight"] * np.nan}), "model.norm.weight holds a number"),
-    (lambda a: a.update({"model.norm.weight": a["model.norm.weight"].astype(np.float64)}), "model.norm.weight is torch.float64")])
+    (lambda a: a.update({"model.norm.weight": a["model.norm.weight"].astype(np.float64)}), "model.norm.weight is torch.float64")],
+    ids=["missing", "unknown", "not finite", "another dtype"])
 def test_a_version_that_is_not_the_policys_is_refused_before_any_engine_takes_it(cluster, next_weights, change, what):
     arrays, version, before = dict(next_weights[0]), cluster.version, pids(cluster)
     change(arrays)
