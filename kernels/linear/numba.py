@@ -67,18 +67,19 @@ def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
 
 
 def _tile(rows: int) -> Callable[..., None]:
-    """A function of (x_TD, t, panels_PDW, p, out_TF, to, f): rows t.. of x times panel p, into rows to.. and columns f.. of out.
-    All arrays are float32 and contiguous."""
+    """A function of (x_TD, t, depth, weight, at, stride, out_TF, to, f): `depth` features of rows t.. of x times `WIDTH` columns
+    of a weight, which begin at its flat place `at` and lie `stride` apart, into rows to.. and columns f.. of out. All arrays are
+    float32 and contiguous."""
     columns = WIDTH if LANES == 16 or rows <= 2 else WIDTH // 2
 
     @intrinsic
-    def tile(typing_context, x_TD, t, panels_PDW, p, out_TF, to, f):
+    def tile(typing_context, x_TD, t, depth, weight, at, stride, out_TF, to, f):
         def generate(context, builder, signature, arguments):
-            x, panels, out = (
-                context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2, 4)
+            x, weight, out = (
+                context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 3, 6)
             )  # fmt: skip
-            depth, stride = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x, out))
-            _, t, _, p, _, to, f = arguments
+            x_width, out_width = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x, out))
+            _, t, depth, _, first, stride, _, to, f = arguments
             vector = ir.VectorType(_FLOAT, columns)
             zero, nothing = ir.Constant(vector, [0.0] * columns), ir.Constant(vector, ir.Undefined)
             everywhere = ir.Constant(ir.VectorType(ir.IntType(32), columns), [0] * columns)
@@ -89,25 +90,25 @@ def _tile(rows: int) -> Callable[..., None]:
             def as_vector(pointer: Any) -> Any:
                 return builder.bitcast(pointer, vector.as_pointer())
 
-            x_r = [at(x.data, builder.mul(builder.add(t, _LONG(r)), depth)) for r in range(rows)]
-            out_r = [at(out.data, builder.add(builder.mul(builder.add(to, _LONG(r)), stride), f)) for r in range(rows)]
-            panel = at(panels.data, builder.mul(p, builder.mul(depth, _LONG(WIDTH))))
+            x_r = [at(x.data, builder.mul(builder.add(t, _LONG(r)), x_width)) for r in range(rows)]
+            out_r = [at(out.data, builder.add(builder.mul(builder.add(to, _LONG(r)), out_width), f)) for r in range(rows)]
             for begin in range(0, WIDTH, columns):
                 sums = [cgutils.alloca_once_value(builder, zero) for _ in range(rows)]
                 for total in sums:
                     builder.store(zero, total)
                 with cgutils.for_range(builder, depth) as loop:
-                    weight_at = at(panel, builder.add(builder.mul(loop.index, _LONG(WIDTH)), _LONG(begin)))
-                    weight = builder.load(as_vector(weight_at), align=4)
+                    place = builder.add(builder.add(first, _LONG(begin)), builder.mul(loop.index, stride))
+                    columns_d = builder.load(as_vector(at(weight.data, place)), align=4)
                     for x_D, total in zip(x_r, sums, strict=True):
-                        first = builder.insert_element(nothing, builder.load(at(x_D, loop.index)), ir.IntType(32)(0))
-                        spread = builder.shuffle_vector(first, nothing, everywhere)
-                        builder.store(_multiply_add(builder, spread, weight, builder.load(total)), total)
+                        one = builder.insert_element(nothing, builder.load(at(x_D, loop.index)), ir.IntType(32)(0))
+                        spread = builder.shuffle_vector(one, nothing, everywhere)
+                        builder.store(_multiply_add(builder, spread, columns_d, builder.load(total)), total)
                 for out_F, total in zip(out_r, sums, strict=True):
                     builder.store(builder.load(total), as_vector(at(out_F, _LONG(begin))), align=4)
             return context.get_dummy_value()
 
-        return types.void(x_TD, types.intp, panels_PDW, types.intp, out_TF, types.intp, types.intp), generate
+        place = types.intp
+        return types.void(x_TD, place, place, weight, place, place, out_TF, place, place), generate
 
     return tile
 
@@ -116,43 +117,58 @@ _tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_tile(min(rows
 
 
 @compiled()
-def _some(x_TD, t, count, panels_PDW, p, out_TF, to, f):
+def _some(x_TD, t, count, depth, weight, at, stride, out_TF, to, f):
     """A tile of `count` rows."""
     if count == 1:
-        _tile1(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile1(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 2:
-        _tile2(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile2(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 3:
-        _tile3(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile3(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 4:
-        _tile4(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile4(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 5:
-        _tile5(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile5(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 6:
-        _tile6(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile6(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     elif count == 7:
-        _tile7(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile7(x_TD, t, depth, weight, at, stride, out_TF, to, f)
     else:
-        _tile8(x_TD, t, panels_PDW, p, out_TF, to, f)
+        _tile8(x_TD, t, depth, weight, at, stride, out_TF, to, f)
+
+
+@compiled()
+def _rows_of_a_tile(rows):
+    """9 rows are 5 and 4: a tile of few rows is slow."""
+    return max(1, -(-rows // max(1, -(-rows // ROWS))))
 
 
 @compiled()
 def product_of(x_TD, begin, end, panels_PDW, out_TF):
     """Writes rows begin..end of out_TF: those rows of x times the weight."""
-    features, rows = out_TF.shape[1], end - begin
-    whole, tiles = features // WIDTH, -(-rows // ROWS)
-    each = max(1, -(-rows // max(1, tiles)))  # 9 rows are 5 and 4: a tile of few rows is slow
+    depth, features = x_TD.shape[1], out_TF.shape[1]
+    whole, each = features // WIDTH, _rows_of_a_tile(end - begin)
     for p in range(whole):
         for t in range(begin, end, each):
-            _some(x_TD, t, min(each, end - t), panels_PDW, p, out_TF, t, p * WIDTH)
+            _some(x_TD, t, min(each, end - t), depth, panels_PDW, p * depth * WIDTH, WIDTH, out_TF, t, p * WIDTH)
     if whole < panels_PDW.shape[0]:
         rest_RW = np.empty((ROWS, WIDTH), np.float32)
         for t in range(begin, end, each):
             count = min(each, end - t)
-            _some(x_TD, t, count, panels_PDW, whole, rest_RW, 0, 0)
+            _some(x_TD, t, count, depth, panels_PDW, whole * depth * WIDTH, WIDTH, rest_RW, 0, 0)
             for r in range(count):
                 for f in range(features - whole * WIDTH):
                     out_TF[t + r, whole * WIDTH + f] = rest_RW[r, f]
+
+
+@compiled()
+def product_with_rows(x_TD, rows, depth, weight_DF, out_TF):
+    """Writes the first `rows` of out_TF: x times a weight that is not in panels, over its first `depth` features. F is a multiple
+    of `WIDTH`."""
+    each, features = _rows_of_a_tile(rows), weight_DF.shape[1]
+    for f in range(0, features, WIDTH):
+        for t in range(0, rows, each):
+            _some(x_TD, t, min(each, rows - t), depth, weight_DF, f, features, out_TF, t, f)
 
 
 def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:

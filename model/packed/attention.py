@@ -1,5 +1,5 @@
-"""Attention of `forward` over the cached positions and clean rows that a row sees, and over its block: of clean rows compiled by
-numba, a row at a time; of mask rows, which see the same keys by the dozen, as the library's products.
+"""Attention of `forward` over the cached positions and clean rows that a row sees, and over its block, compiled by numba: of
+clean rows a row at a time; of mask rows, which see the same keys by the dozen, as products.
 
 Invariants:
 - A clean row's sums run over its keys in an order that the keys' numbers alone decide, whatever stands beside it in the pack and
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ...kernels.compiled import FUSED, compiled, copy, exponentials, largest, total
+from ...kernels.linear.numba import WIDTH, product_with_rows
 from .plan import PackedPlan
 
 LANES = 8
@@ -127,9 +128,13 @@ def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, rang
 
 
 @compiled()
-def _hide(begin_s, end_s, group, range_4T, first_S1, mask_S, score_NGRL):
-    """Scores of keys that a mask row does not see to -inf."""
+def _score_masks(begin_s, end_s, group, range_4T, first_S1, mask_S, mask_q_NGRD, keys_NGDL, score_NGRL):
+    """Scores of mask rows; -inf of keys that a row does not see."""
+    size = mask_q_NGRD.shape[3]
     for s in range(begin_s, end_s):
+        for g in range(score_NGRL.shape[1]):
+            rows, n = (first_S1[s + 1] - mask_S[s]) * group, s - begin_s
+            product_with_rows(mask_q_NGRD[n, g], rows, size, keys_NGDL[n, g], score_NGRL[n, g])
         for t in range(mask_S[s], first_S1[s + 1]):
             for g in range(score_NGRL.shape[1]):
                 for u in range(group):
@@ -140,13 +145,16 @@ def _hide(begin_s, end_s, group, range_4T, first_S1, mask_S, score_NGRL):
 
 
 @compiled()
-def _spread(begin_s, end_s, group, first_S1, mask_S, attended_NGRD, out_THD):
-    """What mask rows attended to, to where it belongs."""
+def _attend_masks(begin_s, end_s, group, first_S1, mask_S, start_S, weight_NGRL, values_NGLD, attended_NGRD, out_THD):
+    """Weighted values of mask rows, to where they belong."""
+    size = out_THD.shape[2]
     for s in range(begin_s, end_s):
-        for t in range(mask_S[s], first_S1[s + 1]):
-            for g in range(attended_NGRD.shape[1]):
+        rows, n, keys = (first_S1[s + 1] - mask_S[s]) * group, s - begin_s, start_S[s] + first_S1[s + 1] - first_S1[s]
+        for g in range(attended_NGRD.shape[1]):
+            product_with_rows(weight_NGRL[n, g], rows, keys, values_NGLD[n, g], attended_NGRD[n, g])
+            for t in range(mask_S[s], first_S1[s + 1]):
                 for u in range(group):
-                    copy(attended_NGRD[s - begin_s, g, (t - mask_S[s]) * group + u], out_THD[t, g * group + u])
+                    copy(attended_NGRD[n, g, (t - mask_S[s]) * group + u, :size], out_THD[t, g * group + u])
 
 
 class Attention:
@@ -164,22 +172,23 @@ class Attention:
 
     def prepare(self, plan: PackedPlan) -> None:
         """Have room for packs of this plan."""
-        shape = sequences, width, masks = len(plan.start_S), (-(-plan.longest // LANES) + 1) * LANES, plan.masks
+        shape = sequences, width, masks = len(plan.start_S), -(-(plan.longest + LANES) // WIDTH) * WIDTH, plan.masks
         if shape == self._shape:
             return
         self._shape, rows, take = shape, masks * self._group, self._take
         at_once = min(max(1, _MOST_SCORES // (self._kv_heads * rows * width)), sequences) if rows else sequences
-        count = at_once if rows else 1
+        count, features = at_once if rows else 1, -(-self._size // WIDTH) * WIDTH
         pairs = [
             take(name, count, self._kv_heads, *rest)
             for name, *rest in (
-                ("keys", self._size, width), ("values", width, self._size), ("mask queries", rows, self._size),
-                ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, self._size),
+                ("keys", self._size, width), ("values", width, features), ("mask queries", rows, self._size),
+                ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, features),
             )
         ]  # fmt: skip
-        self._keys, self._values, self._q, self._score, _, self._attended = (array for _, array in pairs)
+        self._keys, self._values, self._q, self._score, self._weight, self._attended = (array for _, array in pairs)
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
-        self._pieces = [(begin, end, [tensor[: end - begin].flatten(0, 1) for tensor, _ in pairs]) for begin, end in spans]
+        scores, weights = pairs[3][0], pairs[4][0]
+        self._pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
         lines = [take(name, width + LANES)[1] for name in ("line", "other line")]
         self._lines = (*lines, *(take(name, self._size)[1] for name in ("features", "other features")))
 
@@ -189,14 +198,14 @@ class Attention:
     ) -> None:  # fmt: skip
         """Writes out_THD, of the plan last prepared for. `kind`: the layer's type; queries carry their scale."""
         first, mask, ranges, group = plan.first_S1, plan.mask_S, plan.range_4T[kind], self._group
-        for begin, end, (keys, values, q, score, weight, attended) in self._pieces:
+        for begin, end, score, weight in self._pieces:
             _clean_rows(
                 begin, end, plan.masks > 0, q_THD, k_TGD, v_TGD, k_pool, v_pool, ranges, first, mask, plan.start_S, plan.place_SL,
                 self._keys, self._values, self._q, *self._lines, out_THD,
             )  # fmt: skip
             if plan.masks:
-                torch.bmm(q, keys, out=score)
-                _hide(begin, end, group, ranges, first, mask, self._score)
+                _score_masks(begin, end, group, ranges, first, mask, self._q, self._keys, self._score)
                 torch.softmax(score, -1, out=weight)
-                torch.bmm(weight, values, out=attended)
-                _spread(begin, end, group, first, mask, self._attended, out_THD)
+                _attend_masks(
+                    begin, end, group, first, mask, plan.start_S, self._weight, self._values, self._attended, out_THD
+                )

@@ -5,7 +5,7 @@ Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
 - What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
   causal pass over its tokens. Every sum of a clean row has an order that neither the pack nor the processor's library decides.
-  Of the library only copies and element-wise operations serve clean rows; its products serve the attention of mask rows.
+  Of the library only copies and element-wise operations serve clean rows, and the softmax of mask rows.
 - The weights are copies: after the policy's change, make a new one.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows.

@@ -59,6 +59,15 @@ def test_only_the_rows_asked_for_are_written() -> None:
     assert np.isnan(out[:3]).all() and np.isnan(out[14:]).all() and np.isfinite(out[3:14]).all()
 
 
+@pytest.mark.parametrize("rows, depth", [(0, 12), (1, 12), (11, 7), (20, 12)])
+def test_a_weight_that_is_not_in_panels(rows: int, depth: int) -> None:
+    x, weight, out = operands(20, 12, 64)
+    weight[depth:] = torch.nan
+    linear.product_with_rows(x, rows, depth, weight.numpy(), out)
+    np.testing.assert_allclose(out[:rows], x[:rows, :depth] @ weight[:depth].numpy(), atol=1e-5)
+    assert np.isnan(out[rows:]).all()
+
+
 def test_many_products_at_once() -> None:
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 5, 17, generator=draw), torch.randn(3, 17, 8, generator=draw)

@@ -90,14 +90,17 @@ def test_a_product_with_another_order_for_few_rows_is_seen(make_policy):
 
 
 @torch.inference_mode()
-def test_no_product_of_the_library_serves_clean_rows(make_policy):
+def test_no_product_of_the_library_runs(make_policy):
     """Neither in scoring nor in decoding, whatever order its products have on this machine."""
     policy = make_policy(torch.float32, seed=4)
     packed = packed_forward(policy)
     cache = PagedCache(policy, 24, 4, 1, 8)
     sequence = cache.open()
     assert cache.reserve(sequence, 12)
-    prefill, step = (decode([DecodeRows(rows, start, (), 0)], policy.mask_token_id) for rows, start in (([5, 6, 7], 0), ([8], 3)))
+    prefill, step = (
+        decode([DecodeRows(rows, start, proposals, 4)], policy.mask_token_id)
+        for rows, start, proposals in (([5, 6, 7], 0, ()), ([8], 3, (1,)))
+    )
     called = CalledOperations()
     with called:
         for layout in (prefill, step):
