@@ -60,7 +60,7 @@ def _check_names(wanted: Collection[str], given: Collection[str], error: type[In
         remedy = "take the state_dict of the bare model, without what wraps it (DDP, FSDP, torch.compile, PEFT)"
     else:
         remedy = "export the whole model again (save_pretrained, or state_dict)"
-    for problem, names in (("lacks", missing), ("has unknown", unknown)):
+    for names, problem in ((missing, "lacks {} of the policy's tensors"), (unknown, "has {} tensor{} that the policy has not")):
         if names:
-            first = ", ".join(map(repr, names[:3]))
-            raise error(field, f"{where} {problem} {len(names)} tensor(s), first {first}", remedy)
+            said = problem.format(len(names), "s" if len(names) > 1 else "")
+            raise error(field, f"{where} {said}, first {', '.join(map(repr, names[:3]))}", remedy)

@@ -76,7 +76,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "missing tensor": (drop_tensor, "lacks 1 tensor(s), first 'model.norm.weight'; export the whole model again"),
+    "missing tensor": (drop_tensor, "lacks 1 of the policy's tensors, first 'model.norm.weight'; export the whole model again"),
     "not a number": (not_a_number, "model.norm.weight in {} holds NaN or infinity; use a checkpoint from before"),
     "corrupt weights": (scramble, "{}/model.safetensors is corrupt"),
     "truncated weights": (cut, "{}/model.safetensors is corrupt"),

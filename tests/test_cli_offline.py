@@ -256,7 +256,7 @@ def test_missing_tensor(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     source = write(tmp_path / "in.jsonl", PROMPTS)
     assert run("generate", "--policy", broken, "--input", source, "--output", tmp_path / "o") == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: policy: {broken} lacks 1 tensor(s), first 'model.norm.weight'; ")
+    assert error.startswith(f"error: policy: {broken} lacks 1 of the policy's tensors, first 'model.norm.weight'; ")
     assert error.count("\n") == 1
 
 
