@@ -204,12 +204,14 @@ class RolloutClient:
         Args:
             version: the serving version + 1, or any greater one with `allow_gap`. One that was committed already with the
                 same content is left as it is.
+            tensors: every tensor of the policy by name, finite, of its shapes and dtypes; `policy.state_dict()` will do. A head
+                that is tied to the embedding may be among them, for the price of its bytes.
             in_flight: what happens to sequences in flight at the commit: `finish` waits for them; `keep` goes on, each
                 token tagged with its version; `recompute` prefills them again under the new weights; `abort` ends them
                 where they are. A cluster may offer `finish` alone.
 
-        Raises TransportError (wrong tensors, version or digest; no control key; no gateway) or ClusterError (an engine
-        could not take it): the old version then serves.
+        Raises TransportError (wrong tensors, version or digest; no control key; no gateway), ClusterError (the engines
+        could not take it) or StorageError (the gateway's disk is full): the old version then serves.
         """
         if type(version) is not int or version < 1:
             raise InvalidInput("version", f"{version!r} is not a positive integer", "count versions from 1")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, T
 from blockroll.trainer_bridge.gateway import Gateway
 from blockroll.trainer_bridge.kept import KeptVersions, VersionFile
 from blockroll.trainer_bridge.ledger import Ledger
+from blockroll.trainer_bridge.records import encode_request
 
 EXPECTED: dict[str, tuple[str, tuple[int, ...]]] = {
     "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)),
@@ -63,6 +64,25 @@ def assert_same(a: Trajectory, b: Trajectory) -> None:
             assert x.dtype == y.dtype and x.shape == y.shape and x.tobytes() == y.tobytes(), name
         else:
             assert x == y and type(x) is type(y), name
+
+
+def record(ledger: Ledger, *asked: RolloutRequest, client: str = "t", batch: str = "b", part: int = 0,
+           final: bool = True) -> tuple[list[int], list[tuple[int, str]]]:
+    """A batch, or part of one, recorded as a gateway would."""
+    return ledger.record_requests(client, batch, part, [(r, encode_request(r)) for r in asked], final)
+
+
+def done(epoch: int, asked: RolloutRequest, sample: int, version: int = 0) -> Completed:
+    """What an engine hands back for a sample."""
+    return Completed(epoch, asked.id, make_trajectory(asked, sample, version))
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Waits for something that happens soon."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:

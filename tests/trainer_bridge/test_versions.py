@@ -10,20 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bridge_parts import Served, ToyBackend, name_weights, request, weights
+from bridge_parts import Served, ToyBackend, name_weights, request, until, weights
 
 from blockroll.errors import StorageError, TransportError
 from blockroll.trainer_bridge.client import RolloutClient, connect
 from blockroll.trainer_bridge.gateway import Gateway
 
 Serve = Callable[..., Gateway]
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def serving(client: RolloutClient) -> int:
