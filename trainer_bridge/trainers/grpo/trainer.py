@@ -150,9 +150,7 @@ class Trainer:
 
     def _push(self, version: int) -> None:
         in_flight = self.config.rollouts.in_flight if self.config.rollouts.staleness else "finish"
-        tied = self.policy.config.tie_word_embeddings
-        weights = {n: t.detach() for n, t in self.policy.state_dict().items() if not (tied and n == "lm_head.weight")}
-        self.client.push_weights(version, weights, in_flight=in_flight)
+        self.client.push_weights(version, self.policy.state_dict(), in_flight=in_flight)
 
     def _record(self, row: Row) -> None:
         """Append a step's line of metrics, with held-out accuracy where it is due, and show it."""
@@ -167,11 +165,12 @@ class Trainer:
         self.client.acknowledge(trajectories)
 
     def _acknowledge_again(self) -> None:
-        """What is on disk here may be delivered once more, if its acknowledgement was lost with the process."""
-        requests = self._requests(self._done, 0) if self._done else []
+        """What is on disk here is not wanted once more; its acknowledgement may have been lost with the process."""
+        batches = range(self.config.tasks.max_generation_batches if self._done else 0)
+        requests = [r for batch in batches for r in self._requests(self._done, batch)]
         if self._rows and "heldout_accuracy" in self._rows[-1]:
             requests += self._heldout(self._rows[-1]["step"])[1]
-        self.client.acknowledge(self.client.generate(requests, on_error="skip"))
+        self.client.acknowledge(requests)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.config.evaluation.every
