@@ -42,9 +42,9 @@ class Stubborn:
         return getattr(self._actor, name)
 
 
-def requests(prefix, count=10, tokens=24):
+def requests(prefix, count=10, tokens=24, samples=2):
     params = SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True)
-    return [RolloutRequest(f"{prefix}{i:02d}", (1, 5 + i, 9), params, seed=i, samples=2) for i in range(count)]
+    return [RolloutRequest(f"{prefix}{i:02d}", (1, 5 + i, 9), params, seed=i, samples=samples) for i in range(count)]
 
 
 def collect(cluster, count, seconds=120.0):
@@ -287,29 +287,31 @@ def test_abort_ends_what_has_begun(cluster, next_weights):
 def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path):
     old = cluster.version
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
-        client.submit(requests("bridge", 40, tokens=100))
+        client.submit(requests("bridge", 40, tokens=100, samples=8))
         results = client.results(timeout=60)
         got = [next(results) for _ in range(4)]
         assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
         got += list(client.results(timeout=60))
         with pytest.raises(InvalidInput, match=r"in_flight: unknown policy 'later'.*finish, keep, recompute, abort"):
             client.push_weights(old + 2, next_weights[0], in_flight="later")
-        assert client.delivery == {"requested": 80, "unique": 80, "duplicates": 0, "failed": 0, "missing": 0}
+        assert client.delivery == {"requested": 320, "unique": 320, "duplicates": 0, "failed": 0, "missing": 0}
     assert across(got)
     assert {int(v) for t in got for v in t.versions} == {old, old + 1}
 
 
-def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_weights, tmp_path, monkeypatch):
+def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_weights, tmp_path):
     """One step off policy: engines decode while the trainer trains, without a word between them, and take its push in mid-way."""
-    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 0.4)
-    old, batch = cluster.version, [r for name in "abcde" for r in requests(name, 40, tokens=100)]
+    old, batch = cluster.version, requests("next", 40, tokens=100, samples=8)
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address, ack="manual") as client:
         client.submit(batch)
-        time.sleep(0.5)
+        end = time.monotonic() + 60
+        while gateway._ledger.counters.unique < 6:
+            assert time.monotonic() < end
+            time.sleep(0.01)
         assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
         got = client.generate(batch, timeout=60)
-        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(8)]
         assert across(got)
         assert all((np.diff(t.versions) >= 0).all() and {*t.versions.tolist()} <= {old, old + 1} for t in got)
         client.acknowledge(got)
-        assert client.status()["acknowledged"] == 400
+        assert client.status()["acknowledged"] == 320
