@@ -1,4 +1,7 @@
-"""Tokens and log-probabilities that a change of structure must not change. `python tests/golden.py` writes golden.npz anew.
+"""Tokens and log-probabilities that a change of structure must not change.
+
+`python tests/golden.py write` records them in golden.npz; `check` compares them bit for bit, which holds on the kind of processor
+that recorded them; the test allows log-probabilities 1e-5 for others.
 
 Every sampler, five schedules, two block sizes, three batches, two random policies and the shipped one.
 """
@@ -6,6 +9,7 @@ Every sampler, five schedules, two block sizes, three batches, two random polici
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,8 +73,18 @@ def compute(name: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
             }
 
 
-if __name__ == "__main__":
+def main(command: str) -> int:
     torch.set_num_threads(1)
     arrays = {f"{case}/{kind}": a for name in POLICIES for case, some in compute(name) for kind, a in some.items()}
-    np.savez_compressed(FILE, **arrays)
-    print(len(arrays) // 3, "cases,", FILE.stat().st_size >> 10, "KiB")
+    if command == "write":
+        np.savez_compressed(FILE, **arrays)
+        print(len(arrays) // 3, "cases,", FILE.stat().st_size >> 10, "KiB")
+        return 0
+    recorded = np.load(FILE)
+    wrong = [name for name, array in arrays.items() if array.tobytes() != recorded[name].tobytes()]
+    print(len(wrong), "of", len(arrays), "arrays differ", *wrong[:20])
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
