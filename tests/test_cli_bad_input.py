@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -220,16 +222,24 @@ def test_disk_that_is_full_before_a_run(disk: Path, tmp_path: Path) -> None:
     assert not list((disk / "run").iterdir())
 
 
-@pytest.mark.parametrize("disk", [700], indirect=True)
+@pytest.mark.parametrize("disk", [20_000], indirect=True)
 def test_disk_that_fills_up_during_a_run(disk: Path, tmp_path: Path, small_policy: Callable[[int], Path]) -> None:
-    config = tmp_path / "run.yaml"
+    config, metrics = tmp_path / "run.yaml", disk / "run" / "metrics.jsonl"
     config.write_text(RUN.format(output=disk / "run", policy=small_policy(256)))
+
+    def fill() -> None:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            time.sleep(0.01)
+        with open(disk / "other", "wb", buffering=0) as other, suppress(OSError):
+            while True:
+                other.write(b"x" * 4096)
+
+    Thread(target=fill, daemon=True).start()
     done = run_grpo(config)
     error = one_error(done)
     assert str(disk / "run") in error and "full" in error and "free" in error
     assert "step 1 " in done.stderr
-    rows = [json.loads(line) for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert 1 <= len(rows) < 40
+    assert 2 <= len(metrics.read_text().splitlines()) < 40
     assert not {"summary.json", "report.png", "policy"} & {p.name for p in (disk / "run").iterdir()}
 
 

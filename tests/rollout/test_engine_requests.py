@@ -124,10 +124,10 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (wrapped, r"version 3 lacks \d+ tensor\(s\), first '[\w.]+', .*; take the state_dict of the bare model"),
-        (lambda t: {k: v for k, v in t.items() if k != NORM}, rf"lacks 1 tensor\(s\), first '{NORM}'; export the whole model"),
-        (lambda t: {}, r"lacks \d+ tensor"),
-        (lambda t: {**t, "extra": t[NORM]}, r"has unknown 1 tensor\(s\), first 'extra'"),
+        (wrapped, r"version 3 lacks \d+ of the policy's tensors, first '[\w.]+', .*; take the state_dict of the bare model"),
+        (lambda t: {k: v for k, v in t.items() if k != NORM}, rf"lacks 1 of the policy's tensors, first '{NORM}'; export"),
+        (lambda t: {}, r"lacks \d+ of the policy's tensors"),
+        (lambda t: {**t, "extra": t[NORM]}, r"has 1 tensor that the policy has not, first 'extra'"),
         (changed(NORM, holding(torch.nan)), rf"{NORM} in version 3 holds NaN or infinity"),
         (changed(NORM, holding(torch.inf)), rf"{NORM} in version 3 holds NaN or infinity"),
         (changed(NORM, lambda t: t.double().index_fill(0, torch.tensor([0]), 1e300)), rf"{NORM} in version 3 holds NaN or inf"),
