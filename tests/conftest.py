@@ -25,8 +25,10 @@ if find_spec("triton") is not None:
     ordered_dot.install()
 
 
-LONG_FILES = ("grpo/test_grpo.py", "cluster/test_cluster.py", "test_check.py", "test_engine_distribution.py", "test_cli_bad_input.py",
-              "test_engine_device.py", "test_distributed.py", "test_engine.py")  # fmt: skip
+LONG_FILES = (
+    "grpo/test_grpo.py", "cluster/test_cluster.py", "test_check.py", "test_engine_distribution.py", "test_cli_bad_input.py",
+    "test_engine_device.py", "test_distributed.py", "test_engine.py",
+)  # fmt: skip
 """The files that take longest start first, so that no process is left alone with one at the end."""
 
 
