@@ -52,8 +52,8 @@ def errors(summary: dict) -> dict[str, float]:
 
 
 def test_rewards_of_other_samples_teach_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shuffled among the samples of a group, rewards do not say what was right: over three seeds no figure rises by more than
-    two standard errors, nor by a tenth of what rewards in their places give."""
+    """Shuffled among the samples of a group, rewards do not say what was right: over three seeds no figure rises by two standard
+    errors, nor by as much as a run that learns must show."""
     rng, advantages = np.random.default_rng(0), trainer.advantages
     monkeypatch.setattr(trainer, "advantages", lambda r, scale: rng.permuted(advantages(r, scale), axis=1))
     summaries = []
@@ -61,7 +61,9 @@ def test_rewards_of_other_samples_teach_nothing(tmp_path: Path, monkeypatch: pyt
         (tmp_path / str(seed)).mkdir()
         summaries.append(run(quickstart(tmp_path / str(seed), seed)))
         print(seed, gains(summaries[-1]), errors(summaries[-1]))
-    for name, most in (("accuracy", 0.05), ("greedy", 0.08), ("reward", 0.05)):
-        gain = np.mean([gains(s)[name] for s in summaries])
-        error = np.mean([errors(s)[name] ** 2 for s in summaries]) ** 0.5 / len(summaries) ** 0.5
-        assert gain < max(2 * error, 0.01) and gain < most, (name, gain, error)
+    for name, most in (("accuracy", 0.05), ("greedy", 0.04), ("reward", 0.04)):
+        some = [gains(s)[name] for s in summaries]
+        # Of the tasks drawn, or of the runs among themselves, whichever is larger: a policy pushed at random drifts a little.
+        drawn = np.mean([errors(s)[name] ** 2 for s in summaries]) ** 0.5 / len(some) ** 0.5
+        error = max(drawn, np.std(some, ddof=1) / len(some) ** 0.5)
+        assert np.mean(some) < 2 * error and np.mean(some) < most, (name, some, error)
