@@ -24,7 +24,7 @@ from ....kernels.experts import RouterWeights
 from ....kernels.graphs import capture
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
-from ...cache import Held
+from ...cache import BlockTable
 from ...engine import Engine, EngineConfig
 from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
@@ -153,7 +153,7 @@ def _small(sizes: Sizes) -> Sizes:
 
 def _pack(
     sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> tuple[Policy, FilledCache, list[Held], list[DecodeRows]]:
+) -> tuple[Policy, FilledCache, list[BlockTable], list[DecodeRows]]:
     """A policy of two layers, a filled cache, and a ragged decode step."""
     policy = random_policy(_small(sizes).zaya, dtype, device)
     for layer in layers(policy):
