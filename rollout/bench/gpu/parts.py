@@ -98,7 +98,7 @@ class FilledCache:
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass over a layout: `run` gives hidden_TD."""
 
     policy: Policy
@@ -115,7 +115,7 @@ class Pass:
         return self.plan
 
     @classmethod
-    def of(cls, policy: Policy, cache: PagedCache, held: Sequence[BlockTable], plans: Sequence[DecodeRows]) -> Pass:
+    def of(cls, policy: Policy, cache: PagedCache, held: Sequence[BlockTable], plans: Sequence[DecodeRows]) -> ForwardPass:
         """Everything the host prepares for a pass."""
         layout = decode(plans, policy.mask_token_id)
         view = cache.view(held, layout)
@@ -127,7 +127,7 @@ class Pass:
         return self.policy(self.layout, self.view, plan=self.plan)
 
 
-def passes(policy: Policy, cache: PagedCache, held: Sequence[BlockTable], schedule: Schedule) -> list[Pass]:
+def passes(policy: Policy, cache: PagedCache, held: Sequence[BlockTable], schedule: Schedule) -> list[ForwardPass]:
     """The forwards of a step of `schedule` (with sizes) over these sequences, whose every draft is verified."""
     drafts = schedule.drafts or 0
     token = torch.randint(0, policy.mask_token_id, (len(held), drafts + 1)).tolist()
@@ -140,4 +140,4 @@ def passes(policy: Policy, cache: PagedCache, held: Sequence[BlockTable], schedu
         shapes = [[DecodeRows(row, start, levels, schedule.block or 0) for row, start in sequences]]
     else:
         shapes = [[DecodeRows(row[:1], start, (), 0) for row, start in sequences]]
-    return [Pass.of(policy, cache, held, plans) for plans in shapes]
+    return [ForwardPass.of(policy, cache, held, plans) for plans in shapes]
