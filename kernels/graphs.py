@@ -1,4 +1,4 @@
-"""Calls captured in CUDA and HIP graphs, which the device then repeats without the host."""
+"""CUDA and HIP graphs of calls: the device repeats a captured call without the host."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 def capture(call: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """A graph of `call`, which has run before (Triton compiles on the first run) and may run again.
+    """A graph of `call`. The call runs twice before the capture, because Triton compiles on the first run.
 
     Args:
-        pool: memory shared with other graphs (`torch.cuda.graph_pool_handle`): what one of them computed holds until the
-            next one is replayed.
+        pool: memory shared with other graphs (`torch.cuda.graph_pool_handle`). The results of one graph are valid until the
+            next graph is replayed.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -30,20 +30,20 @@ def capture(call: Callable[[], object], pool: Any = None) -> torch.cuda.CUDAGrap
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, and by how many bytes of the device's memory its capture made free memory smaller."""
+    """A graph, and the bytes of device memory that its capture took."""
 
     graph: torch.cuda.CUDAGraph
     bytes: int
 
 
 class GraphBudget:
-    """A bound on graphs that are kept.
+    """A bound on the number and the memory of the graphs that are kept.
 
     Args:
-        most: how many. most_bytes: memory of the device they may take; the graph that passes it is the last one.
+        most: most graphs. most_bytes: most device memory; the graph that exceeds it is still kept, and is the last one.
 
     Attributes:
-        graphs, bytes: what those that are kept take.
+        graphs, bytes: number and memory of the graphs that are kept.
     """
 
     def __init__(self, most: int, most_bytes: int) -> None:
@@ -52,11 +52,11 @@ class GraphBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether one more may be captured."""
+        """Whether one more graph may be captured."""
         return self.graphs < self.most and self.bytes < self.most_bytes
 
     def capture(self, call: Callable[[], object], pool: Any = None) -> Captured:
-        """As `capture`; the graph counts until it is dropped."""
+        """As the function `capture`. The graph counts until `drop`."""
         before = free_memory()
         graph = capture(call, pool)
         captured = Captured(graph, max(before - free_memory(), 0))
@@ -64,11 +64,11 @@ class GraphBudget:
         return captured
 
     def drop(self, captured: Captured) -> None:
-        """The graph is not kept any more."""
+        """Stop counting a graph that is not kept."""
         self.graphs, self.bytes = self.graphs - 1, self.bytes - captured.bytes
 
 
 def free_memory() -> int:
-    """Bytes of the device that nobody has taken, once what was asked of it is done."""
+    """Free bytes of the device, after all its queued work is done."""
     torch.cuda.synchronize()
     return torch.cuda.mem_get_info()[0]

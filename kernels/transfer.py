@@ -1,11 +1,11 @@
-"""Between the host and the device: everything at once, one copy up and one copy down.
+"""Copies between the host and the device: one copy up for a whole tree of tensors, one copy down.
 
 Invariants:
-- The way up never waits: what is sent lies in pinned memory, which torch's allocator keeps until it has arrived.
-- The way down is where the host waits for the device, and the only place.
-- On a CPU nothing is copied: both ways give back what they are given.
+- A copy up never waits: it starts from pinned memory, which torch's allocator keeps until the copy has finished.
+- `download` makes the host wait for the device. Nothing else here does.
+- On a CPU nothing is copied: both directions return their arguments.
 
-What is sent is a tree: tensors in tuples, lists, dicts and dataclasses.
+A tree consists of tensors in tuples, lists, dicts and dataclasses.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import torch
 Tree = TypeVar("Tree")
 _ALIGNMENT = 16
 _NAMES: dict[type, tuple[str, ...]] = {}
-"""Fields of the dataclasses seen so far."""
+"""Field names by dataclass."""
 
 
-class Parcel(Generic[Tree]):
-    """The tensors of a host tree on an accelerator, side by side in one piece of memory. On a CPU, the tree itself.
+class PinnedCopy(Generic[Tree]):
+    """A copy of a host tree on an accelerator, in one piece of memory. On a CPU, the tree itself.
 
     Args:
-        moving: tensors of the tree whose values `send` sends again; the others stay as they are.
+        moving: tensors of the tree whose values `send` copies again; the other tensors keep their values.
 
     Attributes:
-        contents: the tree there. Its tensors stay where they are.
+        tree: the tree on the device. Its tensors keep their addresses.
     """
 
     def __init__(self, tree: Tree, device: torch.device, moving: Sequence[torch.Tensor] = ()) -> None:
         if device.type == "cpu":
-            self.contents: Tree = tree
+            self.tree: Tree = tree
             self._moving: list[tuple[torch.Tensor, int, int]] = []
             return
         first = {id(part): part for part in moving}
@@ -48,16 +48,16 @@ class Parcel(Generic[Tree]):
         packed = [(part, *span) for part, span in zip(parts, spans, strict=True)]
         self._bytes = _packed(packed).to(device, non_blocking=True)
         there = {id(part): self._bytes[start:end].view(part.dtype).view(part.shape) for part, start, end in packed}
-        self.contents = _with(tree, there)
+        self.tree = _with(tree, there)
 
     def send(self) -> None:
-        """Send what moves, as it now is on the host."""
+        """Copy the present values of the moving tensors to the device."""
         if self._moving:
             self._bytes[: self._moving[-1][2]].copy_(_packed(self._moving), non_blocking=True)
 
 
 def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
-    """The bytes of tensors at their places, in pinned memory."""
+    """Pinned memory that holds the bytes of each tensor at its (start, end)."""
     packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=True)
     into = packed.numpy()
     for part, start, end in parts:
@@ -67,17 +67,17 @@ def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
 
 
 def upload(tree: Tree, device: torch.device) -> Tree:
-    """The tree on `device`. A host tree goes to an accelerator in one copy that is not waited for."""
+    """The tree on `device`. A host tree goes to an accelerator in one copy, for which nobody waits."""
     parts = _unique(tree)
     if all(part.device == device for part in parts):
         return tree
     if device.type == "cuda" and all(part.device.type == "cpu" for part in parts):
-        return Parcel(tree, device).contents
+        return PinnedCopy(tree, device).tree
     return _with(tree, {id(part): part.to(device) for part in parts})
 
 
 def download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors on the host. From an accelerator they come in one copy, for which the host waits."""
+    """The tensors on the host. Tensors of an accelerator come in one copy, for which the host waits."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
     # Wide items first: each then begins at a multiple of its own size.
@@ -114,7 +114,7 @@ def _unique(tree: Any) -> list[torch.Tensor]:
 
 
 def _with(tree: Any, copies: dict[int, torch.Tensor]) -> Any:
-    """The same tree of other tensors, by the id of those they stand for."""
+    """The same tree with other tensors: `copies` maps the id of a tensor to the tensor that replaces it."""
     if isinstance(tree, torch.Tensor):
         return copies[id(tree)]
     if isinstance(tree, tuple | list):

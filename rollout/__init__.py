@@ -2,12 +2,12 @@
 
 Knows policies and requests. Does not know trainers, sockets or ledgers. `rollout.types` imports without torch.
 
-A step, in the order of its sentence in `engine`: `schedule` says what a step may run, `scheduler` who takes part,
-`steps` lays out the rows, `forwards` runs them over `cache`, `sampling` draws and verifies, `sequence` is what one
-sample has so far. `types` is what goes in and comes out, `seeds` where its random numbers come from, `backend` what
-the bridge asks of whoever serves it.
+One request's life in one engine: `types` holds requests and trajectories. `engine` queues a request's samples (`sequence`) and
+runs steps: `scheduler` picks the samples of a step, `steps` plans and runs it over the `cache`, `sampling` draws and verifies
+drafts. `schedule` names what a step runs, `seeds` derives random seeds, `backend` is the protocol between the bridge and the
+engines that serve it.
 
-Folders around it: `planning` chooses schedules. `cluster` spreads engines over Ray. `evaluation` measures what a policy is worth,
-`conversion` makes one and measures it, `bench` measures machines. `offline` decodes and scores files. `progress` and `machine`
-are what commands show while they run, and say about where they ran.
+Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies, `conversion`
+converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the progress of a
+command, `machine` describes the machine it ran on.
 """

@@ -1,10 +1,10 @@
 """Paged K/V and the CCA tail of every running sequence.
 
 Invariants:
-- A page belongs to one sequence, or is shared read-only by several: only pages wholly before a fork are shared.
-- Nothing is rolled back: rows past a sequence's length are overwritten by the next step. The tail is a ring over
-  positions, longer than the clean rows of a decode step, so a rejected row never overwrites a committed one in reach.
-- A row past its sequence's pages is kept nowhere.
+- A page belongs to one sequence, or several sequences share it and none writes to it. A fork shares only the pages that are full.
+- Nothing is rolled back: the next step overwrites rows past a sequence's length. The tail is a ring over positions. It is longer
+  than the clean rows of a decode step, so a rejected row never overwrites a committed row that a later row still reads.
+- A row past its sequence's pages is not kept.
 
 Legend: S sequences, L positions asked for, H hops, G key heads, D head size, C q/k projection channels,
 W width of the delayed value.
@@ -30,8 +30,9 @@ _NO_PAGES: np.ndarray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
-class Held:
-    """What one sequence holds in the cache: its pages in order (int64), its tail slot, and how many positions are valid."""
+class BlockTable:
+    """Where one sequence lies in the cache, as vLLM's block table: its tail slot, its pages in order (int64), and the number of
+    positions that are valid."""
 
     slot: int
     pages: np.ndarray = field(default_factory=lambda: _NO_PAGES)
@@ -43,7 +44,7 @@ class PagedCache:
 
     Args:
         pages, page_size: size of the K/V pool, in pages and in positions per page.
-        slots: sequences held at once.
+        slots: most sequences at once.
         decode_rows: most clean rows of one decode step.
     """
 
@@ -67,69 +68,69 @@ class PagedCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages nobody holds."""
+        """Pages that no sequence holds."""
         return len(self._free)
 
     @property
     def free_slots(self) -> int:
-        """Tail slots nobody holds."""
+        """Tail slots that no sequence holds."""
         return len(self._slots)
 
     def pages_for(self, positions: int) -> int:
-        """Pages that hold so many positions."""
-        return -(-positions // self.page_size)
+        """Pages that hold this many positions."""
+        return pages_for(positions, self.page_size)
 
-    def open(self) -> Held:
-        """Room for a new sequence; the caller has seen that a slot is free."""
-        return Held(self._slots.pop())
+    def open(self) -> BlockTable:
+        """An empty block table for a new sequence. A slot must be free."""
+        return BlockTable(self._slots.pop())
 
-    def reserve(self, held: Held, positions: int) -> bool:
-        """Make room for positions 0..positions-1; False, and nothing changes, when the pool has too few pages."""
-        missing = self.pages_for(positions) - len(held.pages)
+    def reserve(self, table: BlockTable, positions: int) -> bool:
+        """Allocate pages for positions 0..positions-1; False, and nothing changes, when the pool has too few pages."""
+        missing = self.pages_for(positions) - len(table.pages)
         if missing > len(self._free):
             return False
         if missing > 0:
             pages = [self._free.pop() for _ in range(missing)]
             self._users[pages] = 1
-            held.pages = np.append(held.pages, pages)
+            table.pages = np.append(table.pages, pages)
         return True
 
-    def fork(self, held: Held) -> Held | None:
-        """A second sequence with the same past: full pages are shared, the last partial one and the tail are copied.
+    def fork(self, table: BlockTable) -> BlockTable | None:
+        """A second sequence with the same past: full pages are shared, the last partial page and the tail are copied.
         None when a slot or a page is lacking."""
-        full, rest = divmod(held.length, self.page_size)
+        full, rest = divmod(table.length, self.page_size)
         if not self._slots or (rest and not self._free):
             return None
-        copy = Held(self._slots.pop(), held.pages[:full], held.length)
+        copy = BlockTable(self._slots.pop(), table.pages[:full], table.length)
         self._users[copy.pages] += 1
         if rest:
-            self.reserve(copy, held.length)
+            self.reserve(copy, table.length)
             for pool in (self.k, self.v):
-                source, target = (page * self.page_size for page in (held.pages[full], copy.pages[full]))
+                source, target = (page * self.page_size for page in (table.pages[full], copy.pages[full]))
                 pool[:, target : target + rest] = pool[:, source : source + rest]
         for pool in (self.x, self.delayed):
-            source, target = held.slot * self.ring, copy.slot * self.ring
+            source, target = table.slot * self.ring, copy.slot * self.ring
             pool[:, target : target + self.ring] = pool[:, source : source + self.ring]
         return copy
 
-    def release(self, held: Held) -> None:
-        """Give everything back."""
-        self._users[held.pages] -= 1
-        self._free += held.pages[self._users[held.pages] == 0].tolist()
-        self._slots.append(held.slot)
-        held.pages, held.length = _NO_PAGES, 0
+    def release(self, table: BlockTable) -> None:
+        """Free the sequence's pages and its slot. Shared pages stay with the other sequences."""
+        self._users[table.pages] -= 1
+        self._free += table.pages[self._users[table.pages] == 0].tolist()
+        self._slots.append(table.slot)
+        table.pages, table.length = _NO_PAGES, 0
 
     def release_all(self) -> None:
-        """Take everything back from whoever holds it."""
+        """Free all pages and slots."""
         self._free: list[int] = list(range(self.total_pages))[::-1]
         self._slots: list[int] = list(range(self._total_slots))[::-1]
         self._users[:] = 0
 
-    def view(self, sequences: Sequence[Held], layout: TokenLayout, width: int | None = None) -> CacheView:
+    def view(self, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None = None) -> CacheView:
         """The state of one forward pass over the host layout `layout`, whose sequence s is `sequences[s]`.
 
         Args:
-            width: columns of the table of pages; None for as many as are held.
+            width: columns of the table of pages; None for the most pages of a sequence.
         """
         return CacheView(self, sequences, layout, width)
 
@@ -138,30 +139,35 @@ class PagedCache:
         return self._pools[layer]
 
 
-def page_table(sequences: Sequence[Held], table_SP: np.ndarray) -> np.ndarray:
-    """Write the pages of each sequence into its row; returns how many each has."""
-    for row, held in zip(table_SP, sequences):
-        row[: len(held.pages)] = held.pages
-    return np.array([len(held.pages) for held in sequences])
+def pages_for(positions: int, page_size: int) -> int:
+    """Pages that hold this many positions."""
+    return -(-positions // page_size)
+
+
+def page_table(sequences: Sequence[BlockTable], table_SP: np.ndarray) -> np.ndarray:
+    """Write the pages of each sequence into its row; returns the number of pages of each."""
+    for row, table in zip(table_SP, sequences):
+        row[: len(table.pages)] = table.pages
+    return np.array([len(table.pages) for table in sequences])
 
 
 class CacheView:
     """`model.state.SequenceState` of one layout: where its sequences' past lies and where its clean rows go.
 
-    Host arrays are made at once; index tensors on the device only for `read` and `write`, which kernels on pages do
-    without.
+    Host arrays are made at once. Index tensors on the device are made at the first `read` or `write`; kernels that work on the
+    pages in place need none.
     """
 
-    def __init__(self, cache: PagedCache, sequences: Sequence[Held], layout: TokenLayout, width: int | None) -> None:
+    def __init__(self, cache: PagedCache, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
         size, ring = cache.page_size, cache.ring
         starts = layout.start_S.numpy()
         self._longest = int(starts.max())
-        width = width or max(1, *(len(held.pages) for held in sequences))
+        width = width or max(1, *(len(table.pages) for table in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
         pages = page_table(sequences, self._table_SP)
 
-        slots = np.array([held.slot for held in sequences])
+        slots = np.array([table.slot for table in sequences])
         back = starts[:, None] - 1 - np.arange(cache.hops)
         self._tail_SH = slots[:, None] * ring + back % ring
 

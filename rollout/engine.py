@@ -1,9 +1,9 @@
 """The engine: prompts in, trajectories out.
 
 Invariants:
-- A step is schedule -> layout -> forward -> verify -> commit. Nothing else touches a sample's tokens.
+- A step is schedule -> plan -> forward -> verify -> commit. Only `_commit` appends to a sample's tokens.
 - Tokens do not depend on the batch: random numbers are keyed by (sample seed, position), and drafts outlive preemption.
-  Only a planner (`auto`) looks at the batch, to choose the schedule.
+  Only a planner (`auto`) looks at the batch, when it chooses the schedule.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
-from .cache import PagedCache
+from .cache import PagedCache, pages_for
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
 from .planning.step_costs import clock
-from .sampling.drafts import Verdict
 from .schedule import Schedule
 from .scheduler import Scheduler
-from .sequence import Sample, Turn
-from .steps import StepRunner
-from .types import RolloutRequest, Trajectory
+from .sequence import Sample, SchedulerOutput
+from .steps.plan import StepPlan
+from .steps.runner import StepOutput, StepRunner
+from .types import RolloutRequest, StepTrace, Trajectory
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class EngineConfig:
     """Sizes and schedule of an engine.
 
     Attributes:
-        schedule: what a decode step runs. `auto` measures step times when the engine is made, where they are not known.
+        schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
         block_size: mask rows per block, 2..64; None for the policy's own.
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
         prefill_rows: most prompt rows of one step.
-        captured: where kernels run, pad decode steps to a small set of shapes, and capture their forwards in graphs where the
-            device can.
-        repeatable: let `auto` choose by stored step times alone, never by what steps take: then the same requests give
+        captured: where kernels run, pad decode steps to few shapes, and capture their forward passes in graphs where the device
+            can.
+        repeatable: `auto` chooses by stored step times alone and ignores the times of its own steps. Then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
 
@@ -62,13 +62,18 @@ class EngineConfig:
                 raise RequestError(name, f"{getattr(self, name)} is less than 1", "use a positive number")
 
 
+_AR = Schedule("ar").within(2)
+
+
 class Engine:
     """Decodes requests with one policy, in this process.
 
     Attributes:
         version: weight version every new token is tagged with.
-        forwards, decode_tokens: totals since the start, prefill-only passes not counted.
-        planner: what chooses the schedules of `auto`; None where the schedule is fixed.
+        schedule: what each step runs; not read where there is a planner and a sample decodes.
+        runner: plans and runs steps.
+        forwards, decode_tokens: totals since the start; passes that only prefill are not counted.
+        planner: chooses the schedule of each step with `auto`; None where the schedule is fixed.
     """
 
     def __init__(self, policy: Policy, config: EngineConfig | None = None) -> None:
@@ -78,23 +83,25 @@ class Engine:
         self.block_size = self.config.block_size or policy.block_size
         size = self.config.page_size
         longest = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * -(-longest // size)
+        pages = self.config.pages or self.config.max_batch * pages_for(longest, size)
         self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows)
-        self.steps = StepRunner(policy, self.cache, self.block_size, self.config.captured)
+        self.runner = StepRunner(policy, self.cache, self.config.captured)
         self.version = self.forwards = self.decode_tokens = self._arrivals = 0
         self.schedule = self.config.schedule.within(self.block_size)
         self._now = clock(policy)
-        self.planner = self._plan() if self.schedule.kind == "auto" else None
+        self.planner: Planner | None = None
+        if self.schedule.kind == "auto":
+            self.planner = self._calibrated_planner()
 
     @property
     def has_work(self) -> bool:
-        """Samples are waiting or running."""
+        """Whether a sample waits or runs."""
         return self.scheduler.pending > 0
 
     def check(self, *requests: RolloutRequest) -> None:
-        """Raise RequestError if this engine cannot serve one of the requests, or if two of them, or one of them and one that it
-        still serves, share an id."""
+        """Raise RequestError where this engine cannot serve one of the requests, or where an id is not unique among the requests
+        and the unfinished ones."""
         names = set[str]()
         for request in requests:
             if request.id in names or self.scheduler.serves(request.id):
@@ -103,8 +110,11 @@ class Engine:
             self._check_sizes(request)
 
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
-        """Queue a request's samples, but for the numbers in `without`; RequestError, and nothing is queued, where `check` says
-        so."""
+        """Queue a request's samples, except the numbers in `without`.
+
+        Raises:
+            RequestError: `check` refuses the request. Nothing is queued.
+        """
         self.check(request)
         params, layers = request.params, self.policy.config.num_hidden_layers
         limit = self._longest(request)
@@ -150,7 +160,7 @@ class Engine:
     ) -> list[Trajectory]:
         """Serve requests to the end. Returns their trajectories in the order of the requests, then of the samples.
 
-        Whatever ends the call early (`on_finish` raises, Ctrl-C) leaves the engine empty.
+        The engine is empty afterwards, also when `on_finish` raises or Ctrl-C ends the call early.
 
         Raises:
             RequestError: one of the requests cannot be served (`check`), or the engine holds samples of earlier calls of `add`.
@@ -179,16 +189,16 @@ class Engine:
     def step(self) -> list[Trajectory]:
         """One decode step of every running sample; returns the samples that ended."""
         start = self._now()
-        step = self.scheduler.next(self.block_size + 1)
-        decoding = [turn.sample for turn in step if turn.decodes]
-        schedule = self.planner.choose(decoding) if self.planner and decoding else self.schedule
-        self._run(schedule, step, decoding)
-        if self.planner and decoding:
-            self.planner.observe(decoding, None if any(turn.chunk for turn in step) else self._now() - start)
-        return self._finish(decoding)
+        batch = self.scheduler.next(self.block_size + 1)
+        plan = self.runner.plan(self._choose(batch), batch)
+        forward = self.runner.forward(plan)
+        output = self.runner.verify(plan, forward)
+        self._commit(plan, output)
+        self._observe(batch, start)
+        return self._finish(batch)
 
     def check_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> FittingTensors:
-        """The tensors of a weight version, checked as `load_weights` does, which takes the result without looking again."""
+        """Check the tensors of a weight version. `load_weights` does not check the result a second time."""
         if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 2**31:
             raise RequestError("version", f"{version!r} is no whole number in 0..2**31-1", "count versions from 0")
         if isinstance(tensors, FittingTensors):
@@ -196,77 +206,92 @@ class Engine:
         return fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
 
     def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:
-        """Take a weight version between two steps, whole; an error changes nothing.
+        """Take a whole weight version, between two steps. An error changes nothing.
 
         Args:
             tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. The head of a policy
                 that ties it to the embedding may be missing.
             version: the number that new tokens carry, 0 <= version < 2**31.
-            in_flight: `keep` goes on with the old K/V, `recompute` prefills running samples again under the new weights.
+            in_flight: `keep` continues running samples on the old K/V; `recompute` prefills them again under the new weights.
 
         Raises:
-            RequestError: the tensors are not the policy's (names, shapes, dtypes, finite numbers); the version or `in_flight` is
-                none of the above.
+            RequestError: the tensors do not fit the policy (names, shapes, dtypes, finite numbers), or the version or `in_flight`
+                is out of range.
         """
         if in_flight not in ("keep", "recompute"):
             raise RequestError("in_flight", f"unknown value {in_flight!r}", "use keep or recompute")
         self.policy.load_state_dict(self.check_weights(tensors, version), strict=False)
-        self.steps.take_weights()
+        self.runner.take_weights()
         self.version = version
         self.scheduler.forget_prompts()
         if in_flight == "recompute":
             self.scheduler.recompute()
 
     def abort(self) -> list[Trajectory]:
-        """End every unfinished sample where it is; their trajectories, oldest first, some perhaps without a token."""
+        """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""
         ended = self.scheduler.clear()
-        self.steps.forget_samples()
+        self.runner.forget_samples()
         for sample in ended:
             sample.finish = "abort"
         return [sample.trajectory() for sample in ended]
 
-    def _run(self, schedule: Schedule, step: list[Turn], decoding: list[Sample]) -> None:
-        verdict = self.steps.run(schedule, step)
-        for sample, chunk, _ in step:
-            assert sample.held is not None
-            sample.held.length += chunk
-            if chunk and sample.prefilled:
-                self.scheduler.prefilled(sample)
-        if verdict is not None:
-            self._commit(decoding, verdict)
-            self.forwards += 2 if schedule.kind == "two_pass" else 1
+    def _choose(self, batch: SchedulerOutput) -> Schedule:
+        """The schedule of a step over these samples. It does not matter where none of them decodes."""
+        return self.planner.choose(batch.decoding) if self.planner and batch.decoding else self.schedule
 
-    def _commit(self, decoding: list[Sample], verdict: Verdict) -> None:
+    def _observe(self, batch: SchedulerOutput, start: float) -> None:
+        """Tell the planner what the step that began at `start` made, and how long it took if it prefilled nothing."""
+        if self.planner and batch.decoding:
+            self.planner.observe(batch.decoding, None if batch.prefills else self._now() - start)
+
+    def _commit(self, plan: StepPlan, output: StepOutput | None) -> None:
+        """Write what the step gave into its samples: cached positions, tokens, the trace, the next drafts."""
+        if plan.batch.prefills:
+            for sample, chunk, _ in plan.batch.scheduled:
+                assert sample.block_table is not None
+                sample.block_table.length += chunk
+                if chunk and sample.prefilled:
+                    self.scheduler.prefilled(sample)
+        if output is None:
+            return
+        verdict = output.verdict
         columns = verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
-        for sample, a, *row in zip(decoding, verdict.accepted_S.tolist(), *(c.tolist() for c in columns), strict=True):
-            assert sample.held is not None
-            before = len(sample.tokens)
-            sample.commit(a, *row, version=self.version)
-            sample.held.length = sample.anchor
+        steps = plan.count_D.tolist(), plan.block_start_D, plan.block_length_D, output.draft_count_D, output.draft_level_D
+        samples = zip(
+            plan.batch.decoding, verdict.accepted_S.tolist(), *steps, *(column.tolist() for column in columns), strict=True
+        )
+        for d, (sample, accepted, drafted, start, length, waiting, level, *rows) in enumerate(samples):
+            assert sample.block_table is not None
+            before, anchor = len(sample.tokens), sample.anchor
+            sample.note_step(StepTrace(anchor, drafted, accepted, start, length, plan.forwards if drafted else 1))
+            sample.keep_drafts(output.drafts, d, waiting, anchor + level + 1, output.block)
+            sample.commit(accepted, *rows, version=self.version)
+            sample.block_table.length = sample.anchor
             self.decode_tokens += len(sample.tokens) - before
+        self.forwards += plan.forwards
 
-    def _finish(self, decoding: list[Sample]) -> list[Trajectory]:
-        ended = [sample for sample in decoding if sample.finish is not None]
+    def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:
+        """Remove the samples that ended from the scheduler; returns their trajectories."""
+        ended = [sample for sample in batch.decoding if sample.finish is not None]
         for sample in ended:
             self.scheduler.retire(sample)
         return [sample.trajectory() for sample in ended]
 
-    def _plan(self) -> Planner:
+    def _calibrated_planner(self) -> Planner:
+        """A planner that knows this engine's step times. They are measured now where they are not known."""
         schedules = candidates(self.block_size)
 
-        @torch.inference_mode()
         def run(schedule: Schedule) -> list[Sample]:
-            step = self.scheduler.next(self.block_size + 1)
-            decoding = [turn.sample for turn in step if turn.decodes]
-            self._run(schedule, step, decoding)
-            self._finish(decoding)
-            return decoding
+            self.schedule = schedule
+            self.step()
+            return [sample for sample in self.scheduler.running if sample.prefilled]
 
         costs = step_costs(
             self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size,
             self.add, run, self.scheduler.clear,
         )  # fmt: skip
-        self.forwards = self.decode_tokens = self._arrivals = 0
-        # Hopeful where drafts were trained: what is tried is known after a few steps, what is not stays unknown for long.
+        self.schedule, self.forwards, self.decode_tokens, self._arrivals = _AR, 0, 0, 0
+        # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess
+        # costs little and leaves nothing unknown for long.
         prior = 0.85 if self.policy.converted else 0.05
         return Planner(costs, schedules, self.block_size, prior=prior, repeatable=self.config.repeatable)

@@ -23,6 +23,7 @@ from ..model.checkpoint import load_policy
 from ..model.policy import Policy
 from ..model.scoring import score
 from ..model.tokenizer import encode_prompt
+from .cache import pages_for
 from .engine import Engine, EngineConfig
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
@@ -91,7 +92,7 @@ def generate_file(
     policy = load_policy(policy_name, dtype=dtype)
     ids, requests = _requests(input, policy, params, n, seed)
     config = replace(config, max_batch=min(batch, n * len(requests)))
-    engine = Engine(policy, replace(config, pages=pages_for(requests, policy, config)))
+    engine = Engine(policy, replace(config, pages=pool_size(requests, policy, config)))
     order = [(request.id, sample) for request in requests for sample in range(n)]
     waiting: dict[tuple[str, int], Trajectory] = {}
     written = 0
@@ -157,11 +158,11 @@ def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int | Non
     return EngineConfig(schedule=shape, block_size=block_size, max_batch=batch, repeatable=True)
 
 
-def pages_for(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
+def pool_size(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
     """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's."""
     longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
     longest = min(longest, policy.config.max_position_embeddings)
-    return (config.max_batch + 1) * -(-longest // config.page_size)
+    return (config.max_batch + 1) * pages_for(longest, config.page_size)
 
 
 def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:

@@ -1,18 +1,54 @@
-"""Who runs next: admission in order of arrival, prompt sharing inside a group, chunked prefill, preemption.
+"""The scheduler: admission in order of arrival, one prefill per group, chunked prefill, preemption.
 
 Invariants:
-- Order is by arrival and sample number alone, so a batch submitted whole is always served the same way.
-- A running sample has pages for everything the coming step may write. When the pool is empty the youngest sample waits;
-  the oldest never does, so every sample ends.
-- The step that prefills the last rows of a prompt decodes it too: no weight is read for a prompt alone.
+- The order is by arrival and sample number alone, so a batch submitted whole is always served the same way.
+- A running sample has pages for everything the coming step may write. When the pool is empty the youngest sample is preempted.
+  The oldest never is, so every sample ends.
+- The step that prefills the last rows of a prompt decodes the sample too: no step reads the weights for a prompt alone.
+- A step's cost depends on the samples that run, not on the number of samples that wait.
 """
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass, field
 
-from .cache import Held, PagedCache
-from .sequence import Sample, Turn
+from .cache import BlockTable, PagedCache
+from .sequence import Sample, ScheduledSample, SchedulerOutput
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The unfinished samples of one request.
+
+    Attributes:
+        arrival: number of the request, in the order of arrival.
+        unfinished: samples that wait or run.
+        fresh: waiting samples without a generated token, by number: they may share the group's prompt.
+        resumed: other waiting samples, preempted before, by number.
+    """
+
+    arrival: int
+    unfinished: int = 0
+    fresh: deque[Sample] = field(default_factory=deque)
+    resumed: deque[Sample] = field(default_factory=deque)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a sample waits."""
+        return bool(self.fresh or self.resumed)
+
+    def queue(self, fresh_too: bool) -> deque[Sample] | None:
+        """The queue whose first sample is next; None where no sample may be next.
+
+        Args:
+            fresh_too: whether fresh samples may be next.
+        """
+        fresh, resumed = self.fresh if fresh_too else None, self.resumed
+        if not fresh:
+            return resumed or None
+        return resumed if resumed and resumed[0].number < fresh[0].number else fresh
 
 
 class Scheduler:
@@ -21,131 +57,151 @@ class Scheduler:
     Args:
         max_batch: most samples running at once.
         prefill_rows: most prompt rows of one step over all samples.
+
+    Attributes:
+        running: samples in the cache, in order of admission.
+        preemptions: how often a sample was preempted so far.
     """
 
     def __init__(self, cache: PagedCache, max_batch: int, prefill_rows: int) -> None:
         self.cache, self.max_batch, self.prefill_rows = cache, max_batch, prefill_rows
         self.running: list[Sample] = []
-        self._waiting: list[tuple[int, int, Sample]] = []
-        self._prompts: dict[str, Held] = {}
-        self._unfinished: dict[str, int] = {}
         self.preemptions = 0
+        self._groups: dict[str, _Group] = {}
+        self._waiting: deque[_Group] = deque()  # groups with a waiting sample, by arrival
+        self._waiting_samples = 0
+        self._prompts: dict[str, BlockTable] = {}
 
     @property
     def pending(self) -> int:
         """Samples not finished."""
-        return len(self.running) + len(self._waiting)
+        return len(self.running) + self._waiting_samples
+
+    @property
+    def waiting(self) -> list[Sample]:
+        """Samples that wait, oldest first."""
+        return sorted((s for group in self._waiting for s in (*group.fresh, *group.resumed)), key=_age)
 
     def serves(self, request_id: str) -> bool:
         """Whether a sample of the request is not finished."""
-        return request_id in self._unfinished
+        return request_id in self._groups
 
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
-        self._unfinished[sample.request.id] = self._unfinished.get(sample.request.id, 0) + 1
+        group = self._groups.get(sample.request.id)
+        if group is None:
+            group = self._groups[sample.request.id] = _Group(sample.arrival)
+        group.unfinished += 1
         self._wait(sample)
 
     def clear(self) -> list[Sample]:
-        """Give up every sample, and return them, oldest first. Nothing is in use afterwards, also where an exception stopped a
+        """Give up every sample, and return them, oldest first. Afterwards nothing is in use, even if an exception had stopped a
         step half way."""
-        given_up = sorted([*self.running, *(s for *_, s in self._waiting)], key=lambda s: (s.arrival, s.number))
+        given_up = sorted([*self.running, *self.waiting], key=_age)
         for sample in given_up:
-            sample.held = sample.drafts = None
+            sample.block_table = sample.drafts = None
         self.running.clear()
+        self._groups.clear()
         self._waiting.clear()
+        self._waiting_samples = 0
         self._prompts.clear()
-        self._unfinished.clear()
         self.cache.release_all()
         return given_up
 
     def retire(self, sample: Sample) -> None:
-        """A finished sample gives its place back, and its drafts."""
-        self._give_up(sample)
+        """Remove a finished sample: its pages, its slot and its drafts are freed."""
+        self._release(sample)
         sample.drafts = None
-        self._unfinished[sample.request.id] -= 1
-        if not self._unfinished[sample.request.id]:
-            del self._unfinished[sample.request.id]
-        if not any(s.request.id == sample.request.id for *_, s in self._waiting):
+        group = self._groups[sample.request.id]
+        group.unfinished -= 1
+        if not group.unfinished:
+            del self._groups[sample.request.id]
+        if not group.waits:
             self._forget_prompt(sample.request.id)
 
-    def next(self, rows: int) -> list[Turn]:
-        """The coming step, oldest sample first.
+    def next(self, rows: int) -> SchedulerOutput:
+        """The samples of the coming step, oldest first.
 
         Args:
             rows: most positions a decode step writes per sample, the anchor included.
         """
         self._admit()
-        step: list[Turn] = []
+        step: list[ScheduledSample] = []
         budget = self.prefill_rows
-        for sample in sorted(self.running, key=lambda s: (s.arrival, s.number)):
-            if sample.held is None:
+        for sample in sorted(self.running, key=_age):
+            if sample.block_table is None:
                 continue
-            missing = sample.anchor - sample.held.length
+            missing = sample.anchor - sample.block_table.length
             chunk = min(missing, budget)
             if missing and not chunk:
                 continue
             decodes = chunk == missing
-            target = sample.anchor + min(rows, sample.remaining + 1) if decodes else sample.held.length + chunk
+            target = sample.anchor + min(rows, sample.remaining + 1) if decodes else sample.block_table.length + chunk
             if self._make_room(sample, target):
                 budget -= chunk
-                step.append(Turn(sample, chunk, decodes))
-        return [turn for turn in step if turn.sample.held is not None]
+                step.append(ScheduledSample(sample, chunk, decodes))
+        return SchedulerOutput.of([each for each in step if each.sample.block_table is not None])
 
     def prefilled(self, sample: Sample) -> None:
-        """Called when a sample's prompt is in the cache: siblings that still wait may share it."""
+        """Must be called when a sample's prompt has come into the cache: its waiting siblings then share the prompt."""
         request = sample.request
-        waits = any(s.request.id == request.id for *_, s in self._waiting)
-        if waits and request.id not in self._prompts and len(sample.tokens) == len(request.prompt_tokens):
-            assert sample.held is not None
-            copy = self.cache.fork(sample.held)
+        waits = self._groups[request.id].waits
+        if waits and request.id not in self._prompts and _is_fresh(sample):
+            assert sample.block_table is not None
+            copy = self.cache.fork(sample.block_table)
             if copy is not None:
                 self._prompts[request.id] = copy
 
     def forget_prompts(self) -> None:
-        """Shared prompts are of an old weight version."""
+        """Free the shared prompts. Must be called when the weights change."""
         for request_id in list(self._prompts):
             self._forget_prompt(request_id)
 
     def recompute(self) -> None:
-        """Every running sample prefills again."""
+        """Make every running sample prefill again."""
         for sample in self.running:
-            assert sample.held is not None
-            self.cache.release(sample.held)
-            sample.held = self.cache.open()
+            assert sample.block_table is not None
+            self.cache.release(sample.block_table)
+            sample.block_table = self.cache.open()
             sample.own_drafts()
 
     def _admit(self) -> None:
+        """Admit waiting samples, oldest first, until one does not fit. A fresh sample is passed over while a sibling prefills the
+        prompt."""
         filling = {s.request.id for s in self.running if not s.prefilled}
-        later = []
-        while self._waiting and len(self.running) < self.max_batch and self.cache.free_slots:
-            entry = heapq.heappop(self._waiting)
-            sample = entry[2]
-            shared = self._prompts.get(sample.request.id)
-            fresh = len(sample.tokens) == len(sample.request.prompt_tokens)
-            if fresh and shared is None and sample.request.id in filling:
-                later.append(entry)  # a sibling is about to bring the prompt
+        place = 0
+        while place < len(self._waiting) and len(self.running) < self.max_batch and self.cache.free_slots:
+            group = self._waiting[place]
+            request_id = (group.fresh or group.resumed)[0].request.id
+            shared = self._prompts.get(request_id)
+            queue = group.queue(fresh_too=shared is not None or request_id not in filling)
+            if queue is None:
+                place += 1
                 continue
-            if fresh and shared is not None:
-                sample.held = self.cache.fork(shared)
+            sample = queue[0]
+            if shared is not None and queue is group.fresh:
+                sample.block_table = self.cache.fork(shared)
             elif self.cache.free_pages >= self.cache.pages_for(sample.anchor + 1) or not self.running:
-                sample.held = self.cache.open()
-                filling.add(sample.request.id)
-            if sample.held is None:
-                later.append(entry)
+                sample.block_table = self.cache.open()
+                filling.add(request_id)
+            if sample.block_table is None:
                 break
+            queue.popleft()
+            self._waiting_samples -= 1
             self.running.append(sample)
-        for entry in later:
-            heapq.heappush(self._waiting, entry)
+            if not group.waits:
+                del self._waiting[place]
 
     def _make_room(self, sample: Sample, positions: int) -> bool:
-        """Reserve pages, first from shared prompts, then from the youngest samples; False when it had to wait itself."""
-        assert sample.held is not None
-        while not self.cache.reserve(sample.held, positions):
+        """Reserve pages. Where they lack, free the shared prompts first, then preempt the youngest samples. False when the sample
+        itself was preempted."""
+        assert sample.block_table is not None
+        while not self.cache.reserve(sample.block_table, positions):
             if self._prompts:
                 self._forget_prompt(next(iter(self._prompts)))
                 continue
-            youngest = max(self.running, key=lambda s: (s.arrival, s.number))
-            self._give_up(youngest)
+            youngest = max(self.running, key=_age)
+            self._release(youngest)
             youngest.own_drafts()
             self.preemptions += 1
             self._wait(youngest)
@@ -154,15 +210,39 @@ class Scheduler:
         return True
 
     def _wait(self, sample: Sample) -> None:
-        heapq.heappush(self._waiting, (sample.arrival, sample.number, sample))
+        """Put the sample into its group's queue, and the group among those that wait."""
+        group = self._groups[sample.request.id]
+        if not group.waits:
+            if not self._waiting or self._waiting[-1].arrival < group.arrival:
+                self._waiting.append(group)
+            else:  # A preempted sample is older than all groups but those that wait for a sibling's prompt.
+                place = next(i for i, other in enumerate(self._waiting) if other.arrival > group.arrival)
+                self._waiting.insert(place, group)
+        queue = group.fresh if _is_fresh(sample) else group.resumed
+        if not queue or queue[-1].number < sample.number:
+            queue.append(sample)
+        elif sample.number < queue[0].number:
+            queue.appendleft(sample)
+        else:
+            insort(queue, sample, key=lambda other: other.number)
+        self._waiting_samples += 1
 
-    def _give_up(self, sample: Sample) -> None:
-        assert sample.held is not None
+    def _release(self, sample: Sample) -> None:
+        assert sample.block_table is not None
         self.running.remove(sample)
-        self.cache.release(sample.held)
-        sample.held = None
+        self.cache.release(sample.block_table)
+        sample.block_table = None
 
     def _forget_prompt(self, request_id: str) -> None:
-        held = self._prompts.pop(request_id, None)
-        if held is not None:
-            self.cache.release(held)
+        prompt = self._prompts.pop(request_id, None)
+        if prompt is not None:
+            self.cache.release(prompt)
+
+
+def _age(sample: Sample) -> tuple[int, int]:
+    return sample.arrival, sample.number
+
+
+def _is_fresh(sample: Sample) -> bool:
+    """Whether no token has been generated."""
+    return len(sample.tokens) == len(sample.request.prompt_tokens)

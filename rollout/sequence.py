@@ -1,7 +1,8 @@
-"""One sample being made: its tokens, its record, its drafts, its place in the cache, and its part in a step.
+"""One sample while it is generated: tokens, log-probabilities, drafts, block table; and its part in a step.
 
-Invariants: `record` entries and generated tokens have the same length; a preempted sample keeps its drafts, so that
-preemption changes neither its tokens nor their distribution.
+Invariants:
+- The lists of log-probabilities, versions and `from_draft` are as long as the generated tokens.
+- A preempted sample keeps its drafts, so that preemption changes neither its tokens nor their distribution.
 """
 
 from __future__ import annotations
@@ -11,22 +12,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cache import Held
+from .cache import BlockTable
 from .sampling.drafts import Drafts
 from .seeds import sample_seed
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
-    """Sample number `number` of `request`.
+    """Sample `number` of a request.
 
     Attributes:
+        limit: most tokens the sample may reach, prompt included.
         tokens: prompt and generated tokens.
-        limit: most tokens `tokens` may reach.
-        held: its place in the cache; None while it waits.
-        drafts, draft_index: the batch of drafts its own drafts are row `draft_index` of; None when it has none.
-        draft_start, draft_length: the mask block those drafts came from.
+        stops: tokens that end the sample.
+        arrival: number of the request, in the order of arrival.
+        block_table: where it lies in the cache; None while it waits.
+        drafts: a batch of drafts, of which row `draft_index` holds the sample's own `draft_count` drafts; None when it has none.
+        draft_start, draft_length: first position and length of the mask block those drafts came from.
+        logprobs, behavior, support, versions, from_draft: one entry per generated token, as in `Trajectory`.
+        trace: one entry per decode step.
+        experts: int16[limit, L], the expert per row and layer; None unless they are recorded.
+        forwards: forward passes of its decode steps.
     """
 
     request: RolloutRequest
@@ -36,7 +43,7 @@ class Sample:
     stops: frozenset[int]
     arrival: int
     seed: int = 0
-    held: Held | None = None
+    block_table: BlockTable | None = None
     drafts: Drafts | None = None
     draft_index: int = 0
     draft_count: int = 0
@@ -63,7 +70,13 @@ class Sample:
     @property
     def prefilled(self) -> bool:
         """Everything before the anchor is in the cache."""
-        return self.held is not None and self.held.length == self.anchor
+        return self.block_table is not None and self.block_table.length == self.anchor
+
+    @property
+    def cached(self) -> int:
+        """Positions in the cache. The sample must be running."""
+        assert self.block_table is not None
+        return self.block_table.length
 
     @property
     def remaining(self) -> int:
@@ -71,10 +84,20 @@ class Sample:
         return self.limit - len(self.tokens)
 
     def own_drafts(self) -> None:
-        """Copy its own drafts out of the batch they are in, so that a sample that waits does not keep the q of all of it."""
+        """Copy its own drafts out of their batch, so that a waiting sample does not keep the whole batch in memory."""
         if self.drafts is not None:
             self.drafts = self.drafts.row(self.draft_index, self.draft_count) if self.draft_count else None
             self.draft_index = 0
+
+    def note_step(self, trace: StepTrace) -> None:
+        """Record one decode step."""
+        self.trace.append(trace)
+        self.forwards += trace.forwards
+
+    def keep_drafts(self, drafts: Drafts | None, index: int, count: int, start: int, length: int) -> None:
+        """Take the drafts of the next step: `count` of them in row `index`, from the mask block of `length` at `start`."""
+        self.drafts, self.draft_index, self.draft_count = drafts, index, count
+        self.draft_start, self.draft_length = start, length
 
     def commit(
         self,
@@ -85,7 +108,7 @@ class Sample:
         support: list[float],
         version: int,
     ) -> None:
-        """Take one step's tokens, `accepted` drafts and one more, up to the first that ends the sample."""
+        """Append one step's tokens, `accepted` drafts and one more, up to the first token that ends the sample."""
         count = min(accepted + 1, self.remaining)
         taken = tokens[:count]
         if not self.stops.isdisjoint(taken):
@@ -101,7 +124,7 @@ class Sample:
         self.versions += [version] * count
 
     def record_experts(self, position: int, expert_RL: np.ndarray) -> None:
-        """Keep the experts of clean rows at `position` and after."""
+        """Record the experts of the clean rows from `position` on."""
         assert self.experts is not None
         self.experts[position : position + len(expert_RL)] = expert_RL[: max(len(self.experts) - position, 0)]
 
@@ -127,10 +150,42 @@ class Sample:
         )
 
 
-class Turn(NamedTuple):
-    """A sample's part in a step: `chunk` prompt rows that it prefills, and whether it decodes, for which they must be the last
-    that its cache lacks."""
+class ScheduledSample(NamedTuple):
+    """A sample's part in one step.
+
+    Attributes:
+        chunk: prompt rows that it prefills.
+        decodes: whether it decodes; then the chunk is the last part of its prompt that the cache lacks.
+    """
 
     sample: Sample
     chunk: int
     decodes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """The samples of one step, oldest first.
+
+    Attributes:
+        scheduled: S samples.
+        decoding: D of them, which decode. decoding_index: their places in `scheduled`.
+        prefills: whether any prompt rows run.
+        records_experts: whether any sample records experts.
+    """
+
+    scheduled: list[ScheduledSample]
+    decoding: list[Sample]
+    decoding_index: list[int]
+    prefills: bool
+    records_experts: bool
+
+    @classmethod
+    def of(cls, scheduled: list[ScheduledSample]) -> SchedulerOutput:
+        """The step of these samples."""
+        index = [s for s, each in enumerate(scheduled) if each.decodes]
+        return cls(
+            scheduled, [scheduled[s].sample for s in index], index,
+            prefills=any(each.chunk for each in scheduled),
+            records_experts=any(each.sample.experts is not None for each in scheduled),
+        )  # fmt: skip

@@ -22,7 +22,7 @@ from ...model.scoring import score as score_tokens
 from ...model.tasks import Task, score
 from ...model.tokenizer import encode_prompt
 from ..engine import Engine, EngineConfig
-from ..offline import pages_for, serve
+from ..offline import pool_size, serve
 from ..schedule import Schedule
 from ..seeds import derived_seed
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
@@ -138,7 +138,7 @@ def evaluate(
         for task in tasks
     ]
     config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
-    engine = Engine(policy, replace(config, pages=pages_for(requests, policy, config)))
+    engine = Engine(policy, replace(config, pages=pool_size(requests, policy, config)))
     scores: dict[str, list[float]] = {task.id: [] for task in tasks}
     made: list[Trajectory] = []
     start = time.perf_counter()

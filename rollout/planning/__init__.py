@@ -1,8 +1,8 @@
-"""Which schedule pays: chosen while decoding, from what steps take and how far drafts survive, or on paper, from data sheets.
+"""Which schedule makes the most tokens per second: chosen while decoding, from measurements, or on paper, from data sheets.
 
-Knows schedules and samples. Does not know how a step is run: whoever calibrates hands in how.
+Knows schedules and samples. Does not know how a step is run: the engine passes a function that runs one.
 
-While decoding: `planner` decides before each step, and argues why that keeps samples exact; `survival` is what it knows of
-drafts, `step_costs` what it knows of time, `calibration` how that is measured at start-up. On paper: `roofline` computes bytes
-and FLOPs of a step, `plan` is `blockroll plan`.
+While decoding: `planner` chooses before each step, and its docstring says why samples stay exact; `survival` estimates how many
+drafts are accepted, `step_costs` how long a step takes, `calibration` measures step times at start-up. On paper: `roofline`
+computes bytes and FLOPs of a step, `plan` is `blockroll plan`.
 """

@@ -1,11 +1,11 @@
 """Step times of an engine, measured at start-up and kept on disk.
 
 Invariants:
-- What is timed is the engine's own step on samples of its own, in its own cache; it is idle before and after, and counts
-  nothing of it.
-- Schedules and batches take turns, several times over, and a short time counts: what else the machine does lengthens them. It
-  is the second shortest, for a virtual machine's clocks now and then leave out some of a step. So no step counts as longer
-  than one with as many forwards and no fewer rows or sequences.
+- The engine's own steps are timed, on samples made for it, in the engine's cache. The engine is idle before and after, and its
+  totals do not count these steps.
+- Schedules and batches take turns, several times over. Of all times of one step the second shortest counts: other work of the
+  machine only lengthens times, and a virtual machine's clock now and then leaves out part of a step. For the same reason no step
+  counts as longer than a step with as many forward passes and no fewer rows or sequences.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHORT, _LONG = 64, 1024  # prompt tokens of the two contexts, where the policy 
 Begin = Callable[[RolloutRequest], None]
 """Queues a request."""
 Run = Callable[[Schedule], list[Sample]]
-"""One step under this schedule, prefill included; the samples that decoded."""
+"""Runs one step under this schedule, prefill included; returns the unfinished samples that decoded."""
 End = Callable[[], object]
 """Gives up every sample."""
 

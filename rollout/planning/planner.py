@@ -1,24 +1,24 @@
-"""Which schedule the next step runs: the one that makes the coming tokens soonest.
+"""The planner: before each step it chooses the schedule that makes the coming tokens soonest.
 
 For the next G tokens of each sample a schedule needs
 
     seconds(schedule, batch, context) * ((G + past) / tokens + cold * (1 - 1 / tokens))
 
-with `tokens` its expected tokens per step (`survival`). `past` is what the last step makes beyond a sample's most tokens,
-where samples end within the tokens looked ahead, else 0. `cold`, for `fused`, is the share of samples whose next step has no
-drafts to verify, because the last step proposed none. That is the price of turning to `fused`; turning away drops the drafts
-that wait. Now and then a step or two of one that is nearly as good are spent on learning, for at most `PROBE_SHARE` of the
-time, counted as if its drafts all failed.
+where `tokens` is the schedule's expected tokens per step (`survival`). `past` counts the tokens that the last step makes beyond
+a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `fused`, is the share of samples that have no
+drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
+waiting drafts. Now and then the planner probes: it runs one or two steps of a schedule that is nearly as good, in order to learn.
+Probes take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
 
-Invariants, for exactness. A sampler stays exact under any schedule that is fixed in advance; so it does when each step's
-schedule depends only on numbers that no later draw uses again:
-- A schedule is chosen before the step, from how many drafts earlier steps verified and accepted. Accepting `a` of them
-  shows the random numbers of positions up to anchor + a + 1, which are then committed; the numbers of later positions will
-  be used again, and nothing that depends on them is counted. Waiting drafts are counted, never looked at.
-- How long a step took can depend on tokens that were rejected unread (they choose experts). So a step's time counts only
-  after every sample of the step has committed all positions it had drafted by then.
-- `coupled` gives the tokens of `ar` whatever is chosen. `repeatable` leaves times out altogether: then the same requests
-  and the same table of step times give the same choices.
+Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
+schedule depends only on random numbers that no later draw uses again:
+- A schedule is chosen before the step, from how many drafts earlier steps verified and accepted. Accepting `a` drafts reveals the
+  random numbers of positions up to anchor + a + 1, and these positions are then committed. The random numbers of later positions
+  will be used again, so nothing that depends on them is counted. Waiting drafts are counted, never read.
+- A step's time can depend on tokens that were rejected, because they chose experts. So a step's time counts only after every
+  sample of the step has committed all positions it had drafted by then.
+- `coupled` gives the tokens of `ar` under any choice. With `repeatable` no measured time counts: then the same requests and the
+  same table of step times give the same choices.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _LATE = 64  # step times held back at once; where a sample waits for long, the o
 _AR = Schedule("ar").within(2)
 
 Kind = tuple[str, float, bool]
-"""What acceptance depends on: sampler, temperature, whether anything is cut off."""
+"""Samples of one kind share acceptance rates: sampler, temperature, whether a cut-off (top-k, top-p, min-p) is active."""
 
 
 @dataclass(slots=True)
 class Decision:
-    """One step: what was chosen for which batch, what was expected of it, and what came of it.
+    """One step: the schedule chosen, what was expected of the step, and what it made.
 
     Attributes:
         batch: samples decoding; context: their mean length in tokens.
         expected_seconds, expected_tokens: of one step in the long run, tokens per sample.
         seconds, tokens: of this step, tokens per sample; 0 until it has run.
-        probe: spent on learning.
+        probe: the step was run in order to learn.
     """
 
     schedule: Schedule
@@ -66,7 +66,7 @@ class Decision:
 
 
 def candidates(block_size: int) -> tuple[Schedule, ...]:
-    """What a planner chooses from, with sizes for blocks of `block_size`, without repetition."""
+    """The distinct schedules a planner chooses from, with sizes for blocks of `block_size`."""
     b = block_size
     quarter, half = max(b // 4, 1), max(b // 2, 1)
     wanted = [
@@ -84,10 +84,10 @@ class Planner:
 
     Args:
         costs: step times of all `schedules`.
-        schedules: what to choose from, `ar` among them, all with sizes.
+        schedules: the candidates, with sizes; `ar` is among them.
         block_size: most slots of a block.
         prior: acceptance rate of a draft before anything is seen.
-        repeatable: leave measured times out of all choices.
+        repeatable: ignore the measured times of steps.
 
     Attributes:
         log: the last decisions, oldest first.
@@ -140,10 +140,10 @@ class Planner:
         return decision.schedule
 
     def observe(self, decoding: Sequence[Sample], seconds: float | None) -> None:
-        """What became of the step that was chosen last, after its commit.
+        """Learn from the step that was chosen last, after its commit.
 
         Args:
-            seconds: how long it took; None when it did more than decode.
+            seconds: how long the step took; None when it prefilled too.
         """
         decision = self._decision
         if decision is None:
@@ -152,7 +152,7 @@ class Planner:
         for sample in decoding:
             step = sample.trace[-1]
             made += step.accepted + 1
-            # A step that ended its text made what it could. One that was cut off by the most tokens says nothing.
+            # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
             if step.drafted and sample.finish in (None, "stop"):
                 accepted = min(step.accepted, sample.anchor - step.anchor - 1)
                 self._of(_kind(sample)).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
@@ -219,7 +219,7 @@ class Planner:
         return known
 
     def _settle(self) -> None:
-        """Count the times of steps whose drafted positions are all committed by now."""
+        """Count the times of those steps whose drafted positions are all committed."""
         while self._late and all(s.finish is not None or s.anchor >= end for s, end in self._late[0][1]):
             decision, _ = self._late.popleft()
             self.costs.note(decision.schedule, decision.batch, decision.context, decision.seconds)

@@ -2,12 +2,12 @@
 
     seconds(schedule, S, L) = measured(schedule, S) + (L - L0) * S * (a + b * rows(schedule))
 
-`measured` is a table from the calibration at context L0, straight lines between its batches; a and b come from the same
-calibration at a longer context (what a cached position costs a sequence, and each of its rows). What steps turn out to
-take later corrects a schedule's line against the others', for batches up to twice as large apart from the next, so that a
-machine that is slower today, for all of them, changes no choice.
+`measured` is a table from the calibration at context L0, interpolated linearly between its batches. a and b come from the same
+calibration at a longer context: what a cached position costs per sequence, and per row. Times of later steps correct the table
+per schedule and per power of two of the batch, relative to the other schedules: a machine that is slower today, for all schedules
+alike, changes no choice.
 
-Invariants: the table file is whole or absent; one that cannot be read is measured anew.
+Invariants: the table file is whole or absent. A table that cannot be read is measured again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from ..schedule import Schedule
 
 _FORMAT = 1
 _SHORTEST = 1e-6
-"""Seconds. Whatever a table says, a step takes some."""
+"""Seconds; the least that a step is taken to last."""
 _FAST, _SLOW = 0.2, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
 
 
 def clock(policy: Policy) -> Callable[[], float]:
-    """What step times are read from. On a CPU with one torch thread that thread's own time: a step that the operating
-    system interrupts does not cost more than another. Elsewhere the wall clock; a step ends when its tokens are known."""
+    """The clock for step times. On a CPU with one torch thread it is the thread's CPU time, which stands still while the
+    operating system runs something else. Elsewhere it is the wall clock; a step ends when its tokens are known."""
     if policy.device.type == "cpu" and torch.get_num_threads() == 1:
         return time.thread_time
     return time.perf_counter
@@ -58,13 +58,13 @@ def rows(schedule: Schedule) -> int:
 
 @cache
 def _shape(schedule: Schedule) -> tuple[str, int]:
-    """Label and rows, which are asked for at every step."""
+    """Label and rows; cached, because each step reads them."""
     return schedule.label, rows(schedule)
 
 
 @dataclass
 class StepCosts:
-    """The table, and what was learnt since.
+    """The table of step times, and its corrections by later steps.
 
     Attributes:
         seconds_at: by schedule label and batch, at context `context`.
@@ -88,7 +88,7 @@ class StepCosts:
         return self._table(schedule, batch, context) * self._own.get((label, batch.bit_length()), 1.0)
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
-        """One step took so long."""
+        """Correct the table by the time of one step."""
         expected = self._table(schedule, batch, context)
         key = schedule.label, batch.bit_length()
         own = self._own.get(key, 1.0)
@@ -102,7 +102,7 @@ class StepCosts:
         line = self._lines[label]
         (_, least), at = line[0], line[0][1]
         if len(line) > 1:
-            # Outside its batches the nearest two go on as they were.
+            # Beyond the measured batches the line through the nearest two continues.
             i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
@@ -115,7 +115,7 @@ class StepCosts:
         return all(wanted <= self.seconds_at.get(schedule.label, {}).keys() for schedule in schedules)
 
     def save(self, path: Path, what: dict[str, Any]) -> None:
-        """Write the table, next to `what` it was measured on."""
+        """Write the table, with `what` it was measured on."""
         write_json(path, {
             "format": _FORMAT, "measured_on": what, "context": self.context, "per_position": self.per_position,
             "per_row": self.per_row, "seconds": self.seconds_at,
@@ -123,7 +123,7 @@ class StepCosts:
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:
-        """The table at `path`; None when there is none that can be used."""
+        """The table at `path`; None where there is no table, or none that can be read."""
         try:
             found = json.loads(path.read_bytes())
             if found["format"] != _FORMAT:
@@ -135,7 +135,7 @@ class StepCosts:
 
 
 def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
-    """What step times depend on, weights aside: device, threads, what is installed, dtype and sizes of the policy."""
+    """The conditions of a table: device, threads, installed versions, dtype and sizes of the policy. Weights do not count."""
     ignored = ("transformers_version", "_name_or_path", "architectures", "dtype")
     sizes = {key: value for key, value in policy.config.to_dict().items() if key not in ignored}
     machine = describe()
@@ -152,7 +152,7 @@ def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
 
 
 def table_path(what: dict[str, Any], schedules: Iterable[Schedule]) -> Path:
-    """Where the table of these conditions is kept: below $XDG_CACHE_HOME, or ~/.cache."""
+    """Path of the table for these conditions, below $XDG_CACHE_HOME or ~/.cache."""
     key = json.dumps([what, [schedule.label for schedule in schedules]], sort_keys=True, default=str)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "blockroll" / "step_costs" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"

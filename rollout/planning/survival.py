@@ -1,20 +1,20 @@
-"""How far drafts survive, learnt while decoding, and what a schedule makes of it.
+"""Acceptance rates of drafts, learnt while decoding, and the tokens per step that a schedule makes of them.
 
-A draft stands in a slot of its mask block: slot j predicts the token j places after the last one the block knew. Two rates
-per slot decide everything: `first`, that the first draft of a step is accepted, and `later`, that a draft is accepted after the
-one before it was. The drafts of `two_pass` begin in slot 0, with p's own token, which is accepted (but for `mixed`). Those of
-`fused` begin in slot 1 or later, after a token that was sampled when the block was drafted, and is a surprising one where it
-took the place of a rejected draft: all their slots draft the worse for it. The two are counted apart. From the rates, for a
-schedule that goes on and on:
+A draft stands in a slot of its mask block: slot j predicts the token j places after the last token the block knows. Each slot has
+two rates: `first`, that the first draft of a step is accepted, and `later`, that a draft is accepted after the draft before it
+was. The drafts of `two_pass` begin in slot 0 with p's own token, which every sampler but `mixed` accepts. The drafts of `fused`
+begin in slot 1 or later, after a token that was sampled when the block had already been drafted. That token is an unlikely one
+where it replaced a rejected draft, and then all later slots are accepted less often. So the two schedules are counted apart. In
+the long run a schedule makes, per step:
 
     two_pass(m)          1 + sum_k prod_{j < k} rate(j)          k = 1 .. m, from slot 0
     fused(m, levels)     the same from the slot where the drafts begin, averaged over the stationary distribution of that
-                         slot: `a` accepted drafts lead to slot a - level + 1 of the highest level that is not above a
+                         slot: after `a` accepted drafts it is slot a - level + 1 of the highest level not above a
 
 Invariants:
-- Only how many drafts were verified and accepted is counted; never a token, never a draft that was not verified.
-- Few observations lean on all of their kind, those on the `later` ones of the other kind (`later`: at `_EASE` times or one
-  `_EASE`th of its odds), and those on the prior.
+- Only the numbers of verified and accepted drafts are counted; never a token, never a draft that was not verified.
+- A slot's rate with few observations is drawn towards the rate of its kind (`two_pass` or `fused`), that rate towards the
+  `later` rate of the other kind (with odds changed by the factor `_EASE`), and that one towards the prior.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Survival:
         self._tries, self._fresh = [0.0, 0.0], [0, 0]
 
     def note(self, slot: int, drafted: int, accepted: int) -> None:
-        """One sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
+        """Count one sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
         if not drafted:
             return
         kind = int(slot > 0)
@@ -70,7 +70,7 @@ class Survival:
             self._tries, self._fresh = self._seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
 
     def fade(self) -> None:
-        """What was seen counts a little less from here on."""
+        """Reduce the weight of all observations so far by 5 %."""
         self._seen *= 0.95
 
     def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,7 +122,7 @@ class Survival:
 
 
 def _leaning(seen: np.ndarray, rate: Any, borrowed: float) -> Any:
-    """The rate of [tries, hits], or of each slot's, that leans on another one with so many observations."""
+    """The rate of [tries, hits], drawn towards `rate` as if `borrowed` more tries had had that rate."""
     tries, hits = seen
     return (hits + borrowed * rate) / (tries + borrowed)
 

@@ -21,10 +21,10 @@ from blockroll.kernels import graphs
 from blockroll.kernels.dispatch import using
 from blockroll.model.paged import PagedPlan
 from blockroll.model.scoring import score
-from blockroll.rollout import forwards as runner
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.evaluation.places import acceptance_at_places
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps import model_runner, shapes
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
@@ -167,9 +167,9 @@ def test_one_request_that_records_experts_leaves_the_batch_captured(policy, monk
         for i, records in enumerate(routed)
     ]
     again, once = [], []
-    for name, seen in (("_again", again), ("_once", once)):
-        real = getattr(runner.Forwards, name)
-        monkeypatch.setattr(runner.Forwards, name, lambda *args, real=real, seen=seen: seen.append(1) or real(*args))
+    for kind, name, seen in ((shapes.ShapeCache, "run", again), (model_runner.ModelRunner, "_run_once", once)):
+        real = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, real=real, seen=seen: seen.append(1) or real(*args))
     with using("triton"):
         exact, _ = generate(policy, Schedule("ar"), asked, captured=False)
         assert (len(again), len(once)) == (0, 4)
@@ -195,19 +195,18 @@ class Graph:
 def test_graphs_are_bounded(policy, monkeypatch, caplog):
     """By number and by memory; what finds no room runs eagerly and gives the same; a graph that is idle gives way."""
     free = itertools.count(10**9, -1000)
-    for module in (graphs, runner):  # whichever of them is asked
-        monkeypatch.setattr(module, "capture", lambda call, pool=None: Graph(call), raising=False)
-    monkeypatch.setattr(graphs, "free_memory", lambda: next(free), raising=False)
-    monkeypatch.setattr(runner, "_OFTEN", 1)
+    monkeypatch.setattr(graphs, "capture", lambda call, pool=None: Graph(call))
+    monkeypatch.setattr(graphs, "free_memory", lambda: next(free))
+    monkeypatch.setattr(shapes, "_OFTEN", 1)
     asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + i, ignore_eos=True)) for i in range(3)]
     sizes = dict(block_size=4, page_size=8, pages=64)
     with using("triton"):
         expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).generate(asked)]
         for most, most_bytes, lately in ((2, 10**9, 100), (100, 1500, 0)):
             Graph.alive.clear()
-            monkeypatch.setattr(runner, "_LATELY", lately, raising=False)
+            monkeypatch.setattr(shapes, "_LATELY", lately)
             engine = Engine(policy, EngineConfig(Schedule("ar"), **sizes))
-            inner = engine.steps.forwards
+            inner = engine.runner.model.shapes
             inner._graphs, inner._memory = True, None
             inner._budget = graphs.GraphBudget(most, most_bytes)
             assert [sample.tokens for sample in engine.generate(asked)] == expected

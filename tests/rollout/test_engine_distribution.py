@@ -15,9 +15,9 @@ import torch
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.verify import reference
 from blockroll.model.layout import CLEAN, causal, diffusion
-from blockroll.rollout import steps as steps_module
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps import runner as steps_module
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 VOCABULARY, PROMPT, LENGTH, TEMPERATURE = 6, (4, 5, 1), 3, 0.8

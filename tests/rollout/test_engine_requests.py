@@ -78,7 +78,7 @@ def test_an_interrupted_call_leaves_the_engine_as_it_was(policy, engine, where, 
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    target, name = {"release": (engine.cache, "release"), "forward": (engine.steps.forwards, "run"),
+    target, name = {"release": (engine.cache, "release"), "forward": (engine.runner.model, "run"),
                     "commit": (engine, "_commit"), "on_finish": (None, "")}[where]  # fmt: skip
     if target is not None:
         real = getattr(target, name)
@@ -190,14 +190,14 @@ def test_a_sample_that_waits_or_has_ended_keeps_no_batch_of_drafts(policy, monke
         engine.add(request)
     while engine.has_work:
         engine.step()
-        waiting = [sample for *_, sample in engine.scheduler._waiting if sample.drafts is not None]
+        waiting = [sample for sample in engine.scheduler.waiting if sample.drafts is not None]
         for sample in waiting:
             q = sample.drafts.logq_SMV if sample.drafts.logq_SMV is not None else sample.drafts.q_logits_SMV
             assert q.untyped_storage().nbytes() == q[:1, : sample.draft_count].numel() * q.element_size()
         most = max(most, len(waiting))
     assert engine.scheduler.preemptions and most
     del sample, waiting
-    engine.steps.forget_samples()
+    engine.runner.forget_samples()
     gc.collect()
     assert not len(batches)
 

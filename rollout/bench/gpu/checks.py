@@ -24,11 +24,11 @@ from ....kernels.experts import RouterWeights
 from ....kernels.graphs import capture
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
-from ...cache import Held
+from ...cache import BlockTable
 from ...engine import Engine, EngineConfig
 from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
-from .parts import FilledCache, Pass, force_experts, layers, random_policy
+from .parts import FilledCache, ForwardPass, force_experts, layers, random_policy
 from .sizes import Sizes
 
 Check = Callable[[Sizes, torch.device], dict[str, Any]]
@@ -153,7 +153,7 @@ def _small(sizes: Sizes) -> Sizes:
 
 def _pack(
     sizes: Sizes, device: torch.device, dtype: torch.dtype
-) -> tuple[Policy, FilledCache, list[Held], list[DecodeRows]]:
+) -> tuple[Policy, FilledCache, list[BlockTable], list[DecodeRows]]:
     """A policy of two layers, a filled cache, and a ragged decode step."""
     policy = random_policy(_small(sizes).zaya, dtype, device)
     for layer in layers(policy):
@@ -174,7 +174,7 @@ def check_attention(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     errors = {}
     for dtype in _dtypes(sizes):
         policy, filled, held, plans = _pack(sizes, device, dtype)
-        step = Pass.of(policy, filled.cache, held, plans)
+        step = ForwardPass.of(policy, filled.cache, held, plans)
         config, pools, T = policy.config, step.view.pools(0), step.layout.rows
         d = config.head_dim
         q, k, v = (
@@ -192,7 +192,7 @@ def check_cca(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     errors: dict[str, float] = {}
     for dtype in _dtypes(sizes):
         policy, filled, held, plans = _pack(sizes, device, dtype)
-        step = Pass.of(policy, filled.cache, held, plans)
+        step = ForwardPass.of(policy, filled.cache, held, plans)
         module = layers(policy)[0].self_attn
         hidden_TD = torch.randn(step.layout.rows, policy.config.hidden_size, device=device).to(dtype)
         x, current, delayed = module.qkv_proj(hidden_TD)
@@ -248,11 +248,11 @@ def check_policy(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         # Rounding must not send a row to another expert.
         force_experts(policy, sum(len(plan.clean) + len(plan.proposals) * plan.block_length for plan in plans))
         kept = [pool.clone() for pool in (filled.cache.k, filled.cache.v, filled.cache.x, filled.cache.delayed)]
-        got = policy.head(Pass.of(policy, filled.cache, held, plans).run())
+        got = policy.head(ForwardPass.of(policy, filled.cache, held, plans).run())
         for pool, before in zip((filled.cache.k, filled.cache.v, filled.cache.x, filled.cache.delayed), kept):
             pool.copy_(before)
         with using("reference"):
-            expected = policy.head(Pass.of(policy, filled.cache, held, plans).run())
+            expected = policy.head(ForwardPass.of(policy, filled.cache, held, plans).run())
         errors[str(dtype)] = _error(got, expected)
     return _verdict(errors, 5)
 
@@ -268,9 +268,9 @@ def check_batch(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     equal = {}
     for name, invariant in (("batch_invariant", True), ("free", False)):
         with using(batch_invariant=invariant):
-            together = policy.head(Pass.of(policy, filled.cache, held, plans).run()).unflatten(0, (batch, -1))
+            together = policy.head(ForwardPass.of(policy, filled.cache, held, plans).run()).unflatten(0, (batch, -1))
             equal[name] = all(
-                torch.equal(policy.head(Pass.of(policy, filled.cache, held[i : i + 1], plans[i : i + 1]).run()), together[i])
+                torch.equal(policy.head(ForwardPass.of(policy, filled.cache, [held[i]], [plans[i]]).run()), together[i])
                 for i in sorted({0, batch // 2, batch - 1})
             )
     return {"bits_equal": equal, "batch": batch, "ok": equal["batch_invariant"]}
@@ -279,7 +279,7 @@ def check_batch(sizes: Sizes, device: torch.device) -> dict[str, Any]:
 def check_captured(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """A captured step gives the bits of an eager one, also for tokens it was not captured with."""
     policy, filled, held, plans = _pack(sizes, device, sizes.dtype)
-    step = Pass.of(policy, filled.cache, held, plans)
+    step = ForwardPass.of(policy, filled.cache, held, plans)
     out: list[torch.Tensor] = []
 
     def run() -> None:

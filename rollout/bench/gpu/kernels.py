@@ -26,7 +26,7 @@ from ....kernels.verify import sample_cdf, sample_gumbel, verify_rejection
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
 from .checks import router_weights
-from .parts import FilledCache, Pass, layers, random_policy
+from .parts import FilledCache, ForwardPass, layers, random_policy
 from .sizes import Sizes
 from .timing import timed
 
@@ -82,13 +82,13 @@ class KernelBench:
         row = timed(run, self.sizes, self.device)
         return row | {"seconds": row["seconds"] / used, "fastest": row["fastest"] / used, "bytes": moved, "flops": flops}
 
-    def _pass(self, batch: int, rows: int, context: int) -> Pass:
+    def _pass(self, batch: int, rows: int, context: int) -> ForwardPass:
         block = self.policy.block_size
         proposals = (rows - 1) // block if rows > block else 0
         clean = rows - proposals * block
         levels = tuple(range(1, proposals + 1))
         plans = [DecodeRows([5] * clean, context, levels, block if levels else 0)] * batch
-        return Pass.of(self.policy, self.filled.cache, self.filled.held([context] * batch, clean), plans)
+        return ForwardPass.of(self.policy, self.filled.cache, self.filled.held([context] * batch, clean), plans)
 
     def attention(self, batch: int, rows: int, context: int) -> dict[str, Any]:
         """Paged attention of one layer; verify rows first, mask blocks behind them."""

@@ -23,7 +23,7 @@ from ....model.cca import Plan
 from ....model.layout import DecodeRows, TokenLayout, decode
 from ....model.paged import PagedPlan
 from ....model.policy import Layer, Policy
-from ...cache import CacheView, Held, PagedCache
+from ...cache import BlockTable, CacheView, PagedCache, pages_for
 from ...schedule import Schedule
 
 
@@ -79,26 +79,26 @@ class FilledCache:
     """A cache with random contents, dealt to sequences in shuffled pages."""
 
     def __init__(self, policy: Policy, positions: int, sequences: int, page_size: int, decode_rows: int) -> None:
-        pages = -(-positions // page_size) + sequences
+        pages = pages_for(positions, page_size) + sequences
         self.sequences = sequences
         self.cache = PagedCache(policy, pages, page_size, sequences, decode_rows)
         fill(self.cache)
 
-    def held(self, contexts: Sequence[int], rows: int) -> list[Held]:
+    def held(self, contexts: Sequence[int], rows: int) -> list[BlockTable]:
         """Sequences with so many cached positions each, and room for `rows` more."""
         size = self.cache.page_size
         free = torch.randperm(self.cache.total_pages, generator=torch.Generator().manual_seed(0)).tolist()
         out = []
         for slot, context in enumerate(contexts):
-            count = -(-(context + rows) // size)
+            count = pages_for(context + rows, size)
             if count > len(free) or len(contexts) > self.sequences:
                 raise ValueError(f"{len(contexts)} sequences of {max(contexts)} positions do not fit the cache")
-            out.append(Held(slot, np.array([free.pop() for _ in range(count)], dtype=np.int64), context))
+            out.append(BlockTable(slot, np.array([free.pop() for _ in range(count)], dtype=np.int64), context))
         return out
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass over a layout: `run` gives hidden_TD."""
 
     policy: Policy
@@ -115,7 +115,7 @@ class Pass:
         return self.plan
 
     @classmethod
-    def of(cls, policy: Policy, cache: PagedCache, held: Sequence[Held], plans: Sequence[DecodeRows]) -> Pass:
+    def of(cls, policy: Policy, cache: PagedCache, held: Sequence[BlockTable], plans: Sequence[DecodeRows]) -> ForwardPass:
         """Everything the host prepares for a pass."""
         layout = decode(plans, policy.mask_token_id)
         view = cache.view(held, layout)
@@ -127,7 +127,7 @@ class Pass:
         return self.policy(self.layout, self.view, plan=self.plan)
 
 
-def passes(policy: Policy, cache: PagedCache, held: Sequence[Held], schedule: Schedule) -> list[Pass]:
+def passes(policy: Policy, cache: PagedCache, held: Sequence[BlockTable], schedule: Schedule) -> list[ForwardPass]:
     """The forwards of a step of `schedule` (with sizes) over these sequences, whose every draft is verified."""
     drafts = schedule.drafts or 0
     token = torch.randint(0, policy.mask_token_id, (len(held), drafts + 1)).tolist()
@@ -140,4 +140,4 @@ def passes(policy: Policy, cache: PagedCache, held: Sequence[Held], schedule: Sc
         shapes = [[DecodeRows(row, start, levels, schedule.block or 0) for row, start in sequences]]
     else:
         shapes = [[DecodeRows(row[:1], start, (), 0) for row, start in sequences]]
-    return [Pass.of(policy, cache, held, plans) for plans in shapes]
+    return [ForwardPass.of(policy, cache, held, plans) for plans in shapes]

@@ -1,11 +1,10 @@
 """An engine in the middle of its work, whose acceptance is forced, and what its steps take by the clock.
 
 Invariants:
-- The steps are the engine's own, whole: scheduling, layouts, forwards, verification, commit, drafts. Its samples stand in the
-  midst of their texts over a cache of random numbers, as if they had been prefilled; none shares a page with another.
-- Verification runs and counts. Only then is the number of accepted drafts replaced: random weights accept nothing worth
-  measuring. The numbers are drawn and sent by the host, which costs it a little more than a step of a trained policy does;
-  the device is never waited for.
+- The steps are the engine's own, whole: scheduling, plans, forward passes, verification, commit, drafts. The cache holds random
+  numbers, and the samples stand at the end of their prompts as if these had been prefilled. No two samples share a page.
+- Verification runs and is timed. Only then is the number of accepted drafts replaced: random weights accept hardly any. The host
+  draws and uploads the numbers, which costs it a little more than a step of a trained policy; it never waits for the device.
 
 Legend: D samples, R = M + 1 verify rows, M most drafts.
 """
@@ -24,59 +23,47 @@ import torch
 from ....errors import InvalidInput
 from ....kernels.transfer import upload
 from ....model.policy import Policy
-from ...cache import PagedCache
+from ...cache import PagedCache, pages_for
 from ...engine import Engine, EngineConfig
 from ...sampling.drafts import Drafts, SamplerRows, Verdict
 from ...schedule import Schedule
-from ...sequence import Sample
-from ...steps import StepRunner
+from ...steps.plan import StepPlan
+from ...steps.runner import sampler_verifier
 from ...types import RolloutRequest, SamplingParams
 from .parts import fill
 
 
-class ForcedSteps(StepRunner):
-    """Steps of `engine`, in which the draft in slot j of its block is accepted with probability `rate_B[j]` if those before it
-    were; slots past the end of `rate_B` have its last rate.
-
-    Attributes:
-        waited: seconds that the host has waited for verdicts so far.
+class ForcedAcceptance:
+    """A verifier that replaces the number of accepted drafts. The draft in slot j of its block is accepted with probability
+    `rate_B[j]` if the drafts before it were; slots past the end of `rate_B` have its last rate.
     """
 
-    def __init__(self, engine: Engine, rate_B: Sequence[float], seed: int = 0) -> None:
-        super().__init__(engine.policy, engine.cache, engine.block_size, engine.config.captured)
+    def __init__(self, device: torch.device, rate_B: Sequence[float], seed: int = 0) -> None:
+        self._device = device
         self._rate_B, self._draw = np.array(rate_B, dtype=np.float64), np.random.default_rng(seed)
-        # A pass that drafts for itself has not told the samples of its block when it is verified.
-        self._anchored = engine.schedule.kind == "two_pass"
-        self.waited = 0.0
 
-    def _verify(
-        self, decoding: Sequence[Sample], rows: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
+    def __call__(
+        self, plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
     ) -> Verdict:
-        verdict = super()._verify(decoding, rows, p_logits_DRV, drafts, anchor_D)
+        """The samplers' verdict, with another number of accepted drafts."""
+        verdict = sampler_verifier(plan, sampling, p_logits_DRV, drafts, anchor_D)
         most = drafts.token_SM.shape[1]
         if not most:
             return verdict
-        accepted_D = upload(torch.from_numpy(self._accepted(decoding, most)), self.policy.device)
+        accepted_D = upload(torch.from_numpy(self._accepted(plan, most)), self._device)
         # Rows of drafts that were rejected hold no token.
         return replace(verdict, accepted_S=accepted_D, token_SR=verdict.token_SR.clamp_min(0))
 
-    def _accepted(self, decoding: Sequence[Sample], most: int) -> np.ndarray:
+    def _accepted(self, plan: StepPlan, most: int) -> np.ndarray:
         """Forced counts. One number per sample decides, drawn from as many strata as there are samples: each count has its
         own distribution, and their mean varies less than that of independent ones."""
-        count_D1, slot_D1 = np.array([
-            (most, 0) if self._anchored else (min(sample.draft_count, most), sample.anchor + 1 - sample.draft_start)
-            for sample in decoding
-        ]).T[:, :, None]  # fmt: skip
-        line = np.arange(most)
-        rate_DM = np.where(line < count_D1, self._rate_B[np.minimum(slot_D1 + line, len(self._rate_B) - 1)], 0.0)
-        u_D = (self._draw.permutation(len(decoding)) + self._draw.random(len(decoding))) / len(decoding)
+        count_D1 = plan.count_D[:, None]
+        slot_D1 = (np.array(plan.forward.start_D) + 1 - np.array(plan.block_start_D))[:, None]
+        line, last = np.arange(most), len(self._rate_B) - 1
+        rate_DM = np.where(line < count_D1, self._rate_B[np.minimum(slot_D1 + line, last)], 0.0)
+        samples = len(count_D1)
+        u_D = (self._draw.permutation(samples) + self._draw.random(samples)) / samples
         return (u_D[:, None] < rate_DM.cumprod(1)).sum(1)
-
-    def _heard(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        start = time.perf_counter()
-        heard = super()._heard(tensors)
-        self.waited += time.perf_counter() - start
-        return heard
 
 
 def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int) -> Engine:
@@ -90,7 +77,7 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
     most = policy.config.max_position_embeddings
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
-    pages = batch * -(-(context + tokens) // page_size)
+    pages = batch * pages_for(context + tokens, page_size)
     engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size))
     fill(engine.cache)
     _shuffle(engine.cache)
@@ -101,10 +88,10 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
     engine.scheduler.next(engine.block_size + 1)
     assert len(engine.scheduler.running) == batch
     for sample in engine.scheduler.running:
-        assert sample.held is not None
-        reserved = engine.cache.reserve(sample.held, sample.anchor + 1)
+        assert sample.block_table is not None
+        reserved = engine.cache.reserve(sample.block_table, sample.anchor + 1)
         assert reserved
-        sample.held.length = sample.anchor
+        sample.block_table.length = sample.anchor
     return engine
 
 
@@ -122,17 +109,18 @@ def measure(engine: Engine, rate_B: Sequence[float], warm: int, count: int) -> d
     Returns: seconds, fastest, repeats; waited_seconds, the median of what the host waited for the verdict, and
         host_seconds, the rest; passes; tokens_per_step of one sample; tokens_per_s of all, at the median step.
     """
-    engine.steps = steps = ForcedSteps(engine, rate_B)
+    runner = engine.runner
+    runner.verifier = ForcedAcceptance(engine.policy.device, rate_B)
     batch = len(engine.scheduler.running)
     for _ in range(warm):
         engine.step()
     tokens, forwards = engine.decode_tokens, engine.forwards
     seconds, waited = [], []
     for _ in range(count):
-        steps.waited, start = 0.0, time.perf_counter()
+        waited_before, start = runner.wait_seconds, time.perf_counter()
         engine.step()
         seconds.append(time.perf_counter() - start)
-        waited.append(steps.waited)
+        waited.append(runner.wait_seconds - waited_before)
     assert len(engine.scheduler.running) == batch and not engine.scheduler.preemptions, "a sample ended or was preempted"
     median, waiting = statistics.median(seconds), statistics.median(waited)
     per_step = (engine.decode_tokens - tokens) / (count * batch)

@@ -11,6 +11,7 @@ import torch
 from ....errors import InvalidInput
 from ....kernels.dispatch import takes_triton
 from ....model.policy import Policy
+from ...cache import pages_for
 from ...engine import Engine
 from ...planning.roofline import geometric_survival
 from ...planning.step_costs import rows
@@ -85,15 +86,15 @@ class StepBench:
 
     def _forward_seconds(self, engine: Engine, schedule: Schedule) -> float:
         """A full step's forwards over the engine's samples, captured anew and timed on the device."""
-        held = [sample.held for sample in engine.scheduler.running if sample.held is not None]
-        forwards = passes(engine.policy, engine.cache, held, schedule)
+        tables = [sample.block_table for sample in engine.scheduler.running if sample.block_table is not None]
+        forwards = passes(engine.policy, engine.cache, tables, schedule)
         return timed(lambda: [each.run() for each in forwards], self.sizes, self.device)["seconds"]
 
     def _must_fit(self, batch: int, positions: int) -> None:
         config = self.policy.config
         each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.sizes.dtype.itemsize
         size = self.sizes.page_size
-        need, free = batch * -(-positions // size) * size * each, torch.cuda.mem_get_info()[0]
+        need, free = batch * pages_for(positions, size) * size * each, torch.cuda.mem_get_info()[0]
         if need > free - _RESERVE:
             raise InvalidInput(
                 "batch", f"a cache of {batch} x {positions} positions takes {need / 1e9:.0f} GB, and of the {free / 1e9:.0f} GB "

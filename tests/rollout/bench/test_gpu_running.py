@@ -62,7 +62,7 @@ def test_a_forced_step_waits_once(make_policy) -> None:
         with PretendDevice() as device, using("reference"):
             engine = engine_for(copy.deepcopy(policy).to("cuda:0"), schedule, 2, 19, 40, 8)
             first, second = engine.scheduler.running
-            assert first.anchor == first.held.length == 18 and not {*first.held.pages} & {*second.held.pages}
+            assert first.anchor == first.block_table.length == 18 and not {*first.block_table.pages} & {*second.block_table.pages}
             before = len(device.waits)
             row = measure(engine, (1.0,), 1, 2)
             # The experts' plain products ask the device too, how many rows each has.
@@ -75,8 +75,8 @@ def test_forwards_alone_are_of_the_rows_of_a_full_step() -> None:
     bench = StepBench(DRY, torch.device("cpu"))
     for schedule in (schedule.within(bench.policy.block_size) for schedule in DRY.schedules):
         engine = engine_for(bench.policy, schedule, 2, 9, 40, DRY.page_size)
-        held = [sample.held for sample in engine.scheduler.running]
-        forwards = passes(bench.policy, engine.cache, held, schedule)
+        tables = [sample.block_table for sample in engine.scheduler.running]
+        forwards = passes(bench.policy, engine.cache, tables, schedule)
         assert sum(forward.rows for forward in forwards) == rows(schedule)
         with torch.inference_mode():
             assert bench._forward_seconds(engine, schedule) > 0

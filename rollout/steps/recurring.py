@@ -1,11 +1,10 @@
-"""The inputs of a step that recurs: every sequence runs the same rows, and only where it stands has changed.
+"""Inputs of a pass that recurs: every sequence runs the same rows as before, at other positions.
 
 Invariants:
-- They are what `decode`, `CacheView` and `PagedPlan` make of the same rows, number for number
-  (`tests/rollout/test_recurring.py`); made in a few operations over the pack, whatever the number of rows.
-- On the device they keep their place, so that a captured forward finds the new values where the old ones were.
-- Padding changes nothing that counts: a sequence of padding holds no pages, and a row past its sequence's pages is kept
-  nowhere.
+- The inputs equal those that `decode`, `CacheView` and `PagedPlan` make of the same rows, number for number
+  (`tests/rollout/steps/test_recurring.py`). They are made in a few operations over the pack, whatever the number of rows.
+- On the device the inputs keep their place, so that a captured pass finds the new values where the old ones were.
+- Padding changes no result: a sequence of padding holds no pages, and a row past its sequence's pages is not kept.
 
 Legend: S sequences, those of padding last; R rows of each, C of them clean; P pages, A = hops + 1 ancestors, H = hops.
 """
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..kernels.cca import NOTHING
-from ..kernels.transfer import Parcel
-from ..model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
-from ..model.paged import PagedPlan
-from ..model.policy import Policy
-from .cache import CacheView, Held, PagedCache, page_table
+from ...kernels.cca import NOTHING
+from ...kernels.transfer import PinnedCopy
+from ...model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
+from ...model.paged import PagedPlan
+from ...model.policy import Policy
+from ..cache import BlockTable, CacheView, PagedCache, page_table
 
 
 def bucket(count: int) -> int:
@@ -35,13 +34,13 @@ class RecurringInputs:
     """Layout and plan of one shape.
 
     Args:
-        rows: what each sequence runs; its start means nothing, its tokens are those of padding.
+        rows: what each sequence runs; its start is ignored, its tokens are placeholders.
         sequences: S, a `bucket`.
         width: P, columns of the table of pages.
 
     Attributes:
-        layout, plan: on the host, as `at` last made them.
-        view: over the cache, for its pools.
+        layout, plan: on the host, as the latest `at` made them.
+        view: gives the pools of the cache.
     """
 
     def __init__(self, policy: Policy, cache: PagedCache, rows: DecodeRows, sequences: int, width: int) -> None:
@@ -49,7 +48,7 @@ class RecurringInputs:
         # Far enough from the start that every ancestor before the pack is in the tail.
         anywhere = DecodeRows(rows.clean, hops, rows.proposals, rows.block_length)
         self.layout = decode([anywhere] * sequences, policy.mask_token_id)
-        self.view: CacheView = cache.view([Held(0)] * sequences, self.layout, width)
+        self.view: CacheView = cache.view([BlockTable(0)] * sequences, self.layout, width)
         plan = policy.host_plan(self.layout, self.view)
         assert isinstance(plan, PagedPlan)
         self.plan = plan
@@ -79,23 +78,24 @@ class RecurringInputs:
             moving += [each.range_6T, each.start_S, each.table_SP]
         self._moving = moving
 
-    def parcel(self, device: torch.device) -> Parcel[tuple[TokenLayout, PagedPlan]]:
-        """Layout and plan on the device; its `send` follows an `at`."""
-        return Parcel((self.layout, self.plan), device, self._moving)
+    def pinned_copy(self, device: torch.device) -> PinnedCopy[tuple[TokenLayout, PagedPlan]]:
+        """Layout and plan on the device. Call its `send` after each `at`."""
+        return PinnedCopy((self.layout, self.plan), device, self._moving)
 
-    def at(self, held: Sequence[Held], starts: Sequence[int], first: Sequence[int] | None) -> None:
-        """Put sequences in place, in order; what is left is padding.
+    def at(self, tables: Sequence[BlockTable], starts: Sequence[int], first: Sequence[int] | None) -> None:
+        """Make the inputs of these sequences, in order; the sequences after them are padding.
 
         Args:
-            starts: position of each one's first row.
-            first: its first token; None where the host knows none of them.
+            tables: pages of each sequence.
+            starts: position of its first row.
+            first: token of that row; None where only the device knows it.
         """
-        cache, size, clean, count = self._cache, self._cache.page_size, self._clean, len(held)
+        cache, size, clean, count = self._cache, self._cache.page_size, self._clean, len(tables)
         start, slot, pages, table = self._start, self._slot, self._pages, self._rows[0][0].table_SP.numpy()
         table.fill(0)
         start[:count], start[count:] = starts, 0
-        slot[:count], slot[count:] = [each.slot for each in held], 0
-        pages[:count], pages[count:] = page_table(held, table), 0
+        slot[:count], slot[count:] = [each.slot for each in tables], 0
+        pages[:count], pages[count:] = page_table(tables, table), 0
         if first is not None:
             self._token_SR[:count, 0] = first
         np.add(self._line_R, start[:, None], out=self._position_SR)

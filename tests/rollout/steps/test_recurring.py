@@ -1,4 +1,4 @@
-"""The inputs of steps that recur are those that any step's are made of."""
+"""Inputs of passes that recur equal those of any pass."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from blockroll.kernels.dispatch import using
 from blockroll.model.layout import DecodeRows, decode
-from blockroll.rollout.cache import Held, PagedCache
-from blockroll.rollout.recurring import RecurringInputs, bucket
+from blockroll.rollout.cache import BlockTable, PagedCache
+from blockroll.rollout.steps.recurring import RecurringInputs, bucket
 
 SHAPES = {
     "ar": DecodeRows([5], 0, (), 0),
@@ -53,7 +53,7 @@ def test_number_for_number(make_policy, shape):
             ]
             missing = sequences - len(held)
             layout = decode(plans + [shape] * missing, policy.mask_token_id)
-            view = cache.view(held + [Held(0)] * missing, layout, width)
+            view = cache.view(held + [BlockTable(0)] * missing, layout, width)
             expected = layout, policy.host_plan(layout, view)
             for mine, its in zip((inputs.layout, inputs.plan), expected, strict=True):
                 for got, wanted in zip(leaves(mine), leaves(its), strict=True):

@@ -1,0 +1,241 @@
+"""Runs step plans: forward, verify, and draw the drafts of the next step.
+
+Invariants:
+- The vocabulary head sees verify rows, then only the mask rows of the proposal that was selected.
+- A step may run any schedule, whatever ran before it.
+- Of a sample only the recorded experts are written here. The engine commits everything else.
+- The host waits for the device once per step, in `verify`. Drafts stay on the device: the host knows how many there are, not
+  which tokens they are.
+
+Legend: D decoding samples, T rows, M most drafts, R = M + 1 verify rows, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ...kernels.transfer import download, upload
+from ...model.policy import Policy
+from ..cache import PagedCache
+from ..sampling.drafts import Drafts, SamplerRows, Verdict
+from ..sampling.sampler import draft, verify
+from ..schedule import Schedule
+from ..sequence import Sample, SchedulerOutput
+from .ar import ArPlanBuilder
+from .fused import FusedPlanBuilder
+from .model_runner import ForwardOutput, ModelRunner
+from .plan import ForwardRequest, PlanBuilder, StepPlan
+from .two_pass import TwoPassPlanBuilder
+from .waiting import waiting_drafts
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedExperts:
+    """The experts of one forward pass, and which of them samples record.
+
+    Attributes:
+        expert_TL: int64, the expert each layer chose for each row.
+        spans: per sample that records experts: the sample, the position of its first clean row, its clean rows of the pass.
+    """
+
+    expert_TL: torch.Tensor
+    spans: list[tuple[Sample, int, slice]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepForward:
+    """What the forward passes of a step gave, on the device.
+
+    Attributes:
+        sampling: seeds and parameters of the decoding samples.
+        anchor_D: int64, positions of the anchors.
+        output: the first forward pass; its mask rows are the proposals.
+        logits_DRV: p's logits of the verify rows.
+        drafts: what is verified.
+    """
+
+    sampling: SamplerRows
+    anchor_D: torch.Tensor
+    output: ForwardOutput
+    logits_DRV: torch.Tensor
+    drafts: Drafts
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step gave.
+
+    Attributes:
+        verdict: what the decoding samples commit, on the host.
+        drafts: drafts of the next step, on the device; None where there are none.
+        draft_count_D, draft_level_D: how many drafts, and the level of the proposal they come from.
+        block: mask rows of each proposal; 0 where the step has none.
+    """
+
+    verdict: Verdict
+    drafts: Drafts | None
+    draft_count_D: list[int]
+    draft_level_D: list[int]
+    block: int
+
+
+class Verifier(Protocol):
+    """Decides which drafts a step accepts and which token follows them."""
+
+    def __call__(
+        self, plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
+    ) -> Verdict:
+        """The verdict, on the device. Arguments are those of `sampler.verify`, and the step's plan."""
+
+
+def sampler_verifier(
+    plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
+) -> Verdict:
+    """The verifier of an engine that serves: each sample's own sampler decides."""
+    return verify(sampling, p_logits_DRV, drafts, anchor_D)
+
+
+class StepRunner:
+    """Runs steps of one policy over one cache.
+
+    Args:
+        captured: as in `ModelRunner`.
+
+    Attributes:
+        verifier: decides what a step accepts. A benchmark puts its own in place.
+        wait_seconds: how long the host has waited for the device in `verify`, over all steps.
+    """
+
+    def __init__(
+        self, policy: Policy, cache: PagedCache, captured: bool = True, verifier: Verifier = sampler_verifier
+    ) -> None:
+        self._policy, self._device, self.verifier = policy, policy.device, verifier
+        self.model = ModelRunner(policy, cache, captured)
+        self.wait_seconds = 0.0
+        self._builders: dict[Schedule, PlanBuilder] = {}
+        self._sampling_of: list[Sample] = []
+        self._sampling: SamplerRows | None = None
+        self._routed: list[RoutedExperts] = []
+
+    def take_weights(self) -> None:
+        """Must be called after the policy's weights have changed."""
+        self.model.take_weights()
+
+    def forget_samples(self) -> None:
+        """Drop every reference to samples. Must be called when samples were given up, also in the middle of a step."""
+        self._sampling_of, self._sampling, self._routed = [], None, []
+
+    def plan(self, schedule: Schedule, batch: SchedulerOutput) -> StepPlan:
+        """The step that runs these samples.
+
+        Args:
+            schedule: with sizes (`Schedule.within`).
+        """
+        builder = self._builders.get(schedule)
+        if builder is None:
+            builder = self._builders[schedule] = plan_builder(schedule, self._policy.mask_token_id)
+        return builder.plan(batch)
+
+    def forward(self, plan: StepPlan) -> StepForward | None:
+        """Run the plan's forward passes; None where no sample decodes. `two_pass` draws its drafts between the two passes."""
+        decoding, second = plan.batch.decoding, plan.verify_forward
+        drafts = waiting_drafts(decoding, plan.count_D, self._device) if second is None else None
+        output = self._run(plan.forward, drafts)
+        if not decoding:
+            return None
+        sampling, anchor_D, logits_DRV = self._sampler_rows(decoding), output.extra[0], output.logits_DRV
+        if second is not None:
+            assert plan.verify_D is not None
+            drafts = self._draft(sampling, output, 0, plan.count_D, anchor_D, output.extra[1], logits_DRV[:, 0])
+            after = self._run(second, drafts)
+            rest_DMV = after.logits_DRV
+            if len(plan.verify_D) < len(decoding):
+                rest_DMV = rest_DMV.new_zeros(len(decoding), *rest_DMV.shape[1:]).index_copy_(0, after.extra[0], rest_DMV)
+            logits_DRV = torch.cat([logits_DRV, rest_DMV], dim=1)
+        assert drafts is not None
+        return StepForward(sampling, anchor_D, output, logits_DRV, drafts)
+
+    def verify(self, plan: StepPlan, forward: StepForward | None) -> StepOutput | None:
+        """Verify the drafts, wait for the verdict, and draw the drafts of the next step; None where no sample decodes."""
+        if forward is None:
+            if self._routed:
+                self._download([])
+            return None
+        sampling, anchor_D = forward.sampling, forward.anchor_D
+        away = self.verifier(plan, sampling, forward.logits_DRV, forward.drafts, anchor_D)
+        verdict = Verdict(*self._download([getattr(away, name) for name in Verdict.__slots__]))
+        if plan.proposals is None:
+            nothing = [0] * len(plan.count_D)
+            return StepOutput(verdict, None, nothing, nothing, 0)
+        row_D, count_D, level_D = plan.proposals.select(verdict.accepted_S.numpy())
+        drafts = None
+        if count_D.any():
+            sampled_D = away.token_SR.gather(1, away.accepted_S[:, None])[:, 0]
+            drafts = self._draft(sampling, forward.output, row_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
+        return StepOutput(verdict, drafts, count_D.tolist(), level_D.tolist(), plan.proposals.block)
+
+    def _run(self, request: ForwardRequest, drafts: Drafts | None) -> ForwardOutput:
+        """One forward pass; the experts that samples record are kept for the next download."""
+        output = self.model.run(request, None if drafts is None else drafts.token_SM)
+        if output.expert_TL is not None:
+            batch = request.batch
+            position = {s: start - batch.scheduled[s].chunk for s, start in zip(batch.decoding_index, request.start_D)}
+            self._routed.append(RoutedExperts(output.expert_TL, [
+                (sample, position.get(s, sample.cached), output.clean_rows[s])
+                for s, (sample, _, _) in enumerate(batch.scheduled) if sample.experts is not None
+            ]))  # fmt: skip
+        return output
+
+    def _draft(
+        self, sampling: SamplerRows, output: ForwardOutput, row_D: np.ndarray | int, count_D: np.ndarray, anchor_D: torch.Tensor,
+        previous_D: torch.Tensor, p_first_DV: torch.Tensor | None = None,
+    ) -> Drafts:  # fmt: skip
+        """Draw drafts.
+
+        Args:
+            row_D: mask row of each sample's first draft, counted from its first mask row. count_D: int64, how many drafts; at
+                least one sample has one.
+            anchor_D: position of the token before the first draft. previous_D: that token.
+            p_first_DV: p's logits for the first draft, where they are known.
+        """
+        first_D = np.where(count_D > 0, output.mask_D + row_D, 0)
+        index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(output.hidden_TD) - 1)
+        index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
+        logits_DMV = self.model.head(output.hidden_TD[index_DM])
+        mask, markov = self._policy.mask_token_id, self.model.markov
+        return draft(sampling, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DV)
+
+    def _download(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors on the host. The experts that samples record come in the same copy."""
+        routed, self._routed = self._routed, []
+        start = time.perf_counter()
+        here = download([*tensors, *(each.expert_TL for each in routed)])
+        self.wait_seconds += time.perf_counter() - start
+        for each, expert_TL in zip(routed, here[len(tensors) :], strict=True):
+            for sample, position, rows in each.spans:
+                sample.record_experts(position, expert_TL[rows].numpy())
+        return here[: len(tensors)]
+
+    def _sampler_rows(self, decoding: Sequence[Sample]) -> SamplerRows:
+        """Seeds and parameters of the samples, made anew only when the batch changes."""
+        # Identity, not id(): another sample may come to live at a finished one's address.
+        same = len(decoding) == len(self._sampling_of) and all(map(operator.is_, decoding, self._sampling_of))
+        if self._sampling is None or not same:
+            params = [sample.request.params for sample in decoding]
+            self._sampling = SamplerRows.make(params, [sample.seed for sample in decoding], self._device)
+            self._sampling_of = list(decoding)
+        return self._sampling
+
+
+def plan_builder(schedule: Schedule, mask_token: int) -> PlanBuilder:
+    """The class that plans steps of this kind of schedule."""
+    if schedule.kind == "two_pass":
+        return TwoPassPlanBuilder(schedule, mask_token)
+    return ArPlanBuilder(mask_token) if schedule.kind == "ar" else FusedPlanBuilder(schedule, mask_token)
