@@ -21,7 +21,7 @@ from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
-from blockroll.trainer_bridge.records import decode_trajectory, encode_trajectory
+from blockroll.trainer_bridge.wire.records import decode_trajectory, encode_trajectory
 
 
 @pytest.fixture(scope="module")
