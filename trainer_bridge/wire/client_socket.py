@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Sequence
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from ...errors import TransportError
 from .codec import Buffer
@@ -68,7 +68,8 @@ class ClientSocket:
     def observe(self) -> None:
         """Reads the monitor. Raises TransportError when the gateway does not admit this key or has other security."""
         while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
+            # The first 16 bits are the event. zmq.utils.monitor reads it too, but imports asyncio: 50 ms for every client.
+            event = struct.unpack_from("=H", self._monitor.recv_multipart()[0])[0]
             if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 raise TransportError(f"gateway {self.address} does not admit this client's key; "
                                      "add its public key to the gateway's allow-list")

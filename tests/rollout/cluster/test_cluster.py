@@ -74,7 +74,7 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
-def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir):
+def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir, caplog):
     before, batch = cluster.restarts, requests("c", 40, tokens=100)
     cluster.submit(batch, epoch=3)
     done = collect(cluster, 10)
@@ -82,6 +82,8 @@ def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_
     os.kill(ray.get(worker.actor.stats.remote())["pid"], signal.SIGKILL)
     done += collect(cluster, 80 - len(done))
     assert cluster.restarts == before + 1
+    assert [r.getMessage().partition(": ")[0] for r in caplog.records if r.name == "blockroll.rollout.cluster"] == [
+        "an engine is replaced"]
     assert cluster.poll(0.2) == []
     got = order_by_id([c.trajectory for c in done])
     expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).generate(batch)

@@ -19,7 +19,7 @@ def arrives(pending: PendingRequests, asked: RolloutRequest, sample: int) -> Non
 
 
 def test_a_request_that_failed_after_part_of_it_was_acknowledged_leaves_nothing_missing() -> None:
-    """The failure of an earlier life arrives before this life has submitted; the receipt then tells of two acknowledged samples."""
+    """The failure arrives first; the receipt then says that an earlier life acknowledged two samples."""
     pending, asked = PendingRequests(), request("a", 4)
     pending.fail("a", "the engine failed")
     pending.submit([asked, request("b")])

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bridge_parts import ToyBackend, request, until
+from bridge_parts import ToyBackend, request, until, weights
 
 from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.backend import Completed
-from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.client import RequestRefused, connect
 from blockroll.trainer_bridge.client.connection import Connection
 from blockroll.trainer_bridge.gateway import Gateway, message_router
 from blockroll.trainer_bridge.wire.messages import Shutdown, Stopping
@@ -188,3 +189,57 @@ def test_a_gateway_stays_until_who_stopped_it_has_heard_so(serve: Serve) -> None
     assert any(isinstance(m, Stopping) for m in deaf.receive(5))
     deaf.drop()
     assert gateway.wait(2)
+
+
+def test_an_error_in_many_bytes_reaches_the_client_and_the_gateway_goes_on(serve: Serve) -> None:
+    """Limits of texts count bytes; a thousand characters may be three thousand."""
+    backend = ToyBackend()
+    gateway = serve(backend)
+    backend.broken = "引擎" * 600
+    with connect(gateway.address) as client:
+        with pytest.raises(ClusterError, match="引擎"):
+            client.push_weights(1, weights())
+        with pytest.raises(TransportError, match="引擎"):
+            client.generate([request("a")], timeout=1.5)
+        backend.broken = ""
+        assert len(client.generate([request("a")], timeout=10)) == 1
+
+
+def test_leases_commits_retries_and_refusals_are_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="blockroll.trainer_bridge.gateway")
+    backend = ToyBackend()
+    gateway = serve(backend)
+    backend.broken = "no live actor"
+    with connect(gateway.address, client_id="t") as client:
+        client.submit([request("a"), request("b")])
+        until(lambda: "not taken" in caplog.text)
+        with pytest.raises(ClusterError):
+            client.push_weights(1, weights())
+        backend.broken = ""
+        client.generate([request("a"), request("b")], timeout=10)
+        client.push_weights(1, weights())
+    with connect(gateway.address, client_id="u") as client, pytest.raises(RequestRefused):
+        client.generate([request("a")])
+    lines = [(r.name.removeprefix("blockroll.trainer_bridge."), r.levelname, r.getMessage()) for r in caplog.records]
+    for wanted in (("INFO", "lease 1: 2 requests"), ("WARNING", "lease 1 is not taken by the cluster: no live actor"),
+                   ("INFO", "lease 1 is over; its unfinished work is leased again"), ("INFO", "lease 2: 2 requests"),
+                   ("WARNING", "weight version 1 is not committed: no live actor"), ("INFO", "weight version 1 is committed")):
+        assert ("gateway", *wanted) in lines
+    assert any("request a of client u is refused" in text for _, _, text in lines)
+
+
+def test_a_disk_that_is_full_is_logged_once_until_there_is_room(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="blockroll.trainer_bridge.gateway")
+    backend = ToyBackend(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address) as client:
+        client.submit([request("a")])
+        until(lambda: bool(backend.batches))
+        gateway._ledger._file.run("PRAGMA query_only=1")
+        backend.rate = 1e9
+        until(lambda: "readonly" in str(client.status()["notice"]))
+        time.sleep(1.2)
+        gateway._ledger._file.run("PRAGMA query_only=0")
+        assert len(list(client.results(timeout=10))) == 1
+        until(lambda: "can record again" in caplog.text)
+    assert caplog.text.count("cannot record, trying again") == 1
