@@ -24,9 +24,10 @@ def grpo(
       blockroll grpo configs/grpo/quickstart.yaml
       blockroll grpo configs/grpo/quickstart.yaml --resume
     """
+    from ..service.lifecycle import serve
     from ..trainer_bridge.trainers.grpo import run
 
-    run.run(config, resume, overwrite)
+    run.run(config, serve, resume, overwrite)
 
 
 def convert(config: ConfigArgument) -> None:

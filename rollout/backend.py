@@ -1,12 +1,12 @@
-"""What the bridge asks of whatever makes rollouts: the one interface between the gateway and a cluster of engines.
+"""The interface between the gateway and a cluster of engines.
 
 Invariants:
-- No heavy imports: the bridge programs against this module without torch or Ray.
-- The gateway makes one call at a time: `expected_weights`, and `commit_weights` of the version it comes back at, before it
-  starts, all others from one thread of its own.
-  It never calls `close`: who made a backend ends it.
-- A lease is an epoch: work is submitted under one, comes back under the same one, and the same request submitted again
-  under a higher epoch replaces the former. Epochs only grow.
+- The bridge imports this module without torch or Ray.
+- The gateway makes one call at a time. Before it starts it calls `expected_weights`, and `commit_weights` with the
+  version it restarts at; all other calls come from one thread. It never calls `close`: the creator of a backend closes
+  it.
+- A lease is an epoch: work is submitted under an epoch and comes back under the same one. A request that is submitted
+  again under a higher epoch replaces the former. Epochs only grow.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Completed:
 class RolloutBackend(Protocol):
     """A pool of engines that serve one weight version.
 
-    The gateway provides the policy `finish` itself: it lets the leased work end, then commits. A backend that can commit
-    over sequences in flight says so with an attribute `in_flight_policies` and is then called with
-    `commit_weights(version, arrays, in_flight=policy)` for each policy but `finish`.
+    The gateway implements the policy `finish` itself: it waits until the leased work has ended, then commits. A backend
+    that can commit while sequences are in flight has an attribute `in_flight_policies`, and is called with
+    `commit_weights(version, arrays, in_flight=policy)` for every policy but `finish`.
     """
 
     @property
@@ -54,17 +54,17 @@ class RolloutBackend(Protocol):
         ...
 
     def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
-        """Takes a whole batch under one epoch and returns at once. One call per batch, so that placement can be a
-        function of the batch alone. Raises ClusterError when nothing of it was taken."""
+        """Takes a whole batch under one epoch and returns at once. There is one call per batch, so that placement can
+        be a function of the batch alone. Raises ClusterError when nothing of the batch was taken."""
         ...
 
     def poll(self, timeout: float) -> list[Completed]:
-        """What finished since the last call, in any order; waits up to `timeout` seconds for the first; [] if none."""
+        """What has finished since the last call, in any order; waits up to `timeout` seconds for the first."""
         ...
 
     def revoke(self, epoch: int) -> None:
-        """The lease is over: unfinished work under this epoch is not waited for and its outputs are not wanted. An engine that
-        is busy with it may hang and is given up, so that the work, submitted again, goes to one that answers."""
+        """Ends a lease: its unfinished work is dropped. An engine that is busy with it may hang and is replaced, so
+        that the work, once it is submitted again, goes to an engine that answers."""
         ...
 
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:

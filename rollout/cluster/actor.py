@@ -1,10 +1,11 @@
 """A Ray actor around one engine.
 
 Invariants:
-- One share of work at a time, served whole and in the order it came, so what an actor computes does not depend on when
-  its results are fetched. Samples leave as they finish, by a stream.
-- A weight version is staged beside the one that serves and taken between two steps, also in the middle of a share.
-- Whatever ends a share early leaves nothing of it in the engine.
+- An actor serves one assignment at a time, whole and in its order, so what it computes does not depend on when its
+  results are fetched. Samples leave as they finish, by a stream.
+- A weight version is staged beside the one that serves and taken between two steps, also in the middle of an
+  assignment.
+- An assignment that ends early leaves nothing in the engine.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..types import RolloutRequest
 
 @ray.remote(max_restarts=0, num_cpus=1, concurrency_groups={"control": 1})
 class RolloutActor:
-    """One engine in a process of its own. `run` in one thread; staging, commits and figures in another beside it.
+    """One engine in a process of its own. `run` has one thread; staging, commits and figures have another.
 
     Args:
         version, arrays: the weights to serve; None for those of `policy` itself.
@@ -46,17 +47,17 @@ class RolloutActor:
             self._engine.load_weights(self._fitting(arrays, version), version)
 
     def ready(self) -> int:
-        """The weight version that serves; answers once the policy is loaded."""
+        """The weight version that serves. The call returns once the policy is loaded."""
         return self._engine.version
 
     @ray.method(num_returns="streaming")
     def run(
         self, batch: Sequence[RolloutRequest], epoch: int, done: Mapping[str, frozenset[int]]
     ) -> Iterator[list[Completed]]:
-        """Serves a share to its end; a request the engine refuses is reported, the others go on.
+        """Serves an assignment to its end. A request that the engine refuses is reported, and the others go on.
 
         Args:
-            done: numbers of the samples, by request id, that are not wanted: they are there already.
+            done: per request id, the numbers of the samples that are not wanted because they have come.
         """
         torch.set_num_threads(1)  # OpenMP's setting belongs to the thread
         refused = []
@@ -86,21 +87,20 @@ class RolloutActor:
 
     @ray.method(concurrency_group="control")
     def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Hold a version's tensors ready; raises if one does not fit the policy."""
+        """Stages a version's tensors; raises if one does not fit the policy."""
         self._staged = {version: self._fitting(arrays, version)}
 
     @ray.method(concurrency_group="control")
     def unstage(self) -> None:
-        """Free what is held ready."""
+        """Frees what is staged."""
         self._staged = {}
 
     @ray.method(concurrency_group="control")
     def commit(self, version: int, in_flight: InFlightPolicy) -> int:
-        """Take the staged version between two steps.
+        """Takes the staged version between two steps.
 
-        Args:
-            in_flight: what happens to unfinished samples: `keep` and `recompute` as `Engine.load_weights` has it; `abort`
-                ends them where they are; `finish`: the caller knows that there are none.
+        Args: in_flight: what happens to unfinished samples. `keep`, `recompute`: see `Engine.load_weights`. `abort`:
+            they end where they are. `finish`: the caller has waited until there are none.
         """
         with self._between_steps:
             if in_flight == "abort" and self._epoch is not None:

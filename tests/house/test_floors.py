@@ -13,7 +13,7 @@ from importlinter.application import use_cases
 from importlinter.configuration import configure
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ["kernels", "model", "rollout", "trainer_bridge", "cli"]
+FLOORS = ["kernels", "model", "rollout", "trainer_bridge", "service", "cli"]
 KERNELS_MAY_IMPORT = {"numpy", "torch", "triton", "numba", "llvmlite"}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = ["kernels", "model", "rollout", "trainer_bridge", "cli"]
+FLOORS = ["kernels", "model", "rollout", "trainer_bridge", "service", "cli"]
 BUILD_FILES = ["pyproject.toml", "README.md", "LICENSE"]
 
 

@@ -24,10 +24,12 @@ import numpy as np
 from blockroll.errors import ClusterError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, Trajectory
+from blockroll.trainer_bridge.client.host_weights import HostWeights
 from blockroll.trainer_bridge.gateway import Gateway
-from blockroll.trainer_bridge.kept import KeptVersions, VersionFile
-from blockroll.trainer_bridge.ledger import Ledger
-from blockroll.trainer_bridge.records import encode_request
+from blockroll.trainer_bridge.gateway.kept_versions import KeptVersions, VersionFile
+from blockroll.trainer_bridge.gateway.ledger import Ledger
+from blockroll.trainer_bridge.wire.manifest import Manifest
+from blockroll.trainer_bridge.wire.records import encode_request
 
 EXPECTED: dict[str, tuple[str, tuple[int, ...]]] = {
     "embed.weight": ("float32", (32, 8)), "scale": ("float32", ()), "half": ("float16", (3, 5)),
@@ -89,6 +91,11 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {"embed.weight": rng.random((32, 8), np.float32), "scale": np.array(seed + 0.5, np.float32),
             "half": rng.random((3, 5)).astype(np.float16), "none": np.zeros((0, 4), np.float32)}
+
+
+def make_manifest(version: int, parent: int, tensors: Mapping[str, Any]) -> Manifest:
+    """The manifest a client announces these tensors with."""
+    return HostWeights.copy_of(tensors).manifest(version, parent)
 
 
 def name_weights(arrays: Mapping[str, np.ndarray]) -> str:

@@ -20,6 +20,7 @@ import pytest
 from bridge_parts import Served, ToyBackend, assert_same, make_trajectory, request
 
 from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.client.host_weights import HostWeights
 from blockroll.trainer_bridge.gateway import Gateway
 
 HERE = Path(__file__).parent
@@ -173,8 +174,8 @@ def test_line_cut_in_mid_message(cable: Callable[..., Cable]) -> None:
 
 def test_line_that_swallows_everything_is_left_for_another(
         cable: Callable[..., Cable], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blockroll.trainer_bridge.connection.SILENCE_S", 1.0)
-    monkeypatch.setattr("blockroll.trainer_bridge.connection.PING_S", 0.2)
+    monkeypatch.setattr("blockroll.trainer_bridge.client.connection.SILENCE_S", 1.0)
+    monkeypatch.setattr("blockroll.trainer_bridge.client.connection.PING_S", 0.2)
     line = cable(ToyBackend(rate=100.0))
     with connect(line.address, client_id="trainer", timeout=20) as client:
         client.submit([request(f"r{i}") for i in range(60)])
@@ -203,28 +204,25 @@ def test_line_cut_in_mid_push(cable: Callable[..., Cable]) -> None:
     assert np.array_equal(backend.arrays["w"], tensors["w"])
 
 
-def test_gateway_killed_in_mid_push(served: Callable[..., Served]) -> None:
+def test_gateway_killed_in_mid_push(served: Callable[..., Served], monkeypatch: pytest.MonkeyPatch) -> None:
     from bridge_parts import weights
 
     gateway = served(1e9)
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
         killed = threading.Event()
 
-        class Slow(dict[str, np.ndarray]):
-            """Kills the gateway while its tensors are being sent for the first time."""
+        def killing(self: HostWeights) -> Iterator[tuple[int, int, memoryview]]:
+            """Kills the gateway while the tensors are being sent for the first time."""
+            for chunk in chunks(self):
+                if chunk[0] == 2 and not killed.is_set():
+                    gateway.kill()
+                    gateway.start()
+                    killed.set()
+                yield chunk
 
-            reads = 0
-
-            def items(self):  # type: ignore[no-untyped-def]
-                self.reads += 1
-                for pair in super().items():
-                    if self.reads == 2 and pair[0] == "half":
-                        gateway.kill()
-                        gateway.start()
-                        killed.set()
-                    yield pair
-
-        assert client.push_weights(1, Slow(weights())) == 1
+        chunks = HostWeights.chunks
+        monkeypatch.setattr(HostWeights, "chunks", killing)
+        assert client.push_weights(1, weights()) == 1
         assert killed.is_set()
         assert client.generate([request("a")])[0].versions[0] == 1
 

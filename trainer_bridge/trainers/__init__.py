@@ -1,1 +1,2 @@
-"""Trainers that ship with blockroll. Each one talks to a rollout service through `client` alone."""
+"""Trainers that ship with blockroll. Each one is given the address of a rollout service and talks to it through
+`client` alone."""

@@ -17,11 +17,12 @@ import blockroll
 from blockroll.errors import ClusterError, InvalidInput
 from blockroll.model.scoring import score
 from blockroll.rollout.cluster import RayCluster
+from blockroll.rollout.cluster.worker import Worker
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
-from blockroll.trainer_bridge.records import decode_trajectory, encode_trajectory
+from blockroll.trainer_bridge.wire.records import decode_trajectory, encode_trajectory
 
 
 @pytest.fixture(scope="module")
@@ -73,33 +74,35 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
-def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir):
+def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir, caplog):
     before, batch = cluster.restarts, requests("c", 40, tokens=100)
     cluster.submit(batch, epoch=3)
     done = collect(cluster, 10)
-    seat = cluster._seats[0]
-    os.kill(ray.get(seat.actor.stats.remote())["pid"], signal.SIGKILL)
+    worker = cluster._workers[0]
+    os.kill(ray.get(worker.actor.stats.remote())["pid"], signal.SIGKILL)
     done += collect(cluster, 80 - len(done))
     assert cluster.restarts == before + 1
+    assert [r.getMessage().partition(": ")[0] for r in caplog.records if r.name == "blockroll.rollout.cluster"] == [
+        "an engine is replaced"]
     assert cluster.poll(0.2) == []
     got = order_by_id([c.trajectory for c in done])
     expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).generate(batch)
     assert [t.key for t in got] == [t.key for t in expected]
     assert [t.tokens for t in got] == [t.tokens for t in expected]
-    again = ray.get(seat.actor.stats.remote())["decode_tokens"]
-    of_the_seat = sum(len(t.tokens) for t in got if t.request_id in {r.id for r in batch[0::2]})
-    assert 0 < again < of_the_seat
+    again = ray.get(worker.actor.stats.remote())["decode_tokens"]
+    of_the_worker = sum(len(t.tokens) for t in got if t.request_id in {r.id for r in batch[0::2]})
+    assert 0 < again < of_the_worker
 
 
-def test_engines_that_die_again_and_again_end_their_share(cluster):
+def test_engines_that_die_again_and_again_end_their_assignment(cluster):
     before = cluster.restarts
     cluster.submit(requests("k", 40, tokens=100), epoch=4)
-    seat, done = cluster._seats[0], []
+    worker, done = cluster._workers[0], []
     for death in range(1, 4):
-        ray.kill(seat.actor)
+        ray.kill(worker.actor)
         while cluster.restarts < before + death:
             done += cluster.poll(0.5)
-    while any(seat.shares for seat in cluster._seats):
+    while any(w.assignments for w in cluster._workers):
         done += cluster.poll(0.5)
     failed = {c.request_id: c.error for c in done if c.error}
     samples = Counter(c.request_id for c in done if c.trajectory)
@@ -124,21 +127,21 @@ def test_weights_are_taken_by_all_or_none(cluster, policy_dir):
 
 
 def pids(cluster):
-    return [ray.get(seat.actor.stats.remote())["pid"] for seat in cluster._seats]
+    return [ray.get(worker.actor.stats.remote())["pid"] for worker in cluster._workers]
 
 
 def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(cluster, next_weights, monkeypatch):
     old, before, (arrays, policy) = cluster.version, pids(cluster), next_weights
-    seat = cluster._seats[1]
-    monkeypatch.setattr(cluster, "_replace", keep_proxies_out(cluster._replace))
-    seat.actor = Stubborn(seat.actor)
+    worker = cluster._workers[1]
+    monkeypatch.setattr(Worker, "replace", keep_proxies_out(Worker.replace))
+    worker.actor = Stubborn(worker.actor)
     cluster.submit(requests("s", 20, tokens=100), epoch=20)
     done = collect(cluster, 4)
     cluster.commit_weights(old + 1, arrays, in_flight="keep")
     done += collect(cluster, 40 - len(done))
     assert cluster.version == old + 1
     assert (pids(cluster)[0] == before[0], pids(cluster)[1] == before[1]) == (True, False)
-    assert ray.get([seat.actor.ready.remote() for seat in cluster._seats]) == [old + 1, old + 1]
+    assert ray.get([worker.actor.ready.remote() for worker in cluster._workers]) == [old + 1, old + 1]
     assert len({c.trajectory.key for c in done}) == 40
     cluster.submit(requests("t", 4), epoch=21)
     got = [c.trajectory for c in collect(cluster, 8)]
@@ -147,23 +150,23 @@ def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(clus
 
 
 def keep_proxies_out(replace):
-    def replacing(seat):
-        if isinstance(seat.actor, Stubborn):
-            seat.actor = seat.actor._actor
-        replace(seat)
+    def replacing(worker, why):
+        if isinstance(worker.actor, Stubborn):
+            worker.actor = worker.actor._actor
+        replace(worker, why)
 
     return replacing
 
 
 def test_where_every_engine_fails_over_a_version_the_old_one_serves_on_all(cluster, next_weights, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster, "_replace", keep_proxies_out(cluster._replace))
+    monkeypatch.setattr(Worker, "replace", keep_proxies_out(Worker.replace))
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
         old = client.version
-        for seat in cluster._seats:
-            seat.actor = Stubborn(seat.actor)
+        for worker in cluster._workers:
+            worker.actor = Stubborn(worker.actor)
         with pytest.raises(ClusterError, match=f"no engine could take version {old + 1}"):
             client.push_weights(old + 1, next_weights[0])
-        assert ray.get([seat.actor.ready.remote() for seat in cluster._seats]) == [old, old]
+        assert ray.get([worker.actor.ready.remote() for worker in cluster._workers]) == [old, old]
         assert {int(v) for t in client.generate(requests("u", 4), timeout=60) for v in t.versions} == {old}
         assert client.push_weights(old + 1, next_weights[0]) == old + 1
 
@@ -182,7 +185,7 @@ def test_a_cluster_that_starts_elsewhere_is_brought_to_the_version_of_the_ledger
             got = client.generate(requests("left", 4), timeout=60)
             assert {int(v) for t in got for v in t.versions} == {version}
             assert largest_error(policy, got) < 1e-4
-            ray.kill(cluster._seats[0].actor)
+            ray.kill(cluster._workers[0].actor)
             got = client.generate(requests("more", 4), timeout=60)
             assert largest_error(policy, got) < 1e-4
 

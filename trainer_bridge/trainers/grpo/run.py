@@ -1,11 +1,12 @@
-"""One run of `blockroll grpo`: its directory, its service, its trainer.
+"""One GRPO run: its directory and its trainer. The service it trains against is brought up by the caller's function
+`serve`.
 
 Invariants:
-- A directory belongs to one process at a time, and a run that is there is gone on with or replaced only when asked.
-- Everything that can be refused is checked before anything of an earlier run is touched; a run that replaces another one puts
-  it back when its own start fails.
-- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), checkpoint.safetensors, ledger.sqlite and what lies
-  beside it, summary.json, report.png, policy/.
+- A directory belongs to one process at a time. A run in it is resumed or replaced only on request.
+- Everything that can be refused is checked before an earlier run is touched. A run that replaces an earlier one puts
+  that one back when its own start fails.
+- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), checkpoint.safetensors, ledger.sqlite and
+  what lies beside it, summary.json, report.png, policy/.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ....errors import ConfigError, InvalidInput
 from ....files import locked_directory, make_directory, write_atomic, write_json
 from ....model.checkpoint import load_policy, save_policy
+from ....rollout.engine import EngineConfig
+from ....rollout.schedule import Schedule
 from ....settings import load_yaml, whole_text
 from ...client import connect
-from ...service import serve
 from .checkpoint import NAME
 from .config import GrpoConfig
 from .metrics import METRICS
@@ -35,11 +37,19 @@ CONFIG, SUMMARY, REPORT, POLICY, LEDGER = "config.yaml", "summary.json", "report
 _ASIDE = ".replaced"
 
 
-def run(config_path: str | os.PathLike[str], resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Start a service, train against it, write the run's files; returns the summary.
+class Serve(Protocol):
+    """Brings a rollout service up for a `with` block, which is given its address."""
+
+    def __call__(self, policy: str, engines: EngineConfig, ledger: Path, *, actors: int, ray_address: str | None,
+                 bind: str) -> AbstractContextManager[str]: ...
+
+
+def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Trains against a rollout service and writes the run's files; returns the summary.
 
     Args:
-        resume: go on with the run in the output directory from its last checkpoint; start one where there is none.
+        serve: brings the service up (`service.lifecycle.serve`), or yields the address of one that runs.
+        resume: go on with the run in the output directory from its last checkpoint; start a run when there is none.
         overwrite: replace the run in the output directory.
 
     Raises:
@@ -58,7 +68,10 @@ def run(config_path: str | os.PathLike[str], resume: bool = False, overwrite: bo
         with _replacing(output, overwrite, kept=resume) as started:
             write_atomic(output / CONFIG, whole_text(config_path).encode())
             display.say("starting the rollout service")
-            with serve(config.policy, config.rollouts, output / LEDGER) as address:
+            options = config.rollouts
+            engines = EngineConfig(Schedule(options.schedule, levels=options.levels), max_batch=options.batch)
+            with serve(config.policy, engines, output / LEDGER, actors=options.actors, ray_address=options.ray_address,
+                       bind=options.bind) as address:
                 with connect(address, client_id="grpo", timeout=120.0, ack="manual") as client:
                     start = load_policy(config.policy) if config.loss.kl_weight else None
                     trainer = Trainer(config, policy, client, output, display, start)
@@ -74,7 +87,7 @@ def run(config_path: str | os.PathLike[str], resume: bool = False, overwrite: bo
 
 
 def _present(output: Path) -> list[Path]:
-    """What of a run lies in the directory."""
+    """The files and directories of a run that are in the directory."""
     names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY)
     return [*(output / name for name in names if (output / name).exists()), *output.glob(f"{LEDGER}*")]
 
@@ -90,13 +103,13 @@ def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike
 
 @contextmanager
 def _replacing(output: Path, overwrite: bool, kept: bool) -> Iterator[Callable[[], None]]:
-    """Sets an earlier run aside and puts it back when the block fails before it calls what is yielded.
+    """Sets an earlier run aside. Puts it back when the block fails before it has called the function that is yielded.
 
     Raises:
-        ConfigError: there is an earlier run and it may be neither replaced nor `kept`.
+        ConfigError: there is an earlier run, and neither `overwrite` nor `kept` is set.
     """
     aside = output / _ASIDE
-    if aside.is_dir():  # a start that was killed: whatever it had made is worth less than what it set aside
+    if aside.is_dir():  # an earlier start was killed before it had anything worth keeping
         _put_back(output, aside)
     if kept:
         yield lambda: None

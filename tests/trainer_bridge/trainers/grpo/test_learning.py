@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from blockroll.service.lifecycle import serve
 from blockroll.trainer_bridge.trainers.grpo import trainer
 from blockroll.trainer_bridge.trainers.grpo.run import run
 
@@ -35,7 +36,7 @@ def gains(summary: dict) -> dict[str, float]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_quickstart_learns(tmp_path: Path, seed: int) -> None:
-    summary = run(quickstart(tmp_path, seed))
+    summary = run(quickstart(tmp_path, seed), serve)
     gain = gains(summary)
     print(seed, gain, summary)
     assert summary["heldout_tasks"] >= 400
@@ -59,7 +60,7 @@ def test_rewards_of_other_samples_teach_nothing(tmp_path: Path, monkeypatch: pyt
     summaries = []
     for seed in range(3):
         (tmp_path / str(seed)).mkdir()
-        summaries.append(run(quickstart(tmp_path / str(seed), seed)))
+        summaries.append(run(quickstart(tmp_path / str(seed), seed), serve))
         print(seed, gains(summaries[-1]), errors(summaries[-1]))
     for name, most in (("accuracy", 0.05), ("greedy", 0.04), ("reward", 0.04)):
         some = [gains(s)[name] for s in summaries]

@@ -1,0 +1,47 @@
+"""One worker's part of a batch, and which of its samples have come."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..backend import Completed
+from ..types import RolloutRequest
+
+
+@dataclass
+class Assignment:
+    """Requests of one lease that one worker serves, in this order.
+
+    Attributes:
+        epoch: the lease.
+        done: per request id, the numbers of the samples that have come.
+        failed: ids of requests that cannot be served.
+        deaths: actors that have died over it since the last sample.
+    """
+
+    batch: list[RolloutRequest]
+    epoch: int
+    done: defaultdict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    failed: set[str] = field(default_factory=set)
+    deaths: int = 0
+
+    def take(self, item: Completed) -> bool:
+        """Notes a sample or a failure; False when it had come before."""
+        if item.trajectory is None:
+            new = item.request_id not in self.failed
+            self.failed.add(item.request_id)
+        else:
+            numbers = self.done[item.request_id]
+            new = item.trajectory.sample not in numbers
+            numbers.add(item.trajectory.sample)
+        return new
+
+    def unfinished(self) -> list[RolloutRequest]:
+        """Requests of which samples are to come."""
+        return [r for r in self.batch if r.id not in self.failed and len(self.done[r.id]) < r.samples]
+
+    def unwanted(self) -> Mapping[str, frozenset[int]]:
+        """Per unfinished request, the numbers of the samples that have come."""
+        return {r.id: frozenset(self.done[r.id]) for r in self.unfinished()}

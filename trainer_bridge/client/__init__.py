@@ -1,0 +1,15 @@
+"""The trainer's side of the bridge.
+
+Knows requests, trajectories and weights as bytes. Does not know the gateway's ledger or its engines. Imports neither
+torch, Ray nor an engine.
+
+`rollout_client`: the public face. `message_loop` exchanges messages over a `connection`; `pending_requests` knows what
+was submitted and what arrived, each as a `pending_request`; `collector` gathers one call's answers. `weight_pusher`
+sends `host_weights`.
+"""
+
+from ..wire.keys import ClientKeys, CurveKeys
+from .connection import RequestRefused
+from .rollout_client import RolloutClient, connect
+
+__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]

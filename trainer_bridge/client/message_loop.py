@@ -1,0 +1,168 @@
+"""Exchanges messages with a gateway across sessions: submissions, deliveries, acknowledgements, credit, figures.
+
+Invariants:
+- A new session first repeats the acknowledgements that were not confirmed, then submits what is unfinished. Both may be
+  repeated without effect.
+- The gateway is told what has arrived (`cursor`), so a new session brings nothing twice to this life of the client.
+- Undelivered bytes in the inbox stay below WINDOW plus one trajectory. What the caller has taken from the inbox does
+not count.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from ...errors import BlockrollError, TransportError
+from ..wire.limits import MAX_ACKS
+from ..wire.messages import (
+    Ack,
+    Acked,
+    Credit,
+    Delivery,
+    Failure,
+    Message,
+    Refused,
+    Status,
+    StatusRequest,
+    Submitted,
+)
+from .connection import Connection, SessionLost, refusal
+from .pending_requests import PendingRequests
+
+_log = logging.getLogger(__package__)
+WINDOW = 64 << 20
+"""Bytes of deliveries the gateway may send ahead of the caller."""
+MAX_UNCONFIRMED_ACKS = 8
+"""Ack messages that may be sent before the gateway has confirmed them."""
+_WAIT_S = 0.2
+Figures = dict[str, float | int | str]
+Keys = tuple[tuple[str, int], ...]
+
+
+class MessageLoop:
+    """Sends what is to be sent and enters what arrives into `pending`. One thread at a time."""
+
+    def __init__(self, connection: Connection, pending: PendingRequests) -> None:
+        self.connection, self.pending = connection, pending
+        self._acks: deque[tuple[str, int]] = deque()
+        self._unconfirmed_acks: dict[int, Keys] = {}
+        self._cursor = self._received = self._granted = self._number = self._session = 0
+        self._status: tuple[int, Figures] = (0, {})
+        self._status_wanted = self._status_session = 0
+        self._last_delivery = 0.0
+        self._refusal: BlockrollError | None = None
+
+    @property
+    def acknowledging(self) -> bool:
+        """Whether an acknowledgement is not confirmed yet."""
+        return bool(self._acks or self._unconfirmed_acks)
+
+    def run_until(self, done: Callable[[], bool], timeout: float | None = None, *, reopen: bool = True) -> None:
+        """Exchanges messages until `done()`, which has no effects; opens a new session whenever one is lost, if
+        `reopen`.
+
+        Raises TransportError when the gateway is silent too long or nothing is delivered for `timeout` seconds, and
+        what the gateway refused.
+        """
+        self._last_delivery, wait = time.monotonic(), 0.0
+        while True:
+            try:
+                if not self.connection.is_open:
+                    if not reopen:
+                        return
+                    self._open()
+                self._exchange(wait)
+                if self._refusal is None and done():
+                    return
+                wait = _WAIT_S if timeout is None else min(_WAIT_S, timeout)
+            except SessionLost:
+                _log.info("the session with %s is lost", self.connection.address)
+                self.connection.drop()
+            if self._refusal is not None:
+                error, self._refusal = self._refusal, None
+                raise error
+            if timeout is not None and time.monotonic() - self._last_delivery > timeout:
+                notice = self.connection.notice or "the gateway answers and reports no trouble"
+                raise TransportError(f"no trajectory for {timeout:g} s, {self.pending.missing} samples are outstanding "
+                                     f"({notice}); wait longer, or see status()")
+
+    def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
+        """Acknowledges these (request id, sample) with the next exchange."""
+        self._acks.extend(keys)
+
+    def status(self) -> Figures:
+        """Asks the gateway for its figures."""
+        self._number += 1
+        number = self._status_wanted = self._number
+        self._status_session = 0
+        try:
+            self.run_until(lambda: self._status[0] == number)
+        finally:
+            self._status_wanted = 0
+        return self._status[1]
+
+    def _open(self) -> None:
+        for keys in reversed(self._unconfirmed_acks.values()):
+            self._acks.extendleft(reversed(keys))
+            self.pending.count_acks(keys, -1)
+        self._unconfirmed_acks.clear()
+        self.pending.restart()
+        self._received, self._granted = 0, max(WINDOW - self.pending.inbox_bytes, 0)
+        self._session += 1
+        ledger = self.connection.ledger
+        self.connection.open(self._granted, self._cursor)
+        if self.connection.ledger != ledger:
+            self._cursor = 0
+
+    def _exchange(self, wait: float) -> None:
+        self._flush()
+        try:
+            for message in self.connection.receive(wait):
+                self._handle(message)
+        except BaseException:
+            # Messages that arrived and were not handled end with this session. The next session brings them again.
+            self.connection.drop()
+            raise
+        self._flush()
+
+    def _flush(self) -> None:
+        """Sends what may be sent. Acknowledgements go first: a part's receipt is read against the acknowledgements
+        before it."""
+        while self._acks and len(self._unconfirmed_acks) < MAX_UNCONFIRMED_ACKS:
+            keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
+            self._number += 1
+            self._unconfirmed_acks[self._number] = keys
+            self.pending.count_acks(keys, 1)
+            self.connection.send(Ack(self._number, keys))
+        for part in self.pending.parts():
+            self.connection.send(part)
+        granted = self._received + max(WINDOW - self.pending.inbox_bytes, 0)
+        if granted - self._granted >= WINDOW // 8:
+            self._granted = granted
+            self.connection.send(Credit(granted))
+        if self._status_wanted and self._status_session != self._session:
+            self._status_session = self._session
+            self.connection.send(StatusRequest(self._status_wanted))
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Delivery):
+            self._cursor, self._last_delivery = message.number, time.monotonic()
+            self._received += len(message.blobs[0])
+            self.pending.deliver(message.request_id, message.sample, bytes(message.blobs[0]))
+        elif isinstance(message, Failure):
+            self._cursor, self._last_delivery = message.number, time.monotonic()
+            self._received += len(message.error.encode())
+            _log.info("request %s is refused: %s", message.request_id, message.error)
+            self.pending.fail(message.request_id, message.error)
+        elif isinstance(message, Submitted):
+            self.pending.receipt(message)
+        elif isinstance(message, Acked):
+            self.pending.confirm(self._unconfirmed_acks.pop(message.number, ()))
+        elif isinstance(message, Status):
+            self._status = (message.number, dict(message.figures))
+        elif isinstance(message, Refused) and message.about in self.pending.batches:
+            self.pending.abandon(message.about)
+            self._refusal = refusal(message)

@@ -1,0 +1,252 @@
+"""Calls the backend from a thread of its own, so that the gateway answers clients while an engine or a commit is slow.
+
+Invariants:
+- Every call to the backend after the gateway's start is made from this thread, one at a time.
+- A commit with policy `finish` starts when no leased work is in flight; work submitted meanwhile waits behind it.
+- A version is on disk before the backend is given it.
+- Outputs are handed to the gateway in the order the backend returned them. The gateway bounds what is in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import BlockrollError, ClusterError, StorageError
+from ...rollout.backend import Completed, RolloutBackend
+from ...rollout.types import RolloutRequest
+
+_log = logging.getLogger(__package__)
+POLL_S, IDLE_S, STATS_S = 0.02, 0.25, 0.5
+"""Seconds of one poll with work in flight, of a wait without, and between two readings of the backend's figures."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A leased batch to run."""
+
+    epoch: int
+    batch: Sequence[RolloutRequest]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A complete weight version to commit, after `seal` has written it to disk."""
+
+    version: int
+    arrays: Mapping[str, np.ndarray]
+    in_flight: str
+    seal: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """A lease that is over. Its outputs are not waited for."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Samples that engines finished, and requests they cannot serve."""
+
+    completed: list[Completed]
+
+
+@dataclass(frozen=True)
+class WorkRefused:
+    """The backend has taken nothing of this lease."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class CommitEnded:
+    """A commit has ended. `error` is None when every engine has the version."""
+
+    version: int
+    error: BlockrollError | None
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """The backend raised something other than ClusterError: a bug, or an interrupt."""
+
+    error: BaseException
+
+
+Event = Outputs | WorkRefused | CommitEnded | Crashed
+
+
+class BackendDriver:
+    """Runs a backend from one thread. `version`, `stats`, `in_flight` and `notices` are snapshots anyone may read.
+
+    Args:
+        wake: called, from the driver's thread, after an event was put into `events`.
+    """
+
+    def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.version, self.stats = backend.version, backend.stats()
+        self._trouble: dict[str, str] = {}
+        self._backend, self._wake = backend, wake
+        self._commands: queue.SimpleQueue[Work | Commit | Revoke | None] = queue.SimpleQueue()
+        self._flight: dict[str, tuple[int, int]] = {}
+        self._samples = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._refreshed = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="blockroll-backend", daemon=True)
+        self._thread.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Samples submitted and not yet returned."""
+        return self._samples
+
+    def notices(self) -> list[str]:
+        """What the backend cannot do at present, one line each."""
+        return sorted({**self._trouble}.values())
+
+    def submit(self, epoch: int, batch: Sequence[RolloutRequest]) -> None:
+        """Queues a leased batch for the backend. Returns at once; any thread may call it."""
+        with self._lock:
+            for request in batch:
+                self._forget(request.id)
+                self._flight[request.id] = (epoch, request.samples)
+                self._samples += request.samples
+        self._commands.put(Work(epoch, batch))
+
+    def commit(self, commit: Commit) -> None:
+        """Queues a weight version for the backend; a CommitEnded event follows. Returns at once; any thread may call
+        it."""
+        self._commands.put(commit)
+
+    def revoke(self, epoch: int) -> None:
+        """Queues the end of a lease for the backend. Returns at once; any thread may call it."""
+        self._commands.put(Revoke(epoch))
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
+        self._stop.set()
+        self._commands.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        waiting: Commit | None = None
+        held: list[Work] = []
+        try:
+            while not self._stop.is_set():
+                command = self._take(busy=waiting is not None or bool(self._samples))
+                if isinstance(command, Commit):
+                    waiting = command if self._sealed(command) else None
+                elif isinstance(command, Revoke):
+                    held = [work for work in held if work.epoch != command.epoch]
+                    self._revoke(command.epoch)
+                elif command is not None and waiting is not None and waiting.in_flight == "finish":
+                    held.append(command)
+                elif command is not None:
+                    self._submit(command)
+                held_samples = sum(r.samples for w in held for r in w.batch)
+                if waiting is not None and (waiting.in_flight != "finish" or self._samples <= held_samples):
+                    self._commit(waiting)
+                    waiting = None
+                    for work in held:
+                        self._submit(work)
+                    held.clear()
+                self._collect()
+        except BaseException as error:
+            # The gateway ends and raises it to its owner.
+            self._tell(Crashed(error))
+
+    def _take(self, busy: bool) -> Work | Commit | Revoke | None:
+        try:
+            return self._commands.get(timeout=0.0 if busy else IDLE_S)
+        except queue.Empty:
+            return None
+
+    def _submit(self, work: Work) -> None:
+        try:
+            self._backend.submit(work.batch, work.epoch)
+            self._trouble.pop("submit", None)
+        except ClusterError as error:
+            _log.warning("lease %d is not taken by the cluster: %s", work.epoch, error)
+            self._trouble["submit"] = str(error)
+            with self._lock:
+                for request in work.batch:
+                    self._forget(request.id, work.epoch)
+            self._tell(WorkRefused(work.epoch))
+
+    def _sealed(self, commit: Commit) -> bool:
+        """Writes a version to disk while samples in flight go on; False, and a CommitEnded event, when the disk refuses
+        it."""
+        try:
+            commit.seal()
+        except StorageError as error:
+            self._tell(CommitEnded(commit.version, error))
+            return False
+        return True
+
+    def _revoke(self, epoch: int) -> None:
+        with self._lock:
+            for request_id in [name for name, (under, _) in self._flight.items() if under == epoch]:
+                self._forget(request_id)
+        try:
+            self._backend.revoke(epoch)
+        except ClusterError as error:
+            self._trouble["submit"] = str(error)
+
+    def _commit(self, commit: Commit) -> None:
+        error: BlockrollError | None = None
+        try:
+            if commit.in_flight == "finish":
+                self._backend.commit_weights(commit.version, commit.arrays)
+            else:
+                self._backend.commit_weights(commit.version, commit.arrays, in_flight=commit.in_flight)  # type: ignore[call-arg]
+        except ClusterError as failure:
+            error = failure
+        self._refresh()
+        self._tell(CommitEnded(commit.version, error))
+
+    def _collect(self) -> None:
+        try:
+            completed = self._backend.poll(POLL_S if self._samples else 0.0)
+            if time.monotonic() - self._refreshed > STATS_S:
+                self._refresh()
+        except ClusterError as error:
+            if "poll" not in self._trouble:
+                _log.warning("the cluster cannot be polled, trying again: %s", error)
+            self._trouble["poll"] = str(error)
+            self._stop.wait(IDLE_S)
+            return
+        self._trouble.pop("poll", None)
+        if completed:
+            with self._lock:
+                for item in completed:
+                    epoch, left = self._flight.get(item.request_id, (0, 0))
+                    if epoch == item.epoch:
+                        self._forget(item.request_id)
+                        if item.trajectory is not None and left > 1:
+                            self._flight[item.request_id] = (epoch, left - 1)
+                            self._samples += left - 1
+            self._tell(Outputs(completed))
+
+    def _refresh(self) -> None:
+        self.version, self.stats, self._refreshed = self._backend.version, self._backend.stats(), time.monotonic()
+
+    def _forget(self, request_id: str, epoch: int | None = None) -> None:
+        known = self._flight.get(request_id)
+        if known is not None and epoch in (None, known[0]):
+            self._samples -= known[1]
+            del self._flight[request_id]
+
+    def _tell(self, event: Event) -> None:
+        self.events.put(event)
+        self._wake()

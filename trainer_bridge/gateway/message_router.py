@@ -1,0 +1,249 @@
+"""Says what each message of a client does, and sends clients what the ledger holds for them.
+
+Invariants:
+- A message counts only inside a session, under the key and of the kind (data or control) the session was opened with.
+  Any other message is answered with Reset or Refused.
+- Deliveries leave in the order of the ledger, as far as the client's credit in bytes reaches.
+- What a full disk refuses is tried again, or told to the client, whose next session repeats it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ...errors import StorageError, TransportError
+from ..wire.codec import clip
+from ..wire.gateway_socket import Inbound
+from ..wire.limits import MAX_FIGURE_TEXT, MAX_NAME, MAX_STATS
+from ..wire.messages import (
+    Ack,
+    Acked,
+    Credit,
+    Delivery,
+    Failure,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    PushAbort,
+    PushBegin,
+    PushChunk,
+    PushCommit,
+    Refused,
+    Reset,
+    Shutdown,
+    Status,
+    StatusRequest,
+    Stopping,
+    Submit,
+    Submitted,
+    Welcome,
+    decode,
+)
+from ..wire.records import FAILURE, decode_request
+from .gateway_status import GatewayStatus
+from .ledger import Ledger
+from .sessions import MAX_SESSIONS, Session, Sessions
+from .weight_receiver import WeightReceiver
+
+_log = logging.getLogger(__package__)
+MAX_ACKS_WAITING = 64
+"""Ack messages of one session that may wait for the disk."""
+PROBE_S, RETRY_S = 5.0, 0.5
+"""Seconds between two Pongs to idle clients, and before the disk is tried again."""
+
+
+class MessageRouter:
+    """Used from the gateway's thread alone.
+
+    Args:
+        weights: takes the messages of weight pushes.
+        status: answers Ping and StatusRequest, and counts malformed messages.
+
+    Attributes:
+        shutdown: a control session asked the gateway to stop.
+    """
+
+    def __init__(self, sessions: Sessions, ledger: Ledger, weights: WeightReceiver, status: GatewayStatus) -> None:
+        self._sessions, self._ledger, self._weights, self._status = sessions, ledger, weights, status
+        self._probed = self._retry = 0.0
+        self.shutdown = False
+
+    @property
+    def ack_error(self) -> StorageError | None:
+        """Why the disk refuses an acknowledgement of an open session; None when none waits."""
+        return next((s.ack_error for s in self._sessions if s.ack_error is not None), None)
+
+    def receive(self, inbound: Inbound) -> None:
+        """Acts on one message."""
+        try:
+            message = decode(inbound.frames)
+        except TransportError as error:
+            self._status.malformed += 1
+            self._refuse(inbound.peer, str(error))
+            return
+        if isinstance(message, Hello):
+            self._hello(inbound, message)
+            return
+        session = self._sessions.find(inbound.peer, inbound.key)
+        if session is None:
+            self._sessions.tell_peer(inbound.peer, Reset())
+        elif (act := (_CONTROL if session.control else _DATA).get(type(message))) is not None:
+            act(self, session, message)
+        else:
+            kind = "control" if session.control else "data"
+            self._refuse(session.peer, f"{type(message).__name__} is not a message of the {kind} plane of a client")
+
+    def mark(self, clients: Iterable[str]) -> None:
+        """The ledger has something new for these clients."""
+        names = set(clients)
+        for session in self._sessions:
+            session.more = session.more or session.client in names
+
+    def work(self, now: float) -> bool:
+        """Sends what there is to send; whether something waits for a peer with no room or for the disk."""
+        if now - self._probed > PROBE_S:
+            self._probed = now
+            for session in self._sessions:
+                if not session.outbox:
+                    self._ping(session, Ping())
+        waiting = False
+        for session in self._sessions:
+            if session.acks and now >= self._retry:
+                self._record_acks(session)
+            waiting |= not self._sessions.flush(session)
+            if not session.control and session.more and not session.outbox and session in self._sessions:
+                waiting |= not self._deliver(session)
+        return waiting
+
+    def tell_failure(self, kind: str, text: str) -> int:
+        """Tells every client that the gateway ends because of an error; returns how many are still connected."""
+        return self._sessions.tell(self._sessions, Refused("", kind, clip(text)))
+
+    def tell_stopping(self) -> int:
+        """Tells the clients that asked for it that the gateway stops; returns how many of them are still connected."""
+        return self._sessions.tell([s for s in self._sessions if s.asked_to_stop], Stopping())
+
+    def _hello(self, inbound: Inbound, hello: Hello) -> None:
+        keys = self._sessions.socket.keys
+        if keys is not None and inbound.key not in (keys.control if hello.control else keys.data):
+            plane = "control" if hello.control else "data"
+            self._refuse(inbound.peer, f"this key is not allowed on the {plane} plane; "
+                                       "list it there, or use the other key")
+            return
+        if self._sessions.full:
+            self._refuse(inbound.peer, f"{MAX_SESSIONS} sessions are open; close some clients")
+            return
+        if not hello.control:
+            try:
+                self._ledger.claim(hello.client, inbound.key)
+            except TransportError as error:
+                self._refuse(inbound.peer, str(error))
+                return
+            except StorageError as error:
+                self._sessions.tell_peer(inbound.peer, Refused("", "storage", clip(str(error))))
+                return
+            for other in self._sessions:
+                if other.client == hello.client and not other.control:
+                    if other.peer != inbound.peer:
+                        self._refuse(other.peer, f"another connection took over client id {hello.client!r}; "
+                                                 "give each client its own")
+                    self._sessions.drop(other)
+        cursor = hello.cursor if hello.ledger == self._ledger.ledger_id else 0
+        session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
+        self._sessions.open(session)
+        _log.info("session of client %s is open", hello.client)
+        self._sessions.reply(inbound.peer, Welcome(self._ledger.ledger_id, self._status.version))
+        if self._status.notice():
+            self._ping(session, Ping())
+
+    def _ping(self, session: Session, message: Ping) -> None:
+        self._sessions.reply(session.peer, Pong(self._status.version, self._status.notice()))
+
+    def _figures(self, session: Session, message: StatusRequest) -> None:
+        figures = tuple((clip(name, MAX_NAME), clip(value, MAX_FIGURE_TEXT) if isinstance(value, str) else value)
+                        for name, value in self._status.figures().items())
+        self._sessions.reply(session.peer, Status(message.number, figures[:MAX_STATS]))
+
+    def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
+        self._weights.handle(session.peer, session.client, message)
+
+    def _shutdown(self, session: Session, message: Shutdown) -> None:
+        _log.info("client %s asks the gateway to stop", session.client)
+        self.shutdown = session.asked_to_stop = True
+
+    def _credit(self, session: Session, message: Credit) -> None:
+        session.granted = max(session.granted, message.granted)
+
+    def _submit(self, session: Session, message: Submit) -> None:
+        try:
+            requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
+            acked, refused = self._ledger.record_requests(
+                session.client, message.batch, message.index, requests, message.final)
+        except TransportError as error:
+            self._status.malformed += 1
+            self._sessions.reply(session.peer, Refused(message.batch, "transport", clip(str(error))))
+        except StorageError as error:
+            _log.warning("a batch of client %s is refused: %s", session.client, error)
+            self._sessions.reply(session.peer, Refused(message.batch, "storage", clip(str(error))))
+        else:
+            for place, why in refused:
+                _log.info("request %s of client %s is refused: %s", requests[place][0].id, session.client, why)
+            self.mark([session.client])
+            self._sessions.reply(session.peer, Submitted(message.batch, message.index, tuple(acked),
+                                                         tuple((i, clip(why)) for i, why in refused)))
+
+    def _ack(self, session: Session, message: Ack) -> None:
+        session.acks.append(message)
+        if len(session.acks) > MAX_ACKS_WAITING:
+            self._sessions.drop(session)
+        else:
+            self._record_acks(session)
+
+    def _record_acks(self, session: Session) -> None:
+        while session.acks:
+            try:
+                self._ledger.acknowledge(session.client, session.acks[0].keys)
+            except StorageError as error:
+                session.ack_error, self._retry = error, time.monotonic() + RETRY_S
+                return
+            session.ack_error = None
+            self._sessions.reply(session.peer, Acked(session.acks.popleft().number))
+
+    def _deliver(self, session: Session) -> bool:
+        """Sends what the ledger holds, within the credit; False when the peer has no room."""
+        while session.more and session.sent < session.granted:
+            rows = self._ledger.pending(session.client, session.cursor)
+            session.more = bool(rows)
+            for row in rows:
+                if session.sent >= session.granted:
+                    return True
+                if row.sample == FAILURE:
+                    message: Message = Failure(row.seq, row.request_id, row.payload.decode("utf-8", "replace"))
+                else:
+                    message = Delivery(row.seq, row.request_id, row.sample, (row.payload,))
+                result = self._sessions.tell_peer(session.peer, message)
+                if result == "full":
+                    return False
+                if result == "gone":
+                    self._sessions.drop(session)
+                    return True
+                session.cursor = row.seq
+                session.sent += len(row.payload)
+        return True
+
+    def _refuse(self, peer: bytes, text: str) -> None:
+        _log.info("a peer is refused: %s", text)
+        self._sessions.tell_peer(peer, Refused("", "transport", clip(text)))
+
+
+_Acts = dict[type[Message], Callable[[MessageRouter, Session, Any], None]]
+_ANY: _Acts = {Ping: MessageRouter._ping, StatusRequest: MessageRouter._figures}
+_DATA: _Acts = _ANY | {
+    Submit: MessageRouter._submit, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
+_CONTROL: _Acts = _ANY | {
+    PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
+    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown}

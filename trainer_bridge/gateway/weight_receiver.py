@@ -1,0 +1,200 @@
+"""Receives weight pushes: stages one version at a time, has the engines commit it, then records it in the ledger.
+
+Invariants:
+- The backend is given a version after every digest is checked, every number is finite and the whole version is on disk.
+  A stage that ends before leaves nothing behind.
+- The ledger's row of a version is what decides that the version serves. It is written when every engine has the
+  version. After it the trainer is told, and samples of the version are recorded. A gateway killed before that row
+  restarts at the version before, and at the new one after it; the trainer pushes again what it was not told of, and
+  goes on from either.
+- A version follows the last committed one, or its manifest allows a gap. A version that was committed is not committed
+  again.
+- A stage that receives no chunk for `idle` seconds is replaced by another client's push.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...errors import BlockrollError, ClusterError, StorageError, TransportError
+from ..wire.codec import clip
+from ..wire.manifest import ANY_PARENT, Manifest
+from ..wire.messages import PushAbort, PushBegin, PushChunk, PushCommit, PushState, Refused
+from .backend_driver import BackendDriver, Commit, CommitEnded
+from .kept_versions import KeptVersions, VersionFile
+from .ledger import Ledger
+from .sessions import Sessions
+from .weight_stager import WeightStager, without_tied_head
+
+_log = logging.getLogger(__package__)
+REPORT_EVERY = 4
+"""Chunks between two progress reports; fewer than the sender's window."""
+
+
+@dataclass
+class _Stage:
+    """A push under way. `head`: index of a tied head, whose bytes are dropped; -1 without one. `touched`: when the last
+    chunk came."""
+
+    push: str
+    peer: bytes
+    client: str
+    in_flight: str
+    manifest: Manifest
+    head: int
+    stager: WeightStager
+    file: VersionFile
+    touched: float
+    received: int = 0
+
+
+class WeightReceiver:
+    """Handles the push messages of every control session.
+
+    Args:
+        expected: name -> (dtype, shape) of the policy's tensors.
+        policies: what the cluster can do with sequences in flight at a commit.
+        idle: seconds without a chunk after which another client's push may take over.
+
+    Attributes:
+        version: the version that was committed last.
+        missing: why the engines cannot serve it, after a restart without its file; empty otherwise.
+    """
+
+    def __init__(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], policies: tuple[str, ...],
+                 driver: BackendDriver, ledger: Ledger, kept: KeptVersions, sessions: Sessions, idle: float, version: int,
+                 missing: str) -> None:
+        self._expected, self._policies, self._driver, self._ledger = expected, policies, driver, ledger
+        self._kept, self._sessions, self._idle = kept, sessions, idle
+        self._stage: _Stage | None = None
+        self._committing: _Stage | None = None
+        self._taken = False
+        self.version, self.missing = version, missing
+
+    @property
+    def undecided(self) -> bool:
+        """Whether the engines have a version that the ledger has not recorded."""
+        return self._taken
+
+    def handle(self, peer: bytes, client: str, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
+        """Acts on one message of a push. The peer is told why a push is refused."""
+        try:
+            if isinstance(message, PushBegin):
+                self._begin(peer, client, message)
+            elif isinstance(message, PushAbort):
+                self._drop(message.push)
+            else:
+                stage = self._stage
+                if stage is None or stage.push != message.push:
+                    raise TransportError(f"push {message.push} is not staged; begin it again")
+                if isinstance(message, PushChunk):
+                    self._chunk(stage, message)
+                else:
+                    self._commit(stage)
+        except BlockrollError as error:
+            _log.info("push %s of client %s is refused: %s", message.push, client, error)
+            self._drop(message.push)
+            self._sessions.reply(peer, _refused(message.push, error))
+
+    def ended(self, event: CommitEnded) -> None:
+        """The backend has ended a commit. A version the engines have taken is `undecided` until `settle` has recorded
+        it."""
+        stage = self._committing
+        assert stage is not None and stage.manifest.version == event.version, "a commit ended that was not begun here"
+        if event.error is None:
+            self._taken = True
+            return
+        _log.warning("weight version %d is not committed: %s", event.version, event.error)
+        self._committing = None
+        stage.file.discard()
+        self._kept.sweep(self.version)
+        self._sessions.reply(stage.peer, _refused(stage.push, event.error))
+
+    def settle(self) -> None:
+        """Records the version that the engines have taken; from then on it serves. On StorageError call it again."""
+        stage = self._committing
+        if stage is None or not self._taken:
+            return
+        self._ledger.record_version(stage.manifest.version, stage.manifest.digest)
+        self._committing, self._taken = None, False
+        self.version, self.missing = stage.manifest.version, ""
+        self._kept.sweep(self.version)
+        _log.info("weight version %d is committed", self.version)
+        self._sessions.reply(stage.peer, PushState(stage.push, 0, True, self.version))
+
+    def expire(self, now: float) -> None:
+        """Drops a stage that has received no chunk for `idle` seconds."""
+        if self._stage is not None and now - self._stage.touched > self._idle:
+            self._drop(self._stage.push)
+
+    def close(self) -> None:
+        """Drops what is staged."""
+        if self._stage is not None:
+            self._drop(self._stage.push)
+
+    def _begin(self, peer: bytes, client: str, message: PushBegin) -> None:
+        if message.in_flight not in self._policies:
+            raise TransportError(f"in_flight: this cluster does not offer {message.in_flight!r}; "
+                                 f"use one of {', '.join(self._policies)}")
+        manifest, head = without_tied_head(Manifest.decode(message.manifest[0]), self._expected)
+        running = self._committing
+        if running is not None:
+            if running.manifest.digest != manifest.digest:
+                raise TransportError(f"weight version {running.manifest.version} is being committed; "
+                                     "push again after it")
+            running.push, running.peer = message.push, peer
+            return
+        if self._known(manifest):
+            self._sessions.reply(peer, PushState(message.push, 0, True, self.version))
+            return
+        other = self._stage
+        if other is not None and other.client != client and time.monotonic() - other.touched < self._idle:
+            raise TransportError(f"weight version {other.manifest.version} is being pushed by client {other.client!r}; "
+                                 "push again when that is done")
+        self.close()
+        stager = WeightStager(manifest, self._expected)
+        self._stage = _Stage(message.push, peer, client, message.in_flight, manifest, head, stager,
+                             self._kept.begin(manifest), time.monotonic())
+        self._sessions.reply(peer, PushState(message.push, 0, False, self.version))
+
+    def _known(self, manifest: Manifest) -> bool:
+        """Whether this version serves or served already; raises TransportError for one that cannot be next."""
+        version, last = manifest.version, self.version
+        if version <= last and self._ledger.committed(version) != manifest.digest:
+            raise TransportError(f"weight version {version} is not newer than {last}, which was committed, and has other "
+                                 f"content; push version {last + 1}")
+        if version < last or (version == last and not self.missing):
+            return True
+        if version > last and manifest.parent not in (ANY_PARENT, last):
+            raise TransportError(f"weight version {version} follows {manifest.parent}, but {last} serves; "
+                                 f"push version {last + 1}, or allow a gap")
+        return False
+
+    def _chunk(self, stage: _Stage, message: PushChunk) -> None:
+        stage.touched = time.monotonic()
+        stage.received += 1
+        if message.index != stage.head:
+            index = message.index - (0 <= stage.head < message.index)
+            stage.stager.add(index, message.offset, message.data[0])
+            stage.file.write(message.data[0])
+        if stage.received % REPORT_EVERY == 0:
+            self._sessions.reply(stage.peer, PushState(stage.push, stage.received, False, self.version))
+
+    def _commit(self, stage: _Stage) -> None:
+        arrays = stage.stager.finish()
+        self._stage, self._committing = None, stage
+        self._driver.commit(Commit(stage.manifest.version, arrays, stage.in_flight, stage.file.seal))
+
+    def _drop(self, push: str) -> None:
+        """Ends the stage of this push, if there is one."""
+        if self._stage is not None and self._stage.push == push:
+            self._stage.file.discard()
+            self._stage = None
+
+
+def _refused(push: str, error: BlockrollError) -> Refused:
+    kind = "storage" if isinstance(error, StorageError) else "cluster" if isinstance(error, ClusterError) else "transport"
+    return Refused(push, kind, clip(str(error)))

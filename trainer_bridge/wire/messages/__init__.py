@@ -1,0 +1,24 @@
+"""Every message between a trainer's client and a gateway.
+
+Invariants:
+- A message is a list of frames: one header (see `codec`), then the raw frames that its class declares in `BLOBS`.
+- `decode(encode(m)) == m`. The blobs of requests and trajectories are the lossless records of `records`.
+- `decode` raises TransportError and nothing else, whatever the bytes, and takes memory in proportion to them.
+
+A docstring that starts with C describes a message the client sends; G stands for the gateway. A new message is a new
+subclass of `Message` in one of these files: its `SCHEMA` and `BLOBS` bound every field with the numbers of `limits`.
+
+`message`: the base class, `encode`, `decode`. `session`: opening and watching a session. `requests`: requests,
+deliveries, acknowledgements, figures. `weights`: weight pushes.
+"""
+
+from .message import KINDS, Blobs, Message, decode, encode
+from .requests import Ack, Acked, Credit, Delivery, Failure, Status, StatusRequest, Submit, Submitted
+from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welcome
+from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushState
+
+__all__ = [
+    "KINDS", "Ack", "Acked", "Blobs", "Credit", "Delivery", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort",
+    "PushBegin", "PushChunk", "PushCommit", "PushState", "Refused", "Reset", "Shutdown", "Status", "StatusRequest", "Stopping",
+    "Submit", "Submitted", "Welcome", "decode", "encode",
+]
