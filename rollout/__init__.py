@@ -7,7 +7,7 @@ runs steps: `scheduler` picks the samples of a step, `steps` plans and runs it o
 drafts. `schedule` names what a step runs, `seeds` derives random seeds, `backend` is the protocol between the bridge and the
 engines that serve it.
 
-Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies, `conversion`
-converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the progress of a
+Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies,
+`conversion` converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the progress of a
 command, `machine` describes the machine it ran on.
 """
