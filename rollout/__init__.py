@@ -8,6 +8,6 @@ drafts. `schedule` names what a step runs, `seeds` derives random seeds, `backen
 engines that serve it.
 
 Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies,
-`conversion` converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the progress of a
-command, `machine` describes the machine it ran on.
+`conversion` converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the
+progress of a command, `machine` describes the machine it ran on.
 """
