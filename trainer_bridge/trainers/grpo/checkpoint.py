@@ -1,9 +1,9 @@
-"""What a killed run goes on from: one file, whole or absent, written after every step.
+"""The checkpoint of a run: one file, whole or absent, written after every step, from which a killed run resumes.
 
 Invariants:
-- The file of step s is on disk before version s is pushed and before the trajectories of step s are acknowledged. So whatever
-  a later life needs is in this file or is delivered again.
-- It holds every number the next step depends on: parameters, buffers, optimiser states. All else is a function of the run's
+- The file of step s is on disk before version s is pushed and before the trajectories of step s are acknowledged. So
+  all that a resumed run needs is in this file or is delivered again.
+- It holds parameters, buffers and optimiser states. Everything else the next step depends on is a function of the run's
   configuration and the step's number.
 """
 

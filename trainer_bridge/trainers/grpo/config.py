@@ -1,4 +1,4 @@
-"""What a GRPO run is. Sections are frozen and strict; every quantity carries its unit."""
+"""The configuration of a GRPO run. Sections are frozen and strict; every quantity carries its unit."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Learner:
         )
 
     def _packs(self, samples: Sequence[LearningSample], draw: random.Random) -> tuple[Update, list[Pack]]:
-        """Samples of like length together, at most `pack_rows` clean rows in a pack; which ones carry mask rows, and where."""
+        """Packs samples of similar length, at most `pack_rows` clean rows in a pack, and chooses their mask blocks."""
         loss, size = self._config.loss, self.policy.block_size
         drafting = set(draw.sample(range(len(samples)), round(loss.draft_share * len(samples)) or 1))
         blocks = [mask_blocks(s, size, draw) if loss.draft_weight and i in drafting else [] for i, s in enumerate(samples)]
@@ -101,7 +101,7 @@ class Learner:
         return Update(len(samples), sum(len(s.trajectory.tokens) for s in samples), *weights), packs
 
     def _gradients(self, update: Update, packs: Sequence[Pack]) -> list[Figures]:
-        """The update's gradient in the policy's parameters."""
+        """Adds the update's gradient to the policy's parameters."""
         replicas = self._replicas[: len(packs)]
 
         def compute(number: int) -> list[Figures]:

@@ -34,8 +34,8 @@ Blocks = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimiser step learns from: its samples and tokens, and the weights that the draft losses of its packs are divided
-    by (`DraftLosses`)."""
+    """Samples and tokens of one optimiser step, and the weights by which the draft losses of its packs are divided
+    (`DraftLosses`)."""
 
     samples: int
     tokens: int
@@ -45,8 +45,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one pack says: its N tokens; sums over them (clipped: 1 where the clip bounds; kl: log p_old - log p_new; ratio:
-    rho); the mean overlap of p and q over its mask rows, and the samples that have some."""
+    """Figures of one pack: its N tokens; sums over them (clipped: 1 where the clip bounds; kl: log p_old - log p_new;
+    ratio: rho); the mean overlap of p and q over its mask rows, and the samples that have some."""
 
     tokens: int
     clipped: float
@@ -57,7 +57,8 @@ class Figures:
 
 
 def mask_blocks(sample: LearningSample, size: int, draw: random.Random) -> Blocks:
-    """(start, length) of mask blocks over a sample's answer; the first one has a random length, as no alignment is special."""
+    """(start, length) of mask blocks over a sample's answer; the first one has a random length, so that every alignment
+    is trained."""
     start = len(sample.trajectory.prompt_tokens)
     first = start + draw.randint(1, size)
     return [(s, size) for s in (start, *range(first, start + len(sample.trajectory.tokens), size))]

@@ -1,4 +1,4 @@
-"""metrics.jsonl, a line per step (step 0 holds what was measured before training), and the summary made of it."""
+"""metrics.jsonl, which has a line per step, and the summary of it. Step 0 holds the measurements before training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The lines of a run; one that a kill cut short is left out, and so is a file that is not there."""
+    """The lines of a run; [] without a file. A last line that a kill has cut short is left out."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
@@ -42,7 +42,7 @@ def mean_reward(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def summary(config: GrpoConfig, rows: Sequence[Row], gateway: Mapping[str, Any], seconds: float) -> Row:
-    """What the run came to.
+    """The summary of a run.
 
     Args:
         gateway: its figures, which count over the whole life of the ledger.

@@ -1,4 +1,4 @@
-"""What a person sees of a GRPO run: the live display, and report.png from metrics.jsonl."""
+"""Shows a GRPO run: a live display, and report.png from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # to
 
 
 class Display:
-    """A progress bar with the figures of the last step; plain lines where standard error is no terminal."""
+    """A progress bar with the figures of the last step; plain lines when standard error is no terminal."""
 
     def __init__(self, config: GrpoConfig) -> None:
         self._console = Console(stderr=True)
@@ -63,7 +63,7 @@ class Display:
 
 
 def draw_report(output: Path) -> None:
-    """Write report.png of the run in `output`: what was learned above, what it cost below, by step."""
+    """Writes report.png of the run in `output`: rewards and accuracy above, time and tokens below, by step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""From trajectories to what the loss takes: rewards, groups, advantages.
+"""Computes rewards, groups and advantages from trajectories.
 
     A_i = r_i - mean r, divided by std r + eps with `scale_rewards: group`       over the samples of one prompt
 
@@ -21,8 +21,8 @@ _EPS = 1e-4
 
 @dataclass(frozen=True)
 class LearningSample:
-    """One trajectory and its advantage; `reference`: float32[N], log p of its tokens under the starting policy, where the
-    loss asks for it."""
+    """One trajectory and its advantage. `reference`: float32[N], log p of its tokens under the starting policy; None
+    unless the loss has a `kl_weight`."""
 
     trajectory: Trajectory
     advantage: float
@@ -30,7 +30,7 @@ class LearningSample:
 
     @property
     def rows(self) -> int:
-        """Clean rows it takes in a pack."""
+        """Clean rows of this sample in a pack."""
         return len(self.trajectory.prompt_tokens) + len(self.trajectory.tokens)
 
 
@@ -52,5 +52,5 @@ def advantages(rewards_GK: np.ndarray, scale: Literal["group", "none"] = "group"
 
 
 def differing(rewards_GK: np.ndarray) -> np.ndarray:
-    """bool[G]: groups whose rewards are not all equal, the only ones that teach anything."""
+    """bool[G]: groups whose rewards are not all equal. The others have advantage zero."""
     return np.ptp(rewards_GK, axis=1) > 0

@@ -93,7 +93,7 @@ def _present(output: Path) -> list[Path]:
 
 
 def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike[str]) -> None:
-    """ConfigError unless the run in the directory has this configuration."""
+    """Raises ConfigError unless the run in the directory has this configuration."""
     theirs, ours = load_yaml(output / CONFIG, GrpoConfig).model_dump(), config.model_dump()
     for name, value in ours.items():
         if name != "output" and theirs[name] != value:

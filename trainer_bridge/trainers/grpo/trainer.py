@@ -4,8 +4,9 @@ Invariants:
 - Rollouts are touched through `RolloutClient` alone: requests out, trajectories in, one weight version per step back.
 - Everything random is drawn from the run's seed and the step's number, and results are used in the order of their ids:
   the same seed gives the same trajectories.
-- A step's order is: rollouts, update, checkpoint, push, evaluation, line of metrics, acknowledgement. A run killed anywhere in
-  it goes on from the checkpoint to the same trajectories; with `staleness: 1`, to ones of the same distribution.
+- A step's order is: rollouts, update, checkpoint, push, evaluation, line of metrics, acknowledgement. A run killed
+  anywhere in it goes on from the checkpoint to the same trajectories; with `staleness: 1`, to ones of the same
+  distribution.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class Trainer:
 
     Args:
         policy: the policy to train, in float32; changed in place.
-        client: where rollouts come from and weights go to; made with ack="manual".
+        client: a client that was made with ack="manual".
         output: the run's directory.
-        start: the starting policy, where the loss holds on to it (`kl_weight`).
+        start: the starting policy, when the loss has a `kl_weight`.
     """
 
     def __init__(self, config: GrpoConfig, policy: Policy, client: RolloutClient, output: Path, display: Display,
@@ -54,7 +55,7 @@ class Trainer:
         self._rows: list[Row] = []
 
     def resume(self) -> None:
-        """Go on from the run's directory: from its checkpoint, or from the start where it has none."""
+        """Resumes the run in the directory from its checkpoint, or from the start when it has none."""
         row: Row = {}
         if (self.output / NAME).exists():
             self._done, row = load_checkpoint(self.output / NAME, self._learner)
@@ -68,7 +69,7 @@ class Trainer:
             self._record(row)
 
     def train(self) -> Row:
-        """All steps that are left, with held-out accuracy before and after; returns the summary."""
+        """Makes all remaining steps and measures held-out accuracy before and after; returns the summary."""
         began = time.monotonic()
         if not self._rows:
             self._record({"step": 0, "weight_version": 0})
@@ -79,7 +80,8 @@ class Trainer:
         return summary(self.config, self._rows, self.client.status(), time.monotonic() - began)
 
     def _step(self, step: int) -> tuple[Row, list[Trajectory]]:
-        """Roll out, reward, update, checkpoint, push; the step's metrics and what is then to be acknowledged."""
+        """Rolls out, rewards, updates, checkpoints, pushes; returns the step's metrics and the trajectories to
+        acknowledge then."""
         began = time.monotonic()
         groups, tokens_per_s = self._roll_out(step)
         if self.config.rollouts.staleness and step < self.config.steps:
@@ -101,7 +103,8 @@ class Trainer:
         self.client.submit(self._requests(step, 0))
 
     def _roll_out(self, step: int) -> tuple[list[tuple[list[Trajectory], np.ndarray]], float]:
-        """Per prompt of the step, the group's trajectories and rewards_K; tokens per second since they were asked for."""
+        """Per prompt of the step, the group's trajectories and rewards_K; tokens per second since they were
+        submitted."""
         options = self.config.tasks
         began = self._submitted.pop(step, time.monotonic())
         groups: list[tuple[list[Trajectory], np.ndarray]] = []
@@ -165,7 +168,8 @@ class Trainer:
         self.client.acknowledge(trajectories)
 
     def _acknowledge_again(self) -> None:
-        """What is on disk here is not wanted once more; its acknowledgement may have been lost with the process."""
+        """Acknowledges the trajectories whose work is on disk. Their acknowledgement may have been lost with the killed
+        process."""
         batches = range(self.config.tasks.max_generation_batches if self._done else 0)
         requests = [r for batch in batches for r in self._requests(self._done, batch)]
         if self._rows and "heldout_accuracy" in self._rows[-1]:
