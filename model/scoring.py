@@ -19,6 +19,7 @@ from ..kernels.transfer import upload
 from ..kernels.verify import logprobs
 from .layout import causal
 from .packed import packed_forward
+from .packing import packs
 from .policy import Policy
 from .vocabulary import rows_at_once
 
@@ -54,17 +55,8 @@ def score(
             raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
                                "use the policy's own tokenizer")  # fmt: skip
     packed = packed_forward(policy)
-    scores: list[np.ndarray] = []
-    pack: list[tuple[Sequence[int], Sequence[int]]] = []
-    held = 0
-    for pair in sequences:
-        length = len(pair[0]) + len(pair[1])
-        if pack and held + length > _ROWS:
-            scores += _score_pack(policy, packed, pack, temperature)
-            pack, held = [], 0
-        pack.append(pair)
-        held += length
-    return scores + (_score_pack(policy, packed, pack, temperature) if pack else [])
+    passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
+    return [scores for pack in passes for scores in _score_pack(policy, packed, pack, temperature)]
 
 
 def _score_pack(

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..seeds import sample_seed
 from .cache import Held
 from .sampling.drafts import Drafts
-from .seeds import sample_seed
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
