@@ -35,6 +35,6 @@ def sample_seed(request_seed: int, sample: int) -> int:
     return mix(mix(request_seed) ^ sample) >> 1
 
 
-def named_generator(seed: int, name: str) -> random.Random:
+def named_generator(seed: int | str, name: str) -> random.Random:
     """Python's generator, seeded by the text "seed/name"."""
     return random.Random(f"{seed}/{name}")

@@ -21,11 +21,12 @@ from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 from ..kernels.dispatch import takes_triton
 from ..kernels.residual import scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
-from .cca import Attention, Plan, Projection
+from .cca import Attention, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
 from .linear import Linear
 from .paged import PagedPlan
+from .plan import PlainPlan, Plan
 from .state import SequenceState
 from .vocabulary import recomputed
 
@@ -71,7 +72,7 @@ class Layer(nn.Module):
         self,
         residual_TD: torch.Tensor,
         router_TP: torch.Tensor | None,
-        plan: Plan | PagedPlan,
+        plan: Plan,
         rope: tuple[torch.Tensor, torch.Tensor],
         state: SequenceState | None,
         routing: Routing | None,
@@ -190,17 +191,20 @@ class Policy(nn.Module):
                 module.pack()
         return self
 
-    def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
-        """What `layout` asks of every layer, on the policy's device; best from a layout that is still on the host."""
-        if state is None and not self.paged:
-            return Plan.of(layout.to(self.device), self.hops, None, self.windows)
-        return upload(self.host_plan(layout.to("cpu"), state), self.device)
+    def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan:
+        """The plan of a layout, on the policy's device; best from a layout that is still on the host."""
+        if self.paged:
+            return upload(self.paged_plan(layout.to("cpu"), state), self.device)
+        return self.plain_plan(layout.to("cpu"), state)
 
-    def host_plan(self, layout: TokenLayout, state: SequenceState | None) -> Plan | PagedPlan:
-        """The same of a host layout, on the host. A plan for torch needs a cache to be made here."""
-        if not self.paged:
-            assert state is not None
-            return Plan.of(layout, self.hops, state.longest, self.windows)
+    def plain_plan(self, layout: TokenLayout, state: SequenceState | None) -> PlainPlan:
+        """The plan for torch of a host layout, on the policy's device. What needs no cache has gradients."""
+        if state is None:
+            return PlainPlan.of(layout, None, self.hops, self.windows, self.device)
+        return upload(PlainPlan.of(layout, state, self.hops, self.windows, torch.device("cpu")), self.device)
+
+    def paged_plan(self, layout: TokenLayout, state: SequenceState | None) -> PagedPlan:
+        """The plan for kernels on pages of a host layout, on the host."""
         config = self.config
         return PagedPlan.of(
             layout, state, self.hops, self.windows, heads=config.num_attention_heads,
@@ -217,7 +221,7 @@ class Policy(nn.Module):
         layout: TokenLayout,
         state: SequenceState | None = None,
         routing: Routing | None = None,
-        plan: Plan | PagedPlan | None = None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits.
 

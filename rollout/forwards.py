@@ -22,8 +22,8 @@ import torch
 from ..kernels.dispatch import batch_invariant
 from ..kernels.graphs import Captured, GraphBudget
 from ..kernels.transfer import upload
+from ..model.backends import Backend, choose
 from ..model.layout import DecodeRows, decode
-from ..model.packed import packed_forward
 from ..model.policy import Policy, Routing
 from .cache import Held, PagedCache
 from .recurring import RecurringInputs, bucket
@@ -112,8 +112,8 @@ class _Shape:
         captured: the graph, once there is one. last: number of the pass it was run in last.
     """
 
-    def __init__(self, policy: Policy, inputs: RecurringInputs, routed: bool) -> None:
-        self._policy, self.inputs, self._routed = policy, inputs, routed
+    def __init__(self, policy: Policy, backend: Backend, inputs: RecurringInputs, routed: bool) -> None:
+        self._backend, self.inputs, self._routed = backend, inputs, routed
         self.parcel = inputs.parcel(policy.device)
         self.captured: Captured | None = None
         self.last = self._met = 0
@@ -124,7 +124,7 @@ class _Shape:
         """Run it on the inputs as they are."""
         layout, plan = self.parcel.contents
         routing = Routing([], []) if self._routed else None
-        self._hidden_TD = self._policy(layout, self.inputs.view, routing, plan)
+        self._hidden_TD = self._backend.forward(layout, plan, self.inputs.view, routing)
         self._expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
     def run(self, capture: Callable[[Callable[[], None]], Captured | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -167,20 +167,19 @@ class Forwards:
         self._budget, self._warned = GraphBudget(_MOST_SHAPES, total // _GRAPH_SHARE), False
         self._shapes: dict[Hashable, _Shape] = {}
         self._passes = 0
-        self.take_weights()
+        self._backend = choose(policy)
+        self.head, self.markov = self._backend.head, self._backend.markov
 
     def take_weights(self) -> None:
         """To be called when the policy's weights have changed; what is captured reads them where they lie."""
-        self._packed = packed_forward(self._policy)
-        served = self._policy if self._packed is None else self._packed
-        self.head = served.head
-        self.markov = served.markov
+        self._backend.refresh()
+        self.markov = self._backend.markov
 
     def run(self, asked: Asked) -> Pass:
         """One pass. Its hidden states hold until the next one."""
         lead_D = np.array(asked.lead_D, dtype=np.int64)
         whole = len(asked.where) == len(asked.held) and not lead_D.any()
-        again = whole and self._captured and self._packed is None and self._policy.paged
+        again = whole and self._captured and self._backend.recurs
         plans: list[DecodeRows] = []
         if again:
             full = asked.full
@@ -219,16 +218,10 @@ class Forwards:
         layout = decode(plans, self._policy.mask_token_id)
         view = self._cache.view(asked.held, layout)
         routing = Routing([], []) if asked.routed else None
-        if self._packed is not None:
-            if fill is not None:
-                fill(layout.token_T)
-            hidden_TD = self._packed(layout, view, routing)
-        else:
-            plan = self._policy.host_plan(layout, view)
-            layout, plan = upload((layout, plan), self._device)
-            if fill is not None:
-                fill(layout.token_T)
-            hidden_TD = self._policy(layout, view, routing, plan)
+        layout, plan = self._backend.prepare(layout, view)
+        if fill is not None:
+            fill(layout.token_T)
+        hidden_TD = self._backend.forward(layout, plan, view, routing)
         return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
     def _again(self, asked: Asked, fill: Fill | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -242,7 +235,7 @@ class Forwards:
             if len(self._shapes) >= _MOST_SHAPES:  # the one that was used longest ago goes
                 self._drop_graph(self._shapes.pop(next(iter(self._shapes))))
             inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
-            shape = _Shape(self._policy, inputs, asked.routed)
+            shape = _Shape(self._policy, self._backend, inputs, asked.routed)
         self._shapes[key] = shape
         self._passes += 1
         shape.last = self._passes

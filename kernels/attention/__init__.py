@@ -5,10 +5,10 @@
 Grouped-query attention: query head h reads key head h // (heads / kv_heads) (arXiv 2305.13245). Row i sees clean keys up to
 its limit, within the layer's sliding window, and every row of its own mask block.
 
-`attend` takes padded tensors: rows of a sequence padded to R, its cached positions to L; `visible_SRK` (K = L + R) is the
-layout's rule. `paged_attend` takes the flat pack and the cache's own pages; `Rows` holds the rule as ranges per row.
-`LongPack` cuts a long pack without a cache into tiles by its `Rule`, so that nothing grows with the square of its length,
-and has gradients: FlexAttention on an accelerator, tile by tile on a CPU.
+`attend` takes padded tensors: rows of a sequence padded to R, its cached positions to L, and a mask `visible_SRK` (K = L + R).
+`paged_attend` takes the flat pack and the cache's own pages; `Rows` says by ranges what each row sees.
+`LongPack` cuts a long pack without a cache into tiles by its `RowRanges`, so that nothing grows with the square of its length. It
+has gradients: through FlexAttention on an accelerator, tile by tile on a CPU.
 """
 
 import torch
@@ -16,11 +16,11 @@ import torch
 from ..dispatch import takes_triton
 from . import reference
 from .long import LongPack
+from .ranges import RowRanges
 from .reference import attend
 from .rows import Rows
-from .rule import Rule
 
-__all__ = ["LongPack", "Rows", "Rule", "attend", "paged_attend"]
+__all__ = ["LongPack", "RowRanges", "Rows", "attend", "paged_attend"]
 
 
 def paged_attend(

@@ -19,9 +19,9 @@ import torch
 from ..dispatch import takes_triton
 from . import reference
 from .places import NOTHING, Places, Pools
-from .reference import CCAWeights, mix, taps_apart
+from .reference import CCAWeights, queries_keys_values, taps_apart
 
-__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "mix", "taps_apart"]
+__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "queries_keys_values", "taps_apart"]
 
 
 def cca(

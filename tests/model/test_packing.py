@@ -11,7 +11,7 @@ def test_packs_are_full_and_within_the_limit():
     draw = random.Random(0)
     for _ in range(200):
         sizes, limit = [draw.randint(0, 9) for _ in range(draw.randint(0, 12))], draw.randint(1, 15)
-        made = list(packs(range(len(sizes)), lambda i: sizes[i], limit))
+        made = list(packs(range(len(sizes)), sizes.__getitem__, limit))
         assert [i for pack in made for i in pack] == list(range(len(sizes))) and all(made)
         totals = [sum(sizes[i] for i in pack) for pack in made]
         assert all(total <= limit or len(pack) == 1 for total, pack in zip(totals, made, strict=True))
