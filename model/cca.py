@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..kernels.cca import CCAWeights, taps_apart
+from ..kernels.cca import CCAInputs, CCAWeights, taps_apart
 from ..kernels.linear import linear
 from .linear import Linear
-from .plan import CCAInputs, Plan
+from .plan import Plan
 from .state import SequenceState
 
 

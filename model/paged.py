@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.attention import Rows, paged_attend
-from ..kernels.cca import NOTHING, Places, cca
+from ..kernels.cca import NOTHING, CCAInputs, Places, cca
 from ..kernels.dispatch import batch_invariant
 from .layout import TokenLayout
-from .plan import CCAInputs
 from .state import Paging, SequenceState
 from .visibility import Visibility
 
@@ -67,7 +66,7 @@ class PagedPlan:
     ) -> torch.Tensor:
         """See `plan.Plan.attend`."""
         pools = None if state is None else state.pools(layer)
-        q, k, v = cca(*inputs, self.places, pools)
+        q, k, v = cca(inputs, self.places, pools)
         # Without a cache nothing is read from the pools.
         k_pool, v_pool = (k, v) if pools is None else (pools.k, pools.v)
         return paged_attend(q, k, v, k_pool, v_pool, self.rows[kind], scale)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..kernels.attention import LongPack, RowRanges, attend
-from ..kernels.cca import CCAWeights, queries_keys_values
+from ..kernels.cca import CCAInputs, queries_keys_values
 from ..kernels.transfer import upload
 from .layout import TokenLayout
 from .state import SequenceState
@@ -27,17 +27,6 @@ from .visibility import Visibility
 
 PADDED_PAIRS = 2**24
 """Most (row, key) pairs of a padded pack; a pack without a cache that has more stays flat."""
-
-
-class CCAInputs(NamedTuple):
-    """What CCA turns into queries, keys and values: q/k projections, both halves of the values, weights and RoPE's tables."""
-
-    x_TC: torch.Tensor
-    current_TW: torch.Tensor
-    delayed_TW: torch.Tensor
-    weights: CCAWeights
-    cos_TP: torch.Tensor
-    sin_TP: torch.Tensor
 
 
 class Plan(Protocol):
@@ -140,7 +129,7 @@ class PlainPlan:
         self, layer: int, kind: str, inputs: CCAInputs, scale: float, state: SequenceState | None
     ) -> torch.Tensor:
         """See `Plan.attend`."""
-        q, k, v = queries_keys_values(*inputs, self.source_TA, None if state is None else state.pools(layer))
+        q, k, v = queries_keys_values(inputs, self.source_TA, None if state is None else state.pools(layer))
         if self.padded is None:
             return self.flat[kind].attend(q, k, v, scale)
         row_SR = self.padded.row_SR

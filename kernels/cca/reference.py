@@ -29,6 +29,22 @@ class CCAWeights(NamedTuple):
     before_W: torch.Tensor | None
 
 
+class CCAInputs(NamedTuple):
+    """What CCA turns into queries, keys and values.
+
+    Attributes:
+        x_TC: q/k projections. current_TW, delayed_TW: the two halves of the values.
+        cos_TP, sin_TP: RoPE tables, whose halves are equal.
+    """
+
+    x_TC: torch.Tensor
+    current_TW: torch.Tensor
+    delayed_TW: torch.Tensor
+    weights: CCAWeights
+    cos_TP: torch.Tensor
+    sin_TP: torch.Tensor
+
+
 def taps_apart(weight: torch.Tensor) -> torch.Tensor:
     """The same weight of a convolution, [out, in, taps], copied into memory where its taps lie outermost: a kernel multiplies by
     one tap at a time, and can then load it in whole lines. A weight that lies so already is returned as it is."""
@@ -120,48 +136,32 @@ def look_back(
 
 
 def queries_keys_values(
-    x_TC: torch.Tensor,
-    current_TW: torch.Tensor,
-    delayed_TW: torch.Tensor,
-    weights: CCAWeights,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    source_TA: torch.Tensor,
-    pools: Pools | None,
+    inputs: CCAInputs, source_TA: torch.Tensor, pools: Pools | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q_THD, k_TGD, v_TGD of a pack. Differentiable, and nothing is kept.
 
     Args: as of `cca` and `look_back`.
     """
+    x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP = inputs
     x_TAC, previous_TW = look_back(x_TC, delayed_TW, weights.before_W, source_TA, pools)
     q_THD, k_TGD = (y.to(x_TC.dtype) for y in mix(x_TAC, weights, cos_TP, sin_TP))
     return q_THD, k_TGD, torch.cat([current_TW, previous_TW], dim=-1).unflatten(-1, k_TGD.shape[1:])
 
 
 def cca(
-    x_TC: torch.Tensor,
-    current_TW: torch.Tensor,
-    delayed_TW: torch.Tensor,
-    weights: CCAWeights,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    places: Places,
-    pools: Pools | None,
+    inputs: CCAInputs, places: Places, pools: Pools | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of a pack, and its rows kept in the cache: q_THD, k_TGD, v_TGD.
 
     Args:
-        x_TC: q/k projections. current_TW, delayed_TW: the two halves of the values.
         pools: None without a cache; then no source is a tail entry and nothing is kept.
     """
-    q_THD, k_TGD, v_TGD = queries_keys_values(
-        x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP, places.source_TA, pools
-    )
+    q_THD, k_TGD, v_TGD = queries_keys_values(inputs, places.source_TA, pools)
     if pools is not None:
         kept, tail = (places.write_T != NOTHING).nonzero()[:, 0], (places.tail_T != NOTHING).nonzero()[:, 0]
         for pool, row, index, at in (
             (pools.k, k_TGD, kept, places.write_T), (pools.v, v_TGD, kept, places.write_T),
-            (pools.x, x_TC, tail, places.tail_T), (pools.delayed, delayed_TW, tail, places.tail_T),
+            (pools.x, inputs.x_TC, tail, places.tail_T), (pools.delayed, inputs.delayed_TW, tail, places.tail_T),
         ):  # fmt: skip
             pool.index_copy_(0, at[index].long(), row[index])
     return q_THD, k_TGD, v_TGD

@@ -8,7 +8,7 @@ import torch
 
 from ...kernels.transfer import upload
 from ..layout import TokenLayout
-from ..plan import PlainPlan, Plan
+from ..plan import Plan
 from ..policy import Policy, Routing
 from ..state import SequenceState
 
@@ -24,11 +24,8 @@ class PlainBackend:
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Plan]:
         """See `Backend.prepare`."""
-        policy = self._policy
-        # Over a cache everything is made on the host and sent in one copy.
-        where = policy.device if state is None else torch.device("cpu")
-        plan = PlainPlan.of(layout, state, policy.hops, policy.windows, where)
-        return upload((layout, plan), policy.device) if state is not None else (layout.to(policy.device), plan)
+        plan, device = self._policy.plain_plan(layout, state), self._policy.device
+        return (layout.to(device), plan) if state is None else upload((layout, plan), device)
 
     def forward(
         self, layout: TokenLayout, plan: Plan, state: SequenceState | None = None, routing: Routing | None = None
