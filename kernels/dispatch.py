@@ -9,16 +9,19 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
+from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 Implementation = Literal["auto", "triton", "numba", "reference"]
 
 
@@ -87,3 +90,39 @@ def takes_numba(*tensors: torch.Tensor) -> bool:
 @cache
 def _has_numba() -> bool:
     return find_spec("numba") is not None
+
+
+def dispatched(
+    reference: Callable[Arguments, Result], triton: str = "triton", numba: str | None = None, wide: bool = True
+) -> Callable[Arguments, Result]:
+    """The op of a reference: the same function in a faster module of its folder where its tensors take that one.
+
+    Args:
+        reference: of an op's `reference.py`. Its first argument is a tensor, or a named tuple that begins with one.
+        triton, numba: the modules, imported at first use; None for none.
+        wide: the Triton version takes float64.
+    """
+    folder, name = reference.__module__.rpartition(".")[0], reference.__name__
+
+    @cache
+    def version(module: str) -> Callable[Arguments, Result]:
+        return getattr(import_module(f"{folder}.{module}"), name)
+
+    @wraps(reference)
+    def op(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        tensors = list(_tensors(arguments))
+        if (wide or tensors[0].dtype != torch.float64) and takes_triton(*tensors):
+            return version(triton)(*arguments, **options)
+        if numba is not None and takes_numba(tensors[0]):
+            return version(numba)(*arguments, **options)
+        return reference(*arguments, **options)
+
+    return op
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple):
+            yield from _tensors(each)

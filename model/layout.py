@@ -74,25 +74,6 @@ class TokenLayout:
         block = self.block_T[j, i] == self.block_T[i, j]
         return same & torch.where((self.block_T == CLEAN)[j, i], clean, block)
 
-    def ancestors(self, hops: int) -> torch.Tensor:
-        """int64[T, hops + 1]: rows reached by 0..hops steps along parents.
-
-        A negative entry `FROM_TAIL - k` (k >= 0) stands for the k-th cached token before the sequence's first row in
-        this pack, counted back from `start_S`; the smallest entry, `FROM_TAIL - hops`, also stands for "before the
-        document", where the network sees zeros. Computed on the host.
-        """
-        parent, start, sequence = (x.cpu().numpy() for x in (self.parent_T, self.start_S, self.sequence_T))
-        nothing = FROM_TAIL - hops
-        # A short cached prefix ends before the hops do.
-        last = np.maximum(FROM_TAIL + 1 - start, nothing)[sequence]
-        opening = np.where(parent >= 0, parent, np.where(parent == FROM_TAIL, FROM_TAIL, nothing))
-        columns = [np.arange(self.rows)]
-        for _ in range(hops):
-            row = columns[-1]
-            column = np.where(row >= 0, opening[np.maximum(row, 0)], row - 1)
-            columns.append(np.where(column < last, nothing, column))
-        return torch.from_numpy(np.stack(columns, axis=1)).to(self.parent_T.device)
-
 
 def _tensors(arrays: dict[str, np.ndarray]) -> TokenLayout:
     return TokenLayout(**{name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)) for name, a in arrays.items()})

@@ -1,22 +1,24 @@
-"""What a layout asks of every layer where attention and CCA run as kernels on the cache's own pages.
+"""PagedPlan: the plan of a layout where attention and CCA run as kernels on the cache's own pages.
 
 Invariants: made on the host, sent in one copy, and nothing is read back, so that a step can be captured. No mask and no gathered
 copy of the cache exists.
 
-Legend: T rows, S sequences, A = hops + 1 ancestors, H = hops.
+Legend: T rows, S sequences, H = hops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from ..kernels.attention import Rows
-from ..kernels.cca import NOTHING, Places
+from ..kernels.attention import Rows, paged_attend
+from ..kernels.cca import NOTHING, CCAInputs, Places, cca
 from ..kernels.dispatch import batch_invariant
-from .layout import FROM_TAIL, TokenLayout
+from .layout import TokenLayout
 from .state import Paging, SequenceState
+from .visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class PagedPlan:
         layout: TokenLayout,
         state: SequenceState | None,
         hops: int,
-        windows: dict[str, int | None],
+        windows: Mapping[str, int | None],
         *,
         heads: int,
         kv_heads: int,
@@ -48,21 +50,26 @@ class PagedPlan:
         Args: windows, sliding window by layer type, None sees everything; dtype, of the policy.
         """
         paging = _without_cache(layout, hops) if state is None else state.paging()
-        ancestor_TA = layout.ancestors(hops)
-        back_TA = (FROM_TAIL - ancestor_TA).clamp_min(0)
-        entry_TA = paging.tail_SH[layout.sequence_T[:, None], back_TA.clamp_max(hops - 1)]
-        before_TA = torch.where(back_TA < hops, -2 - entry_TA, NOTHING)
-        source_TA = torch.where(ancestor_TA >= 0, ancestor_TA, before_TA)
-        places = Places.of(source_TA, paging.write_T, paging.tail_T, paging.apart, "cpu")
-        rows = {
-            window: Rows.of(
-                layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.start_S, paging.table_SP,
-                page_size=paging.page_size, heads=heads, kv_heads=kv_heads, dtype=dtype, window=window,
-                batch_invariant=batch_invariant(),
-            )
-            for window in set(windows.values())
-        }  # fmt: skip
+        seen = Visibility.of(layout, hops, windows, paging.tail_SH.numpy())
+        places = Places.of(torch.from_numpy(seen.source_TA), paging.write_T, paging.tail_T, paging.apart, "cpu")
+        rows: dict[int | None, Rows] = {}
+        for kind, window in windows.items():
+            if window not in rows:
+                rows[window] = Rows.of(
+                    seen.range_4T[kind], seen.first_S1, seen.start_S, paging.table_SP, page_size=paging.page_size, heads=heads,
+                    kv_heads=kv_heads, dtype=dtype, batch_invariant=batch_invariant(),
+                )  # fmt: skip
         return cls(places, {kind: rows[window] for kind, window in windows.items()})
+
+    def attend(
+        self, layer: int, kind: str, inputs: CCAInputs, scale: float, state: SequenceState | None
+    ) -> torch.Tensor:
+        """See `plan.Plan.attend`."""
+        pools = None if state is None else state.pools(layer)
+        q, k, v = cca(inputs, self.places, pools)
+        # Without a cache nothing is read from the pools.
+        k_pool, v_pool = (k, v) if pools is None else (pools.k, pools.v)
+        return paged_attend(q, k, v, k_pool, v_pool, self.rows[kind], scale)
 
 
 def _without_cache(layout: TokenLayout, hops: int) -> Paging:

@@ -19,13 +19,14 @@ from transformers import ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
-from ..kernels.residual import scale_residual, scale_residual_norm
+from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
-from .cca import Attention, Plan, Projection
+from .cca import Attention, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
 from .linear import Linear
 from .paged import PagedPlan
+from .plan import PlainPlan, Plan
 from .state import SequenceState
 from .vocabulary import recomputed
 
@@ -47,12 +48,12 @@ class ResidualScale(nn.Module):
         self.hidden_states_bias, self.residual_bias = (nn.Parameter(torch.zeros(size)) for _ in range(2))
 
     @property
-    def scales(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def scales(self) -> Scales:
         """As `kernels.residual` takes them."""
-        return self.hidden_states_scale, self.hidden_states_bias, self.residual_scale, self.residual_bias
+        return Scales(self.hidden_states_scale, self.hidden_states_bias, self.residual_scale, self.residual_bias)
 
     def forward(self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
-        return scale_residual(hidden_TD, residual_TD, *self.scales)
+        return scale_residual(hidden_TD, residual_TD, self.scales)
 
 
 class Layer(nn.Module):
@@ -71,7 +72,7 @@ class Layer(nn.Module):
         self,
         residual_TD: torch.Tensor,
         router_TP: torch.Tensor | None,
-        plan: Plan | PagedPlan,
+        plan: Plan,
         rope: tuple[torch.Tensor, torch.Tensor],
         state: SequenceState | None,
         routing: Routing | None,
@@ -85,7 +86,7 @@ class Layer(nn.Module):
         attended_TD = self.self_attn(normed_TD, plan, rope, state)
         norm = self.post_attention_layernorm
         residual_TD, normed_TD = scale_residual_norm(
-            attended_TD, residual_TD, *self.post_attention_residual_scale.scales, norm.weight, norm.eps
+            attended_TD, residual_TD, self.post_attention_residual_scale.scales, norm.weight, norm.eps
         )
         mixed_TD, router_TP, expert_T, probs_TE = self.mlp(normed_TD, router_TP)
         if routing is not None:
@@ -94,7 +95,7 @@ class Layer(nn.Module):
         scale = self.post_mlp_residual_scale
         if after is None:
             return scale(mixed_TD, residual_TD), router_TP, None
-        residual_TD, normed_TD = scale_residual_norm(mixed_TD, residual_TD, *scale.scales, after.weight, after.eps)
+        residual_TD, normed_TD = scale_residual_norm(mixed_TD, residual_TD, scale.scales, after.weight, after.eps)
         return residual_TD, router_TP, normed_TD
 
 
@@ -190,17 +191,20 @@ class Policy(nn.Module):
                 module.pack()
         return self
 
-    def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan | PagedPlan:
-        """What `layout` asks of every layer, on the policy's device; best from a layout that is still on the host."""
-        if state is None and not self.paged:
-            return Plan.of(layout.to(self.device), self.hops, None, self.windows)
-        return upload(self.host_plan(layout.to("cpu"), state), self.device)
+    def plan(self, layout: TokenLayout, state: SequenceState | None = None) -> Plan:
+        """The plan of a layout, on the policy's device; best from a layout that is still on the host."""
+        layout = layout.to("cpu")
+        if self.paged:
+            return upload(self.paged_plan(layout, state), self.device)
+        plan = self.plain_plan(layout, state)
+        return plan if state is None else upload(plan, self.device)
 
-    def host_plan(self, layout: TokenLayout, state: SequenceState | None) -> Plan | PagedPlan:
-        """The same of a host layout, on the host. A plan for torch needs a cache to be made here."""
-        if not self.paged:
-            assert state is not None
-            return Plan.of(layout, self.hops, state.longest, self.windows)
+    def plain_plan(self, layout: TokenLayout, state: SequenceState | None) -> PlainPlan:
+        """The plan for torch of a host layout: on the host over a cache, else on the policy's device."""
+        return PlainPlan.of(layout, state, self.hops, self.windows, self.device if state is None else torch.device("cpu"))
+
+    def paged_plan(self, layout: TokenLayout, state: SequenceState | None) -> PagedPlan:
+        """The plan for kernels on pages of a host layout, on the host."""
         config = self.config
         return PagedPlan.of(
             layout, state, self.hops, self.windows, heads=config.num_attention_heads,
@@ -217,7 +221,7 @@ class Policy(nn.Module):
         layout: TokenLayout,
         state: SequenceState | None = None,
         routing: Routing | None = None,
-        plan: Plan | PagedPlan | None = None,
+        plan: Plan | None = None,
     ) -> torch.Tensor:
         """Final hidden states, hidden_TD, of every row; `head` turns the rows of interest into logits.
 

@@ -46,10 +46,6 @@ class SequenceState(Protocol):
     def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD of so many positions from the first on. What lies past a sequence's end means nothing; it is finite."""
 
-    def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_SHC, delayed_SW: q/k projections of the hops tokens before each start, nearest first, and the delayed value
-        of the nearest one. Entries before the document are never used."""
-
     def write(
         self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
     ) -> None:

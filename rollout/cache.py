@@ -210,12 +210,6 @@ class CacheView:
         k, v = (pool[layer].index_select(0, self._read[positions]) for pool in (self._cache.k, self._cache.v))
         return k.view(*shape, *k.shape[1:]), v.view(*shape, *v.shape[1:])
 
-    def read_tail(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_SHC and the nearest delayed_SW."""
-        x, delayed = (pool[layer].index_select(0, self._indices.tail) for pool in (self._cache.x, self._cache.delayed))
-        sequences, hops = self._tail_SH.shape
-        return x.view(sequences, hops, -1), delayed[::hops]
-
     def write(
         self, layer: int, k_TGD: torch.Tensor, v_TGD: torch.Tensor, x_TC: torch.Tensor, delayed_TW: torch.Tensor
     ) -> None:
@@ -230,14 +224,13 @@ class CacheView:
 
     @cached_property
     def _indices(self) -> _Indices:
-        arrays = self._tail_SH.ravel(), self._clean, self._write, self._kept, self._tail_write
+        arrays = self._clean, self._write, self._kept, self._tail_write
         return _Indices(*upload(tuple(map(torch.from_numpy, arrays)), self._device))
 
 
 class _Indices(NamedTuple):
-    """Tail entries read, then the rows kept and where, on the device."""
+    """The rows kept and where, on the device."""
 
-    tail: torch.Tensor
     rows: torch.Tensor
     write: torch.Tensor
     tail_rows: torch.Tensor

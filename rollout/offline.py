@@ -20,14 +20,15 @@ from typing import Any, TextIO, cast
 from ..errors import DataError, InvalidInput
 from ..files import read_jsonl, whole_file
 from ..model.checkpoint import load_policy
+from ..model.packing import packs
 from ..model.policy import Policy
 from ..model.scoring import score
 from ..model.tokenizer import encode_prompt
+from ..seeds import MAX_SEED, derived_seed
 from .cache import pages_for
 from .engine import Engine, EngineConfig
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
-from .seeds import MAX_SEED, derived_seed
 from .types import RolloutRequest, SamplingParams, Trajectory
 
 SCHEDULES = ("auto", "ar", "two_pass", "fused")
@@ -141,7 +142,8 @@ def score_file(
         sequences.append((prompt, tokens))
 
     with _whole_text(output) as file, Meter("score", len(lines)) as meter:
-        for chunk in _passes([len(prompt) + len(tokens) for prompt, tokens in sequences]):
+        sizes = [len(prompt) + len(tokens) for prompt, tokens in sequences]
+        for chunk in packs(range(len(sequences)), sizes.__getitem__, _TOKENS_PER_SCORING_PASS):
             for index, logprobs in zip(chunk, score(policy, [sequences[i] for i in chunk], temperature), strict=True):
                 record = lines[index].record
                 kept = {key: record[key] for key in ("id", "sample", "prompt_tokens", "tokens") if key in record}
@@ -263,20 +265,6 @@ def _lines(path: str | os.PathLike[str]) -> Iterator[_Line]:
         yield _Line(f"{os.fspath(path)} line {number}", record)
     if empty:
         raise DataError(os.fspath(path), "holds no lines", "write one JSON object per line")
-
-
-def _passes(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Consecutive indices, as many as one scoring pass should hold."""
-    chunk: list[int] = []
-    held = 0
-    for index, length in enumerate(lengths):
-        if chunk and held + length > _TOKENS_PER_SCORING_PASS:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(index)
-        held += length
-    if chunk:
-        yield chunk
 
 
 def _dump(record: dict[str, Any]) -> str:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..seeds import sample_seed
 from .cache import BlockTable
 from .sampling.drafts import Drafts
-from .seeds import sample_seed
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 

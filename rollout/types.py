@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 
 from ..errors import RequestError
-from .seeds import MAX_SEED, derived_seed
+from ..seeds import MAX_SEED, derived_seed
 
 SAMPLERS = ("ar", "lossless", "coupled", "mixed")
 SamplerName = Literal["ar", "lossless", "coupled", "mixed"]

@@ -1,4 +1,4 @@
-"""Whether a clean row of a policy that `model/packed` serves depends on its prefix alone, and products under which it does not.
+"""Whether a clean row of the packed backend depends on its prefix alone, and products under which it does not.
 
 Run as a program, it prints what holds under the settings of its environment as one line of JSON: `forced`, the product that
 runs; `library`, as of `library_differs`; `differing`, by random policy; `planted`, the same with projections by the library."""
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from blockroll.kernels.linear import numba as linear
+from blockroll.model.backends.packed.backend import PackedBackend
 from blockroll.model.layout import CLEAN, DecodeRows, causal, decode
-from blockroll.model.packed import packed_forward
 from blockroll.model.policy import Policy
 from blockroll.rollout.cache import PagedCache
 
@@ -31,12 +31,11 @@ _MIXED = [
 @torch.inference_mode()
 def differing(policy: Policy) -> list[str]:
     """Names of the ways to compute clean rows whose logits differ in a bit from those of each text in a pass of its own."""
-    packed = packed_forward(policy)
-    assert packed is not None
+    packed = PackedBackend(policy)
     draw = np.random.default_rng(1)
     texts = [draw.integers(0, 40, count).tolist() for count in _LENGTHS]
-    expected = [packed.head(packed(causal([text]))) for text in texts]
-    together = packed.head(packed(causal(texts)))
+    expected = [packed.head(packed.forward(*packed.prepare(causal([text])))) for text in texts]
+    together = packed.head(packed.forward(*packed.prepare(causal(texts))))
     plain = policy.head(policy(causal(texts)))
     assert (together - plain).abs().max() < 2e-5 * plain.abs().max()
 
@@ -50,7 +49,8 @@ def differing(policy: Policy) -> list[str]:
                 plans.append(DecodeRows(texts[s][done[s] : done[s] + count], done[s], proposals, 5 if proposals else 0))
                 assert cache.reserve(held[s], done[s] + count)
             layout = decode(plans, policy.mask_token_id)
-            logits = packed.head(packed(layout, cache.view([held[s] for s, *_ in step], layout)))
+            view = cache.view([held[s] for s, *_ in step], layout)
+            logits = packed.head(packed.forward(*packed.prepare(layout, view), view))
             for number, (s, *_) in enumerate(step):
                 got = logits[(layout.sequence_T == number) & (layout.block_T == CLEAN)]
                 equal = equal and torch.equal(got, expected[s][done[s] : done[s] + len(got)])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .rule import Rule
+from .ranges import RowRanges
 
 TILE = 512
 """Rows of a tile."""
@@ -33,19 +33,19 @@ class Tiles:
         seen: per query tile, the key tiles it sees something of, each with whether it sees all of it.
     """
 
-    rule: Rule
+    ranges: RowRanges
     size: int
     seen: list[list[tuple[int, bool]]]
 
     @classmethod
-    def of(cls, rule: Rule, size: int = TILE) -> Tiles:
+    def of(cls, ranges: RowRanges, size: int = TILE) -> Tiles:
         """Sort the pairs of tiles."""
-        some, whole = (x.tolist() for x in rule.tiles(size))
-        return cls(rule, size, [[(j, whole[i][j]) for j, seen in enumerate(line) if seen] for i, line in enumerate(some)])
+        some, whole = (x.tolist() for x in ranges.tiles(size))
+        return cls(ranges, size, [[(j, whole[i][j]) for j, seen in enumerate(line) if seen] for i, line in enumerate(some)])
 
     def span(self, tile: int) -> slice:
         """Rows of a tile."""
-        return slice(tile * self.size, min((tile + 1) * self.size, self.rule.rows))
+        return slice(tile * self.size, min((tile + 1) * self.size, self.ranges.rows))
 
 
 def attend_blockwise(
@@ -137,7 +137,7 @@ def _scores(
         columns = tiles.span(j)
         s_GXJ = q_GXD @ k_TGD[columns].permute(1, 2, 0).to(q_GXD.dtype)
         if not whole:
-            hidden_IJ = ~tiles.rule.sees(rows, columns)
+            hidden_IJ = ~tiles.ranges.sees(rows, columns)
             s_GXJ.view(s_GXJ.shape[0], -1, *hidden_IJ.shape).masked_fill_(hidden_IJ, -torch.inf)
         yield columns, s_GXJ
 

@@ -1,6 +1,6 @@
-"""Attention over a long pack of rows through torch's FlexAttention: one fused kernel that asks the rule itself.
+"""Attention over a long pack of rows through torch's FlexAttention: one fused kernel that reads the ranges itself.
 
-Same result as `blockwise`. The table of tiles is ours: torch's own way of making one evaluates the rule for all T * T pairs.
+Same result as `blockwise`. The table of tiles is ours: torch would make one by evaluating all T * T pairs.
 Source: FlexAttention, arXiv 2412.05496. Legend: T rows, H query heads, G key heads, D head size, N tiles.
 """
 
@@ -13,25 +13,22 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from .rule import Rule
+from .ranges import RowRanges
 
 TILE = 128
 """Rows of a tile, as the kernel wants them."""
 
 
-def block_mask(rule: Rule) -> BlockMask:
-    """The kernel's table of tiles of a rule."""
-    some_NN, whole_NN = rule.tiles(TILE)
+def block_mask(ranges: RowRanges) -> BlockMask:
+    """The kernel's table of tiles."""
+    some_NN, whole_NN = ranges.tiles(TILE)
     partial, whole = _table(some_NN & ~whole_NN), _table(whole_NN)
-    moved = Rule(
-        rule.sequence_T.to(torch.int32), rule.position_T.to(torch.int32), rule.limit_T.to(torch.int32),
-        rule.block_T.to(torch.int32), rule.window,
-    )  # fmt: skip
+    narrow = RowRanges(ranges.range_4T.to(torch.int32))
 
     def sees(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        return moved.sees(i, j)
+        return narrow.sees(i, j)
 
-    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(rule.rows, rule.rows))
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(ranges.rows, ranges.rows))
 
 
 def attend_flex(

@@ -1,4 +1,4 @@
-"""A long pack: its rule cut into tiles once, for every layer, as the device wants them.
+"""LongPack: a long pack cut into tiles once, for every layer, in the form that the device takes.
 
 Legend: T rows, H query heads, G key heads, D head size.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .blockwise import Tiles, attend_blockwise
-from .rule import Rule
+from .ranges import RowRanges
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongPack:
-    """Attributes: tiles, the table of the implementation that the rule's device takes."""
+    """Attributes: tiles, the table of tiles: `Tiles` on a CPU, a `BlockMask` on an accelerator."""
 
     tiles: Tiles | BlockMask
 
     @classmethod
-    def of(cls, rule: Rule) -> LongPack:
+    def of(cls, ranges: RowRanges) -> LongPack:
         """Cut a pack into tiles."""
-        if rule.sequence_T.device.type == "cuda":
+        if ranges.range_4T.device.type == "cuda":
             # Importing it takes a second, which decoding on a CPU need not wait for.
             from .flex import block_mask
 
-            return cls(block_mask(rule))
-        return cls(Tiles.of(rule))
+            return cls(block_mask(ranges))
+        return cls(Tiles.of(ranges))
 
     def attend(self, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, scale: float) -> torch.Tensor:
         """out_THD; every row must see at least one row."""

@@ -40,7 +40,17 @@ def paged_attend(
     rows: Rows,
     scale: float,
 ) -> torch.Tensor:
-    """One sequence after another: its cached positions gathered, its own rows behind them."""
+    """Returns out_THD; a row that sees nothing gives 0.
+
+    Args:
+        q_THD, k_TGD, v_TGD: the pack; heads contiguous, any stride between rows.
+        k_pool_KGD, v_pool_KGD: one layer's pool of K = pages * page_size positions, contiguous, on the same device. Read
+            only below each sequence's `start_S`; the pack's own keys come from k_TGD and v_TGD.
+        rows: who sees what.
+
+    In Triton this is one or two launches, without gradients. Nothing is read back from the device, so the call can be captured.
+    Here one sequence is computed after another: its cached positions are gathered, and its own rows stand behind them.
+    """
     out_THD = torch.zeros_like(q_THD)
     first = rows.first_S1.tolist()
     for s, start in enumerate(rows.start_S.tolist()):

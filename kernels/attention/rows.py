@@ -1,10 +1,9 @@
-"""Which keys each row of a pack attends to, as integer ranges, and how the rows are cut into tiles.
+"""Rows: which keys each row of a pack over a paged cache attends to, and how the rows are cut into tiles.
 
 Invariants:
-- Within a sequence the clean rows come first, in the order of their positions, and the rows of a mask block are
-  contiguous; so what a row sees is three ranges: cached positions, clean rows, and rows of its own block.
-- Built on the host from what the host knows, and moved once; nothing is read back. All tensors are int32, of sizes that
-  depend only on (T, S, pages per sequence, tiles): a captured step finds new values in the place of old ones.
+- A row sees three ranges: cached positions, clean rows of the pack, and rows of its own mask block.
+- Built on the host on the host and moved once; nothing is read back. All tensors are int32, of sizes that depend only on
+  (T, S, pages per sequence, tiles), so that a captured step can find new values in the place of old ones.
 
 Legend: T rows, S sequences, P pages of the longest sequence, N tiles.
 """
@@ -18,9 +17,6 @@ import torch
 
 from ..launch import architecture
 from .tiles import Tile, choose
-
-CLEAN = -1
-"""In `block_T`: a row that belongs to no mask block."""
 
 
 @dataclass(frozen=True)
@@ -53,54 +49,29 @@ class Rows:
     @classmethod
     def of(
         cls,
-        sequence_T: torch.Tensor,
-        position_T: torch.Tensor,
-        limit_T: torch.Tensor,
-        block_T: torch.Tensor,
-        start_S: torch.Tensor,
+        range_4T: np.ndarray,
+        first_S1: np.ndarray,
+        start_S: np.ndarray,
         table_SP: torch.Tensor,
         *,
         page_size: int,
         heads: int,
         kv_heads: int,
         dtype: torch.dtype,
-        window: int | None = None,
         batch_invariant: bool = False,
         device: torch.device | str = "cpu",
     ) -> Rows:
-        """Build it from host tensors (the fields of the layout of the same names).
+        """Build it from what the host knows.
 
         Args:
+            range_4T: begin and end of the clean keys that each row sees, then of the keys of its mask block. The keys of a
+                sequence are its cached positions, then its rows.
             table_SP: page numbers; entries past a sequence's pages are never read.
-            window: sliding window over clean keys; None sees everything.
             batch_invariant: tile sizes and the cut of the keys do not depend on what else is in the pack.
             device: where the kernels run.
         """
-        sequence, position, limit, block, start = (
-            x.numpy().astype(np.int64) for x in (sequence_T, position_T, limit_T, block_T, start_S)
-        )
-        sequences, rows = len(start), len(sequence)
-        first = np.searchsorted(sequence, np.arange(sequences + 1))
-        start_T, first_T = start[sequence], first[:-1][sequence]
-
-        past_end = np.minimum(start_T, limit + 1)
-        past_begin = np.zeros(rows, dtype=np.int64)
-        clean_begin, clean_end = np.zeros(rows, dtype=np.int64), np.maximum(limit + 1 - start_T, 0)
-        clean_count = np.bincount(sequence[block == CLEAN], minlength=sequences)[sequence]
-        clean_end = np.minimum(clean_end, clean_count)
-        if window is not None:
-            past_begin = np.clip(position - window + 1, 0, past_end)
-            clean_begin = np.clip(position - window + 1 - start_T, 0, clean_end)
-        line = np.arange(rows)
-        opens = np.ones(rows, dtype=bool)
-        opens[1:] = (block[1:] != block[:-1]) | (sequence[1:] != sequence[:-1])
-        opening = line[opens]
-        run = opens.cumsum() - 1
-        closing = np.append(opening[1:], rows)
-        masked = block != CLEAN
-        block_begin = np.where(masked, opening[run] - first_T, 0)
-        block_end = np.where(masked, closing[run] - first_T, 0)
-
+        first, start = first_S1, start_S
+        sequences = len(start)
         counts = np.diff(first)
         group = heads // kv_heads
         width = table_SP.shape[1] * page_size
@@ -117,7 +88,18 @@ class Rows:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
 
         return cls(
-            range_6T=move(np.stack([past_begin, past_end, clean_begin, clean_end, block_begin, block_end])),
+            range_6T=move(apart(range_4T, np.repeat(start, counts))),
             first_S1=move(first), start_S=move(start), table_SP=table_SP.to(torch.int32).to(device),
             tile_N2=move(tile_N2), tile=tile, page_size=page_size, splits=splits, per_split=per_split,
         )  # fmt: skip
+
+
+def apart(range_4T: np.ndarray, start_T: np.ndarray) -> np.ndarray:
+    """The `range_6T` of ranges of keys: cached keys and keys of the pack apart, the latter counted from the sequence's first row.
+
+    Args:
+        range_4T: as in `Rows.of`. start_T: cached positions of each row's sequence.
+    """
+    clean_2T = range_4T[:2]
+    block_2T = np.maximum(range_4T[2:] - start_T, 0)  # a clean row's is 0 and 0
+    return np.concatenate([np.minimum(clean_2T, start_T), np.maximum(clean_2T - start_T, 0), block_2T])

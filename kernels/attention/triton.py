@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch, precision
-from .rows import CLEAN, Rows
+from .rows import Rows
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = 1.4426950408889634
@@ -237,12 +238,11 @@ def cases(shape: Shape) -> Iterator[Case]:
 
     def case(sequences: int, count: int, positions: int, invariant: bool) -> Case:
         def call() -> None:
-            line = torch.arange(sequences * count)
-            sequence_T, block_T = line // count, torch.full_like(line, CLEAN)
+            line = np.tile(np.arange(count), sequences)
             rows = Rows.of(
-                sequence_T, line % count, line % count, block_T, torch.zeros(sequences, dtype=torch.int64),
+                np.stack([0 * line, line + 1, 0 * line, 0 * line]), np.arange(sequences + 1) * count, 0 * np.arange(sequences),
                 torch.zeros(sequences, pages, dtype=torch.int32), page_size=shape.page_size, heads=H, kv_heads=G,
-                dtype=shape.dtype, window=shape.window, batch_invariant=invariant, device="meta",
+                dtype=shape.dtype, batch_invariant=invariant, device="meta",
             )  # fmt: skip
             T = sequences * count
 

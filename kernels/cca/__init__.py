@@ -14,29 +14,11 @@ The depthwise output before the document is b_dw, not zero. Sources: arXiv 2510.
 
 from __future__ import annotations
 
-import torch
-
-from ..dispatch import takes_triton
+from ..dispatch import dispatched
 from . import reference
 from .places import NOTHING, Places, Pools
-from .reference import CCAWeights, mix, taps_apart
+from .reference import CCAInputs, CCAWeights, queries_keys_values, taps_apart
 
-__all__ = ["NOTHING", "CCAWeights", "Places", "Pools", "cca", "mix", "taps_apart"]
+__all__ = ["NOTHING", "CCAInputs", "CCAWeights", "Places", "Pools", "cca", "queries_keys_values", "taps_apart"]
 
-
-def cca(
-    x_TC: torch.Tensor,
-    current_TW: torch.Tensor,
-    delayed_TW: torch.Tensor,
-    weights: CCAWeights,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    places: Places,
-    pools: Pools | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q_THD, k_TGD, v_TGD of a pack, whose clean rows are kept in the pools; see `reference.cca`."""
-    if x_TC.dtype != torch.float64 and takes_triton(x_TC, *weights):
-        from . import triton as fast
-
-        return fast.cca(x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP, places, pools)
-    return reference.cca(x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP, places, pools)
+cca = dispatched(reference.cca, wide=False)

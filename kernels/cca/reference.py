@@ -29,6 +29,22 @@ class CCAWeights(NamedTuple):
     before_W: torch.Tensor | None
 
 
+class CCAInputs(NamedTuple):
+    """What CCA turns into queries, keys and values.
+
+    Attributes:
+        x_TC: q/k projections. current_TW, delayed_TW: the two halves of the values.
+        cos_TP, sin_TP: RoPE tables, whose halves are equal.
+    """
+
+    x_TC: torch.Tensor
+    current_TW: torch.Tensor
+    delayed_TW: torch.Tensor
+    weights: CCAWeights
+    cos_TP: torch.Tensor
+    sin_TP: torch.Tensor
+
+
 def taps_apart(weight: torch.Tensor) -> torch.Tensor:
     """The same weight of a convolution, [out, in, taps], copied into memory where its taps lie outermost: a kernel multiplies by
     one tap at a time, and can then load it in whole lines. A weight that lies so already is returned as it is."""
@@ -98,38 +114,54 @@ def mix(
     return rotate(normalise(q_THD), cos_TP, sin_TP), rotate(k_TGD, cos_TP, sin_TP)
 
 
+def look_back(
+    x_TC: torch.Tensor, delayed_TW: torch.Tensor, before_W: torch.Tensor | None, source_TA: torch.Tensor, pools: Pools | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_TAC of each row and its ancestors, and the parent's delayed value previous_TW. Differentiable.
+
+    Args:
+        before_W: as in `CCAWeights`. source_TA: as in `Places`.
+        pools: None without a cache; then no source is a tail entry.
+    """
+    source_TA, outside = source_TA.long(), len(x_TC)
+    place_TA = torch.where(source_TA < 0, outside, source_TA)
+    nothing_1W = delayed_TW.new_zeros(1, delayed_TW.shape[1]) if before_W is None else before_W[None].to(delayed_TW.dtype)
+    x_TAC = torch.cat([x_TC, x_TC.new_zeros(1, x_TC.shape[1])]).index_select(0, place_TA.flatten()).unflatten(0, place_TA.shape)
+    previous_TW = torch.cat([delayed_TW, nothing_1W]).index_select(0, place_TA[:, 1])
+    if pools is not None:
+        in_tail_TA1, entry_TA = (source_TA < NOTHING)[..., None], (-2 - source_TA).clamp_min(0)
+        x_TAC = torch.where(in_tail_TA1, pools.x[entry_TA], x_TAC)
+        previous_TW = torch.where(in_tail_TA1[:, 1], pools.delayed[entry_TA[:, 1]], previous_TW)
+    return x_TAC, previous_TW
+
+
+def queries_keys_values(
+    inputs: CCAInputs, source_TA: torch.Tensor, pools: Pools | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q_THD, k_TGD, v_TGD of a pack. Differentiable, and nothing is kept.
+
+    Args: as of `cca` and `look_back`.
+    """
+    x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP = inputs
+    x_TAC, previous_TW = look_back(x_TC, delayed_TW, weights.before_W, source_TA, pools)
+    q_THD, k_TGD = (y.to(x_TC.dtype) for y in mix(x_TAC, weights, cos_TP, sin_TP))
+    return q_THD, k_TGD, torch.cat([current_TW, previous_TW], dim=-1).unflatten(-1, k_TGD.shape[1:])
+
+
 def cca(
-    x_TC: torch.Tensor,
-    current_TW: torch.Tensor,
-    delayed_TW: torch.Tensor,
-    weights: CCAWeights,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    places: Places,
-    pools: Pools | None,
+    inputs: CCAInputs, places: Places, pools: Pools | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values of a pack, and its rows kept in the cache: q_THD, k_TGD, v_TGD.
 
     Args:
-        x_TC: q/k projections. current_TW, delayed_TW: the two halves of the values.
         pools: None without a cache; then no source is a tail entry and nothing is kept.
     """
-    source_TA = places.source_TA.long()
-    in_pack_TA1, in_tail_TA1 = (source_TA >= 0)[..., None], (source_TA < NOTHING)[..., None]
-    x_TAC = torch.where(in_pack_TA1, x_TC[source_TA.clamp_min(0)], 0)
-    nothing_W = delayed_TW.new_zeros(delayed_TW.shape[1]) if weights.before_W is None else weights.before_W
-    previous_TW = torch.where(in_pack_TA1[:, 1], delayed_TW[source_TA[:, 1].clamp_min(0)], nothing_W)
-    if pools is not None:
-        entry_TA = (-2 - source_TA).clamp_min(0)
-        x_TAC = torch.where(in_tail_TA1, pools.x[entry_TA], x_TAC)
-        previous_TW = torch.where(in_tail_TA1[:, 1], pools.delayed[entry_TA[:, 1]], previous_TW)
-    q_THD, k_TGD = (y.to(x_TC.dtype) for y in mix(x_TAC, weights, cos_TP, sin_TP))
-    v_TGD = torch.cat([current_TW, previous_TW], dim=-1).unflatten(-1, k_TGD.shape[1:])
+    q_THD, k_TGD, v_TGD = queries_keys_values(inputs, places.source_TA, pools)
     if pools is not None:
         kept, tail = (places.write_T != NOTHING).nonzero()[:, 0], (places.tail_T != NOTHING).nonzero()[:, 0]
         for pool, row, index, at in (
             (pools.k, k_TGD, kept, places.write_T), (pools.v, v_TGD, kept, places.write_T),
-            (pools.x, x_TC, tail, places.tail_T), (pools.delayed, delayed_TW, tail, places.tail_T),
+            (pools.x, inputs.x_TC, tail, places.tail_T), (pools.delayed, inputs.delayed_TW, tail, places.tail_T),
         ):  # fmt: skip
             pool.index_copy_(0, at[index].long(), row[index])
     return q_THD, k_TGD, v_TGD

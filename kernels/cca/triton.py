@@ -30,7 +30,7 @@ import triton.language as tl
 from ..dispatch import batch_invariant, using
 from ..launch import Case, Shape, architecture, launch, pipeline, precision
 from .places import Places, Pools
-from .reference import CCAWeights, taps_apart
+from .reference import CCAInputs, CCAWeights, taps_apart
 
 
 @triton.jit
@@ -219,16 +219,10 @@ def _tile(rows: int, size: int, apart: bool) -> tuple[int, int]:
 
 
 def cca(
-    x_TC: torch.Tensor,
-    current_TW: torch.Tensor,
-    delayed_TW: torch.Tensor,
-    weights: CCAWeights,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    places: Places,
-    pools: Pools | None,
+    inputs: CCAInputs, places: Places, pools: Pools | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As the reference; the first three may be columns of one wider tensor."""
+    """As the reference; projections and values may be columns of one wider tensor."""
+    x_TC, current_TW, delayed_TW, weights, cos_TP, sin_TP = inputs
     rows, device, dtype = len(x_TC), x_TC.device, x_TC.dtype
     g, d, p = len(weights.temperature_G), weights.grouped_weight.shape[1], cos_TP.shape[-1]
     h, w = x_TC.shape[1] // d - g, delayed_TW.shape[1]
@@ -287,7 +281,8 @@ def cases(shape: Shape) -> Iterator[Case]:
         # x, current and delayed lie side by side where the projections are one product.
         x, current, delayed = empty(rows, channels + 2 * w).split([channels, w, w], dim=1)
         with using(batch_invariant=invariant):
-            cca(x, current, delayed, weights, empty(rows, p), empty(rows, p), places, pools if positions else None)
+            inputs = CCAInputs(x, current, delayed, weights, empty(rows, p), empty(rows, p))
+            cca(inputs, places, pools if positions else None)
 
     for rows in (1, max(shape.sequences) * max(shape.rows)):
         for positions, name in ((shape.positions, ""), (shape.large_positions, " large"), (0, " without a cache")):

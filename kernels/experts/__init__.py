@@ -18,22 +18,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ..dispatch import takes_triton
+from ..dispatch import dispatched, takes_triton
 from . import reference
 from .reference import RouterWeights
 
 __all__ = ["RouterWeights", "route", "route_top1"]
 
 
-def route(
-    x_TD: torch.Tensor, state_TP: torch.Tensor | None, weights: RouterWeights, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Choose an expert per row: expert_T, weight_T, the router state of this layer, probs_TC; see `reference.route`."""
-    if x_TD.dtype != torch.float64 and takes_triton(x_TD, state_TP, *weights):
-        from . import triton as fast
-
-        return fast.route(x_TD, state_TP, weights, eps)
-    return reference.route(x_TD, state_TP, weights, eps)
+route = dispatched(reference.route, wide=False)
 
 
 def route_top1(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch
+from .reference import Scales
 
 
 @triton.jit
@@ -83,33 +84,17 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return out
 
 
-def scale_residual(
-    hidden_TD: torch.Tensor,
-    residual_TD: torch.Tensor,
-    hidden_scale_D: torch.Tensor,
-    hidden_bias_D: torch.Tensor,
-    residual_scale_D: torch.Tensor,
-    residual_bias_D: torch.Tensor,
-) -> torch.Tensor:
+def scale_residual(hidden_TD: torch.Tensor, residual_TD: torch.Tensor, scales: Scales) -> torch.Tensor:
     """As the reference."""
-    scales = hidden_scale_D, hidden_bias_D, residual_scale_D, residual_bias_D
     stream = _launch(residual_TD, hidden_TD, scales, None, 0.0)[0]
     assert stream is not None
     return stream
 
 
 def scale_residual_norm(
-    hidden_TD: torch.Tensor,
-    residual_TD: torch.Tensor,
-    hidden_scale_D: torch.Tensor,
-    hidden_bias_D: torch.Tensor,
-    residual_scale_D: torch.Tensor,
-    residual_bias_D: torch.Tensor,
-    weight_D: torch.Tensor,
-    eps: float,
+    hidden_TD: torch.Tensor, residual_TD: torch.Tensor, scales: Scales, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the reference."""
-    scales = hidden_scale_D, hidden_bias_D, residual_scale_D, residual_bias_D
     stream, out = _launch(residual_TD, hidden_TD, scales, weight_D, eps)
     assert stream is not None and out is not None
     return stream, out
@@ -123,8 +108,8 @@ def cases(shape: Shape) -> Iterator[Case]:
 
     for name, rows in (("", max(shape.sequences) * max(shape.rows)), (" large", 1 << 19)):
         hidden, residual = empty(rows, shape.hidden), empty(rows, shape.hidden, dtype=torch.float32)
-        scales = [empty(shape.hidden) for _ in range(4)]
-        yield Case("scale and norm" + name, partial(_launch, residual, hidden, tuple(scales), scales[0], 1e-5))
-        yield Case("scale" + name, partial(scale_residual, hidden, residual, *scales))
+        scales = Scales(*(empty(shape.hidden) for _ in range(4)))
+        yield Case("scale and norm" + name, partial(_launch, residual, hidden, scales, scales[0], 1e-5))
+        yield Case("scale" + name, partial(scale_residual, hidden, residual, scales))
         yield Case("norm" + name, partial(rms_norm, residual, scales[0], 1e-5))
     yield Case("router norm", partial(rms_norm, empty(1, shape.router), empty(shape.router), 1e-5))

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..dispatch import takes_numba, takes_triton
+from ..dispatch import dispatched, takes_numba, takes_triton
 from ..philox import Purpose
 from . import reference
 from .reference import (
@@ -161,32 +161,7 @@ def verify_matching(
     return Rejection(accepted_S, torch.where(committed_SR, token_SR, -1), logprob_SR, logprob_SR)
 
 
-def verify_rejection(
-    p_logits_SRV: torch.Tensor,
-    q_logits_SMV: torch.Tensor,
-    q_lse_SM: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-    excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None,
-) -> Rejection:
-    """Accept drafts and draw the token after them, for `lossless` and, with a mix weight, `mixed`; see
-    `reference.verify_rejection`."""
-    arguments = (
-        p_logits_SRV, q_logits_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, anchor_S, excluded, mix_weight_S,
-    )  # fmt: skip
-    if p_logits_SRV.dtype != torch.float64 and takes_triton(p_logits_SRV):
-        from . import rejection as fast
-
-        return fast.verify_rejection(*arguments)
-    if takes_numba(p_logits_SRV):
-        from . import numba as compiled
-
-        return compiled.verify_rejection(*arguments)
-    return reference.verify_rejection(*arguments)
+verify_rejection = dispatched(reference.verify_rejection, triton="rejection", numba="numba", wide=False)
 
 
 def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from ..launch import launch
 from ..philox.triton import uniform_of
+from .chunks import chunks_of, find, finite, normaliser, row_at, scaled_of, strides_of, temperature_of
 from .reference import Purpose, Rejection
-from .triton import chunks_of, find, finite, normaliser, row_at, scaled_of, strides_of, temperature_of
 
 ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
 RESAMPLE = tl.constexpr(int(Purpose.RESAMPLE))

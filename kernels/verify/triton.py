@@ -23,60 +23,9 @@ import triton.language as tl
 
 from ..launch import Case, Shape, launch
 from ..philox.triton import gumbel_of, rough_gumbel_of, uniform_of
+from .chunks import chunks_of, find, finite, normaliser, row_at, scaled_of, strides_of, temperature_of
 from .reference import Purpose, Sampled
-
-LARGEST_CHUNK = 4096
-
-
-@triton.jit
-def scaled_of(row_at, v, temperature, V: tl.constexpr, EXCLUDED: tl.constexpr):
-    """float32 logits over the temperature; -inf past the vocabulary and for the excluded token."""
-    inside = v < V
-    x = tl.div_rn(tl.load(row_at + v, inside, 0).to(tl.float32), temperature)
-    return tl.where(inside & (v != EXCLUDED), x, float("-inf"))
-
-
-@triton.jit
-def row_at(logits_SRV, row, s_stride, r_stride, R):
-    """Where row `row` of S * R begins."""
-    return logits_SRV + (row // R).to(tl.int64) * s_stride + (row % R).to(tl.int64) * r_stride
-
-
-@triton.jit
-def temperature_of(temperature_S, s):
-    """(float32 temperature to divide by: 1 for 0; whether it was above 0)."""
-    t = tl.load(temperature_S + s).to(tl.float32)
-    return tl.where(t > 0, t, 1.0), t > 0
-
-
-@triton.jit
-def finite(top):
-    """What to subtract before exp: 0 where nothing is above -inf."""
-    return tl.where(top == float("-inf"), 0.0, top)
-
-
-@triton.jit
-def normaliser(top_C, total_C, at, C: tl.constexpr, CHUNKS: tl.constexpr):
-    """(largest logit, float64 exp-sum of each chunk relative to it, float64 log-sum-exp) of a row."""
-    c = tl.arange(0, CHUNKS)
-    top = tl.load(top_C + at + c, c < C, float("-inf"))
-    largest = finite(tl.max(top, 0))
-    weight = tl.load(total_C + at + c, c < C, 0.0) * tl.exp(top.to(tl.float64) - largest)
-    weight = tl.where(c < C, weight, 0.0)
-    return largest, weight, largest + tl.log(tl.sum(weight, 0))
-
-
-@triton.jit
-def find(weight, target, fallback):
-    """First index with weight whose running sum exceeds the target, and the sum before it; the last one with weight where
-    rounding leaves none, and `fallback` where nothing has weight."""
-    i = tl.arange(0, weight.shape[0])
-    end = tl.cumsum(weight, 0)
-    far = weight.shape[0]
-    index = tl.min(tl.where((end > target) & (weight > 0), i, far), 0)
-    last = tl.max(tl.where(weight > 0, i, -1), 0)
-    index = tl.where(index < far, index, tl.where(last >= 0, last, fallback))
-    return index, tl.sum(tl.where(i < index, weight, 0.0), 0)
+from .rejection import verify_rejection
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -163,19 +112,6 @@ def _cdf_kernel(
     tl.store(lse_SR + row, lse)
 
 
-def chunks_of(vocab_size: int) -> tuple[int, int, int, int]:
-    """(CHUNK, C, CHUNKS, warps): how a row is cut."""
-    chunk = min(LARGEST_CHUNK, max(16, triton.next_power_of_2(vocab_size)))
-    count = triton.cdiv(vocab_size, chunk)
-    return chunk, count, triton.next_power_of_2(count), 8 if chunk >= 2048 else 4
-
-
-def strides_of(logits_SRV: torch.Tensor, name: str = "") -> dict[str, int]:
-    """The row strides a kernel takes; slices of sequences and rows need no copy."""
-    assert logits_SRV.stride(-1) == 1, "logits of a row lie side by side"
-    return {f"{name}s_stride": logits_SRV.stride(0), f"{name}r_stride": logits_SRV.stride(1)}
-
-
 def _sample(
     logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
     excluded: int, purpose: int, noise: bool,
@@ -231,8 +167,6 @@ def sample_cdf(
 
 def cases(shape: Shape) -> Iterator[Case]:
     """What samplers launch for the verify rows of every batch, and for the drafts they draw."""
-    from .rejection import verify_rejection
-
     def empty(*size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 

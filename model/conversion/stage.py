@@ -24,6 +24,7 @@ import torch
 
 from ...errors import ConfigError, DataError, InvalidInput
 from ...files import append_jsonl, read_jsonl, write_atomic
+from ...seeds import named_generator
 from ..experts import Router
 from ..layout import TokenLayout, causal, diffusion
 from ..policy import Policy, Routing
@@ -162,7 +163,7 @@ def train_stage(
 def lay_out(numbered: tuple[int, list[Document]], policy: Policy, stage: Stage, config: ConversionConfig) -> Pack:
     """A pack of the stream, its mask blocks placed by its number."""
     number, documents = numbered
-    return Pack.of(documents, stage, policy.mask_token_id, random.Random(f"{config.seed}/{stage.name}/{number}"))
+    return Pack.of(documents, stage, policy.mask_token_id, named_generator(config.seed, f"{stage.name}/{number}"))
 
 
 def train_step(

@@ -30,8 +30,8 @@ from rich.table import Table
 
 from ...errors import InvalidInput
 from ...files import write_json
+from ...model.backends import products
 from ...model.checkpoint import load_policy
-from ...model.packed import products
 from ...model.policy import Policy
 from ...model.scoring import score
 from ...model.tasks import make_tasks

@@ -28,13 +28,13 @@ from ...errors import InvalidInput
 from ...files import write_json
 from ...model.checkpoint import load_policy
 from ...model.policy import Policy
+from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
 from ..machine import describe, one_thread
 from ..planning.planner import Decision, candidates
 from ..planning.step_costs import clock
 from ..progress import Meter
 from ..schedule import Schedule
-from ..seeds import derived_seed
 from ..types import RolloutRequest, SamplingParams
 from .decode import LEAST_ROUNDS, prompts_of_one_length
 

@@ -21,10 +21,10 @@ from ...model.policy import Policy
 from ...model.scoring import score as score_tokens
 from ...model.tasks import Task, score
 from ...model.tokenizer import encode_prompt
+from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
 from ..offline import pool_size, serve
 from ..schedule import Schedule
-from ..seeds import derived_seed
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
 from .counts import (
     Kind,

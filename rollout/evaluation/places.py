@@ -15,7 +15,6 @@ Legend: T rows, M mask rows that stand for a token of the text, B block size, V 
 
 from __future__ import annotations
 
-import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -24,8 +23,10 @@ import torch
 
 from ...kernels.transfer import upload
 from ...model.layout import diffusion
+from ...model.packing import packs
 from ...model.policy import Policy
 from ...model.vocabulary import rows_at_once
+from ...seeds import named_generator
 from ..types import Trajectory
 from .counts import ratio
 
@@ -50,7 +51,8 @@ def acceptance_at_places(
     """
     passed: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     reached: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for pack in _packs(samples, places * sum(block_sizes)):
+    masks = places * sum(block_sizes)
+    for pack in packs(samples, lambda sample: len(sample.prompt_tokens) + len(sample.tokens) + masks, _ROWS):
         starts = [_places(sample, places, seed) for sample in pack]
         blocks = [[(start, size) for size in block_sizes for start in mine] for mine in starts]
         documents = [[*sample.prompt_tokens, *sample.tokens] for sample in pack]
@@ -66,24 +68,10 @@ def acceptance_at_places(
                    for slot in range(size) if (size, slot) in reached] for size in block_sizes}  # fmt: skip
 
 
-def _packs(samples: Sequence[Trajectory], masks: int) -> Iterator[list[Trajectory]]:
-    pack: list[Trajectory] = []
-    rows = 0
-    for sample in samples:
-        own = len(sample.prompt_tokens) + len(sample.tokens) + masks
-        if pack and rows + own > _ROWS:
-            yield pack
-            pack, rows = [], 0
-        pack.append(sample)
-        rows += own
-    if pack:
-        yield pack
-
-
 def _places(sample: Trajectory, most: int, seed: int) -> list[int]:
     """Positions of the text where blocks begin."""
     first, count = len(sample.prompt_tokens), len(sample.tokens)
-    draw = random.Random(f"{seed}/{sample.request_id}/{sample.sample}")
+    draw = named_generator(seed, f"{sample.request_id}/{sample.sample}")
     return sorted(draw.sample(range(first, first + count), min(most, count)))
 
 

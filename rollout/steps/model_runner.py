@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ...kernels.transfer import upload
+from ...model.backends import choose
 from ...model.layout import DecodeRows, decode
-from ...model.packed import packed_forward
 from ...model.policy import Policy, Routing
 from ..cache import BlockTable, PagedCache
 from .plan import ForwardRequest
@@ -62,15 +62,14 @@ class ModelRunner:
     def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
         self._policy, self._cache, self._captured = policy, cache, captured
         self._device = policy.device
-        self.shapes = ShapeCache(policy, cache)
-        self.take_weights()
+        self._backend = choose(policy)
+        self.head, self.markov = self._backend.head, self._backend.markov
+        self.shapes = ShapeCache(policy, self._backend, cache)
 
     def take_weights(self) -> None:
         """Must be called after the policy's weights have changed. Graphs read the weights where they lie."""
-        self._packed = packed_forward(self._policy)
-        served = self._policy if self._packed is None else self._packed
-        self.head = served.head
-        self.markov = served.markov
+        self._backend.refresh()
+        self.markov = self._backend.markov
 
     def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None) -> ForwardOutput:
         """One forward pass.
@@ -81,7 +80,7 @@ class ModelRunner:
         batch, records = request.batch, request.batch.records_experts
         tables = [sample.block_table for sample, _, _ in batch.scheduled if sample.block_table is not None]
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
-        recurs = not batch.prefills and self._captured and self._packed is None and self._policy.paged
+        recurs = not batch.prefills and self._captured and self._backend.recurs
         rows: list[DecodeRows] = []
         if recurs:
             full = request.full
@@ -124,16 +123,10 @@ class ModelRunner:
         layout = decode(rows, self._policy.mask_token_id)
         view = self._cache.view(tables, layout)
         routing = Routing([], []) if records else None
-        if self._packed is not None:
-            if fill is not None:
-                fill(layout.token_T)
-            hidden_TD = self._packed(layout, view, routing)
-        else:
-            plan = self._policy.host_plan(layout, view)
-            layout, plan = upload((layout, plan), self._device)
-            if fill is not None:
-                fill(layout.token_T)
-            hidden_TD = self._policy(layout, view, routing, plan)
+        layout, plan = self._backend.prepare(layout, view)
+        if fill is not None:
+            fill(layout.token_T)
+        hidden_TD = self._backend.forward(layout, plan, view, routing)
         return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
 

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ...kernels.attention.rows import apart
 from ...kernels.cca import NOTHING
 from ...kernels.transfer import PinnedCopy
 from ...model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
 from ...model.paged import PagedPlan
 from ...model.policy import Policy
+from ...model.visibility import Visibility
 from ..cache import BlockTable, CacheView, PagedCache, page_table
 
 
@@ -49,9 +51,8 @@ class RecurringInputs:
         anywhere = DecodeRows(rows.clean, hops, rows.proposals, rows.block_length)
         self.layout = decode([anywhere] * sequences, policy.mask_token_id)
         self.view: CacheView = cache.view([BlockTable(0)] * sequences, self.layout, width)
-        plan = policy.host_plan(self.layout, self.view)
-        assert isinstance(plan, PagedPlan)
-        self.plan = plan
+        self.plan = plan = policy.paged_plan(self.layout, self.view)
+        self._hops, self._windows = hops, policy.windows
         self._clean = clean = len(rows.clean)
         self._slot = np.zeros(sequences, dtype=np.int64)
         self._start, self._pages = np.zeros_like(self._slot), np.zeros_like(self._slot)
@@ -65,12 +66,8 @@ class RecurringInputs:
         )
         self._line_R, self._last_R = self._position_SR[0] - hops, self._limit_SR[0] - hops
         self._opens_R = np.flatnonzero(self._parent_SR[0] == FROM_TAIL)
-        self._source_SRA, self._write_SR, self._tail_SR = map(by_sequence, (places.source_TA, places.write_T, places.tail_T))
-        ancestor_RA = layout.ancestors(hops).numpy()[: len(self._line_R)]
-        self._tail_row, self._tail_hop = np.nonzero(ancestor_RA < 0)
-        self._back = FROM_TAIL - ancestor_RA[self._tail_row, self._tail_hop]
-        windows = [policy.windows[kind] for kind in plan.rows]
-        self._rows = list({id(each): (each, window) for each, window in zip(plan.rows.values(), windows)}.values())
+        self._write_SR, self._tail_SR = map(by_sequence, (places.write_T, places.tail_T))
+        self._rows = list({id(each): (each, kind) for kind, each in plan.rows.items()}.values())
         moving = [layout.token_T] if clean else []
         moving += [layout.position_T, layout.limit_T, layout.parent_T, layout.start_S]
         moving += [places.source_TA, places.write_T, places.tail_T]
@@ -110,14 +107,11 @@ class RecurringInputs:
         self._write_SR[:, :clean] = np.where(inside_SC, page_SC * size + offset_SC, NOTHING)
         ring_S = slot * cache.ring
         self._tail_SR[:, :clean] = np.where(inside_SC, ring_S[:, None] + position_SC % cache.ring, NOTHING)
-        back_SN = start[:, None] - 1 - self._back
-        entry_SN = ring_S[:, None] + back_SN % cache.ring
-        self._source_SRA[:, self._tail_row, self._tail_hop] = np.where(back_SN >= 0, -2 - entry_SN, NOTHING)
-        for rows, window in self._rows:
-            range_6T = rows.range_6T.numpy()
-            range_6T[1] = np.repeat(start, len(self._line_R))
-            if window is not None:
-                np.clip(self._position_SR.ravel() - (window - 1), 0, range_6T[1], out=range_6T[0], casting="unsafe")
+        back_SH = start[:, None] - 1 - np.arange(self._hops)
+        seen = Visibility.of(self.layout, self._hops, self._windows, ring_S[:, None] + back_SH % cache.ring)
+        self.plan.places.source_TA.numpy()[:] = seen.source_TA
+        for rows, kind in self._rows:
+            rows.range_6T.numpy()[:] = apart(seen.range_4T[kind], seen.by_sequence(start))
             rows.start_S.numpy()[:] = start
             if rows is not self._rows[0][0]:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)

@@ -16,6 +16,7 @@ import torch
 
 from ...kernels.dispatch import batch_invariant
 from ...kernels.graphs import Captured, GraphBudget
+from ...model.backends import Backend
 from ...model.layout import DecodeRows
 from ...model.policy import Policy, Routing
 from ..cache import BlockTable, PagedCache
@@ -43,8 +44,8 @@ class _Shape:
         captured: the graph, once there is one. last: number of the latest pass of this shape.
     """
 
-    def __init__(self, policy: Policy, inputs: RecurringInputs, records: bool) -> None:
-        self._policy, self.inputs, self._records = policy, inputs, records
+    def __init__(self, policy: Policy, backend: Backend, inputs: RecurringInputs, records: bool) -> None:
+        self._backend, self.inputs, self._records = backend, inputs, records
         self.copy = inputs.pinned_copy(policy.device)
         self.captured: Captured | None = None
         self.last = self._passes = 0
@@ -52,10 +53,10 @@ class _Shape:
         self._expert_TL: torch.Tensor | None = None
 
     def forward(self) -> None:
-        """Run the policy on the inputs as they are."""
+        """Run the backend on the inputs as they are."""
         layout, plan = self.copy.tree
         routing = Routing([], []) if self._records else None
-        self._hidden_TD = self._policy(layout, self.inputs.view, routing, plan)
+        self._hidden_TD = self._backend.forward(layout, plan, self.inputs.view, routing)
         self._expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
     def run(self, capture: Callable[[Callable[[], None]], Captured | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,8 +84,8 @@ class _Shape:
 class ShapeCache:
     """The shapes of one policy over one cache. The shape that was used longest ago makes room for a new one."""
 
-    def __init__(self, policy: Policy, cache: PagedCache) -> None:
-        self._policy, self._cache = policy, cache
+    def __init__(self, policy: Policy, backend: Backend, cache: PagedCache) -> None:
+        self._policy, self._backend, self._cache = policy, backend, cache
         self._graphs = torch.cuda.is_available() and policy.device.type == "cuda"
         self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
         total = torch.cuda.get_device_properties(policy.device).total_memory if self._graphs else 0
@@ -111,7 +112,7 @@ class ShapeCache:
             if len(self._shapes) >= _MOST_SHAPES:
                 self._drop_graph(self._shapes.pop(next(iter(self._shapes))))
             inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
-            shape = _Shape(self._policy, inputs, records)
+            shape = _Shape(self._policy, self._backend, inputs, records)
         self._shapes[key] = shape
         self._passes += 1
         shape.last = self._passes

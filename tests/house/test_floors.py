@@ -70,3 +70,21 @@ def test_light_parts_import_without_heavy_ones(module: str, unwanted: set[str], 
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+def test_no_import_cycles(graph: grimp.ImportGraph) -> None:
+    """No two modules import each other, directly or through others; imports inside functions count."""
+    ours = {module for module in graph.modules if module.split(".")[0] == "blockroll"}
+    imports = {module: graph.find_modules_directly_imported_by(module) & ours for module in ours}
+    while leaves := {module for module, imported in imports.items() if not imported}:
+        imports = {module: imported - leaves for module, imported in imports.items() if module not in leaves}
+    # What is left is in a cycle, or imports one.
+    cycles = {module for module in imports if any(graph.find_shortest_chain(other, module) for other in imports[module])}
+    assert sorted(cycles) == []
+
+
+def test_no_source_file_over_350_lines() -> None:
+    folders = [ROOT / name for name in FLOORS]
+    sources = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from blockroll.kernels.attention import Rows
 from blockroll.kernels.attention.triton import paged_attend
 from blockroll.model.layout import CLEAN, DecodeRows, TokenLayout, decode
+from blockroll.model.visibility import Visibility
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 # The interpreter's bfloat16 is wrong (it truncates), so 16 bits means float16 here.
@@ -47,10 +48,10 @@ class Pack:
 
     def rows(self, batch_invariant=False, **changes) -> Rows:
         layout = self.layout
+        seen = Visibility.of(layout, 1, {"": self.window})
         rows = Rows.of(
-            layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.start_S, self.table_SP,
-            page_size=self.page, heads=self.heads, kv_heads=self.kv_heads, dtype=self.dtype, window=self.window,
-            batch_invariant=batch_invariant,
+            seen.range_4T[""], seen.first_S1, seen.start_S, self.table_SP, page_size=self.page, heads=self.heads,
+            kv_heads=self.kv_heads, dtype=self.dtype, batch_invariant=batch_invariant,
         )  # fmt: skip
         return dataclasses.replace(rows, **changes)
 

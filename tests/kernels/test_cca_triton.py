@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from blockroll.kernels.cca import NOTHING, CCAWeights, Places, Pools, cca, reference, taps_apart
+from blockroll.kernels.cca import NOTHING, CCAInputs, CCAWeights, Places, Pools, cca, reference, taps_apart
 from blockroll.kernels.dispatch import using
 
 
@@ -56,7 +56,7 @@ class Pack:
     def run(self, op, places=None, pools=True):
         """Outputs, and the pools afterwards."""
         kept = Pools(*(pool.clone() for pool in self.pools)) if pools else None
-        out = op(*self.inputs, self.weights, *self.rope, places or self.places, kept)
+        out = op(CCAInputs(*self.inputs, self.weights, *self.rope), places or self.places, kept)
         return *out, *(kept or ())
 
 
@@ -120,6 +120,6 @@ def test_a_row_alone_equals_the_row_among_many() -> None:
             places = Places(source, pack.places.write_T[rows], pack.places.tail_T[rows], False)
             inputs = [x[rows] for x in pack.inputs]
             pools = Pools(*(pool.clone() for pool in pack.pools))
-            alone = cca(*inputs, pack.weights, *(x[rows] for x in pack.rope), places, pools)
+            alone = cca(CCAInputs(*inputs, pack.weights, *(x[rows] for x in pack.rope)), places, pools)
             for a, b in zip(alone, together, strict=False):
                 assert torch.equal(a[at[i]], b[i])

@@ -16,11 +16,12 @@ import torch
 from blockroll.kernels.attention import flex
 from blockroll.kernels.attention.blockwise import Tiles, attend_blockwise
 from blockroll.kernels.attention.flex import attend_flex, block_mask
-from blockroll.kernels.attention.rule import Rule
-from blockroll.model import cca
+from blockroll.kernels.attention.ranges import RowRanges
+from blockroll.model import plan as plans
 from blockroll.model.conversion.config import DraftLoss
 from blockroll.model.conversion.objective import objective
 from blockroll.model.layout import TokenLayout, diffusion
+from blockroll.model.visibility import Visibility
 
 MASK = 39
 
@@ -37,8 +38,9 @@ def random_pack(seed: int, longest: int = 120, documents: int = 5) -> tuple[Toke
     return *diffusion(texts, blocks, MASK), [1] * documents
 
 
-def rule_of(layout: TokenLayout, window: int | None) -> Rule:
-    return Rule(layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, window)
+def ranges_of(layout: TokenLayout, window: int | None) -> RowRanges:
+    seen = Visibility.of(layout, 2, {"": window})
+    return RowRanges(torch.from_numpy(seen.range_4T[""] + seen.by_sequence(seen.first_S1[:-1])))
 
 
 def draw_qkv(rows: int, seed: int, heads: int = 4, groups: int = 2, size: int = 16) -> list[torch.Tensor]:
@@ -52,66 +54,47 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sees: torch.Tensor,
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~sees, -torch.inf).softmax(-1), v)
 
 
-def test_the_rule_is_the_layouts():
-    layout = random_pack(0)[0]
-    assert torch.equal(rule_of(layout, None).sees(slice(None), slice(None)), layout.sees())
-
-
-@pytest.mark.parametrize("window", [None, 1, 7, 50])
-def test_tiles_leave_nothing_out_and_call_nothing_whole_that_is_not(window):
-    for seed in range(6):
-        rule = rule_of(random_pack(seed)[0], window)
-        sees = rule.sees(slice(None), slice(None))
-        some, whole = rule.tiles(16)
-        missing = -rule.rows % 16
-        tiles = torch.nn.functional.pad(sees, (0, missing, 0, missing)).unflatten(1, (-1, 16)).unflatten(0, (-1, 16))
-        assert not (tiles.any(3).any(1) & ~some).any()
-        real = torch.nn.functional.pad(~sees, (0, missing, 0, missing)).unflatten(1, (-1, 16)).unflatten(0, (-1, 16))
-        assert not (real.any(3).any(1) & whole).any()
-        assert whole.any() == (window != 1 and window != 7)
-
-
 @pytest.mark.parametrize("window", [None, 7, 50])
 @pytest.mark.parametrize("size", [16, 48, 512])
 def test_blockwise_equals_dense(window, size):
     for seed in range(3):
-        rule = rule_of(random_pack(seed)[0], window)
-        q, k, v = draw_qkv(rule.rows, seed)
+        ranges = ranges_of(random_pack(seed)[0], window)
+        q, k, v = draw_qkv(ranges.rows, seed)
         grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
-        expected = dense(q, k, v, rule.sees(slice(None), slice(None)), 0.25)
-        out = attend_blockwise(q, k, v, Tiles.of(rule, size), 0.25)
+        expected = dense(q, k, v, ranges.sees(slice(None), slice(None)), 0.25)
+        out = attend_blockwise(q, k, v, Tiles.of(ranges, size), 0.25)
         assert (out - expected).abs().max() <= 1e-5
         pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (out, expected)), strict=True)
         assert max((a - b).abs().max() for a, b in pairs) <= 1e-5
 
 
 def test_scores_far_from_zero_do_not_overflow():
-    rule = rule_of(random_pack(1)[0], None)
-    q, k, v = (300 * x.detach() for x in draw_qkv(rule.rows, 1))
-    out = attend_blockwise(q, k, v, Tiles.of(rule, 16), 1.0)
-    torch.testing.assert_close(out, dense(q, k, v, rule.sees(slice(None), slice(None)), 1.0), atol=1e-2, rtol=1e-5)
+    ranges = ranges_of(random_pack(1)[0], None)
+    q, k, v = (300 * x.detach() for x in draw_qkv(ranges.rows, 1))
+    out = attend_blockwise(q, k, v, Tiles.of(ranges, 16), 1.0)
+    torch.testing.assert_close(out, dense(q, k, v, ranges.sees(slice(None), slice(None)), 1.0), atol=1e-2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_flex_equals_dense(window):
     """Forward only: torch has no FlexAttention backward on a CPU."""
-    rule = rule_of(random_pack(2)[0], window)
-    q, k, v = (x.detach() for x in draw_qkv(rule.rows, 2))
+    ranges = ranges_of(random_pack(2)[0], window)
+    q, k, v = (x.detach() for x in draw_qkv(ranges.rows, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it is not compiled
-        out = attend_flex(q, k, v, block_mask(rule), 0.25)
-    assert (out - dense(q, k, v, rule.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
+        out = attend_flex(q, k, v, block_mask(ranges), 0.25)
+    assert (out - dense(q, k, v, ranges.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles with g++")
 def test_compiled_flex_equals_dense(monkeypatch):
-    """As accelerators run it, with the rule inside the kernel; forward only, and of one length: all a CPU's compiler takes."""
-    rule = rule_of(random_pack(2)[0], 7)
-    q, k, v = (x.detach() for x in draw_qkv(rule.rows, 2))
+    """As accelerators run it, the ranges read inside the kernel; forward only, and of one length: all a CPU's compiler takes."""
+    ranges = ranges_of(random_pack(2)[0], 7)
+    q, k, v = (x.detach() for x in draw_qkv(ranges.rows, 2))
     monkeypatch.setattr(flex, "flex_attention", torch.compile(flex.flex_attention))
-    out = attend_flex(q, k, v, block_mask(rule), 0.25)
-    assert (out - dense(q, k, v, rule.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
+    out = attend_flex(q, k, v, block_mask(ranges), 0.25)
+    assert (out - dense(q, k, v, ranges.sees(slice(None), slice(None)), 0.25)).abs().max() <= 1e-5
 
 
 def train_step(policy, pack) -> tuple[float, torch.Tensor]:
@@ -129,7 +112,7 @@ def test_a_policy_learns_the_same_from_flat_and_padded_packs(make_policy, monkey
     """Full and sliding layers; also with every layer computed again in the backward pass."""
     policy, pack = make_policy(dtype=dtype), random_pack(3)
     loss, gradient = train_step(policy, pack)
-    monkeypatch.setattr(cca, "PADDED_PAIRS", 0)
+    monkeypatch.setattr(plans, "PADDED_PAIRS", 0)
     for recompute in (False, True):
         policy.recompute_layers = recompute
         flat_loss, flat = train_step(policy, pack)

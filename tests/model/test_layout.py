@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from blockroll.kernels.cca import NOTHING
 from blockroll.model.layout import CLEAN, FROM_START, DecodeRows, causal, decode, diffusion
+from blockroll.model.visibility import Visibility
 from blockroll.rollout.cache import PagedCache
 
 MASK = 3
@@ -43,15 +46,15 @@ def test_ancestors_follow_parents_into_the_tail():
     layout = decode([DecodeRows([7, 8], 1, (1, 2), 2), DecodeRows([9], 0, (1,), 2)], MASK)
     # rows: 0 1 clean | 2 3 block after row 0 | 4 5 block after row 1 || 6 clean | 7 8 block
     assert layout.parent_T.tolist() == [-1, 0, 0, 2, 1, 4, FROM_START, 6, 7]
-    assert layout.ancestors(2).tolist() == [
-        [0, -1, -3],  # one cached token, then nothing
-        [1, 0, -1],
-        [2, 0, -1],
+    assert Visibility.of(layout, 2, {}, np.array([[10, 11], [12, 13]])).source_TA.tolist() == [
+        [0, -12, NOTHING],  # one cached token, in tail entry 10, then nothing
+        [1, 0, -12],
+        [2, 0, -12],
         [3, 2, 0],
         [4, 1, 0],
         [5, 4, 1],
-        [6, -3, -3],
-        [7, 6, -3],
+        [6, NOTHING, NOTHING],
+        [7, 6, NOTHING],
         [8, 7, 6],
     ]
 

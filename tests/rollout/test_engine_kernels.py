@@ -25,13 +25,13 @@ def policy(make_policy):
     "schedule", [Schedule("fused", levels=(0, 2)), pytest.param(Schedule("two_pass"), marks=pytest.mark.slow)]
 )
 def test_same_trajectories(policy, schedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, plans = type(policy).host_plan, []
+    plan, plans = type(policy).paged_plan, []
 
     def noted(*arguments):
         plans.append(plan(*arguments))
         return plans[-1]
 
-    monkeypatch.setattr(type(policy), "host_plan", noted)
+    monkeypatch.setattr(type(policy), "paged_plan", noted)
     requests = [
         RolloutRequest("coupled", tuple(range(3, 10)), SamplingParams(sampler="coupled", max_tokens=4), seed=1),
         RolloutRequest("lossless", tuple(range(5, 9)), SamplingParams(sampler="lossless", max_tokens=3), seed=2),

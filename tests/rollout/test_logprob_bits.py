@@ -7,8 +7,8 @@ import random
 import numpy as np
 import pytest
 
+from blockroll.model.backends import products
 from blockroll.model.checkpoint import load_policy
-from blockroll.model.packed import products
 from blockroll.model.scoring import score
 from blockroll.model.tasks import make_tasks
 from blockroll.model.tokenizer import encode_prompt

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerFast
 
 from ....errors import DataError
+from ...packing import packs
 from ..config import Data, Stage
 from .documents import Document, fitted
 from .sources import open_sources, seed_of
@@ -92,13 +93,7 @@ class PackStream(Iterator[tuple[int, list[Document]]]):
                 raise DataError(where, f"holds token {self._mask_token}, the token of mask rows",
                                 "remove the record, or choose a mask_token that no text becomes")  # fmt: skip
         documents = [part for where, document in named for part in fitted(document, self._stage, where)]
-        packs: list[list[Document]] = []
-        held = 0
-        for document in sorted(documents, key=lambda d: len(d.tokens)):
-            if not packs or held + len(document.tokens) > self._stage.pack_tokens:
-                packs.append([])
-                held = 0
-            packs[-1].append(document)
-            held += len(document.tokens)
-        random.Random(seed_of(self._data.seed, self._stage.name, number)).shuffle(packs)
-        return packs
+        documents.sort(key=lambda d: len(d.tokens))
+        made = list(packs(documents, lambda d: len(d.tokens), self._stage.pack_tokens))
+        random.Random(seed_of(self._data.seed, self._stage.name, number)).shuffle(made)
+        return made

@@ -13,7 +13,6 @@ import bisect
 import glob
 import json
 import os
-import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import DataError
+from ....seeds import named_generator
 
 Record = dict[str, Any]
 Unit = list[tuple[str, Any]]
@@ -183,7 +183,7 @@ class Records:
         if self._order[0] != epoch:
             order = list(range(len(self._spans)))
             if self._shuffled:
-                random.Random(f"{self._seed}/{epoch}").shuffle(order)
+                named_generator(self._seed, f"{epoch}").shuffle(order)
             self._order = epoch, order, list(accumulate(self._spans[i].rows for i in order))
         return self._order[1:]
 
@@ -192,7 +192,7 @@ class Records:
             span = self._spans[number]
             unit = span.shard.read(span)
             if self._shuffled:
-                random.Random(f"{self._seed}/{epoch}/{number}").shuffle(unit)
+                named_generator(self._seed, f"{epoch}/{number}").shuffle(unit)
             self._held = (epoch, number), unit
         return self._held[1]
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerFast
 
 from ....errors import DataError
+from ....seeds import named_generator
 from ...tokenizer import encode_prompt
 from .. import config
 from ..config import Data
@@ -36,7 +37,7 @@ class Pools(Protocol):
 
 def seed_of(seed: int, stage: str, number: int) -> int:
     """A seed of 48 bits for part `number` of a stage."""
-    return random.Random(f"{seed}/{stage}/{number}").getrandbits(48)
+    return named_generator(seed, f"{stage}/{number}").getrandbits(48)
 
 
 class TaskPools:

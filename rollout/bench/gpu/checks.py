@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ....kernels import attention, cca, experts, philox, residual, verify
-from ....kernels.cca import Pools
+from ....kernels.cca import CCAInputs, Pools
 from ....kernels.dispatch import using
 from ....kernels.experts import RouterWeights
 from ....kernels.graphs import capture
@@ -96,8 +96,8 @@ def check_residual(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     for dtype in _dtypes(sizes):
         for rows in sizes.kernel_rows:
             hidden, stream = (torch.randn(rows, width, device=device) for _ in range(2))
-            scales = [torch.randn(width, device=device).to(dtype) for _ in range(5)]
-            arguments = hidden.to(dtype), stream, *scales, 1e-5
+            *scales, norm = (torch.randn(width, device=device).to(dtype) for _ in range(5))
+            arguments = hidden.to(dtype), stream, residual.Scales(*scales), norm, 1e-5
             got, expected = _both(residual, "scale_residual_norm", arguments)
             errors |= {f"{dtype} {rows} {name}": _error(*pair) for name, *pair in zip(("stream", "norm"), got, expected)}
     return _verdict(errors)
@@ -200,7 +200,7 @@ def check_cca(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         places, pools = step.paged.places, step.view.pools(0)
         weights = module.qkv_proj.weights(module.qk_norm.temp)
         wide_pools = _wide(pools)
-        arguments = x, current, delayed, weights, *rope, places
+        arguments = CCAInputs(x, current, delayed, weights, *rope), places
         op: Any = cca
         got, expected = op.cca(*arguments, pools), op.reference.cca(*_wide(arguments), wide_pools)
         kept, tail = (at[at >= 0].long() for at in (places.write_T, places.tail_T))

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from ....kernels.attention import paged_attend
-from ....kernels.cca import cca
+from ....kernels.cca import CCAInputs, cca
 from ....kernels.experts import route, route_top1
-from ....kernels.residual import scale_residual_norm
+from ....kernels.residual import Scales, scale_residual_norm
 from ....kernels.verify import sample_cdf, sample_gumbel, verify_rejection
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
@@ -144,16 +144,16 @@ class KernelBench:
         moved = self.sizes.dtype.itemsize * (matrices + rows * (2 * channels + 6 * current.shape[1]))
         flops = 2 * rows * weights[0].grouped_weight.numel()
         return self._per_layer(
-            lambda i: cca(x, current, delayed, weights[i], cos, sin, places, pools[i]), moved, flops
+            lambda i: cca(CCAInputs(x, current, delayed, weights[i], cos, sin), places, pools[i]), moved, flops
         ) | {"kind": "cca", "rows": rows}
 
     def residual(self, rows: int) -> dict[str, Any]:
         """Scaled residual and norm."""
         width = self.config.hidden_size
         hidden, stream = self._randn(rows, width), torch.randn(rows, width, device=self.device)
-        a, b, c, d, norm = (self._randn(width) for _ in range(5))
+        scales, norm = Scales(*(self._randn(width) for _ in range(4))), self._randn(width)
         moved = rows * width * (4 + 4 + 2 * self.sizes.dtype.itemsize)
-        return self._per_layer(lambda i: scale_residual_norm(hidden, stream, a, b, c, d, norm, 1e-5), moved, 0.0) | {
+        return self._per_layer(lambda i: scale_residual_norm(hidden, stream, scales, norm, 1e-5), moved, 0.0) | {
             "kind": "residual", "rows": rows,
         }  # fmt: skip
 

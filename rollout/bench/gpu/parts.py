@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from transformers import ZayaConfig
 
-from ....model.cca import Plan
 from ....model.layout import DecodeRows, TokenLayout, decode
 from ....model.paged import PagedPlan
+from ....model.plan import Plan
 from ....model.policy import Layer, Policy
 from ...cache import BlockTable, CacheView, PagedCache, pages_for
 from ...schedule import Schedule
@@ -104,7 +104,7 @@ class ForwardPass:
     policy: Policy
     layout: TokenLayout
     view: CacheView
-    plan: Plan | PagedPlan
+    plan: Plan
     rows: int
     sequences: int
 

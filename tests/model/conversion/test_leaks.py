@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 
-from blockroll.model import cca
+from blockroll.model import plan
 from blockroll.model.conversion.config import Stage
 from blockroll.model.conversion.data import Document
 from blockroll.model.conversion.stage import Pack
@@ -61,7 +61,7 @@ def allowed(layout: TokenLayout, block: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("pairs", [2**24, 0], ids=["padded", "flat"])
 def test_a_block_reaches_itself_and_what_is_before_it(make_policy, monkeypatch: pytest.MonkeyPatch, pairs: int) -> None:
-    monkeypatch.setattr(cca, "PADDED_PAIRS", pairs)
+    monkeypatch.setattr(plan, "PADDED_PAIRS", pairs)
     policy, layout = make_policy(), training_pack()
     for block in range(int(layout.block_T.max()) + 1):
         assert torch.equal(reached(policy, layout, layout.block_T == block), allowed(layout, block))
@@ -109,7 +109,7 @@ def test_each_path_alone(make_policy, monkeypatch: pytest.MonkeyPatch, path: str
     policy, layout = make_policy(), training_pack()
     keep_only(policy, path)
     if path != "attention":
-        monkeypatch.setattr(cca, "attend", row_by_row)
+        monkeypatch.setattr(plan, "attend", row_by_row)
     gradients = partial(reached, policy, output=routed if path == "router state" else logits)
     blocks = [layout.block_T == block for block in range(int(layout.block_T.max()) + 1)]
     may = [allowed(layout, block) for block in range(len(blocks))]

@@ -12,8 +12,8 @@ from blockroll.kernels.verify import PairTable
 from blockroll.rollout.sampling import kernels
 from blockroll.rollout.sampling.drafts import Drafts
 from blockroll.rollout.sampling.sampler import SamplerRows, draft, verify
-from blockroll.rollout.seeds import sample_seed
 from blockroll.rollout.types import SamplingParams
+from blockroll.seeds import sample_seed
 
 VOCAB, MASK, M = 30, 29, 3
 

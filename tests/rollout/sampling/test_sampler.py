@@ -14,8 +14,8 @@ from blockroll.kernels.philox import Purpose
 from blockroll.kernels.verify import reference
 from blockroll.rollout.sampling.processing import process
 from blockroll.rollout.sampling.sampler import Drafts, SamplerRows, Verdict, draft, verify
-from blockroll.rollout.seeds import sample_seed
 from blockroll.rollout.types import SamplingParams
+from blockroll.seeds import sample_seed
 
 N = 200_000
 VOCAB, MASK = 8, 7

@@ -54,7 +54,7 @@ def test_number_for_number(make_policy, shape):
             missing = sequences - len(held)
             layout = decode(plans + [shape] * missing, policy.mask_token_id)
             view = cache.view(held + [BlockTable(0)] * missing, layout, width)
-            expected = layout, policy.host_plan(layout, view)
+            expected = layout, policy.paged_plan(layout, view)
             for mine, its in zip((inputs.layout, inputs.plan), expected, strict=True):
                 for got, wanted in zip(leaves(mine), leaves(its), strict=True):
                     # The tokens of padding mean nothing.

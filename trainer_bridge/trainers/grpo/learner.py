@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ....model import packing
 from ....model.policy import Policy
+from ....seeds import named_generator
 from .config import GrpoConfig
 from .loss import Blocks, Figures, Update, computed_draft_weights, draft_weight, mask_blocks, pack_loss
 from .rewards import LearningSample
@@ -63,7 +65,7 @@ class Learner:
         warm, left = step / (options.warmup_steps + 1), 1 - (step - 1) / self._config.steps
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * min(1.0, warm) * left
-        draw = random.Random(f"{self._config.seed}/blocks/{step}")
+        draw = named_generator(self._config.seed, f"blocks/{step}")
         size = -(-len(samples) // options.updates_per_step)
         for start in range(0, len(samples), size):
             update, packs = self._packs(samples[start : start + size], draw)
@@ -85,15 +87,9 @@ class Learner:
         loss, size = self._config.loss, self.policy.block_size
         drafting = set(draw.sample(range(len(samples)), round(loss.draft_share * len(samples)) or 1))
         blocks = [mask_blocks(s, size, draw) if loss.draft_weight and i in drafting else [] for i, s in enumerate(samples)]
-        packs: list[Pack] = []
-        held = self._config.optimizer.pack_rows
-        for i in sorted(range(len(samples)), key=lambda i: (bool(blocks[i]), samples[i].rows)):
-            if held + samples[i].rows > self._config.optimizer.pack_rows:
-                packs.append(([], []))
-                held = 0
-            packs[-1][0].append(samples[i])
-            packs[-1][1].append(blocks[i])
-            held += samples[i].rows
+        order = sorted(range(len(samples)), key=lambda i: (bool(blocks[i]), samples[i].rows))
+        numbers = packing.packs(order, lambda i: samples[i].rows, self._config.optimizer.pack_rows)
+        packs: list[Pack] = [([samples[i] for i in pack], [blocks[i] for i in pack]) for pack in numbers]
         if loss.draft.slots == "all" and not loss.draft.sampled:
             weights = draft_weight(samples, blocks, loss.draft.slot_decay), 0.0
         else:

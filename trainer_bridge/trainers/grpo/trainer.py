@@ -12,7 +12,6 @@ Invariants:
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from ....model.scoring import score as score_tokens
 from ....model.tasks import Task, make_tasks
 from ....model.tokenizer import encode_prompt
 from ....rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
+from ....seeds import named_generator
 from ...client import RolloutClient
 from .checkpoint import NAME, load_checkpoint, save_checkpoint
 from .config import GrpoConfig
@@ -215,7 +215,7 @@ class Trainer:
         return RolloutRequest(id=name, prompt_tokens=prompt, params=params, seed=self._seed(seed), samples=samples)
 
     def _seed(self, name: str) -> int:
-        return random.Random(f"{self.config.seed}/{name}").getrandbits(62)
+        return named_generator(self.config.seed, name).getrandbits(62)
 
 
 def digest(trajectories: Sequence[Trajectory]) -> str:

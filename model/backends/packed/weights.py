@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...kernels.linear.numba import pack, products
-from ..cca import Projection
-from ..policy import Layer
+from ....kernels.linear.numba import pack, products
+from ...cca import Projection
+from ...policy import Layer
 
 
 @dataclass

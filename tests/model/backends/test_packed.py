@@ -1,4 +1,4 @@
-"""The folded network computes what the network computes."""
+"""Clean rows of the packed backend, to the last bit; what it serves; and the functions between its products."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockroll.kernels.compiled import compiled, exponentials
+from blockroll.model.backends import choose, products
+from blockroll.model.backends.packed import stages
+from blockroll.model.backends.packed.backend import PackedBackend
+from blockroll.model.backends.plain import PlainBackend
 from blockroll.model.layout import DecodeRows, decode
-from blockroll.model.packed import attention, packed_forward, products, stages
-from blockroll.model.policy import Routing
 from blockroll.model.scoring import score
 from blockroll.rollout.cache import PagedCache
 
@@ -28,51 +30,6 @@ class CalledOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         self.names.add(function._schema.name.removeprefix("aten::"))
         return function(*arguments, **(options or {}))
-
-
-def steps():
-    """Prefill of three sequences of different lengths, of which one drafts, a step of `fused` with gaps, one of `ar`, one where
-    all draft, and a single row."""
-    rows = np.random.default_rng(0)
-
-    def tokens(count):
-        return rows.integers(0, 40, count).tolist()
-
-    yield [DecodeRows(tokens(n), 0, (n,) * (n == 9), 6) for n in (1, 9, 30)]
-    yield [DecodeRows(tokens(4), 1, (1, 3), 5), DecodeRows(tokens(1), 9, (1,), 5), DecodeRows(tokens(3), 30, (), 0)]
-    yield [DecodeRows(tokens(1), start, (), 0) for start in (4, 10, 33)]
-    yield [DecodeRows(tokens(2), start, (1,), 4) for start in (5, 11, 34)]
-    yield [DecodeRows(tokens(1), 6, (), 0)]
-
-
-@pytest.mark.parametrize("at_once", ["all", "one"])
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True}, {"cca_time0": 3}], ids=str)
-@torch.inference_mode()
-def test_packed_equals_the_network(make_policy, monkeypatch, changes, at_once):
-    """With the mask rows of all sequences in one product, or of one sequence after another."""
-    if at_once == "one":
-        monkeypatch.setattr(attention, "_MOST_SCORES", 1)
-    policy = make_policy(torch.float32, seed=4, **changes)
-    packed = packed_forward(policy)
-    assert packed is not None
-    caches = [PagedCache(policy, 24, 4, 3, 8) for _ in range(2)]
-    held = [[cache.open() for _ in range(3)] for cache in caches]
-    experts = set()
-    for plans in steps():
-        layout = decode(plans, policy.mask_token_id)
-        outs, routings = [], []
-        for cache, mine, forward in zip(caches, held, (policy, packed), strict=True):
-            for sequence, plan in zip(mine, plans, strict=False):
-                assert cache.reserve(sequence, plan.start + len(plan.clean))
-            routings.append(Routing([], []))
-            outs.append(forward(layout, cache.view(mine[: len(plans)], layout), routings[-1]))
-        assert (outs[0] - outs[1]).abs().max() < 2e-5 * outs[0].abs().max()
-        for one, other in zip(*(routing.expert_LT for routing in routings), strict=True):
-            assert torch.equal(one, other)
-            experts |= set(one.tolist())
-        for name in ("k", "v", "x", "delayed"):
-            assert torch.allclose(getattr(caches[0], name), getattr(caches[1], name), atol=1e-4, rtol=1e-4), name
-    assert experts == {0, 1, 2, 3}, "every expert and the skip expert"
 
 
 @pytest.mark.parametrize("kind", clean_rows.KINDS, ids=str)
@@ -93,7 +50,7 @@ def test_a_product_with_another_order_for_few_rows_is_seen(make_policy):
 def test_no_product_of_the_library_runs(make_policy):
     """Neither in scoring nor in decoding, whatever order its products have on this machine."""
     policy = make_policy(torch.float32, seed=4)
-    packed = packed_forward(policy)
+    packed = PackedBackend(policy)
     cache = PagedCache(policy, 24, 4, 1, 8)
     sequence = cache.open()
     assert cache.reserve(sequence, 12)
@@ -104,7 +61,8 @@ def test_no_product_of_the_library_runs(make_policy):
     called = CalledOperations()
     with called:
         for layout in (prefill, step):
-            packed.head(packed(layout, cache.view([sequence], layout)))
+            view = cache.view([sequence], layout)
+            packed.head(packed.forward(*packed.prepare(layout, view), view))
         score(policy, [([5, 6], [7, 8]), ([9], [3])])
     assert "index_select" in called.names
     assert called.names.isdisjoint(PRODUCTS), called.names & PRODUCTS
@@ -125,8 +83,8 @@ def test_scores_do_not_depend_on_neighbours_of_other_lengths(make_policy):
 
 
 def test_what_is_not_served(make_policy):
-    assert packed_forward(make_policy(torch.float64)) is None
-    assert packed_forward(make_policy(torch.bfloat16)) is None
+    assert isinstance(choose(make_policy(torch.float32)), PackedBackend)
+    assert type(choose(make_policy(torch.float64))) is type(choose(make_policy(torch.bfloat16))) is PlainBackend
     assert products(make_policy(torch.bfloat16)).startswith("the library's")
     assert products(make_policy(torch.float32)).startswith("fixed order")
 
@@ -137,7 +95,7 @@ def test_the_markov_head_as_a_table(make_policy):
     torch.nn.init.normal_(policy.markov.next.weight)
     previous = torch.arange(policy.config.vocab_size).flip(0).view(2, -1)
     with torch.inference_mode():
-        torch.testing.assert_close(packed_forward(policy).markov(previous), policy.markov(previous))
+        torch.testing.assert_close(PackedBackend(policy).markov(previous), policy.markov(previous))
 
 
 def test_functions_between_the_products():

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...kernels.compiled import compiled, copy, exponentials, squares
-from ...kernels.linear.numba import product_of
+from ....kernels.compiled import compiled, copy, exponentials, squares
+from ....kernels.linear.numba import product_of
 
 _F = np.float32
 

@@ -1,12 +1,12 @@
-"""The network of `Policy.forward` with its weights folded for decoding on a CPU: products in one order of summation
-(`kernels/linear/numba.py`), and what numba has compiled between them (`stages`, `attention`).
+"""PackedBackend: the network of `Policy.forward` with its weights folded for decoding on a CPU. Products sum in one order
+(`kernels/linear/numba.py`); between them runs what numba compiles (`stages`, `attention`).
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
 - What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
   causal pass over its tokens. Every sum of a clean row has an order that neither the pack nor the processor's library decides.
   Of the library only copies and element-wise operations serve clean rows, and the softmax of mask rows.
-- The weights are copies: after the policy's change, make a new one.
+- The weights are copies, and `refresh` makes them again.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows.
 """
@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ...kernels.linear import numba as linear
-from ...kernels.verify import PairTable
-from ..layout import TokenLayout
-from ..policy import Layer, Policy, Routing
-from ..state import SequenceState
+from ....kernels.linear import numba as linear
+from ....kernels.verify import PairTable
+from ...layout import TokenLayout
+from ...policy import Layer, Policy, Routing
+from ...state import SequenceState
 from . import stages
 from .attention import Attention
 from .plan import PackedPlan
@@ -84,42 +84,47 @@ class _Work:
         self.line = np.zeros(width, np.float32)
 
 
-class PackedForward:
-    """Callable as `Policy.forward` is, and with its heads.
+class PackedBackend:
+    """Folded weights of a policy, and where passes over them work. See `backends.Backend`.
 
     Attributes:
-        markov: the policy's Markov head, looked up where the vocabulary is small; None where it has none.
+        markov: looks its results up in a table where the vocabulary is small.
     """
 
+    recurs = False
+
     def __init__(self, policy: Policy) -> None:
-        with torch.inference_mode():
-            config, trunk = policy.config, policy.model
-            self._policy = policy
-            self._heads, self._kv_heads, self._size = (
-                config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            )  # fmt: skip
-            self._embedded_VD = (
-                trunk.embed_tokens.weight + trunk.input_hidden_states_bias
-            ) * trunk.input_hidden_states_scale
-            self._layers = [fold_layer(layer) for layer in _layers(policy)]
-            size = config.hidden_size
-            self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
-            self._vocabulary, self._head_bias = config.vocab_size, policy.lm_head.bias
-            self._head_PDW = linear.pack(turned(policy.lm_head.weight))
-            self._rope: dict[str, Angles] = {}
-            self._memory, self._work = _Memory(), dict[int, _Work]()
-            self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
-            self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
-            if policy.markov is not None and config.vocab_size**2 <= _MOST_PAIRS:
-                self.markov = PairTable(policy.markov(torch.arange(config.vocab_size)))
+        config, self._policy, self._vocabulary = policy.config, policy, policy.config.vocab_size
+        self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._rope: dict[str, Angles] = {}
+        self._memory, self._work = _Memory(), dict[int, _Work]()
+        self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
+        self.refresh()
 
     @torch.inference_mode()
-    def __call__(
-        self, layout: TokenLayout, state: SequenceState | None = None, routing: Routing | None = None
+    def refresh(self) -> None:
+        """Fold the policy's weights as they now are."""
+        policy, trunk, size = self._policy, self._policy.model, self._policy.config.hidden_size
+        self._embedded_VD = (
+            trunk.embed_tokens.weight + trunk.input_hidden_states_bias
+        ) * trunk.input_hidden_states_scale
+        self._layers = [fold_layer(layer) for layer in _layers(policy)]
+        self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
+        self._head_bias, self._head_PDW = policy.lm_head.bias, linear.pack(turned(policy.lm_head.weight))
+        self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
+        if policy.markov is not None and self._vocabulary**2 <= _MOST_PAIRS:
+            self.markov = PairTable(policy.markov(torch.arange(self._vocabulary)))
+
+    def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, PackedPlan]:
+        """See `Backend.prepare`. Without a cache, of clean rows from the start of their documents."""
+        return layout, PackedPlan.of(layout, state, self._policy.hops, self._policy.windows)
+
+    @torch.inference_mode()
+    def forward(
+        self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
-        """Final hidden states, hidden_TD, of every row. Without a cache, of clean rows from the start of their documents."""
-        plan, rows = PackedPlan.of(layout, state, self._policy.hops, self._policy.windows), layout.rows
-        work = self._work_of(rows)
+        """See `Backend.forward`."""
+        work = self._work_of(layout.rows)
         torch.index_select(self._embedded_VD, 0, layout.token_T, out=torch.from_numpy(work.residual))
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
         self._attention.prepare(plan)

@@ -1,5 +1,5 @@
-"""Attention of `forward` over the cached positions and clean rows that a row sees, and over its block, compiled by numba: of
-clean rows a row at a time; of mask rows, which see the same keys by the dozen, as products.
+"""Attention of `PackedBackend` over the clean keys and the mask block that a row sees, compiled by numba. Clean rows are computed
+one at a time; mask rows, many of which see the same keys, are computed as matrix products.
 
 Invariants:
 - A clean row's sums run over its keys in an order that the keys' numbers alone decide, whatever stands beside it in the pack and
@@ -16,8 +16,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ...kernels.compiled import FUSED, compiled, copy, exponentials, largest, total
-from ...kernels.linear.numba import WIDTH, product_with_rows
+from ....kernels.compiled import FUSED, compiled, copy, exponentials, largest, total
+from ....kernels.linear.numba import WIDTH, product_with_rows
 from .plan import PackedPlan
 
 LANES = 8

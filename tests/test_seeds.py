@@ -12,8 +12,8 @@ import pytest
 
 from blockroll.errors import RequestError
 from blockroll.rollout.engine import Engine
-from blockroll.rollout.seeds import MAX_SEED, derived_seed, sample_seed
 from blockroll.rollout.types import RolloutRequest, SamplingParams
+from blockroll.seeds import MAX_SEED, derived_seed, sample_seed
 
 
 def test_streams_of_requests_without_a_seed_are_distinct():

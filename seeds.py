@@ -1,11 +1,13 @@
-"""Where random numbers come from: the seed of a request, and the seed of each sample of it.
+"""Seeds and generators by name: what is drawn depends on the run's seed and a name, never on order, process or neighbours.
 
-Standard library only: a trainer's process derives the same seeds as an engine's.
+`derived_seed` and `sample_seed` key the counter-based random numbers of decoding; `named_generator` draws everything else. This
+module needs the standard library only, so a trainer's process derives the same seeds as an engine's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 
 MAX_SEED = 2**63 - 1
 _WORD = (1 << 64) - 1
@@ -31,3 +33,8 @@ def sample_seed(request_seed: int, sample: int) -> int:
         return x ^ (x >> 31)
 
     return mix(mix(request_seed) ^ sample) >> 1
+
+
+def named_generator(seed: int | str, name: str) -> random.Random:
+    """Python's generator, seeded by the text "seed/name"."""
+    return random.Random(f"{seed}/{name}")

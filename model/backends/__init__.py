@@ -1,0 +1,73 @@
+"""Backends: the ways to run a policy's network, behind one protocol. `choose` picks one when a policy is placed.
+
+| backend | runs | serves |
+|---|---|---|
+| `plain` | torch | every policy; the one with gradients is `Policy.forward`, which it calls |
+| `triton` | kernels on the cache's pages | policies on an accelerator |
+| `packed` | folded weights and functions that numba compiles | small float32 policies on a CPU |
+
+All follow the same layouts and caches, and their results are equal up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from ..layout import TokenLayout
+from ..policy import Policy, Routing
+from ..state import SequenceState
+from . import packed
+from .plain import PlainBackend
+from .triton import TritonBackend
+
+
+class Backend(Protocol):
+    """One policy's network without gradients.
+
+    Attributes:
+        recurs: a step's plan can be filled again in place, and its forward captured.
+        markov: int64[...] tokens to what they add to the logits of the mask rows after them, [..., V]; None where the policy has
+            no Markov head. With `head` it makes q.
+    """
+
+    recurs: bool
+    markov: Callable[[torch.Tensor], torch.Tensor] | None
+
+    def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Any]:
+        """A host layout and its plan, both where the network runs. The layout's tokens may still change."""
+
+    def forward(
+        self, layout: TokenLayout, plan: Any, state: SequenceState | None = None, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """Final hidden states, hidden_TD, of every row; the clean rows are kept in the cache.
+
+        Args: layout and plan, of `prepare` with this state; routing, filled with the experts chosen.
+        """
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] to logits [..., V]."""
+
+    def refresh(self) -> None:
+        """To be called when the policy's weights have changed."""
+
+
+def choose(policy: Policy) -> Backend:
+    """The fastest backend that serves the policy where it lies."""
+    if packed.serves(policy):
+        from .packed.backend import PackedBackend  # numba takes a moment to import
+
+        return PackedBackend(policy)
+    with torch.no_grad():  # weights under training are run without gradients here
+        return TritonBackend(policy) if policy.paged else PlainBackend(policy)
+
+
+def products(policy: Policy) -> str:
+    """Which library multiplies the clean rows of a policy where it is decoded and scored; it is stated beside figures."""
+    if not packed.serves(policy):
+        return "the library's, equal up to rounding"
+    from ...kernels.linear.numba import name
+
+    return name()

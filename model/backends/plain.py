@@ -1,0 +1,42 @@
+"""PlainBackend: the network in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...kernels.transfer import upload
+from ..layout import TokenLayout
+from ..plan import Plan
+from ..policy import Policy, Routing
+from ..state import SequenceState
+
+
+class PlainBackend:
+    """`Policy.forward` with plans for torch. See `backends.Backend`."""
+
+    recurs = False
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
+
+    def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Plan]:
+        """See `Backend.prepare`."""
+        plan, device = self._policy.plain_plan(layout, state), self._policy.device
+        return (layout.to(device), plan) if state is None else upload((layout, plan), device)
+
+    def forward(
+        self, layout: TokenLayout, plan: Plan, state: SequenceState | None = None, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """See `Backend.forward`."""
+        return self._policy(layout, state, routing, plan)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Backend.head`."""
+        return self._policy.head(hidden)
+
+    def refresh(self) -> None:
+        """The policy's own weights are read."""
+        self.markov = self._policy.markov
