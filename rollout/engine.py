@@ -145,7 +145,7 @@ class Engine:
                 "raise the engine's `pages` or lower max_tokens",
             )  # fmt: skip
 
-    def generate(
+    def rollout(
         self, requests: Sequence[RolloutRequest], on_finish: Callable[[Trajectory], None] | None = None
     ) -> list[Trajectory]:
         """Serve requests to the end. Returns their trajectories in the order of the requests, then of the samples.
@@ -158,7 +158,7 @@ class Engine:
         """
         if self.has_work:
             raise RequestError("requests", f"the engine still holds {self.scheduler.pending} samples of earlier requests",
-                               "serve them with step(), or end them with abort(), before generate()")  # fmt: skip
+                               "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
         self.check(*requests)
         order = {request.id: i for i, request in enumerate(requests)}
         done: list[Trajectory] = []

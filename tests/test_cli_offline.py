@@ -159,7 +159,7 @@ def test_seeds(policy: Path, tmp_path: Path) -> None:
     assert tokens(records[::-1], "--batch", 1) == first
     params = blockroll.SamplingParams(max_tokens=12)
     request = blockroll.RolloutRequest("a", (BOS, 20, 30), params)
-    assert blockroll.Engine(blockroll.load_policy(policy)).generate([request])[0].tokens == first["a"]
+    assert blockroll.Engine(blockroll.load_policy(policy)).rollout([request])[0].tokens == first["a"]
     other = tokens(records, "--seed", 1)
     assert other["c"] == first["c"]
     assert other["a"] != first["a"]

@@ -202,7 +202,7 @@ def test_graphs_are_bounded(policy, monkeypatch, caplog):
     asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + i, ignore_eos=True)) for i in range(3)]
     sizes = dict(block_size=4, page_size=8, pages=64)
     with using("triton"):
-        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).generate(asked)]
+        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)]
         for most, most_bytes, lately in ((2, 10**9, 100), (100, 1500, 0)):
             Graph.alive.clear()
             monkeypatch.setattr(runner, "_LATELY", lately, raising=False)
@@ -210,7 +210,7 @@ def test_graphs_are_bounded(policy, monkeypatch, caplog):
             inner = engine.steps.forwards
             inner._graphs, inner._memory = True, None
             inner._budget = graphs.GraphBudget(most, most_bytes)
-            assert [sample.tokens for sample in engine.generate(asked)] == expected
+            assert [sample.tokens for sample in engine.rollout(asked)] == expected
             gc.collect()
             assert len(inner._shapes) == 3
             assert len(Graph.alive) == 2
