@@ -43,16 +43,7 @@ def score(
     Raises:
         RequestError: an empty prompt, a token outside the vocabulary, or more tokens than the policy's maximum.
     """
-    limit, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
-    for i, (prompt, tokens) in enumerate(sequences):
-        if not len(prompt):
-            raise RequestError("prompt_tokens", f"sequence {i} has an empty prompt", "give at least one token")
-        if len(prompt) + len(tokens) > limit:
-            raise RequestError("tokens", f"sequence {i} has {len(prompt) + len(tokens)} tokens, more than {limit}",
-                               "score it with a policy of a longer context")  # fmt: skip
-        if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
-            raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
-                               "use the policy's own tokenizer")  # fmt: skip
+    check_sequences(policy, sequences)
     packed = packed_forward(policy)
     scores: list[np.ndarray] = []
     pack: list[tuple[Sequence[int], Sequence[int]]] = []
@@ -65,6 +56,20 @@ def score(
         pack.append(pair)
         held += length
     return scores + (_score_pack(policy, packed, pack, temperature) if pack else [])
+
+
+def check_sequences(policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """RequestError where `score` has one."""
+    limit, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
+    for i, (prompt, tokens) in enumerate(sequences):
+        if not len(prompt):
+            raise RequestError("prompt_tokens", f"sequence {i} has an empty prompt", "give at least one token")
+        if len(prompt) + len(tokens) > limit:
+            raise RequestError("tokens", f"sequence {i} has {len(prompt) + len(tokens)} tokens, more than {limit}",
+                               "score it with a policy of a longer context")  # fmt: skip
+        if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
+            raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
+                               "use the policy's own tokenizer")  # fmt: skip
 
 
 def _score_pack(

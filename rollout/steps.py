@@ -25,6 +25,7 @@ from ..model.layout import DecodeRows
 from ..model.policy import Policy
 from .cache import PagedCache
 from .forwards import Asked, Drafted, Forwards, Pass
+from .sampling.adjustment import Prefix
 from .sampling.drafts import Drafts, SamplerRows, Verdict
 from .sampling.sampler import draft, verify
 from .schedule import Schedule
@@ -236,7 +237,8 @@ class StepRunner:
 
     def _heard_verdict(self, verdict: Verdict) -> Verdict:
         """The verdict on the host."""
-        return Verdict(*self._heard([getattr(verdict, name) for name in Verdict.__slots__]))
+        known = [name for name in Verdict.__slots__ if getattr(verdict, name) is not None]
+        return Verdict(**dict(zip(known, self._heard([getattr(verdict, name) for name in known]), strict=True)))
 
     def _heard(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors on the host; with them comes which experts were chosen, where a sample keeps that."""
@@ -252,7 +254,8 @@ class StepRunner:
         same = len(decoding) == len(self._rows_of) and all(map(operator.is_, decoding, self._rows_of))
         if self._rows is None or not same:
             params = [s.request.params for s in decoding]
-            self._rows = SamplerRows.make(params, [s.seed for s in decoding], self._device)
+            prefixes = [Prefix(s.tokens, len(s.request.prompt_tokens), s.stops) for s in decoding]
+            self._rows = SamplerRows.make(params, [s.seed for s in decoding], self._device, prefixes)
             self._rows_of = decoding
         return self._rows
 
