@@ -21,7 +21,7 @@ import numpy as np
 
 from ..errors import TransportError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_HEADER = 128 * 1024
 MAX_ITEMS = 4096
 MAX_NDIM = 8
@@ -179,6 +179,19 @@ class Many:
         if type(value) is not list or len(value) > self.most:
             raise refuse(where, f"expected at most {self.most} items, got {_show(value)}")
         return tuple(self.field.unpack(v, where) for v in value)
+
+
+@dataclass(frozen=True)
+class Optional:
+    """None, or another field's value."""
+
+    field: Field[Any]
+
+    def pack(self, value: Any, where: str) -> Any:
+        return None if value is None else self.field.pack(value, where)
+
+    def unpack(self, value: Any, where: str) -> Any:
+        return None if value is None else self.field.unpack(value, where)
 
 
 def write_header(kind: int, fields: Sequence[Any]) -> bytes:

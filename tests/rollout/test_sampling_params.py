@@ -1,5 +1,5 @@
-"""Parameters that change logits, against transformers' logits processors and plain Python: greedy tokens, the distribution of every
-sampler by enumeration, and `coupled` against `ar`."""
+"""Parameters that change logits, against transformers' logits processors and plain Python: greedy tokens, distributions by
+enumeration, and `coupled` against `ar`."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def test_greedy_tokens_are_those_of_transformers(policy, reference):
     for request, tokens in zip(requests("ar", 0.0)[:9], reference[0.0], strict=False):
         made = []
         while len(made) < len(tokens):
-            made.append(int(adjusted(request.params, request.prompt_tokens, made, logits((*request.prompt_tokens, *made))).argmax()))
+            after = logits((*request.prompt_tokens, *made))
+            made.append(int(adjusted(request.params, request.prompt_tokens, made, after).argmax()))
         assert made == tokens, request.params
     plain = Engine(policy).rollout([replace(r, params=SamplingParams("ar", 0.0, max_tokens=18)) for r in requests("ar", 0.0)])
     changed = [i for i, (a, b) in enumerate(zip(plain, reference[0.0], strict=True)) if a.tokens != b]
@@ -268,7 +269,7 @@ def test_a_processor_sees_the_whole_prefix_and_its_errors_name_it(policy):
     assert seen == [(5, 6, *sample.tokens[:i]) for i in range(4)]
     for wrong in (lambda _, x: x[:3], lambda _, x: None, lambda _, x: x - torch.inf, lambda _, x: x * torch.nan):
         engine = Engine(policy)
-        with pytest.raises(RequestError, match=r"^logits_processors: a function returned .*; return a tensor of the logits' shape"):
+        with pytest.raises(RequestError, match=r"^logits_processors: a function returned .*; return a tensor of"):
             engine.rollout([RolloutRequest("a", (5, 6), replace(params, logits_processors=(wrong,)))])
         assert not engine.has_work
 
