@@ -9,4 +9,5 @@ prompts = [question(text) for text in ("47 + 85 - 12", "gcd 75 12", "7 * 8")]
 for output in engine.generate(prompts, params):
     print(output.prompt)
     for sample in output.samples:
-        print(f"  {answer(sample.text)}  log p {sample.cumulative_logprob:.2f}, {sample.tokens_per_forward:.1f} tokens per forward")
+        speed = f"{sample.tokens_per_forward:.1f} tokens per forward"
+        print(f"  {answer(sample.text)}  log p {sample.cumulative_logprob:.2f}, {speed}")

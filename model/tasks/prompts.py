@@ -12,8 +12,8 @@ def question(text: str) -> str:
     """The prompt that asks a question: `Q:47+85-12` and, on the next line, `S:`, after which the steps begin.
 
     Args:
-        text: sums and products (`47 + 85 - 12`, `7*8`), `gcd 75 12`, `310 base 7 to 8`, or `bits 3415`. Spaces around the signs of
-            a calculation, and `=` or `?` at its end, are left out.
+        text: sums and products (`47 + 85 - 12`, `7*8`), `gcd 75 12`, `310 base 7 to 8`, or `bits 3415`. Spaces around `+`, `-`
+            and `*`, and `=` or `?` at the end, are left out.
     """
     text = re.sub(r"[\s=?]+$", "", text.strip())
     compact = re.sub(r" *([-+*]) *", r"\1", text)

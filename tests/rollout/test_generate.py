@@ -118,7 +118,8 @@ def test_an_engine_of_a_name_and_options(policy):
     engine = Engine("tiny-reasoner", max_batch=2, schedule="ar", device="cpu")
     assert (engine.config.max_batch, engine.schedule.kind, engine.policy.dtype) == (2, "ar", torch.float32)
     assert Engine("tiny-reasoner", dtype="float64", device="cpu").policy.dtype == torch.float64
-    assert Engine(policy, EngineConfig(Schedule("ar"), max_batch=3), max_batch=4).config == EngineConfig(Schedule("ar"), max_batch=4)
+    ar = EngineConfig(Schedule("ar"), max_batch=3)
+    assert Engine(policy, ar, max_batch=4).config == EngineConfig(Schedule("ar"), max_batch=4)
     for options, text in (
         (dict(batch=3), "batch: the engine has no such option; use one of device, dtype, schedule"),
         (dict(device="cpu"), "device: given with a policy that is loaded already"),
@@ -143,7 +144,8 @@ def test_top_logprobs_are_those_of_transformers(make_policy, temperature):
     policy = make_policy(torch.float32, sharpness=0.6)
     model = ZayaForCausalLM(policy.config).eval()
     model.load_state_dict(policy.state_dict(), strict=False)
-    params = SamplingParams("coupled", temperature, max_tokens=12, logprobs=3, prompt_logprobs=2, n=2, frequency_penalty=1.0, seed=2)
+    params = SamplingParams("coupled", temperature, max_tokens=12, logprobs=3, prompt_logprobs=2, n=2, seed=2,
+                            frequency_penalty=1.0)  # fmt: skip
     others = SamplingParams("lossless", max_tokens=5)
     prompt = [5, 9, 11, 30, 9]
     for schedule in ("ar", "two_pass", "fused"):
@@ -168,7 +170,7 @@ def test_top_logprobs_are_those_of_transformers(make_policy, temperature):
             for token, logprob, found in zip(sample.tokens, sample.logprobs, sample.top_logprobs, strict=True):
                 assert found[token] == logprob
                 assert 3 <= len(found) <= 4
-            assert [list(found)[0] for found in output.prompt_top_logprobs] == top.indices[: len(prompt) - 1, 0].tolist()
+            assert [next(iter(found)) for found in output.prompt_top_logprobs] == top.indices[: len(prompt) - 1, 0].tolist()
 
 
 def python_blocks():
