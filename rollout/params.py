@@ -130,7 +130,10 @@ class SamplingParams:
         self._normalise()
 
     def _normalise(self) -> None:
-        """Collections become tuples, so that the parameters can be hashed and compared."""
+        """Collections become tuples, so that the parameters can be hashed and compared; None, vLLM's default, is an empty one."""
+        for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
         if type(self.stop_token_ids) is not tuple:
             object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, "give a list of token ids"))
         if type(self.stop) is not tuple or self.stop:

@@ -19,6 +19,7 @@ from typing import NamedTuple, cast
 import torch
 
 from ...errors import RequestError
+from ...kernels.transfer import upload
 from ..params import SamplingParams
 from .processing import widen
 
@@ -62,17 +63,14 @@ class Adjustment:
         self._params, self._prefixes, self._device = tuple(params), tuple(prefixes), device
         left = [max(p.min_tokens - (len(x.tokens) - x.prompt), 0) for p, x in zip(params, prefixes, strict=True)]
         tokens = {s: list(prefixes[s].tokens) for s, p in enumerate(params) if p.logits_processors}
-        self._committed = Before(torch.tensor(left, dtype=torch.int64, device=device), None, tokens)
         self._forbids, self._penalises = any(left), any(p.penalises for p in params)
         self._vocabulary = 0
         self._bias_SV = self._ends_SV = self._prompt_SV = None  # type: torch.Tensor | None
-
-        def column(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=torch.float64, device=device)[:, None]
-
-        self._repetition_S1, self._presence_S1, self._frequency_S1 = map(
-            column, ("repetition_penalty", "presence_penalty", "frequency_penalty")
-        )
+        names = "repetition_penalty", "presence_penalty", "frequency_penalty"
+        columns = [torch.tensor([[getattr(p, name)] for p in params], dtype=torch.float64) for name in names]
+        left_S, columns = upload((torch.tensor(left, dtype=torch.int64), columns), device)
+        self._committed = Before(left_S, None, tokens)
+        self._repetition_S1, self._presence_S1, self._frequency_S1 = columns
 
     def start(self, vocabulary: int, there_S: torch.Tensor | None = None) -> Before:
         """Before the next token. `there_S` (bool): the samples that have a row for it; None: all."""
@@ -134,25 +132,25 @@ class Adjustment:
     def _make(self, vocabulary: int) -> None:
         """The tensors over the vocabulary."""
         self._vocabulary, shape = vocabulary, (len(self._params), vocabulary)
+        bias_SV = ends_SV = count_SV = prompt_SV = None
         if any(p.logit_bias for p in self._params):
             bias_SV = torch.zeros(shape, dtype=torch.float64)
             for s, p in enumerate(self._params):
                 for token, value in cast(tuple[tuple[int, float], ...], p.logit_bias):
                     bias_SV[s, token] = value
-            self._bias_SV = bias_SV.to(self._device)
         if self._forbids:
             ends_SV = torch.zeros(shape, dtype=torch.bool)
             for s, prefix in enumerate(self._prefixes):
                 ends_SV[s, [token for token in prefix.stops if 0 <= token < vocabulary]] = True
-            self._ends_SV = ends_SV.to(self._device)
         if self._penalises:
             count_SV, prompt_SV = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
             for s, (tokens, prompt, _) in enumerate(self._prefixes):
                 made = torch.tensor(tokens[prompt:], dtype=torch.int64)
                 count_SV[s] = torch.bincount(made, minlength=vocabulary).to(torch.int32)
                 prompt_SV[s, list(tokens[:prompt])] = True
-            self._committed = self._committed._replace(count_SV=count_SV.to(self._device))
-            self._prompt_SV = prompt_SV.to(self._device)
+        host = bias_SV, ends_SV, count_SV, prompt_SV
+        self._bias_SV, self._ends_SV, count_SV, self._prompt_SV = upload(host, self._device)
+        self._committed = self._committed._replace(count_SV=count_SV)
 
 
 def _checked(found: object, like_V: torch.Tensor) -> torch.Tensor:

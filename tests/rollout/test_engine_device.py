@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import weakref
@@ -125,6 +126,26 @@ def test_torch_on_a_device(policy, schedule):
     # The experts' plain products ask the device too, how many rows each has.
     for forwards, what in waits:
         assert len([x for x in what if x not in ("bincount", "tolist (4,)", "item")]) <= (1 if forwards else 0), what
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda s: s.kind)
+def test_adjusted_logits_on_a_device(policy, schedule):
+    """Penalties, biases and alternatives make the host wait no more often; functions of tokens do."""
+    changes = dict(max_tokens=6, logit_bias={3: 1.0}, min_tokens=2, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2)
+    asked = requests(["coupled", "lossless", "mixed", "ar"], **changes)
+    plain = ("bincount", "tolist (4,)", "item")
+    away = copy.deepcopy(policy)
+    for processors in ((), (lambda prefix, logits: logits - logits.max(),)):
+        params = [dataclasses.replace(r.params, logits_processors=processors) for r in asked]
+        asked = [dataclasses.replace(r, params=p) for r, p in zip(asked, params, strict=True)]
+        expected, _ = generate(policy, schedule, asked)
+        with PretendDevice() as device, using("reference"):
+            got, waits = generate(away.to("cuda:0"), schedule, asked, device)
+        compare(got, expected, 1e-4)
+        for mine, its in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(mine.top_tokens, its.top_tokens)
+        for forwards, what in waits:
+            assert processors or len([x for x in what if x not in plain]) <= (1 if forwards else 0), what
 
 
 def test_scoring_on_a_device(policy):

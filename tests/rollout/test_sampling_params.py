@@ -325,6 +325,7 @@ def test_collections_are_kept_as_tuples():
     assert (params.stop, params.logit_bias, params.stop_token_ids) == (("a",), ((3, 2.0), (7, 1.0)), (4,))
     assert replace(params, n=2).logit_bias == params.logit_bias
     assert hash(params) != hash(SamplingParams())
+    assert SamplingParams(stop=None, logit_bias=None, stop_token_ids=None, logits_processors=None) == SamplingParams()
     request = RolloutRequest("a", (1,), SamplingParams(n=3, seed=7))
     assert (request.samples, request.seed) == (3, 7)
     assert RolloutRequest("a", (1,), SamplingParams(n=3, seed=7), 8, 2).samples == 2
