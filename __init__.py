@@ -14,8 +14,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Engine": "rollout.engine",
     "EngineConfig": "rollout.engine",
+    "RolloutOutput": "rollout.outputs",
     "RolloutClient": "trainer_bridge.client",
     "RolloutRequest": "rollout.types",
+    "SampleOutput": "rollout.outputs",
     "SamplingParams": "rollout.types",
     "Trajectory": "rollout.types",
     "connect": "trainer_bridge.client",
@@ -28,6 +30,7 @@ __all__ = sorted(_PUBLIC)
 if TYPE_CHECKING:
     from .model.checkpoint import load_policy, save_policy
     from .rollout.engine import Engine, EngineConfig
+    from .rollout.outputs import RolloutOutput, SampleOutput
     from .rollout.types import RolloutRequest, SamplingParams, Trajectory
     from .trainer_bridge.client import RolloutClient, connect
 

@@ -9,6 +9,34 @@ import typer
 from .options import LEVELS, DtypeOption, InputOption, OutputOption, PolicyOption, integers
 
 
+def ask(
+    text: Annotated[str, typer.Argument(metavar="QUESTION", help='Such as "47 + 85 - 12" or "gcd 75 12".', show_default=False)],
+    policy: PolicyOption = "tiny-reasoner",
+    n: Annotated[int, typer.Option("--n", help="Samples.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
+    seed: Annotated[int, typer.Option(help="Other seeds give other samples at a temperature above 0.")] = 0,
+    prompt: Annotated[bool, typer.Option("--prompt", help="The text is the whole prompt, not a question.")] = False,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Print what a policy answers to one question, in the form that the shipped policies were trained on.
+
+    \b
+    Example:
+      blockroll ask "47 + 85 - 12"
+    """
+    from ..model.checkpoint import load_policy
+    from ..model.tasks import question
+    from ..rollout.engine import Engine
+    from ..rollout.types import SamplingParams
+
+    params = SamplingParams(temperature=temperature, max_tokens=max_tokens, n=n, seed=seed)
+    engine = Engine(load_policy(policy, dtype=dtype), max_batch=min(n, 32))
+    (output,) = engine.generate([text if prompt else question(text)], params)
+    for sample in output.samples:
+        print(sample.text)
+
+
 def generate(
     policy: PolicyOption,
     input: InputOption,
@@ -33,6 +61,16 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Samples per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     seed: Annotated[int, typer.Option(help="With a line's id, the seed of a line that has none of its own.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End a sample where its text holds this; may be given several times.")
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(help="No stop token or stop string ends a sample before.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="1.0 for none.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="-2 to 2.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="-2 to 2.")] = 0.0,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Also write the most probable tokens at each token, this many.", show_default=False)
+    ] = None,
     batch: Annotated[int, typer.Option(help="Most samples decoded at once.")] = 32,
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -40,7 +78,7 @@ def generate(
 
     Input lines: {"id", "prompt" or "prompt_tokens", "seed" optional}. Output lines, one per sample, in the input's
     order: {"id", "sample", "prompt_tokens", "tokens", "text", "logprobs", "behavior_logprobs", "versions",
-    "finish_reason", "forwards"}.
+    "finish_reason", "forwards"}, and with --logprobs "top_tokens" and "top_logprobs".
 
     \b
     Example:
@@ -53,6 +91,8 @@ def generate(
     params = SamplingParams(
         sampler=sampler,  # type: ignore[arg-type]  # validated by the class
         temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, mix_weight=mix_weight, max_tokens=max_tokens,
+        stop=tuple(stop or ()), min_tokens=min_tokens, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logprobs=logprobs,
     )
     offline.generate_file(
         policy, input, output, params=params, schedule=schedule, levels=integers("levels", levels),

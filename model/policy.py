@@ -10,6 +10,7 @@ Legend: T rows, R rows of interest, D hidden, V vocabulary, L layers, E router c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -262,6 +263,14 @@ class Policy(nn.Module):
     def conditioned(self, logits_RV: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """q's logits from `head`'s of mask rows and the tokens before them: what the Markov head adds."""
         return logits_RV if self.markov is None else logits_RV + self.markov(previous_R)
+
+    def logprobs(
+        self, prompt_tokens: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[torch.Tensor]:
+        """log p of each token of a batch of samples, differentiable; see `model.logprobs.logprobs`."""
+        from .logprobs import logprobs
+
+        return logprobs(self, prompt_tokens, tokens, temperature)
 
     @torch.no_grad()
     def add_markov(self, rank: int, generator: torch.Generator) -> None:

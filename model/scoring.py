@@ -40,6 +40,14 @@ def score(
     Raises:
         RequestError: an empty prompt, a token outside the vocabulary, or more tokens than the policy's maximum.
     """
+    check_sequences(policy, sequences)
+    backend = choose(policy)
+    passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
+    return [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
+
+
+def check_sequences(policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
+    """RequestError where `score` has one."""
     limit, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
     for i, (prompt, tokens) in enumerate(sequences):
         if not len(prompt):
@@ -50,9 +58,6 @@ def score(
         if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
             raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
                                "use the policy's own tokenizer")  # fmt: skip
-    backend = choose(policy)
-    passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
-    return [scores for pack in passes for scores in _score_pack(backend, vocabulary, pack, temperature)]
 
 
 def _score_pack(

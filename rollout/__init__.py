@@ -2,10 +2,11 @@
 
 Knows policies and requests. Does not know trainers, sockets or ledgers. `rollout.types` imports without torch.
 
-One request's life in one engine: `types` holds requests and trajectories. `engine` queues a request's samples (`sequence`) and
-runs steps: `scheduler` picks the samples of a step, `steps` plans and runs it over the `cache`, `sampling` draws and verifies
-drafts. `schedule` names what a step runs, `seeds` derives random seeds, `backend` is the protocol between the bridge and the
-engines that serve it.
+One request's life in one engine: `params` says how tokens are drawn, `types` holds requests and trajectories, `generate` and
+`outputs` the prompts and outputs of `Engine.generate`. `engine` queues a request's samples (`sequence`) and runs steps:
+`scheduler` picks the samples of a step, `steps` plans and runs it over the `cache`, `sampling` draws and verifies drafts.
+`stop_strings` finds where a text ends, `prompt_logprobs` scores prompts. `schedule` names what a step runs, `backend` is the
+protocol between the bridge and the engines that serve it.
 
 Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies,
 `conversion` converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the

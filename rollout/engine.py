@@ -8,8 +8,10 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,15 +20,20 @@ from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
 from .cache import PagedCache, pages_for
+from .generate import Prompts, as_requests, check_params, policy_of, stop_tokens, with_options
+from .outputs import RolloutOutput, as_outputs
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
 from .planning.step_costs import clock
+from .progress import sample_meter
+from .prompt_logprobs import PromptLogprobs
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample, SchedulerOutput
 from .steps.plan import StepPlan
 from .steps.runner import StepOutput, StepRunner
-from .types import RolloutRequest, StepTrace, Trajectory
+from .stop_strings import StopStrings
+from .types import RolloutRequest, SamplingParams, StepTrace, Trajectory
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,22 @@ class Engine:
         planner: chooses the schedule of each step with `auto`; None where the schedule is fixed.
     """
 
-    def __init__(self, policy: Policy, config: EngineConfig | None = None) -> None:
-        self.policy, self.config = policy, config or EngineConfig()
+    def __init__(
+        self, policy: Policy | str | os.PathLike[str], config: EngineConfig | None = None, *,
+        device: str | torch.device | None = None, dtype: str | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        """Args:
+            policy: a policy, or the name or directory of one (`load_policy`).
+            device, dtype: where and as what a named policy is loaded; by default an accelerator if there is one, and bfloat16
+                there, float32 on a CPU.
+            options: fields of EngineConfig, in place of `config`'s. A schedule may be given by its name (`schedule="auto"`).
+
+        Raises:
+            CheckpointError: the name or directory holds no policy. RequestError: an option is unknown or out of range.
+        """
+        self.config = with_options(config or EngineConfig(), options)
+        self.policy = policy = policy_of(policy, device, dtype)
+        self._calls = 0
         if policy.device.type != "cpu":
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
@@ -108,6 +129,7 @@ class Engine:
                 raise RequestError("id", f"two unfinished requests are called {request.id!r}", "give each request its own id")
             names.add(request.id)
             self._check_sizes(request)
+            check_params(request, self.policy)
 
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
         """Queue a request's samples, except the numbers in `without`.
@@ -118,11 +140,15 @@ class Engine:
         self.check(request)
         params, layers = request.params, self.policy.config.num_hidden_layers
         limit = self._longest(request)
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*self.policy.eos_token_ids})
+        stops = stop_tokens(params, self.policy)
+        prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs(self.policy, request)
         for number in range(request.samples):
             if number in without:
                 continue
             sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
+            if params.stop:
+                sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
+            sample.prompt_logprobs = prompt_logprobs
             if params.routed_experts:
                 sample.experts = np.full((limit, layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
@@ -156,6 +182,28 @@ class Engine:
             )  # fmt: skip
 
     def generate(
+        self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = True
+    ) -> list[RolloutOutput]:
+        """Sample completions of prompts. Returns one output per prompt, in order; each holds its samples in order.
+
+        Args:
+            prompts: a list of texts, lists of token ids, chats (lists of {"role", "content"} messages, written by the tokenizer's
+                chat template) or RolloutRequests; or a single one of these.
+            params: one for all prompts, or one per prompt. `n` is the number of samples, and `seed` the seed, of each prompt.
+                Without a seed, two prompts, and two calls, draw other numbers; the same calls of a new engine draw the same.
+                RolloutRequests have parameters of their own.
+            progress: show a bar while it runs, where stderr is a terminal.
+
+        Raises:
+            RequestError: one of the prompts cannot be served, or the engine holds samples of `add`. Then no prompt is served.
+        """
+        requests, texts = as_requests(prompts, params, self.policy, f"generate-{self._calls}")
+        self._calls += 1
+        with sample_meter("generate", sum(request.samples for request in requests), progress) as meter:
+            done = self.rollout(requests, lambda sample: meter.advance(len(sample.tokens), sample.forwards))
+        return as_outputs(requests, texts, done, self.policy.tokenizer)
+
+    def rollout(
         self, requests: Sequence[RolloutRequest], on_finish: Callable[[Trajectory], None] | None = None
     ) -> list[Trajectory]:
         """Serve requests to the end. Returns their trajectories in the order of the requests, then of the samples.
@@ -168,7 +216,7 @@ class Engine:
         """
         if self.has_work:
             raise RequestError("requests", f"the engine still holds {self.scheduler.pending} samples of earlier requests",
-                               "serve them with step(), or end them with abort(), before generate()")  # fmt: skip
+                               "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
         self.check(*requests)
         order = {request.id: i for i, request in enumerate(requests)}
         done: list[Trajectory] = []
@@ -268,6 +316,10 @@ class Engine:
             sample.commit(accepted, *rows, version=self.version)
             sample.block_table.length = sample.anchor
             self.decode_tokens += len(sample.tokens) - before
+        if verdict.top_token_SRK is not None and verdict.top_logprob_SRK is not None:
+            tops = zip(plan.batch.decoding, verdict.top_token_SRK.tolist(), verdict.top_logprob_SRK.tolist(), strict=True)
+            for sample, *top in tops:
+                sample.record_top(*top)
         self.forwards += plan.forwards
 
     def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:

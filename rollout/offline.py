@@ -241,20 +241,21 @@ def _prompt_tokens(line: _Line, policy: Policy) -> tuple[int, ...]:
 
 
 def _sample_line(name: str | int, sample: Trajectory, policy: Policy) -> dict[str, Any]:
-    text = None
-    if policy.tokenizer is not None:
-        text = policy.tokenizer.decode(sample.tokens, skip_special_tokens=True)
+    alternatives = {}
+    if sample.top_tokens is not None and sample.top_logprobs is not None:
+        alternatives = {"top_tokens": sample.top_tokens.tolist(), "top_logprobs": sample.top_logprobs.tolist()}
     return {
         "id": name,
         "sample": sample.sample,
         "prompt_tokens": list(sample.prompt_tokens),
         "tokens": [int(token) for token in sample.tokens],
-        "text": text,
+        "text": None if policy.tokenizer is None else sample.text(policy.tokenizer),
         "logprobs": sample.logprobs.tolist(),
         "behavior_logprobs": sample.behavior_logprobs.tolist(),
         "versions": sample.versions.tolist(),
         "finish_reason": sample.finish_reason,
         "forwards": sample.forwards,
+        **alternatives,
     }
 
 

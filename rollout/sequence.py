@@ -14,7 +14,9 @@ import numpy as np
 
 from ..seeds import sample_seed
 from .cache import BlockTable
+from .prompt_logprobs import PromptLogprobs
 from .sampling.drafts import Drafts
+from .stop_strings import StopStrings
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
@@ -34,6 +36,10 @@ class Sample:
         trace: one entry per decode step.
         experts: int16[limit, L], the expert per row and layer; None unless they are recorded.
         forwards: forward passes of its decode steps.
+        stop_strings: finds the token that completes a stop string; None where there are none.
+        prompt_logprobs: the prompt's, shared by the samples of a request; None where they are not wanted.
+        stop_reason: the token or the string that ended it; None where neither did.
+        top: the most probable tokens at each generated token, and their log-probabilities; empty where they are not wanted.
     """
 
     request: RolloutRequest
@@ -58,6 +64,10 @@ class Sample:
     experts: np.ndarray | None = None
     forwards: int = 0
     finish: FinishReason | None = None
+    stop_reason: int | str | None = None
+    stop_strings: StopStrings | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seed = sample_seed(self.request.seed, self.number)
@@ -114,14 +124,24 @@ class Sample:
         if not self.stops.isdisjoint(taken):
             count, self.finish = 1 + next(i for i, token in enumerate(taken) if token in self.stops), "stop"
             taken = taken[:count]
+            self.stop_reason = taken[-1]
         elif count == self.remaining:
             self.finish = "length"
+        if self.stop_strings is not None and (found := self.stop_strings.first(self.tokens, taken)) is not None:
+            count, self.finish, self.stop_reason = found[0], "stop", found[1]
+            taken = taken[:count]
         self.tokens += taken
         self.logprobs += logprobs[:count]
         self.behavior += behavior[:count]
         self.support += support[:count]
         self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
         self.versions += [version] * count
+
+    def record_top(self, token_RK: list[list[int]], logprob_RK: list[list[float]]) -> None:
+        """Keep the most probable tokens beside the tokens that the last `commit` took."""
+        k, new = self.request.params.logprobs or 0, len(self.logprobs) - len(self.top)
+        if k:
+            self.top += [(token_RK[i][:k], logprob_RK[i][:k]) for i in range(new)]
 
     def record_experts(self, position: int, expert_RL: np.ndarray) -> None:
         """Record the experts of the clean rows from `position` on."""
@@ -132,6 +152,8 @@ class Sample:
         """The finished sample."""
         assert self.finish is not None
         params, prompt = self.request.params, len(self.request.prompt_tokens)
+        scores = None if self.prompt_logprobs is None or self.finish == "abort" else self.prompt_logprobs.scores
+        alternatives = [np.array(part) for part in zip(*self.top, strict=True)]
         cut = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         return Trajectory(
             request_id=self.request.id,
@@ -147,6 +169,13 @@ class Sample:
             trace=tuple(self.trace),
             support_logmass=np.array(self.support, dtype=np.float32) if cut else None,
             routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
+            stop_reason=self.stop_reason,
+            stop_included=params.include_stop_str_in_output,
+            top_tokens=alternatives[0].astype(np.int32) if alternatives else None,
+            top_logprobs=alternatives[1].astype(np.float32) if alternatives else None,
+            prompt_logprobs=None if scores is None else scores.logprobs,
+            prompt_top_tokens=None if scores is None else scores.top_tokens,
+            prompt_top_logprobs=None if scores is None else scores.top_logprobs,
         )
 
 

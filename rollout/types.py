@@ -8,71 +8,24 @@ Invariants:
 - A trajectory is a function of (weights, prompt, seed, sampling parameters) for `ar` and `coupled`, and also of the
   schedule for `lossless` and `mixed`.
 
-Legend: N = generated tokens of one sample, L = layers.
+Legend: P = prompt tokens, N = generated tokens of one sample, L = layers, K = alternatives recorded per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
-from ..errors import RequestError
 from ..seeds import MAX_SEED, derived_seed
+from .params import SAMPLERS as SAMPLERS
+from .params import SamplerName as SamplerName
+from .params import SamplingParams, require
+from .stop_strings import cut_text
 
-SAMPLERS = ("ar", "lossless", "coupled", "mixed")
-SamplerName = Literal["ar", "lossless", "coupled", "mixed"]
 FinishReason = Literal["stop", "length", "abort"]
-
-
-def _require(condition: bool, name: str, problem: str, remedy: str) -> None:
-    if not condition:
-        raise RequestError(name, problem, remedy)
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the tokens of a request are drawn.
-
-    Attributes:
-        sampler: `ar` (reference), `lossless` (rejection; distributed exactly as p), `coupled` (shared Gumbel noise; the
-            same tokens as `ar` with the same seed) or `mixed` (a blend of p and q; faster, its own distribution).
-        temperature: >= 0; 0 is greedy.
-        top_k: keep the k most probable tokens; 0 keeps all, and so does -1, which becomes 0.
-        top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
-        min_p: drop tokens less probable than min_p times the most probable one, in [0, 1).
-        mix_weight: weight w of p's logits in `mixed`, in [0, 1].
-        max_tokens: most tokens generated per sample, >= 1.
-        stop_token_ids: a sample ends after any of these; the stop token is part of the sample.
-        ignore_eos: go on past the policy's own end-of-sequence tokens.
-        routed_experts: record which expert each layer chose for each row of the sequence.
-    """
-
-    sampler: SamplerName = "lossless"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    mix_weight: float = 0.5
-    max_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    routed_experts: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.sampler in SAMPLERS, "sampler", f"unknown sampler {self.sampler!r}",
-                 f"use one of {', '.join(SAMPLERS)}")
-        _require(0.0 <= self.temperature < 1e4, "temperature", f"{self.temperature} is out of range",
-                 "use a number >= 0 (0 is greedy)")
-        _require(-1 <= self.top_k < 2**31, "top_k", f"{self.top_k} is outside -1..2**31-1", "use 0 or -1 to keep every token")
-        object.__setattr__(self, "top_k", max(self.top_k, 0))
-        _require(0.0 < self.top_p <= 1.0, "top_p", f"{self.top_p} is outside (0, 1]", "use 1.0 to keep every token")
-        _require(0.0 <= self.min_p < 1.0, "min_p", f"{self.min_p} is outside [0, 1)", "use 0 to keep every token")
-        _require(0.0 <= self.mix_weight <= 1.0, "mix_weight", f"{self.mix_weight} is outside [0, 1]",
-                 "1.0 samples from p alone, 0.0 from q alone")
-        _require(self.max_tokens >= 1, "max_tokens", f"{self.max_tokens} is less than 1", "ask for at least one token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +35,33 @@ class RolloutRequest:
     Attributes:
         id: the caller's own name for the request; the same id is the same request for ever.
         prompt_tokens: token ids, at least one.
-        seed: 0 <= seed < 2**63; sample i of the group draws its numbers from (seed, i) alone. Given as None, the default, it is
-            made of the id (`derived_seed(0, id)`): the same id has the same seed in every process, other ids have others.
-        samples: size of the group, >= 1.
+        seed: 0 <= seed < 2**63; sample i of the group draws its numbers from (seed, i) alone. None, the default, becomes the seed
+            of the parameters. Where they have none it becomes `derived_seed(0, id)`: the same id has the same seed in every
+            process, other ids have others.
+        samples: size of the group, >= 1. None, the default, becomes `n` of the parameters.
     """
 
     id: str
     prompt_tokens: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = cast(int, None)
-    samples: int = 1
+    samples: int = cast(int, None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_tokens", tuple(int(t) for t in self.prompt_tokens))
-        _require(bool(self.id), "id", "empty", "name each request; the name survives restarts")
-        _require(len(self.prompt_tokens) >= 1, "prompt_tokens", f"request {self.id!r} has no prompt tokens",
-                 "give at least one token, for instance the beginning-of-sequence token")
-        _require(min(self.prompt_tokens) >= 0, "prompt_tokens", f"request {self.id!r} has a negative token id",
-                 "token ids start at 0")
+        require(bool(self.id), "id", "empty", "name each request; the name survives restarts")
+        require(len(self.prompt_tokens) >= 1, "prompt_tokens", f"request {self.id!r} has no prompt tokens",
+                "give at least one token, for instance the beginning-of-sequence token")
+        require(min(self.prompt_tokens) >= 0, "prompt_tokens", f"request {self.id!r} has a negative token id",
+                "token ids start at 0")
         if self.seed is None:
-            object.__setattr__(self, "seed", derived_seed(0, self.id))
-        _require(isinstance(self.seed, int | np.integer) and 0 <= self.seed <= MAX_SEED, "seed",
-                 f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
+            object.__setattr__(self, "seed", derived_seed(0, self.id) if self.params.seed is None else self.params.seed)
+        require(isinstance(self.seed, int | np.integer) and 0 <= self.seed <= MAX_SEED, "seed",
+                f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
         object.__setattr__(self, "seed", int(self.seed))
-        _require(self.samples >= 1, "samples", f"{self.samples} is less than 1", "ask for at least one sample")
+        if self.samples is None:
+            object.__setattr__(self, "samples", self.params.n)
+        require(self.samples >= 1, "samples", f"{self.samples} is less than 1", "ask for at least one sample")
 
 
 class StepTrace(NamedTuple):
@@ -129,7 +85,7 @@ class StepTrace(NamedTuple):
     forwards: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Trajectory:
     """One finished sample with everything a trainer needs to learn from it.
 
@@ -145,6 +101,13 @@ class Trajectory:
         trace: one entry per decode step.
         from_draft: bool[N], token accepted from a draft (False: resampled or bonus).
         routed_experts: int16[P + N - 1, L] expert per row and layer (num_experts = skip), on request.
+        stop_reason: what ended the sample where finish_reason is `stop`: the stop string, or the stop token's id.
+        stop_included: the text ends after the stop string (`include_stop_str_in_output`).
+        top_tokens, top_logprobs: int32[N, K], float32[N, K], the K most probable tokens at each generated token, most probable
+            first, by the convention of `logprobs`. None unless SamplingParams.logprobs asks for them.
+        prompt_logprobs: float32[P - 1], by the same convention, of the prompt tokens from the second on.
+        prompt_top_tokens, prompt_top_logprobs: int32[P - 1, K], float32[P - 1, K], the most probable tokens there. All three are
+            None unless SamplingParams.prompt_logprobs asks for them.
     """
 
     request_id: str
@@ -160,6 +123,27 @@ class Trajectory:
     trace: tuple[StepTrace, ...] = ()
     support_logmass: np.ndarray | None = None
     routed_experts: np.ndarray | None = None
+    stop_reason: int | str | None = None
+    stop_included: bool = False
+    top_tokens: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+    prompt_logprobs: np.ndarray | None = None
+    prompt_top_tokens: np.ndarray | None = None
+    prompt_top_logprobs: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(map(str, self.tokens[:6])) + (", ..." if len(self.tokens) > 6 else "")
+        return (f"Trajectory({self.request_id!r}, sample={self.sample}, tokens=[{tokens}] ({len(self.tokens)}), "
+                f"finish_reason={self.finish_reason!r}, tokens_per_forward={self.tokens_per_forward:.2f})")  # fmt: skip
+
+    def text(self, tokenizer: Any) -> str:
+        """The generated text without special tokens. A sample that a stop string ended is cut there.
+
+        Args:
+            tokenizer: the policy's own; its `decode` is called.
+        """
+        stop = self.stop_reason if isinstance(self.stop_reason, str) else None
+        return cut_text(tokenizer, self.tokens, stop, self.stop_included)
 
     @property
     def key(self) -> tuple[str, int]:

@@ -65,7 +65,7 @@ def compute(name: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
             continue
         for block, mode in itertools.product((4, 16), MODES):
             config = EngineConfig(SCHEDULES[schedule], block_size=block, **MODES[mode])
-            found = Engine(policy, config).generate(requests(policy, sampler))
+            found = Engine(policy, config).rollout(requests(policy, sampler))
             yield f"{name}/{sampler}/{schedule}/{block}/{mode}", {
                 "tokens": np.concatenate([t.tokens for t in found]).astype(np.int16),
                 "logprobs": np.concatenate([t.logprobs for t in found]),

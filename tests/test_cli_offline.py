@@ -159,7 +159,7 @@ def test_seeds(policy: Path, tmp_path: Path) -> None:
     assert tokens(records[::-1], "--batch", 1) == first
     params = blockroll.SamplingParams(max_tokens=12)
     request = blockroll.RolloutRequest("a", (BOS, 20, 30), params)
-    assert blockroll.Engine(blockroll.load_policy(policy)).generate([request])[0].tokens == first["a"]
+    assert blockroll.Engine(blockroll.load_policy(policy)).rollout([request])[0].tokens == first["a"]
     other = tokens(records, "--seed", 1)
     assert other["c"] == first["c"]
     assert other["a"] != first["a"]
@@ -279,3 +279,23 @@ def test_full_disk_leaves_no_output(
     assert run("generate", *arguments, "--n", 8, "--max-tokens", 32) == 2
     assert "out.jsonl: the disk is full" in capsys.readouterr().err.splitlines()[-1]
     assert os.listdir(small_disk) == []
+
+
+def test_ask_answers_a_question_and_generate_takes_vllm_s_parameters(
+    tmp_path: Path, policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("ask", "47 + 85 - 12 = ?") == 0
+    assert capsys.readouterr().out == "85+47:12,13=132;132-12:0,2,1=120\nA:120\n"
+    assert run("ask", "47", "--n", "0") == 2
+    assert "n: 0 is no whole number" in capsys.readouterr().err
+    (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "12 + 30"}\n')
+    common = ["generate", "--policy", str(policy), "--input", str(tmp_path / "in.jsonl"), "--max-tokens", "40"]
+    assert run(*common, "--output", str(tmp_path / "free")) == 0
+    text = json.loads((tmp_path / "free").read_text())["text"]
+    assert len(text) > 8
+    options = ["--stop", "never", "--stop", text[4:6], "--logprobs", "2"]
+    assert run(*common, *options, "--output", str(tmp_path / "cut")) == 0
+    line = json.loads((tmp_path / "cut").read_text())
+    assert line["text"] == text[: text.index(text[4:6])]
+    assert len(line["top_tokens"]) == len(line["top_logprobs"]) == len(line["tokens"])
+    assert len(line["top_tokens"][0]) == 2

@@ -47,7 +47,7 @@ def test_a_seed_is_the_same_in_every_process():
 def test_requests_with_one_prompt_and_no_seed_differ(make_policy):
     params = SamplingParams("coupled", max_tokens=20, ignore_eos=True)
     requests = [RolloutRequest(name, (5, 6, 7), params, samples=2) for name in ("a", "b", "c")]
-    samples = Engine(make_policy(sharpness=0.6)).generate(requests)
+    samples = Engine(make_policy(sharpness=0.6)).rollout(requests)
     assert len({tuple(sample.tokens) for sample in samples}) == 6
 
 

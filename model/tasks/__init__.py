@@ -4,6 +4,7 @@ Knows texts and verifiers. Does not know tensors or tokenizers. To add a family,
 """
 
 from .families import FAMILIES
+from .prompts import answer, question
 from .tasks import SPLITS, Task, families, make_tasks, score, task_from_id
 
-__all__ = ["FAMILIES", "SPLITS", "Task", "families", "make_tasks", "score", "task_from_id"]
+__all__ = ["FAMILIES", "SPLITS", "Task", "answer", "families", "make_tasks", "question", "score", "task_from_id"]

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ...errors import DataError
 from .families import FAMILIES
+from .prompts import ANSWER, answer, question
 
 Split = Literal["train", "rl", "heldout"]
 SPLITS: dict[Split, range] = {"train": range(0, 80), "rl": range(80, 90), "heldout": range(90, 100)}
@@ -27,7 +28,6 @@ SPLITS: dict[Split, range] = {"train": range(0, 80), "rl": range(80, 90), "heldo
 _ID = re.compile(r"(?P<family>\w+)(\((?P<options>[\w=,-]+)\))?:(?P<index>[0-9]+)")
 _INDICES = 10**9
 _SEED = 20_011
-_ANSWER = "\nA:"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Task:
     @property
     def unworked(self) -> str:
         """The completion of one who shows no steps."""
-        return self.completion[self.completion.rindex(_ANSWER):]
+        return self.completion[self.completion.rindex(ANSWER):]
 
 
 def families() -> tuple[str, ...]:
@@ -83,8 +83,8 @@ def task_from_id(task_id: str) -> Task:
     return Task(
         id=task_id,
         family=family,
-        prompt=f"Q:{writer.question(entry['metadata'])}\nS:",
-        completion=f"{steps}{_ANSWER}{entry['answer']}",
+        prompt=question(writer.question(entry["metadata"])),
+        completion=f"{steps}{ANSWER}{entry['answer']}",
         answer=entry["answer"],
         entry=entry,
     )
@@ -139,7 +139,5 @@ def make_tasks(
 
 def score(task: Task, completion: str) -> float:
     """1.0 if the answer after the last `A:` is right, else 0.0; any text is accepted."""
-    _, mark, answer = completion.rpartition(_ANSWER.strip())
-    if not mark or not answer.strip():
-        return 0.0
-    return float(_dataset(task.family).score_answer(answer=answer.strip(), entry=task.entry) == 1.0)
+    found = answer(completion)
+    return 0.0 if found is None else float(_dataset(task.family).score_answer(answer=found, entry=task.entry) == 1.0)

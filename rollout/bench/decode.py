@@ -178,7 +178,7 @@ def _ours(
 
     def decode(prompts: Prompts, seed: int) -> tuple[int, int]:
         requests = [RolloutRequest(f"{seed}/{i}", p, params) for i, p in enumerate(prompts)]
-        samples = engine.generate(requests)
+        samples = engine.rollout(requests)
         if seed == 0:  # the round that is not timed
             again = score(policy, [(sample.prompt_tokens, sample.tokens) for sample in samples], temperature)
             errors = [np.abs(sample.logprobs - logprobs).max() for sample, logprobs in zip(samples, again, strict=True)]
@@ -194,7 +194,7 @@ def _ours(
 
 def _sample_ar(policy: Policy, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
     engine = Engine(policy, EngineConfig(schedule=Schedule("ar")))
-    return engine.generate([replace(request, params=replace(request.params, sampler="ar")) for request in requests])
+    return engine.rollout([replace(request, params=replace(request.params, sampler="ar")) for request in requests])
 
 
 def _tokens(samples: Sequence[Trajectory]) -> list[list[int]]:

@@ -81,7 +81,7 @@ def make_peer(
     except ValueError as error:
         return decode, {"unsupported": str(error).splitlines()[0]}
     request = RolloutRequest("greedy", prompt, SamplingParams(sampler="ar", temperature=0.0, max_tokens=max_tokens))
-    mine = Engine(policy, EngineConfig(schedule=Schedule("ar"), max_batch=1)).generate([request])[0]
+    mine = Engine(policy, EngineConfig(schedule=Schedule("ar"), max_batch=1)).rollout([request])[0]
     return decode, {"greedy_tokens_equal": greedy == mine.tokens}
 
 

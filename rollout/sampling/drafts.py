@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.transfer import upload
-from ..types import SamplingParams
+from ..params import SamplingParams
+from .adjustment import Adjustment, Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,14 @@ class Group:
         sampler: the rows' sampler.
         greedy: temperature 0. cut: some cut-off is active (never both).
         index_G: which rows; None when the group is the whole batch.
+        adjustment: what changes the rows' logits before the temperature; None where nothing does.
     """
 
     sampler: str
     greedy: bool
     cut: bool
     index_G: torch.Tensor | None
+    adjustment: Adjustment | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class SamplerRows:
     Attributes:
         seed_S: int64, of `seeds.sample_seed`. temperature_S, top_p_S, min_p_S, mix_weight_S: float64. top_k_S: int64.
         groups: a partition of the batch.
+        top: most alternatives that one of the rows records (`SamplingParams.logprobs`).
     """
 
     seed_S: torch.Tensor
@@ -51,20 +55,30 @@ class SamplerRows:
     min_p_S: torch.Tensor
     mix_weight_S: torch.Tensor
     groups: tuple[Group, ...]
+    top: int = 0
 
     @classmethod
     def make(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu"
-    ) -> SamplerRows:
-        """Args: params and seeds, one each per sequence; seeds are those of `seeds.sample_seed`."""
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu",
+        prefixes: Sequence[Prefix] = (),
+    ) -> SamplerRows:  # fmt: skip
+        """Args: params, seeds and prefixes, one each per sequence; seeds are those of `seeds.sample_seed`. Prefixes may be left
+        out where no parameters adjust logits."""
         assert len(params) == len(seeds) > 0
-        members: dict[tuple[str, bool, bool], list[int]] = {}
+        device = torch.device(device)
+        members: dict[tuple[str, bool, bool, bool], list[int]] = {}
         for s, p in enumerate(params):
             greedy = p.temperature == 0
             cut = not greedy and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-            members.setdefault((p.sampler, greedy, cut), []).append(s)
+            members.setdefault((p.sampler, greedy, cut, p.adjusts), []).append(s)
+
+        def adjustment(index: list[int]) -> Adjustment:
+            return Adjustment([params[s] for s in index], [prefixes[s] for s in index], device)
+
+        whole = len(members) == 1
         groups = tuple(
-            Group(*key, None if len(members) == 1 else torch.tensor(index)) for key, index in members.items()
+            Group(sampler, greedy, cut, None if whole else torch.tensor(index), adjustment(index) if adjusts else None)
+            for (sampler, greedy, cut, adjusts), index in members.items()
         )
 
         def column(values: list[float]) -> torch.Tensor:
@@ -78,8 +92,9 @@ class SamplerRows:
             min_p_S=column([p.min_p for p in params]),
             mix_weight_S=column([p.mix_weight for p in params]),
             groups=groups,
+            top=max(p.logprobs or 0 for p in params),
         )
-        return upload(rows, torch.device(device))
+        return upload(rows, device)
 
     def of(self, group: Group) -> SamplerRows:
         """The rows of one group alone."""
@@ -215,7 +230,9 @@ class Verdict:
         logprob_SR: log p at the sampling temperature over the full vocabulary (temperature 0: at 1), for every sampler.
         behavior_logprob_SR: under the distribution sampled from: p with its cut-offs, or m with them for `mixed`.
         support_logmass_SR: log of the mass inside the cut-offs, of p (of m for `mixed`); 0 where nothing is cut. At
-            temperature 0 the support is the one token.
+            temperature 0 the support is the one token. Where logits are adjusted, of the adjusted p.
+        top_token_SRK, top_logprob_SRK: int64, float32; the most probable tokens of each row, most probable first, by the
+            convention of `logprob_SR`. None where no row records any.
     """
 
     accepted_S: torch.Tensor
@@ -223,6 +240,8 @@ class Verdict:
     logprob_SR: torch.Tensor
     behavior_logprob_SR: torch.Tensor
     support_logmass_SR: torch.Tensor
+    top_token_SRK: torch.Tensor | None = None
+    top_logprob_SRK: torch.Tensor | None = None
 
     @classmethod
     def padding(cls, sequences: int, width: int, like: Verdict) -> Verdict:

@@ -22,8 +22,9 @@ from .processing import widen
 
 
 def serves(group: Group, logits: torch.Tensor) -> bool:
-    """Whether rows of this group take the kernels. Cut-offs rank the vocabulary, and the greedy mixture is rare: torch."""
-    plain = not group.cut and not (group.greedy and group.sampler == "mixed")
+    """Whether rows of this group take the kernels. Cut-offs rank the vocabulary, adjusted logits and the greedy mixture are rare:
+    these take torch."""
+    plain = not group.cut and group.adjustment is None and not (group.greedy and group.sampler == "mixed")
     return plain and logits.dtype != torch.float64 and (takes_triton(logits) or takes_numba(logits))
 
 

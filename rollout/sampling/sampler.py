@@ -23,14 +23,17 @@ Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from ...kernels.philox import Purpose, gumbel, uniform
 from ...kernels.verify import count_matching, draw, gumbel_argmax, logprobs, mix_logits, reject
 from . import kernels
+from .adjustment import Adjustment
 from .drafts import Drafts, Group, SamplerRows, Verdict
 from .processing import Processed, processed, widen
+from .top import with_top
 
 __all__ = ["Drafts", "SamplerRows", "Verdict", "draft", "verify"]
 
@@ -113,28 +116,58 @@ def _draft_group(
     if not group.greedy:
         noise = gumbel(seed_S1, position_SM, vocab_size, Purpose.NOISE, q_logits_SMV.dtype) \
             if group.sampler == "coupled" else uniform(seed_S1, position_SM, Purpose.DRAFT)
-    if markov is None:
+    if markov is None and group.adjustment is None:
         token_SM, logq_SMV = _choose(rows, group, q_logits_SMV, noise)
     else:
-        assert previous_S is not None
-        token_SM, logq_SMV = _chain(rows, group, q_logits_SMV, noise, markov, previous_S, markov_from)
+        chain = _Chain(markov, markov_from, previous_S, group.adjustment, count_S, mask_token)
+        token_SM, logq_SMV = chain.draw(rows, group, q_logits_SMV, noise)
     token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     return Drafts(token_SM, count_S, logq_SMV, q_logits_SMV if group.sampler == "mixed" else None)
 
 
-def _chain(
-    rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, noise: torch.Tensor | None, markov: Markov,
-    previous_S: torch.Tensor, markov_from: int,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """`_choose` slot by slot, each draft given the one before it; what `markov` says is added to the logits, from one slot on."""
-    chosen, previous_S1 = [], previous_S[:, None]
-    for k in range(q_logits_SMV.shape[1]):
-        if k >= markov_from:
-            q_logits_SMV[:, k : k + 1] += markov(previous_S1)
-        chosen.append(_choose(rows, group, q_logits_SMV[:, k : k + 1], None if noise is None else noise[:, k : k + 1]))
-        previous_S1 = chosen[-1][0]
-    kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
-    return torch.cat([token_S1 for token_S1, _ in chosen], 1), torch.cat(kept, 1) if kept else None
+@dataclass(frozen=True)
+class _Chain:
+    """Drafts drawn slot by slot, each given those before it.
+
+    Attributes:
+        markov: what it gives for the token before is added to the logits of a slot, from slot `markov_from` on.
+        previous_S: the token before the first slot.
+        adjustment: adjusts the logits of each slot by the drafts before it.
+    """
+
+    markov: Markov | None
+    markov_from: int
+    previous_S: torch.Tensor | None
+    adjustment: Adjustment | None
+    count_S: torch.Tensor
+    mask_token: int
+
+    def draw(
+        self, rows: SamplerRows, group: Group, q_logits_SMV: torch.Tensor, noise: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `_choose`; `q_logits_SMV` becomes what was drawn from."""
+        chosen, previous_S1 = [], None if self.previous_S is None else self.previous_S[:, None]
+        adjustment, before = self.adjustment, None
+        if adjustment is not None:
+            before = adjustment.start(q_logits_SMV.shape[-1], self.count_S > 0)
+        for k in range(q_logits_SMV.shape[1]):
+            if self.markov is not None and k >= self.markov_from:
+                assert previous_S1 is not None
+                q_logits_SMV[:, k : k + 1] += self.markov(previous_S1)
+            if adjustment is not None and before is not None:
+                q_logits_SMV[:, k] = self._drawable(adjustment.adjusted(before, q_logits_SMV[:, k]), q_logits_SMV[:, k])
+            part = slice(k, k + 1)
+            chosen.append(_choose(rows, group, q_logits_SMV[:, part], None if noise is None else noise[:, part]))
+            previous_S1 = chosen[-1][0]
+            if adjustment is not None and before is not None:
+                before = adjustment.after(before, torch.where(k + 1 < self.count_S, previous_S1[:, 0], -1))
+        kept = [logq_S1V for _, logq_S1V in chosen if logq_S1V is not None]
+        return torch.cat([token_S1 for token_S1, _ in chosen], 1), torch.cat(kept, 1) if kept else None
+
+    def _drawable(self, adjusted_SV: torch.Tensor, q_logits_SV: torch.Tensor) -> torch.Tensor:
+        """Adjusted logits without the mask token; q's own where that leaves no token."""
+        adjusted_SV[:, self.mask_token] = -torch.inf
+        return torch.where(adjusted_SV.amax(-1, keepdim=True) > -torch.inf, adjusted_SV, q_logits_SV)
 
 
 def _choose(
@@ -160,6 +193,11 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
         anchor_S: int64, position of the last committed token.
     """
     assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
+    verdict = _verify_groups(rows, p_logits_SRV, drafts, anchor_S)
+    return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top) if rows.top else verdict
+
+
+def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     if len(rows.groups) == 1:
         return _verify_group(rows, p_logits_SRV, drafts, anchor_S)
     s, r = p_logits_SRV.shape[:2]
@@ -190,12 +228,15 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
     row_R = torch.arange(r, device=p_logits_SRV.device)
     seed_S1, position_SR = rows.seed_S[:, None], anchor_S[:, None] + 1 + row_R
 
-    target_SRV = p_logits_SRV
+    adjustment = group.adjustment
+    target_SRV = p_logits_SRV if adjustment is None else adjustment.along(p_logits_SRV, drafts.token_SM)
     if group.sampler == "mixed" and drafts.q_logits_SMV is not None:
-        p_SMV = p_logits_SRV[:, :m]
+        p_SMV = target_SRV[:, :m]
         mixed_SMV = mix_logits(p_SMV, drafts.q_logits_SMV, rows.mix_weight_S[:, None])
-        drafted_SM = row_R[:m] < drafts.count_S[:, None]
-        target_SRV = torch.cat((torch.where(drafted_SM[..., None], mixed_SMV, p_SMV), p_logits_SRV[:, m:]), 1)
+        mixes_SM = row_R[:m] < drafts.count_S[:, None]
+        if adjustment is not None:  # p and q may have no token in common
+            mixes_SM &= mixed_SMV.amax(-1) > -torch.inf
+        target_SRV = torch.cat((torch.where(mixes_SM[..., None], mixed_SMV, p_SMV), target_SRV[:, m:]), 1)
     target = _process(rows, group, target_SRV)
 
     if group.greedy or group.sampler in ("ar", "coupled"):
@@ -211,6 +252,8 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         token_SR = torch.cat((drafts.token_SM, x_S[:, None]), 1).where(row_R != accepted_S[:, None], x_S[:, None])
 
     committed_SR = row_R <= accepted_S[:, None]
+    if adjustment is not None:
+        adjustment.commit(torch.where(committed_SR, token_SR, -1))
     index_SR = token_SR.clamp(min=0)
     at_token_SR = target.logp.gather(-1, index_SR[..., None])[..., 0]
     temperature_SR = rows.temperature_S[:, None].expand_as(index_SR)

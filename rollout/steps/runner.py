@@ -24,6 +24,7 @@ import torch
 from ...kernels.transfer import download, upload
 from ...model.policy import Policy
 from ..cache import PagedCache
+from ..sampling.adjustment import Prefix
 from ..sampling.drafts import Drafts, SamplerRows, Verdict
 from ..sampling.sampler import draft, verify
 from ..schedule import Schedule
@@ -170,7 +171,8 @@ class StepRunner:
             return None
         sampling, anchor_D = forward.sampling, forward.anchor_D
         away = self.verifier(plan, sampling, forward.logits_DRV, forward.drafts, anchor_D)
-        verdict = Verdict(*self._download([getattr(away, name) for name in Verdict.__slots__]))
+        known = [name for name in Verdict.__slots__ if getattr(away, name) is not None]
+        verdict = Verdict(**dict(zip(known, self._download([getattr(away, name) for name in known]), strict=True)))
         if plan.proposals is None:
             nothing = [0] * len(plan.count_D)
             return StepOutput(verdict, None, nothing, nothing, 0)
@@ -229,7 +231,8 @@ class StepRunner:
         same = len(decoding) == len(self._sampling_of) and all(map(operator.is_, decoding, self._sampling_of))
         if self._sampling is None or not same:
             params = [sample.request.params for sample in decoding]
-            self._sampling = SamplerRows.make(params, [sample.seed for sample in decoding], self._device)
+            prefixes = [Prefix(s.tokens, len(s.request.prompt_tokens), s.stops) for s in decoding]
+            self._sampling = SamplerRows.make(params, [sample.seed for sample in decoding], self._device, prefixes)
             self._sampling_of = list(decoding)
         return self._sampling
 

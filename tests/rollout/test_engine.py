@@ -61,7 +61,7 @@ def policy(make_policy):
 @pytest.fixture(scope="module")
 def reference(policy):
     engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
-    return {t: [s.tokens for s in engine.generate(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
+    return {t: [s.tokens for s in engine.rollout(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
 
 
 def test_the_reference_is_worth_comparing_with(reference):
@@ -79,7 +79,7 @@ def test_coupled_gives_the_tokens_of_ar(policy, reference, block_size, mode):
     for number, schedule in enumerate(SCHEDULES):
         temperature = (0.0, 0.7, 1.0)[(number + block_size) % 3]
         engine = Engine(policy, EngineConfig(schedule, block_size=block_size, **MODES[mode]))
-        tokens = [s.tokens for s in engine.generate(requests("coupled", temperature=temperature))]
+        tokens = [s.tokens for s in engine.rollout(requests("coupled", temperature=temperature))]
         assert tokens == reference[temperature], (schedule, temperature)
         assert engine.cache.free_pages == engine.cache.total_pages
         assert (engine.scheduler.preemptions > 0) == (mode == "preempted")
@@ -93,7 +93,7 @@ def test_coupled_inside_a_mixed_batch(policy, reference):
     ]
     mine = requests("coupled", temperature=1.0)
     mingled = [r for pair in itertools.zip_longest(others, mine) for r in pair if r is not None]
-    done = Engine(policy, EngineConfig(max_batch=9)).generate(mingled)
+    done = Engine(policy, EngineConfig(max_batch=9)).rollout(mingled)
     assert [s.tokens for s in done if s.request_id.startswith("r")] == reference[1.0]
 
 
@@ -101,7 +101,7 @@ def test_lossless_does_not_notice_preemption(policy):
     """Drafts outlive preemption, so the tokens stay the same under a fixed schedule."""
     runs = []
     for mode in ("batch", "preempted"):
-        runs.append(Engine(policy, EngineConfig(**MODES[mode])).generate(requests("lossless")))
+        runs.append(Engine(policy, EngineConfig(**MODES[mode])).rollout(requests("lossless")))
     assert [s.tokens for s in runs[0]] == [s.tokens for s in runs[1]]
 
 
@@ -110,7 +110,7 @@ def test_lossless_does_not_notice_preemption(policy):
 def test_logprobs_are_those_of_one_causal_pass(make_policy, sampler, schedule):
     policy = make_policy(torch.float32, sharpness=0.6)
     for temperature in (0.0, 0.7, 1.0):
-        samples = Engine(policy, EngineConfig(schedule, block_size=8)).generate(
+        samples = Engine(policy, EngineConfig(schedule, block_size=8)).rollout(
             requests(sampler, temperature=temperature)
         )
         scores = score(policy, [(s.prompt_tokens, s.tokens) for s in samples], temperature)
@@ -131,7 +131,7 @@ def test_logprobs_of_the_shipped_policy_are_those_of_scoring_to_the_last_bit(sam
             RolloutRequest(f"r{i}", prompt, SamplingParams(sampler, temperature, max_tokens=40, **CUTS[i % 4]), i, 2)
             for i, prompt in enumerate(prompts)
         ]
-        samples = Engine(policy, EngineConfig(Schedule(schedule), **{**mode, "pages": 60})).generate(asked)
+        samples = Engine(policy, EngineConfig(Schedule(schedule), **{**mode, "pages": 60})).rollout(asked)
         scores = score(policy, [(s.prompt_tokens, s.tokens) for s in samples], temperature)
         for sample, expected in zip(samples, scores, strict=True):
             assert np.array_equal(sample.logprobs, expected)
@@ -164,7 +164,7 @@ def recompute_behavior(policy, sample, cuts, sampler, temperature):
 
 def test_routed_experts_are_those_of_one_causal_pass(policy):
     params = SamplingParams(sampler="coupled", max_tokens=20, routed_experts=True)
-    for sample in Engine(policy, EngineConfig(max_batch=3, prefill_rows=4)).generate(
+    for sample in Engine(policy, EngineConfig(max_batch=3, prefill_rows=4)).rollout(
         [RolloutRequest(f"e{i}", prompt(i), params, i) for i in range(6)]
     ):
         routing = Routing([], [])
@@ -174,17 +174,17 @@ def test_routed_experts_are_those_of_one_causal_pass(policy):
 
 
 def test_stop_tokens_and_limits(policy):
-    free = Engine(policy).generate(
+    free = Engine(policy).rollout(
         [RolloutRequest("a", prompt(3), SamplingParams(sampler="coupled", max_tokens=40, ignore_eos=True), 5)]
     )[0]
     assert (free.finish_reason, len(free.tokens)) == ("length", 40)
     stop = free.tokens[11]
     params = SamplingParams(sampler="coupled", max_tokens=40, ignore_eos=True, stop_token_ids=(stop,))
-    ended = Engine(policy).generate([RolloutRequest("a", prompt(3), params, 5)])[0]
+    ended = Engine(policy).rollout([RolloutRequest("a", prompt(3), params, 5)])[0]
     assert ended.finish_reason == "stop"
     assert ended.tokens == free.tokens[: free.tokens.index(stop) + 1]
     long = SamplingParams(max_tokens=10_000, ignore_eos=True)
-    assert len(Engine(policy).generate([RolloutRequest("b", prompt(3), long)])[0].tokens) == 160 - len(prompt(3))
+    assert len(Engine(policy).rollout([RolloutRequest("b", prompt(3), long)])[0].tokens) == 160 - len(prompt(3))
 
 
 def rows_of_forwards(policy, config, params, samples):
@@ -192,7 +192,7 @@ def rows_of_forwards(policy, config, params, samples):
     engine, rows, forward = Engine(policy, config), [], policy.forward
     policy.forward = lambda layout, *args, **kw: rows.append(layout.rows) or forward(layout, *args, **kw)
     try:
-        engine.generate([RolloutRequest("g", tuple(range(4, 39)), params, samples=samples)])
+        engine.rollout([RolloutRequest("g", tuple(range(4, 39)), params, samples=samples)])
     finally:
         del policy.forward
     return rows
@@ -216,7 +216,7 @@ def test_the_forward_that_ends_a_prompt_decodes_it(policy):
 def test_the_first_draft_of_two_passes_is_p_s_own(policy, sampler):
     """It is accepted, unless p drew the mask token. `mixed` has another target than p."""
     asked = [RolloutRequest(f"{i}", prompt(i), SamplingParams(sampler, max_tokens=22), i, 2) for i in range(12)]
-    samples = Engine(policy, EngineConfig(Schedule("two_pass"))).generate(asked)
+    samples = Engine(policy, EngineConfig(Schedule("two_pass"))).rollout(asked)
     first = [
         (step.accepted, sample.tokens[step.anchor + 1 - len(sample.prompt_tokens)])
         for sample in samples for step in sample.trace if step.drafted
@@ -273,7 +273,7 @@ def test_bad_parameters_name_their_field():
 def test_minus_one_keeps_every_token_as_in_other_engines(policy):
     assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
     samples = [
-        Engine(policy).generate([RolloutRequest("a", prompt(3), SamplingParams("coupled", top_k=k, max_tokens=20))])[0]
+        Engine(policy).rollout([RolloutRequest("a", prompt(3), SamplingParams("coupled", top_k=k, max_tokens=20))])[0]
         for k in (-1, 0)
     ]
     assert samples[0].tokens == samples[1].tokens

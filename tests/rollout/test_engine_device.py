@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import weakref
@@ -127,6 +128,26 @@ def test_torch_on_a_device(policy, schedule):
         assert len([x for x in what if x not in ("bincount", "tolist (4,)", "item")]) <= (1 if forwards else 0), what
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES[1:], ids=lambda s: s.kind)
+def test_adjusted_logits_on_a_device(policy, schedule):
+    """Penalties, biases and alternatives make the host wait no more often; functions of tokens do."""
+    changes = dict(max_tokens=6, logit_bias={3: 1.0}, min_tokens=2, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=2)
+    asked = requests(["coupled", "lossless", "mixed", "ar"], **changes)
+    plain = ("bincount", "tolist (4,)", "item")
+    away = copy.deepcopy(policy)
+    for processors in ((), (lambda prefix, logits: logits - logits.max(),)):
+        params = [dataclasses.replace(r.params, logits_processors=processors) for r in asked]
+        asked = [dataclasses.replace(r, params=p) for r, p in zip(asked, params, strict=True)]
+        expected, _ = generate(policy, schedule, asked)
+        with PretendDevice() as device, using("reference"):
+            got, waits = generate(away.to("cuda:0"), schedule, asked, device)
+        compare(got, expected, 1e-4)
+        for mine, its in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(mine.top_tokens, its.top_tokens)
+        for forwards, what in waits:
+            assert processors or len([x for x in what if x not in plain]) <= (1 if forwards else 0), what
+
+
 def test_scoring_on_a_device(policy):
     samples, _ = generate(policy, SCHEDULES[0], requests(["ar"], samples=2, max_tokens=8))
     pairs = [(sample.prompt_tokens, sample.tokens) for sample in samples]
@@ -201,7 +222,7 @@ def test_graphs_are_bounded(policy, monkeypatch, caplog):
     asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + i, ignore_eos=True)) for i in range(3)]
     sizes = dict(block_size=4, page_size=8, pages=64)
     with using("triton"):
-        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).generate(asked)]
+        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)]
         for most, most_bytes, lately in ((2, 10**9, 100), (100, 1500, 0)):
             Graph.alive.clear()
             monkeypatch.setattr(shapes, "_LATELY", lately)
@@ -209,7 +230,7 @@ def test_graphs_are_bounded(policy, monkeypatch, caplog):
             inner = engine.runner.model.shapes
             inner._graphs, inner._memory = True, None
             inner._budget = graphs.GraphBudget(most, most_bytes)
-            assert [sample.tokens for sample in engine.generate(asked)] == expected
+            assert [sample.tokens for sample in engine.rollout(asked)] == expected
             gc.collect()
             assert len(inner._shapes) == 3
             assert len(Graph.alive) == 2

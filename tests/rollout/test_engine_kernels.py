@@ -40,7 +40,7 @@ def test_same_trajectories(policy, schedule, monkeypatch: pytest.MonkeyPatch) ->
     for implementation in ("triton", "reference"):
         config = EngineConfig(schedule, block_size=4, page_size=8, prefill_rows=6, pages=24)
         with using(implementation):
-            out[implementation] = Engine(policy, config).generate(requests)
+            out[implementation] = Engine(policy, config).rollout(requests)
         if implementation == "triton":
             assert plans and all(isinstance(made, PagedPlan) for made in plans)
     for got, expected in zip(out["triton"], out["reference"], strict=True):

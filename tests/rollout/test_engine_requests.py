@@ -42,11 +42,11 @@ def is_as_new(engine):
 
 @pytest.mark.parametrize("bad", [LONG, ALIEN, RolloutRequest("good", (8, 9), PARAMS)], ids=lambda request: request.id)
 def test_a_call_with_a_request_that_cannot_be_served_queues_none(policy, engine, bad):
-    expected = tokens(Engine(policy, engine.config).generate([GOOD]))
+    expected = tokens(Engine(policy, engine.config).rollout([GOOD]))
     with pytest.raises(RequestError):
-        engine.generate([GOOD, bad])
+        engine.rollout([GOOD, bad])
     assert is_as_new(engine)
-    assert tokens(engine.generate([GOOD])) == expected
+    assert tokens(engine.rollout([GOOD])) == expected
     with pytest.raises(RequestError):
         list(serve(engine, [GOOD, bad], 1))
     assert is_as_new(engine)
@@ -57,20 +57,20 @@ def test_an_id_is_taken_until_its_samples_have_ended(engine):
     with pytest.raises(RequestError, match="id: two unfinished requests are called 'good'; give each request its own id"):
         engine.add(RolloutRequest("good", (9,), PARAMS))
     with pytest.raises(RequestError, match="holds 1 samples of earlier requests; serve them with step"):
-        engine.generate([RolloutRequest("other", (9,), PARAMS)])
+        engine.rollout([RolloutRequest("other", (9,), PARAMS)])
     engine.add(RolloutRequest("other", (9,), PARAMS, samples=2))
     done = []
     while engine.has_work:
         done += engine.step()
     assert sorted(sample.key for sample in done) == [("good", 0), ("other", 0), ("other", 1)]
-    assert len(engine.generate([GOOD])) == 1
+    assert len(engine.rollout([GOOD])) == 1
 
 
 @pytest.mark.parametrize("where", ["on_finish", "release", "forward", "commit"])
 def test_an_interrupted_call_leaves_the_engine_as_it_was(policy, engine, where, monkeypatch):
     """Ctrl-C in a callback, between two lines of the scheduler, in the network, and before a sample's record is whole."""
     requests = [RolloutRequest(str(i), (5, 6, 7 + i), PARAMS, samples=3) for i in range(4)]
-    expected = tokens(Engine(policy, engine.config).generate(requests))
+    expected = tokens(Engine(policy, engine.config).rollout(requests))
     calls = []
 
     def interrupt(*_, **__):
@@ -84,10 +84,10 @@ def test_an_interrupted_call_leaves_the_engine_as_it_was(policy, engine, where, 
         real = getattr(target, name)
         monkeypatch.setattr(target, name, lambda *a, **k: interrupt() or real(*a, **k))
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(requests, interrupt if target is None else None)
+        engine.rollout(requests, interrupt if target is None else None)
     monkeypatch.undo()
     assert is_as_new(engine)
-    assert tokens(engine.generate(requests)) == expected
+    assert tokens(engine.rollout(requests)) == expected
 
 
 def test_files_served_half_way_leave_the_engine_empty(engine):
@@ -157,7 +157,7 @@ def test_a_whole_version_is_taken(make_policy, head, dtype):
     engine.load_weights(tensors, 3)
     assert engine.version == 3
     assert all(torch.equal(tensor, tensors.get(name, tensor).float()) for name, tensor in engine.policy.state_dict().items())
-    engine.generate([GOOD])
+    engine.rollout([GOOD])
 
 
 def test_versions_are_numbers_and_what_happens_in_flight_is_known(policy):

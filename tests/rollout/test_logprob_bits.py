@@ -47,7 +47,7 @@ def compare(count: int) -> tuple[int, int]:
             params = SamplingParams(SAMPLERS[i % 4], 1.0, max_tokens=draw.choice((1, 2, 9, 40, 90)), **draw.choice(cuts))
             asked.append(RolloutRequest(f"r{i}", tuple(prompt), params, 1000 * number + i, 2))
         engine = Engine(policy, config)
-        samples = engine.generate(asked)
+        samples = engine.rollout(asked)
         preempted += engine.scheduler.preemptions
         seen += len(samples)
         order = draw.sample(range(len(samples)), len(samples))

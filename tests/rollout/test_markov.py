@@ -49,7 +49,7 @@ def outcomes_of(policy, sampler, count, schedule, more=1):
     weights = VOCABULARY ** np.arange(LENGTH)[::-1]
     outcomes, drafted = np.zeros(VOCABULARY**LENGTH, dtype=np.int64), 0
     for i in range(-(-count // 4096)):
-        for done in engine.generate([RolloutRequest(f"{i}", PROMPT, params, seed=i, samples=4096)]):
+        for done in engine.rollout([RolloutRequest(f"{i}", PROMPT, params, seed=i, samples=4096)]):
             outcomes[int(np.dot(done.tokens[:LENGTH], weights))] += 1
             drafted += int(done.from_draft[:LENGTH].sum())
     assert drafted > 0.15 * count, "drafts must take part"
@@ -156,7 +156,7 @@ def requests(sampler, count=8, **params):
 @pytest.fixture(scope="module")
 def reference(policy):
     engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
-    return {t: [s.tokens for s in engine.generate(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
+    return {t: [s.tokens for s in engine.rollout(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
 
 
 @pytest.mark.parametrize("mode", [dict(max_batch=5), dict(max_batch=8, pages=9, page_size=8)])
@@ -165,7 +165,7 @@ def test_coupled_gives_the_tokens_of_ar(policy, reference, mode):
                  Schedule("fused", levels=(0, 2, 7)), Schedule("fused", drafts=5, levels=(0, 1, 3)))  # fmt: skip
     for number, schedule in enumerate(schedules):
         temperature, block_size = (0.0, 0.7, 1.0)[number % 3], (4, 8)[number % 2]
-        made = Engine(policy, EngineConfig(schedule, block_size=block_size, **mode)).generate(
+        made = Engine(policy, EngineConfig(schedule, block_size=block_size, **mode)).rollout(
             requests("coupled", temperature=temperature)
         )
         assert [s.tokens for s in made] == reference[temperature], (schedule, temperature)
@@ -178,9 +178,9 @@ def test_all_samplers_in_one_batch(policy, reference):
         for i, name in itertools.product(range(2), ("ar", "lossless", "mixed"))
     ]
     mingled = [r for pair in itertools.zip_longest(others, requests("coupled")) for r in pair if r is not None]
-    done = Engine(policy, EngineConfig(max_batch=9)).generate(mingled)
+    done = Engine(policy, EngineConfig(max_batch=9)).rollout(mingled)
     assert [s.tokens for s in done if s.request_id.startswith("r")] == reference[1.0]
-    alone = Engine(policy, EngineConfig(max_batch=9)).generate(others)
+    alone = Engine(policy, EngineConfig(max_batch=9)).rollout(others)
     assert [s.tokens for s in done if s.request_id.startswith("x")] == [s.tokens for s in alone]
 
 
@@ -190,7 +190,7 @@ def test_every_draft_is_conditional_on_the_committed_token_before_it(policy, sch
     before each draft, the one just sampled before the first."""
     total = 0
     for temperature in (0.7, 1.0):
-        for i, made in enumerate(Engine(policy, EngineConfig(schedule, block_size=6)).generate(
+        for i, made in enumerate(Engine(policy, EngineConfig(schedule, block_size=6)).rollout(
             requests("mixed", temperature=temperature)
         )):  # fmt: skip
             expected, drafted = recompute_behavior(policy, made, CUTS[i % 4], temperature)

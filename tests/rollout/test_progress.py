@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockroll.rollout.progress import TrainingMeter, _short
+from blockroll.rollout import progress
+from blockroll.rollout.progress import Meter, TrainingMeter, _short, sample_meter
 
 
 @pytest.mark.parametrize(("count", "text"), [
@@ -13,6 +14,38 @@ from blockroll.rollout.progress import TrainingMeter, _short
 ])  # fmt: skip
 def test_counts_are_short(count: float, text: str) -> None:
     assert _short(count) == text
+
+
+def test_where_there_is_no_terminal_plain_lines_are_written_at_intervals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Meter("generate", 40) as meter:
+        for _ in range(30):
+            now[0] += 1
+            meter.advance(5, 2)
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split()[:2] for line in lines] == [["generate:", f"{i}/40"] for i in (10, 20, 30)]
+        assert all(line.endswith("tokens/s  2.50 tokens/forward") and "\x1b" not in line for line in lines)
+        meter.advance(5, 2)
+    assert capsys.readouterr().err.startswith("generate: 31/40")
+    with TrainingMeter() as training:
+        training(dict(stage="ar", tokens=1, of=2, tokens_per_s=3, ar_loss=1, draft_loss=0))
+        now[0] += 11
+        training(dict(stage="convert", tokens=1, of=2, tokens_per_s=3, ar_loss=1, draft_loss=0))
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["ar", "convert"]
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for terminal, wanted in ((True, True), (True, False), (False, True)):
+        monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+        with sample_meter("generate", 4, wanted) as meter:
+            for _ in range(4):
+                meter.advance(5, 2)
+        shown = capsys.readouterr().err
+        assert ("4/4" in shown) == (terminal and wanted)
+        monkeypatch.delenv("FORCE_COLOR" if terminal else "NO_COLOR")
 
 
 def test_a_training_shows_tokens_speed_losses_and_acceptance_in_80_columns(

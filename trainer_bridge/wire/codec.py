@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import TransportError
 from .limits import MAX_FIGURE_TEXT, MAX_HEADER, MAX_ITEMS, MAX_NDIM, MAX_TEXT
 
-PROTOCOL = 1
+PROTOCOL = 2
 DTYPES = ("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32",
           "float64")
 Buffer = bytes | bytearray | memoryview
@@ -182,6 +182,19 @@ class Many:
         if type(value) is not list or len(value) > self.most:
             raise refuse(where, f"expected at most {self.most} items, got {_show(value)}")
         return tuple(self.field.unpack(v, where) for v in value)
+
+
+@dataclass(frozen=True)
+class Optional:
+    """None, or another field's value."""
+
+    field: Field[Any]
+
+    def pack(self, value: Any, where: str) -> Any:
+        return None if value is None else self.field.pack(value, where)
+
+    def unpack(self, value: Any, where: str) -> Any:
+        return None if value is None else self.field.unpack(value, where)
 
 
 def write_header(kind: int, fields: Sequence[Any]) -> bytes:

@@ -15,8 +15,23 @@ from typing import Any
 import numpy as np
 
 from ...errors import RequestError, TransportError
+from ...rollout.params import MAX_STOP
 from ...rollout.types import SAMPLERS, RolloutRequest, SamplingParams, StepTrace, Trajectory
-from .codec import Buffer, Choice, Field, Flag, Float, Int, Row, Text, read_record, refuse, write_record
+from .codec import (
+    Buffer,
+    Choice,
+    Field,
+    Flag,
+    Float,
+    Int,
+    Many,
+    Optional,
+    Row,
+    Text,
+    read_record,
+    refuse,
+    write_record,
+)
 from .limits import MAX_ID, MAX_REQUEST, MAX_SAMPLES, MAX_TOKENS, MAX_TRAJECTORY
 
 FAILURE = -1
@@ -28,17 +43,26 @@ _TRACE = StepTrace._fields
 PARAMS: dict[str, Field[Any]] = {
     "sampler": Choice(SAMPLERS), "temperature": Float(), "top_k": Int(), "top_p": Float(), "min_p": Float(),
     "mix_weight": Float(), "max_tokens": Int(1), "ignore_eos": Flag(), "routed_experts": Flag(),
+    "n": Int(1, MAX_SAMPLES), "seed": Optional(Int()), "stop": Many(Text(MAX_STOP, empty=False), 64),
+    "include_stop_str_in_output": Flag(), "min_tokens": Int(), "logit_bias": Many(Row((Int(), Float())), 4096),
+    "repetition_penalty": Float(), "presence_penalty": Float(), "frequency_penalty": Float(),
+    "logprobs": Optional(Int()), "prompt_logprobs": Optional(Int()),
 }
-"""SamplingParams in the header of a request; `stop_token_ids` follows as an array."""
+"""SamplingParams in the header of a request; `stop_token_ids` follows as an array, and `logits_processors` cannot travel."""
 ARRAYS: dict[str, tuple[tuple[str, ...], int]] = {
     "logprobs": (("float32", "float64"), 1), "behavior_logprobs": (("float32", "float64"), 1),
     "versions": (("int32", "int64"), 1), "from_draft": (("bool",), 1), "support_logmass": (("float32", "float64"), 1),
     "routed_experts": (("int8", "uint8", "int16", "uint16", "int32"), 2),
+    "top_tokens": (("int32", "int64"), 2), "top_logprobs": (("float32", "float64"), 2),
+    "prompt_logprobs": (("float32", "float64"), 1), "prompt_top_tokens": (("int32", "int64"), 2),
+    "prompt_top_logprobs": (("float32", "float64"), 2),
 }
 """Arrays of a trajectory: the dtypes that travel, and the number of axes."""
-OPTIONAL = ("support_logmass", "routed_experts")
+OPTIONAL = ("support_logmass", "routed_experts", "top_tokens", "top_logprobs", "prompt_logprobs", "prompt_top_tokens",
+            "prompt_top_logprobs")
 _REQUEST_FIELDS = Row((_ID, Int(), Int(1, MAX_SAMPLES), *PARAMS.values()))
-_TRAJECTORY_FIELDS = Row((_ID, Int(0, MAX_SAMPLES - 1), Choice(("stop", "length", "abort")), Int()))
+_TRAJECTORY_FIELDS = Row((_ID, Int(0, MAX_SAMPLES - 1), Choice(("stop", "length", "abort")), Int(),
+                          Optional(Int()), Optional(Text(MAX_STOP)), Flag()))
 
 
 def encode_request(request: RolloutRequest) -> bytes:
@@ -46,6 +70,9 @@ def encode_request(request: RolloutRequest) -> bytes:
     if len(request.prompt_tokens) > MAX_TOKENS:
         raise RequestError("prompt_tokens", f"request {request.id[:MAX_ID]!r} has {len(request.prompt_tokens)} tokens",
                            f"at most {MAX_TOKENS} travel")
+    if request.params.logits_processors:
+        raise RequestError("logits_processors", f"request {request.id[:MAX_ID]!r} has functions, which do not travel",
+                           "use them with an engine of this process, or logit_bias")
     values = [getattr(request.params, name) for name in PARAMS]
     try:
         header = _REQUEST_FIELDS.pack([request.id, request.seed, request.samples, *values], "request")
@@ -79,7 +106,8 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     _check(arrays, len(trajectory.prompt_tokens), len(trajectory.tokens))
     trace = np.array(trajectory.trace, np.int64).reshape(-1, len(_TRACE))
     header = _TRAJECTORY_FIELDS.pack(
-        [trajectory.request_id, trajectory.sample, trajectory.finish_reason, trajectory.forwards], "trajectory")
+        [trajectory.request_id, trajectory.sample, trajectory.finish_reason, trajectory.forwards, *_stop_reason(trajectory)],
+        "trajectory")
     record = write_record(_TRAJECTORY, header, [
         _ids(trajectory.prompt_tokens), _ids(trajectory.tokens), _narrow(trace), *arrays.values()])
     if len(record) > MAX_TRAJECTORY:
@@ -90,7 +118,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
 def decode_trajectory(data: Buffer) -> Trajectory:
     """The trajectory of a record; its arrays are its own and writable."""
     header, (prompt, tokens, trace, *rest) = read_record(data, _TRAJECTORY, 3 + len(ARRAYS), MAX_TRAJECTORY)
-    request_id, sample, finish_reason, forwards = _TRAJECTORY_FIELDS.unpack(header, "trajectory")
+    request_id, sample, finish_reason, forwards, stop_token, stop, included = _TRAJECTORY_FIELDS.unpack(header, "trajectory")
     prompt_tokens, token_list = _tokens(prompt, "prompt_tokens"), list(_tokens(tokens, "tokens"))
     arrays = dict(zip(ARRAYS, rest, strict=True))
     _check(arrays, len(prompt_tokens), len(token_list))
@@ -99,7 +127,14 @@ def decode_trajectory(data: Buffer) -> Trajectory:
         raise refuse("trace", "not one row of six integers per decode step")
     steps = tuple(StepTrace(*row) for row in trace.tolist())
     return Trajectory(request_id=request_id, sample=sample, prompt_tokens=prompt_tokens, tokens=token_list,
-                      finish_reason=finish_reason, forwards=forwards, trace=steps, **arrays)  # type: ignore[arg-type]
+                      finish_reason=finish_reason, forwards=forwards, trace=steps, stop_included=included,
+                      stop_reason=stop_token if stop is None else stop, **arrays)  # type: ignore[arg-type]
+
+
+def _stop_reason(trajectory: Trajectory) -> tuple[int | None, str | None, bool]:
+    """What ended the sample, as a token and as a string."""
+    reason = trajectory.stop_reason
+    return (None, reason, trajectory.stop_included) if isinstance(reason, str) else (reason, None, trajectory.stop_included)
 
 
 def _check(arrays: dict[str, np.ndarray | None], prompt: int, tokens: int) -> None:
@@ -109,7 +144,7 @@ def _check(arrays: dict[str, np.ndarray | None], prompt: int, tokens: int) -> No
             if name not in OPTIONAL:
                 raise refuse(name, "missing")
             continue
-        rows = prompt + tokens - 1 if name == "routed_experts" else tokens
+        rows = prompt + tokens - 1 if name == "routed_experts" else prompt - 1 if name.startswith("prompt_") else tokens
         if array.dtype.name not in dtypes or array.ndim != axes or array.shape[0] != rows:
             raise refuse(name, f"{array.dtype}{list(array.shape)} where {axes} axes of {rows} rows, "
                                f"{' or '.join(dtypes)}, are expected")

@@ -312,7 +312,7 @@ def check_coupled(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         requests = [RolloutRequest(str(i), (5 + i, 7, 9), params, seed=i) for i in range(many)]
         with using(implementation, batch_invariant=True):
             engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=many, page_size=sizes.page_size))
-            made[name] = [list(sample.tokens) for sample in engine.generate(requests)]
+            made[name] = [list(sample.tokens) for sample in engine.rollout(requests)]
     alike = {name: sum(a == b for a, b in zip(made["ar"], made[name])) for name in ("coupled", "reference")}
     return {"ok": alike["coupled"] == many, "samples": many, "equal": alike}
 

@@ -98,7 +98,7 @@ def test_three_stages_from_text_parquet_and_conversations(tmp_path: Path) -> Non
     params = blockroll.SamplingParams(sampler="lossless", max_tokens=12)
     prompt = tuple(policy.tokenizer.encode("user: count from 3\nassistant: "))
     request = blockroll.RolloutRequest(id="a", prompt_tokens=prompt, params=params, seed=0)
-    assert len(blockroll.Engine(policy).generate([request])[0].tokens) >= 1
+    assert len(blockroll.Engine(policy).rollout([request])[0].tokens) >= 1
 
     # A stage is run again alone; those before it stay as they are.
     kept = (tmp_path / "policy.extend" / "model.safetensors").read_bytes()

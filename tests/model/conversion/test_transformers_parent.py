@@ -40,7 +40,7 @@ def test_checkpoint_of_transformers_converts_decodes_and_loads_back(tmp_path: Pa
         params = blockroll.SamplingParams(sampler=sampler, max_tokens=24)
         requests = [blockroll.RolloutRequest(id=f"{i}", prompt_tokens=prompt, params=params, seed=i)
                     for i, prompt in enumerate(prompts)]  # fmt: skip
-        answers[sampler] = [trajectory.tokens for trajectory in blockroll.Engine(policy).generate(requests)]
+        answers[sampler] = [trajectory.tokens for trajectory in blockroll.Engine(policy).rollout(requests)]
         assert all(1 <= len(tokens) <= 24 for tokens in answers[sampler])
     assert answers["coupled"] == answers["ar"]
 

@@ -60,7 +60,7 @@ def test_same_as_one_engine(cluster, policy_dir):
     batch = requests("a")
     cluster.submit(batch, epoch=1)
     done = collect(cluster, 20)
-    expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).generate(batch)
+    expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).rollout(batch)
     got = order_by_id([c.trajectory for c in done])
     assert [t.tokens for t in got] == [t.tokens for t in order_by_id(expected)]
     assert {c.epoch for c in done} == {1}
@@ -86,7 +86,7 @@ def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_
         "an engine is replaced"]
     assert cluster.poll(0.2) == []
     got = order_by_id([c.trajectory for c in done])
-    expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).generate(batch)
+    expected = Engine(blockroll.load_policy(policy_dir), EngineConfig(max_batch=8)).rollout(batch)
     assert [t.key for t in got] == [t.key for t in expected]
     assert [t.tokens for t in got] == [t.tokens for t in expected]
     again = ray.get(worker.actor.stats.remote())["decode_tokens"]

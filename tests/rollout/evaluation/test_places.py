@@ -23,7 +23,7 @@ def sampled(policy, sampler, schedule, temperature, samples, prompts=PROMPTS):
     # Nine tokens, because a step drafts no more than it may still commit.
     params = SamplingParams(sampler, temperature, max_tokens=9, ignore_eos=True)
     engine = Engine(policy, EngineConfig(schedule=schedule, block_size=8, max_batch=200, pages=300))
-    return engine.generate([RolloutRequest(str(i), prompt, params, i, samples) for i, prompt in enumerate(prompts)])
+    return engine.rollout([RolloutRequest(str(i), prompt, params, i, samples) for i, prompt in enumerate(prompts)])
 
 
 @pytest.fixture

@@ -342,11 +342,11 @@ def policy(make_policy):
 @pytest.mark.parametrize("mode", [dict(max_batch=5, prefill_rows=5), dict(max_batch=8, pages=9, page_size=8)])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_coupled_gives_the_tokens_of_ar_whatever_is_chosen(policy, mode, temperature):
-    expected = [s.tokens for s in Engine(policy, EngineConfig(Schedule("ar"))).generate(requests("ar", temperature))]
+    expected = [s.tokens for s in Engine(policy, EngineConfig(Schedule("ar"))).rollout(requests("ar", temperature))]
     for planner in (None, Restless(8)):
         engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, **mode))
         engine.planner = planner or engine.planner
-        assert [s.tokens for s in engine.generate(requests("coupled", temperature))] == expected
+        assert [s.tokens for s in engine.rollout(requests("coupled", temperature))] == expected
         assert engine.cache.free_pages == engine.cache.total_pages
         assert planner is None or len(planner.chosen) >= 7
 
@@ -354,7 +354,7 @@ def test_coupled_gives_the_tokens_of_ar_whatever_is_chosen(policy, mode, tempera
 def test_the_same_table_gives_the_same_samples(policy):
     def run():
         engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, max_batch=4, repeatable=True))
-        return [s.tokens for s in engine.generate(requests("lossless", 1.0))], [d.schedule for d in engine.planner.log]
+        return [s.tokens for s in engine.rollout(requests("lossless", 1.0))], [d.schedule for d in engine.planner.log]
 
     assert run() == run()
 
@@ -364,8 +364,8 @@ def test_a_later_sample_is_not_taken_for_an_earlier_one(policy):
     engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
     for i in range(8):
         asked = RolloutRequest(f"{i}", prompt(3), SamplingParams("ar", max_tokens=6, ignore_eos=True), seed=i)
-        fresh = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1)).generate([asked])
-        assert engine.generate([asked])[0].tokens == fresh[0].tokens
+        fresh = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1)).rollout([asked])
+        assert engine.rollout([asked])[0].tokens == fresh[0].tokens
 
 
 def test_calibration_leaves_nothing_behind_and_is_kept(policy, tmp_path, monkeypatch):

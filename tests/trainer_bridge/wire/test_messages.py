@@ -41,7 +41,13 @@ requests = st.builds(
         temperature=st.floats(0, 1e4, exclude_max=True), top_k=st.integers(0, 10**6),
         top_p=st.floats(0, 1, exclude_min=True), min_p=st.floats(0, 1, exclude_max=True), mix_weight=st.floats(0, 1),
         max_tokens=st.integers(1, 2**40), stop_token_ids=st.lists(st.integers(0, 2**31 + 5), max_size=5).map(tuple),
-        ignore_eos=st.booleans(), routed_experts=st.booleans()))
+        ignore_eos=st.booleans(), routed_experts=st.booleans(), n=st.integers(1, 65536),
+        seed=st.none() | st.integers(0, 2**63 - 1), include_stop_str_in_output=st.booleans(), min_tokens=st.just(0) | st.just(1),
+        stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), max_size=4),
+        logit_bias=st.dictionaries(st.integers(0, 2**40), st.floats(allow_nan=False, allow_infinity=False), max_size=4),
+        repetition_penalty=st.floats(0, 9, exclude_min=True), presence_penalty=st.floats(-2, 2),
+        frequency_penalty=st.floats(-2, 2), logprobs=st.none() | st.integers(0, 32767),
+        prompt_logprobs=st.none() | st.integers(0, 32767)))
 
 
 def test_every_message_survives_and_every_kind_is_tried() -> None:
@@ -61,18 +67,26 @@ def test_requests_travel_losslessly_and_canonically(asked: RolloutRequest) -> No
 
 def test_every_field_of_the_public_types_travels() -> None:
     names = {f.name for f in dataclasses.fields(SamplingParams)}
-    assert names == {*records.PARAMS, "stop_token_ids"}
+    assert names == {*records.PARAMS, "stop_token_ids", "logits_processors"}
     assert {f.name for f in dataclasses.fields(RolloutRequest)} == {"id", "prompt_tokens", "params", "seed", "samples"}
-    scalars = {"request_id", "sample", "finish_reason", "forwards", "prompt_tokens", "tokens", "trace"}
+    scalars = {"request_id", "sample", "finish_reason", "forwards", "prompt_tokens", "tokens", "trace", "stop_reason",
+               "stop_included"}
     assert {f.name for f in dataclasses.fields(Trajectory)} == {*records.ARRAYS, *scalars}
 
 
 @pytest.mark.parametrize("asked", [request("a"), request("b", top_k=3), request("é" * 100, routed_experts=True)])
-def test_trajectories_travel_bit_for_bit(asked: RolloutRequest) -> None:
+@pytest.mark.parametrize("reason", [None, 7, "é"])
+def test_trajectories_travel_bit_for_bit(asked: RolloutRequest, reason: int | str | None) -> None:
     sent = make_trajectory(asked, 3, version=9)
     sent.logprobs[0] = np.float32(-0.0)
     sent.behavior_logprobs[-1] = np.frombuffer(struct.pack("<I", 0x7FC00123), "<f4")[0]
     sent.trace = (*sent.trace, StepTrace(2**40, 1, 1, 0, 2, 3))
+    sent.stop_reason, sent.stop_included = reason, reason == "é"
+    if reason is not None:
+        n, p = len(sent.tokens), len(sent.prompt_tokens) - 1
+        sent.top_tokens, sent.top_logprobs = np.arange(2 * n, dtype=np.int32).reshape(n, 2), np.zeros((n, 2), np.float32)
+        sent.prompt_logprobs, sent.prompt_top_tokens = np.zeros(p, np.float32), np.zeros((p, 0), np.int32)
+        sent.prompt_top_logprobs = np.zeros((p, 0), np.float32)
     arrived = records.decode_trajectory(records.encode_trajectory(sent))
     assert_same(sent, arrived)
     arrived.logprobs += 1
@@ -92,6 +106,12 @@ def test_trajectory_whose_arrays_do_not_fit_is_refused_when_written() -> None:
 def test_request_that_cannot_travel_is_the_callers_error(change: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         records.encode_request(dataclasses.replace(request("a"), **change))
+
+
+def test_functions_do_not_travel() -> None:
+    asked = request("a", logits_processors=[lambda prefix, logits: logits])
+    with pytest.raises(RequestError, match="^logits_processors: request 'a' has functions, which do not travel; use them with"):
+        records.encode_request(asked)
 
 
 def damage(data: bytes, place: int, mask: int, cut: int) -> bytes:
@@ -139,8 +159,8 @@ def nested(depth: int) -> bytes:
 @pytest.mark.parametrize("frame", [
     b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", nested(100_000),
     nested(900), b"\xdc\x0f\xff" + b"\x80" * 4095, b"\xdc\x0f\xff" + b"\x90" * 4095, msgpack.packb({"a": 1}),
-    msgpack.packb([1, 10, [[]] * 4000]), b"\x93\x01\x0a" + b"\xd6\xff\x00\x00\x00\x00",
-    b"\x93\x01\x0a\xa2\xff\xff", b"\xc1", b"", b"\x80" * (4 << 20), msgpack.packb([2, 5])])
+    msgpack.packb([2, 10, [[]] * 4000]), b"\x93\x02\x0a" + b"\xd6\xff\x00\x00\x00\x00",
+    b"\x93\x02\x0a\xa2\xff\xff", b"\xc1", b"", b"\x80" * (4 << 20), msgpack.packb([3, 5])])
 def test_bombs_cost_little(frame: bytes) -> None:
     record = struct.pack("<I", len(frame)) + frame
     tracemalloc.start()
@@ -169,7 +189,7 @@ def test_array_that_claims_more_than_it_brings_takes_no_memory() -> None:
 
 
 def test_request_below_the_limits_of_its_class_is_refused_as_transport_error() -> None:
-    fields = ["a", 0, 1, "ar", -1.0, 0, 1.0, 0.0, 0.5, 1, False, False]
+    fields = ["a", 0, 1, "ar", -1.0, 0, 1.0, 0.0, 0.5, 1, False, False, 1, None, [], False, 0, [], 1.0, 0.0, 0.0, None, None]
     record = codec.write_record(1, fields, [np.array([1], np.int32), np.array([], np.int32)])
     with pytest.raises(TransportError, match="temperature"):
         records.decode_request(record)

@@ -1,0 +1,71 @@
+"""Log-probabilities for a trainer's loss, and the most probable tokens of a text.
+
+Legend: B samples, N tokens of one sample, T rows, K alternatives, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from ..errors import RequestError
+from .backends import choose
+from .layout import causal
+from .policy import Policy
+from .scoring import check_sequences, score
+from .vocabulary import recomputed, rows_at_once
+
+
+def logprobs(
+    policy: Policy, prompt_tokens: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]], temperature: float = 1.0
+) -> list[torch.Tensor]:
+    """log p of each generated token at the temperature over the full vocabulary, float32[N] per sample: the convention of
+    `Trajectory.logprobs`.
+
+    With gradients on, and a parameter that requires one, the result is differentiable, and equal to the recorded numbers up to
+    rounding. Otherwise it is `score`'s, and equal to the recorded numbers as `score`'s are.
+
+    Args:
+        prompt_tokens, tokens: B prompts, each with at least one token, and the tokens that follow each.
+        temperature: the sampling temperature; 0 counts as 1.
+
+    Raises:
+        RequestError: another number of prompts than samples, an empty prompt, a token outside the vocabulary, or more tokens than
+            the policy's maximum.
+    """
+    if len(prompt_tokens) != len(tokens):
+        raise RequestError("tokens", f"{len(tokens)} samples for {len(prompt_tokens)} prompts", "give one prompt per sample")
+    pairs = list(zip(prompt_tokens, tokens, strict=True))
+    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in policy.parameters()):
+        return [torch.from_numpy(each).to(policy.device) for each in score(policy, pairs, temperature)]
+    check_sequences(policy, pairs)
+    if not pairs:
+        return []
+    texts = [[*prompt, *sample] for prompt, sample in pairs]
+    rows, end = list[int](), 0
+    for text, (prompt, _) in zip(texts, pairs, strict=True):
+        rows += range(end + len(prompt) - 1, end + len(text) - 1)
+        end += len(text)
+    hidden_TD = policy(causal(texts).to(policy.device))
+    index_N = torch.tensor(rows, dtype=torch.int64, device=policy.device)
+    target_N = torch.tensor([token for _, sample in pairs for token in sample], dtype=torch.int64, device=policy.device)
+    at_once = rows_at_once(policy.config.vocab_size, 3, policy.device)
+    compute = partial(_logprobs_of, policy, temperature or 1.0)
+    parts = [recomputed(compute, hidden_TD[some], target)
+             for some, target in zip(index_N.split(at_once), target_N.split(at_once), strict=True)]  # fmt: skip
+    return list(torch.cat(parts).split([len(sample) for _, sample in pairs]))
+
+
+def _logprobs_of(policy: Policy, temperature: float, hidden_RD: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:
+    logits_RV = policy.head(hidden_RD).float() / temperature
+    return logits_RV.gather(1, target_R[:, None])[:, 0] - logits_RV.logsumexp(1)
+
+
+@torch.inference_mode()
+def text_logits(policy: Policy, tokens: Sequence[int]) -> torch.Tensor:
+    """logits_TV of p after each token but the last, by the network that decodes: row t is p of tokens[t + 1]."""
+    backend = choose(policy)
+    hidden_TD = backend.forward(*backend.prepare(causal([list(tokens)])))
+    return backend.head(hidden_TD[:-1])

@@ -1,0 +1,144 @@
+"""What `Engine(...)` and `Engine.generate(...)` are given, as policies, configurations and requests.
+
+Invariant: everything is checked here or by `Engine.check` before anything is queued; errors name the prompt, `prompts[3]`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from ..errors import RequestError
+from ..model.checkpoint import load_policy
+from ..model.policy import Policy
+from ..model.tokenizer import encode_prompt
+from .params import require
+from .schedule import Schedule
+from .types import RolloutRequest, SamplingParams
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message] | Mapping[str, Any] | RolloutRequest
+Prompts = Prompt | Sequence[Prompt]
+ConfigT = TypeVar("ConfigT")
+
+
+def policy_of(policy: Policy | str | os.PathLike[str], device: str | torch.device | None, dtype: str | None) -> Policy:
+    """The policy itself, or the one of a name or directory, loaded on `device` (by default an accelerator if there is one) as
+    `dtype` (by default bfloat16 there, and float32 on a CPU)."""
+    if isinstance(policy, Policy):
+        require(device is None and dtype is None, "device" if device is not None else "dtype",
+                "given with a policy that is loaded already", "leave it out, or give the policy's name or directory")
+        return policy
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return load_policy(policy, dtype or ("float32" if device.type == "cpu" else "bfloat16"), device)
+
+
+def with_options(config: ConfigT, options: Mapping[str, Any]) -> ConfigT:
+    """The engine's configuration with some fields replaced; a schedule may be given by its kind."""
+    known = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    for name in options:
+        require(name in known, name, "the engine has no such option", f"use one of device, dtype, {', '.join(known)}")
+    if isinstance(options.get("schedule"), str):
+        options = {**options, "schedule": Schedule(options["schedule"])}
+    return replace(config, **options) if options else config  # type: ignore[type-var]
+
+
+def stop_tokens(params: SamplingParams, policy: Policy) -> frozenset[int]:
+    """The tokens that end a sample."""
+    return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*policy.eos_token_ids})
+
+
+def check_params(request: RolloutRequest, policy: Policy) -> None:
+    """Raise RequestError where the parameters do not fit the policy."""
+    params, vocabulary = request.params, policy.config.vocab_size
+    if params.stop:
+        require(policy.tokenizer is not None, "stop", f"request {request.id!r} has stop strings, and the policy has no tokenizer",
+                "use stop_token_ids, or save the tokenizer in the policy's directory")
+    if params.logit_bias:
+        most = max(token for token, _ in cast(tuple[tuple[int, float], ...], params.logit_bias))
+        require(most < vocabulary, "logit_bias", f"request {request.id!r} names token {most} and the vocabulary has {vocabulary}",
+                "use the policy's own tokenizer")
+    if params.min_tokens:
+        require(len(stop_tokens(params, policy).intersection(range(vocabulary))) < vocabulary, "min_tokens",
+                f"request {request.id!r} has no token that does not end it", "leave a token out of stop_token_ids")
+
+
+def as_requests(
+    prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None, policy: Policy, name: str
+) -> tuple[list[RolloutRequest], list[str | None]]:
+    """One request per prompt, called `name-0`, `name-1`, ..., and the texts of those prompts that were given as text."""
+    listed = [prompts] if _single(prompts) else list(cast(Sequence[Prompt], prompts))
+    own = [isinstance(prompt, RolloutRequest) for prompt in listed]
+    if params is not None and all(own) and own:
+        raise RequestError("params", "given beside RolloutRequests", "set the parameters of each RolloutRequest")
+    if params is None or isinstance(params, SamplingParams):
+        each = [params or SamplingParams()] * len(listed)
+    else:
+        each = list(params)
+        require(len(each) == len(listed), "params", f"{len(each)} for {len(listed)} prompts", "give one, or one per prompt")
+    requests, texts = [], list[str | None]()
+    for i, (prompt, chosen) in enumerate(zip(listed, each, strict=True)):
+        if isinstance(prompt, RolloutRequest):
+            requests.append(prompt)
+            texts.append(None)
+            continue
+        require(isinstance(chosen, SamplingParams), "params", f"{chosen!r:.40} is no SamplingParams", "give SamplingParams(...)")
+        text, tokens = _tokens(prompt, policy, f"prompts[{i}]")
+        requests.append(RolloutRequest(f"{name}-{i}", tokens, chosen))
+        texts.append(text)
+    return requests, texts
+
+
+def _single(prompts: Any) -> bool:
+    """Whether this is one prompt and not a list of them."""
+    if isinstance(prompts, str | Mapping | RolloutRequest):
+        return True
+    return isinstance(prompts, Sequence | np.ndarray) and len(prompts) > 0 and (_is_token(prompts[0]) or _is_message(prompts[0]))
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _tokens(prompt: Any, policy: Policy, field: str) -> tuple[str | None, tuple[int, ...]]:
+    """The text, if there is one, and the token ids of a prompt."""
+    if isinstance(prompt, Mapping):  # vLLM's {"prompt": text} and {"prompt_token_ids": tokens}
+        known = [name for name in ("prompt", "prompt_tokens", "prompt_token_ids") if name in prompt]
+        require(len(known) == 1, field, f"has the keys {', '.join(map(str, prompt))}", "give one of prompt and prompt_tokens")
+        prompt = prompt[known[0]]
+    if isinstance(prompt, str):
+        require(policy.tokenizer is not None, field, "is text, and the policy has no tokenizer", "give token ids")
+        require(bool(prompt), field, "is empty", "give some text")
+        return prompt, tuple(encode_prompt(policy.tokenizer, prompt))
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    require(isinstance(prompt, Sequence) and not isinstance(prompt, bytes), field, f"is a {type(prompt).__name__}",
+            "give text, token ids, chat messages or a RolloutRequest")
+    require(len(prompt) > 0, field, "is empty", "give at least one token")
+    if all(map(_is_message, prompt)):
+        return None, _chat(prompt, policy, field)
+    require(all(map(_is_token, prompt)), field, "holds something that is no token id", "give whole numbers, or chat messages")
+    return None, tuple(int(token) for token in prompt)
+
+
+def _chat(messages: Sequence[Message], policy: Policy, field: str) -> tuple[int, ...]:
+    """A conversation's token ids, up to where the assistant's next turn begins."""
+    tokenizer = policy.tokenizer
+    require(tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None, field,
+            "holds chat messages, and the policy's tokenizer has no chat template",
+            "give text, or set the tokenizer's chat_template")
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # a template raises whatever its author chose
+        raise RequestError(field, f"the chat template refuses the messages ({' '.join(str(error).split())})",
+                           "give messages as the template wants them") from error  # fmt: skip
+    return tuple(ids)
