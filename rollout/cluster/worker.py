@@ -67,6 +67,8 @@ class Worker:
         self.stream: Any = None
         self.restarts = 0
         self._streaming: Any = None  # the actor that makes `stream`
+        self.actor: Any = None
+        self._ready: Any = None  # the actor's answer once it has loaded its policy; None once it has come
         self._start_actor()
 
     def assign(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
@@ -128,7 +130,7 @@ class Worker:
 
     def _start_actor(self) -> None:
         self.actor, self._started = self._spec.start(), time.monotonic()
-        self._ready: Any = self.actor.ready.remote()  # None once it is known to be ready
+        self._ready = self.actor.ready.remote()
 
     def _serve(self) -> None:
         """Starts the stream of the first assignment, unless one runs."""
