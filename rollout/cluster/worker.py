@@ -67,7 +67,8 @@ class Worker:
         self.stream: Any = None
         self.restarts = 0
         self._streaming: Any = None  # the actor that makes `stream`
-        self._ready: Any = None  # the answer that the actor is ready; None once it has come
+        self.actor: Any = None
+        self._ready: Any = None  # the actor's answer once it has loaded its policy; None once it has come
         self._start_actor()
 
     def assign(self, batch: Sequence[RolloutRequest], epoch: int) -> None:

@@ -63,7 +63,7 @@ class Display:
 
 
 def draw_report(output: Path) -> None:
-    """Writes report.png of the run in `output`: rewards and accuracy above, time and tokens below, by step."""
+    """Writes report.png of the run in `output`: what was learned in the upper row, what it cost in the lower row."""
     import matplotlib
 
     matplotlib.use("Agg")
