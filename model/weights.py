@@ -1,4 +1,4 @@
-"""Checks tensors from elsewhere against a policy: names, shapes and dtypes have to match, or the first mismatch is an error.
+"""Checks tensors from elsewhere against a policy: names and shapes have to match, or the first mismatch is an error.
 
 Invariants: the policy is not changed; the returned tensors can be given to `Policy.load_state_dict`.
 """
