@@ -1,4 +1,4 @@
-"""Compiles every kernel, in every shape the engine launches it, for accelerators this machine need not have.
+"""Compiles every kernel in every shape that the engine launches. The accelerator compiled for need not be in this machine.
 
 Invariants:
 - What is compiled is what host code launches: each op's `cases` run its own host code on `meta` tensors under

@@ -1,12 +1,12 @@
-"""Functions compiled by numba at their first call, and kept on disk for the next process.
+"""Functions that numba compiles at their first call and keeps on disk for the next process.
 
 Invariants:
-- Sums that may be taken in any order are functions of their own (`total`, `squares`): they read and do not write, so nothing but
-  their length decides how they are vectorised. All else is computed as written, but for what `FUSED` allows, and the numbers are
-  the same, vectorised or not, with or without room between two arrays.
+- Only `total`, `wide_total` and `squares` sum in any order. They read and do not write, so their length alone decides how they
+  are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised
+  or not.
 
-numba does not see that a function called from another file has changed: after an edit here, what was kept of its callers
-(`__pycache__/*.nbi`) has to go.
+numba does not notice that a function called from another file has changed. After an edit of this file, delete the compiled
+callers (`__pycache__/*.nbi`).
 """
 
 from __future__ import annotations

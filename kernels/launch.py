@@ -1,9 +1,9 @@
-"""How a kernel is launched, and how the check sees what would be launched.
+"""`launch`: the only way to start a kernel. Under `record` the check collects launches without running them.
 
 Invariants:
 - Host code launches kernels through `launch` only. Under `record` nothing runs: the launches are noted instead. Host code
   is therefore free of host synchronisation and runs on `meta` tensors, which cost no memory.
-- Choices that depend on the machine ask `architecture()`, never torch, so that the check makes them as the machine would.
+- Choices that depend on the device read `architecture()`, never torch, so that the check makes the choices of that device.
 - Nothing here imports triton; `kernels/<op>/triton.py` does, and is imported on machines with an accelerator, under the
   interpreter, and by the check.
 """

@@ -1,4 +1,4 @@
-"""What kernels are compiled for: the devices, and the policies with the packs an engine runs on them."""
+"""Shapes that kernels are compiled for: the devices, the policies, and the packs that an engine runs."""
 
 from __future__ import annotations
 

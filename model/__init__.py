@@ -3,9 +3,16 @@ diffusion.
 
 Knows tensors, tokens and files. Does not know requests, sampling, Ray or sockets.
 
-`layout` says what a forward pass runs, `policy` is the network over it, of `cca`, `experts` and `linear`; `state` is
-what it asks of a cache, `paged` what a layout asks of kernels on the cache's pages. `packed` is the same network for
-small policies on a CPU. `scoring` gives log-probabilities of given tokens, `vocabulary` bounds the logits that exist at
-once. `weights` checks tensors from elsewhere, `checkpoint` and `tokenizer` are files, `shipped` policies that come
-along, `tasks` texts with verifiers, `conversion` training.
+| file | holds |
+|---|---|
+| `layout` | `TokenLayout`: what one forward pass runs |
+| `visibility` | `Visibility`: the layout's rule, worked out once for every backend |
+| `policy`, `cca`, `experts`, `linear` | the network |
+| `plan`, `paged` | plans of a layout: for torch, and for kernels on pages |
+| `state` | what a plan needs of a cache |
+| `backends` | the ways to run the network; one is chosen when a policy is placed |
+| `scoring`, `vocabulary`, `packing` | log-probabilities of given tokens; bounds on logits; packs of bounded size |
+| `checkpoint`, `weights`, `tokenizer` | files, and tensors from elsewhere |
+| `shipped`, `tasks` | policies that come along; texts with verifiers |
+| `conversion` | training |
 """

@@ -43,9 +43,10 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> None:
-        """Move the four projections' parameters side by side in memory, for one product where no gradient is asked for, and the
-        taps of the convolutions apart. They stay parameters of their own, and what is copied into them is seen. Another device
-        or dtype undoes it; where nothing was undone, nothing moves again, as captured steps read where things lie."""
+        """Move the parameters of the four projections side by side in memory, so that one product computes all four without
+        gradients, and the taps of the convolutions apart. They stay parameters of their own; values copied into them are seen.
+        A move to another device or dtype undoes this. Otherwise a second call moves nothing, because captured steps read the
+        parameters where they lie."""
         if self._in_place():
             return
 

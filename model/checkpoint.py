@@ -1,10 +1,10 @@
-"""A Hugging Face directory <-> a policy.
+"""Reads a policy from a Hugging Face directory, and writes one.
 
 Invariants:
 - The tensors on disk carry ZAYA's own names; either library reads what the other wrote. A Markov head's tensors
-  (`markov.*`, announced by `diffusion.markov_rank` in config.json) come on top; transformers passes over them.
-- A directory is written beside its place and takes it in one step when complete: under its name there is never a half-written
-  one, nor a mix of an older policy and a newer. Files that are no policy's stay.
+  (`markov.*`, announced by `diffusion.markov_rank` in config.json) are additional; transformers ignores them.
+- A directory is written under another name and renamed when it is complete. Under its own name there is never a half-written
+  policy, nor a mix of an older and a newer one. Files that belong to no policy stay.
 - Nothing is fetched: a policy is a shipped name or a directory.
 """
 

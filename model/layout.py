@@ -1,14 +1,13 @@
-"""TokenLayout: who sees whom, and who follows whom.
+"""TokenLayout: the rows of one forward pass, who sees whom among them, and who precedes whom.
 
 Invariants:
 - Every forward pass, in training and in decoding, is a flat pack of T rows described by one `TokenLayout`. There is no
   other way to call the network, so trainer, engine and scorer cannot disagree.
 - One rule answers who attends to whom (`sees`); one field answers who precedes whom (`parent_T`). Convolutions and the
-  delayed value follow parents, never neighbouring rows.
+  delayed value follow parents, never neighbouring rows. `visibility` works both out for the backends.
 - Positions fall by exactly one along parents. Rows of a sequence are contiguous; sequences are numbered 0..S-1 in order.
 
-Legend: T rows, S sequences, R rows of the longest sequence, L cached positions of the longest sequence, B block size,
-H hops along parents.
+Legend: T rows, S sequences, B block size.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ class TokenLayout:
         return upload(self, torch.device(device))
 
     def sees(self) -> torch.Tensor:
-        """bool[T, T]: does row i attend to row j? The rule itself, for tests and small packs."""
+        """bool[T, T]: does row i attend to row j? The plain rule, to which tests hold every backend."""
         i, j = slice(None), None
         same = self.sequence_T[i, j] == self.sequence_T[j, i]
         clean = self.position_T[j, i] <= self.limit_T[i, j]

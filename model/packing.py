@@ -1,4 +1,4 @@
-"""Consecutive items in packs of bounded size."""
+"""`packs`: consecutive items in packs of bounded size."""
 
 from __future__ import annotations
 

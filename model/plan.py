@@ -57,7 +57,7 @@ class Padded:
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def bias(self, kind: str, dtype: torch.dtype) -> torch.Tensor:
-        """0 where `visible`, else -inf: made once, or every layer's attention would make it from the booleans."""
+        """0 where `visible`, else -inf: made once for all layers."""
         if kind not in self.biases:
             visible = self.visible[kind]
             self.biases[kind] = torch.zeros((), dtype=dtype, device=visible.device).where(visible, -torch.inf)

@@ -80,8 +80,13 @@ class Layer(nn.Module):
         normed_TD: torch.Tensor | None = None,
         after: RMSNorm | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the residual stream and the router state, and the stream normed by `after`, the norm that follows this
-        layer: in one pass with the residual. `normed_TD` is that of the layer below; None where `after` is."""
+        """Returns the residual stream, the router state, and the stream normed by `after`, which is computed in one pass with the
+        residual.
+
+        Args:
+            after: the norm that follows this layer; None computes none, and None is returned in its place.
+            normed_TD: the normed stream that the layer below returned; None in the first layer.
+        """
         if normed_TD is None:
             normed_TD = self.input_layernorm(residual_TD)
         attended_TD = self.self_attn(normed_TD, plan, rope, state)
@@ -186,7 +191,7 @@ class Policy(nn.Module):
         return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
 
     def pack(self) -> Policy:
-        """Lay out in memory, for decoding, what is multiplied by the same rows (`Projection.pack`)."""
+        """Lay out the projections in memory for decoding; see `Projection.pack`."""
         for module in self.modules():
             if isinstance(module, Projection):
                 module.pack()

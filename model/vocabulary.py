@@ -3,7 +3,7 @@
 Invariants:
 - The logits that exist at once are bounded in bytes, however many rows there are. In training those of a chunk are dropped
   after the forward pass and computed again in the backward pass, so this holds for gradients too.
-- What fits is computed in one go, and once.
+- Rows that fit within the bound are computed in one piece, and once.
 """
 
 from __future__ import annotations

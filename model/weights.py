@@ -1,6 +1,6 @@
-"""Tensors from elsewhere for a policy: exactly its own, or an error that names the first one that is not.
+"""Checks tensors from elsewhere against a policy: names and shapes have to match, or the first mismatch is an error.
 
-Invariants: nothing is changed here; what is returned can be given to `Policy.load_state_dict`.
+Invariants: the policy is not changed; the returned tensors can be given to `Policy.load_state_dict`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Invariants:
 - A row sees three ranges: cached positions, clean rows of the pack, and rows of its own mask block.
-- Built on the host on the host and moved once; nothing is read back. All tensors are int32, of sizes that depend only on
+- Built on the host and moved once; nothing is read back. All tensors are int32, of sizes that depend only on
   (T, S, pages per sequence, tiles), so that a captured step can find new values in the place of old ones.
 
 Legend: T rows, S sequences, P pages of the longest sequence, N tiles.

@@ -1,4 +1,4 @@
-"""EDA router in Triton: two launches in place of some twenty.
+"""EDA router in Triton, in two launches; torch needs some twenty.
 
 Invariants:
 - One program's rows share nothing: a row's choice never depends on the other rows. Under `batch_invariant` the tiles do not

@@ -2,8 +2,8 @@
 
     out_t = W x_t + b
 
-The library's product serves everywhere but under `batch_invariant`: libraries choose tiles, and with them the order of a
-row's sum, by the number of rows. What has to have one order on a CPU takes `numba.product` and a packed weight.
+The library's product is used except under `batch_invariant`: a library chooses its tiles, and with them the order in which a row
+is summed, by the number of rows. `numba.product` with a packed weight has one order of summation on a CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A product whose tiles and order of summation never change: a row's result depends on that row and the weight alone.
+"""The product under `batch_invariant`. Its tiles and order of summation are fixed, so a row's result depends on that row and the
+weight alone.
 
 Legend: T rows, D summed features, F output features.
 """

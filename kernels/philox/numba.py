@@ -1,4 +1,4 @@
-"""Philox4x32-10 number by number, for functions that numba compiles. Bit for bit `reference`."""
+"""Philox4x32-10 one number at a time, for functions that numba compiles. The bits are those of `reference`."""
 
 from __future__ import annotations
 

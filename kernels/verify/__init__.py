@@ -14,7 +14,8 @@ Matching (x_k: the token the target gives at row k without any draft):
 
 so that the committed tokens are those of decoding without drafts. With x = argmax(log p + g), g Gumbel noise, x ~ p.
 
-`reference` is torch's; `triton` and `rejection` an accelerator's; `numba`, over `rows`, a CPU's.
+`reference` is the version in torch. `triton` and `rejection` run on an accelerator, over `chunks`; `numba` runs on a CPU, over
+`rows`.
 """
 
 from __future__ import annotations
@@ -59,43 +60,9 @@ __all__ = [
 ]
 
 
-def sample_gumbel(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int = -1,
-) -> Sampled:
-    """argmax(logits / temperature + g) per row, without g at temperature 0; see `reference.sample_gumbel`."""
-    if logits_SRV.dtype != torch.float64 and takes_triton(logits_SRV):
-        from . import triton as fast
-
-        return fast.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
-    if takes_numba(logits_SRV):
-        from . import numba as compiled
-
-        return compiled.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, Purpose.NOISE)
-    return reference.sample_gumbel(logits_SRV, temperature_S, seed_S, position_S, excluded)
-
-
-def sample_cdf(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int = -1,
-    purpose: int = Purpose.DRAFT,
-) -> Sampled:
-    """One draw per row by inverse CDF; see `reference.sample_cdf`."""
-    if logits_SRV.dtype != torch.float64 and takes_triton(logits_SRV):
-        from . import triton as fast
-
-        return fast.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
-    if takes_numba(logits_SRV):
-        from . import numba as compiled
-
-        return compiled.sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
-    return reference.sample_cdf(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose)
+sample_gumbel = dispatched(reference.sample_gumbel, numba="numba", wide=False)
+sample_cdf = dispatched(reference.sample_cdf, numba="numba", wide=False)
+verify_rejection = dispatched(reference.verify_rejection, triton="rejection", numba="numba", wide=False)
 
 
 def draft_chain(
@@ -159,9 +126,6 @@ def verify_matching(
     committed_SR = torch.arange(token_SR.shape[1], device=token_SR.device) <= accepted_S[:, None]
     logprob_SR = torch.where(committed_SR, logprob_SR, 0.0)
     return Rejection(accepted_S, torch.where(committed_SR, token_SR, -1), logprob_SR, logprob_SR)
-
-
-verify_rejection = dispatched(reference.verify_rejection, triton="rejection", numba="numba", wide=False)
 
 
 def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:

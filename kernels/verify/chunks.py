@@ -1,4 +1,4 @@
-"""What the Triton kernels of this folder share: how a row of logits is cut into chunks, and what is computed from chunks.
+"""Chunks: how the Triton kernels of this folder cut a row of logits, and the functions that both of them call.
 
 Legend: S sequences, R rows of each, V vocabulary, C = ceil(V / CHUNK) chunks, padded to CHUNKS.
 """

@@ -1,16 +1,18 @@
-"""Sampling and verification on a CPU, compiled by numba: sequence by sequence, and of each row by row (`rows`). Rows after the
-first rejected draft are not looked at.
+"""Sampling and verification on a CPU, compiled by numba. Sequences are computed one after another, and their rows one after
+another (`rows`). Rows after the first rejected draft are not read.
 
 Invariants:
-- Tokens are those of `reference` on the same logits, but where two scores are equal up to rounding.
-- A row's result depends on that row alone, to the last bit, and its log-probability on nothing but the row, the temperature and
-  the token: `logprobs` gives what verification gave.
+- Tokens are those of `reference` on the same logits, unless two scores are equal up to rounding.
+- A row's result depends on that row alone, to the last bit. Its log-probability depends on the row, the temperature and the
+  token alone, so `logprobs` returns the number that verification returned.
 - Padding may hold anything, NaN included.
 
 Legend: S sequences, M drafts, R = M + 1 rows, V vocabulary, W = ceil(V / 4) words of noise, N rows.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -143,19 +145,22 @@ def _empty(*shape: int, like: type = np.int64) -> np.ndarray:
     return np.empty(shape, like)
 
 
-def sample(
+def sample_cdf(
     logits_SRV: torch.Tensor,
     temperature_S: torch.Tensor,
     seed_S: torch.Tensor,
     position_S: torch.Tensor,
-    excluded: int,
-    purpose: int,
+    excluded: int = -1,
+    purpose: int = Purpose.DRAFT,
 ) -> Sampled:
-    """`reference.sample_gumbel` (purpose NOISE) and `reference.sample_cdf`."""
+    """`reference.sample_cdf`, and with purpose NOISE `reference.sample_gumbel`."""
     shape = logits_SRV.shape[:2]
     out = _empty(*shape), _empty(*shape, like=np.float32), _empty(*shape, like=np.float64)
     _sample(*_flat(logits_SRV.float(), temperature_S.double(), seed_S, position_S), excluded, int(purpose), *out)
     return Sampled(*map(torch.from_numpy, out))
+
+
+sample_gumbel = partial(sample_cdf, purpose=Purpose.NOISE)
 
 
 def draft_chain(

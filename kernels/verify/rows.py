@@ -1,8 +1,9 @@
-"""One row of logits on a CPU, compiled by numba: its normaliser, a token of it by noise or by inverse CDF, a mixture of two.
+"""Functions of one row of logits on a CPU, compiled by numba: the normaliser, a draw by noise or by inverse CDF, a mixture of two
+rows.
 
 Invariants:
 - Arithmetic is float32, sums float64. A row's result depends on that row alone, to the last bit.
-- What is NaN gives some token of the row, and no error.
+- A row of NaN gives some token, and no error.
 
 Legend: V vocabulary, W = ceil(V / 4) words of noise.
 """

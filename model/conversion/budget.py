@@ -1,9 +1,9 @@
-"""What training a policy costs: memory of a device and time, from the policy's dimensions and a stage's settings.
+"""The cost of training a policy, in memory of a device and in time, from the policy's dimensions and a stage's settings.
 
 Invariants:
-- Parameters are counted on the network itself; what a row costs follows from the widths of its layers.
-- Figures are estimates of what must be there at once. Allocators and kernels need room on top: `Memory.fits` leaves them a
-  tenth of the device.
+- Parameters are counted on the network itself; the cost of a row follows from the widths of the layers.
+- Memory figures are estimates of what exists at the same time. `Memory.fits` leaves a tenth of the device to allocators and
+  kernels.
 - Rates are peak rates of data sheets times a stated utilisation, which counts the arithmetic of the model (forward, and twice
   that backward) and not what is computed again to save memory.
 

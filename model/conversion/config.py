@@ -1,4 +1,4 @@
-"""What a conversion run is: a policy to start from, data, and a list of stages.
+"""ConversionConfig: the policy to start from, the data, and a list of stages.
 
 Invariants: sections are frozen and strict (`settings.Config`); every quantity carries its unit in its description.
 """

@@ -1,10 +1,10 @@
-"""The processes of a run: who they are, how they share a policy and add up figures.
+"""The processes of a run: their ranks, how they share a policy, and how they sum figures.
 
 Invariants:
 - A run of one process and a run of many do the same arithmetic: losses are normalised over the packs of all processes,
   gradients are summed, and a parameter that no row used has a zero gradient everywhere.
 - Which process this is comes from the environment that torchrun and Ray Train set; nothing else knows about launchers.
-- Every process of a group makes the same sequence of calls here. One that is lost ends the others.
+- Every process of a group makes the same sequence of calls here. When one process is lost, the others end.
 
 FSDP2 (`torch.distributed.fsdp.fully_shard`) holds parameters, gradients and optimiser states in shards, gathered layer by
 layer; embedding and heads, which share a matrix, stay gathered from the forward pass to the end of the backward pass. So

@@ -1,12 +1,12 @@
-"""Drafts drawn from q in training, and what p says after them.
+"""Drafts drawn from q in training, and p after those drafts.
 
-Decoding asks q for slot i after its own drafts 1..i-1, not after the document's tokens. One block of each document is drafted
-as decoding would; one more pass without gradient, over the document up to the block and then the drafts, gives p there.
+In decoding, slot i follows the drafts 1..i-1 of its own block, not the tokens of a document. One block of each document is
+drafted as decoding would; one more pass without gradient, over the document up to the block and then the drafts, gives p there.
 
 Invariants:
 - Which block, and which drafts, are a function of the document's tokens and the weights: a resumed run draws the same, and so
   does one that packs its documents otherwise.
-- A draft counts no further than an end of sequence before it.
+- A draft behind an end of sequence does not count.
 
 Legend: M drafted rows, C blocks, B slots of the longest block, D hidden, V vocabulary.
 """

@@ -2,11 +2,11 @@
 one at a time; mask rows, many of which see the same keys, are computed as matrix products.
 
 Invariants:
-- A clean row's sums run over its keys in an order that the keys' numbers alone decide, whatever stands beside it in the pack and
-  however much of its prefix is cached.
-- Keys are taken `LANES` at a time. What lies past a row's last key is finite, and weighs nothing.
+- A clean row sums over its keys in the order of their numbers. Neither the rest of the pack nor the cached part of its prefix
+  changes that order.
+- Keys are taken `LANES` at a time. The numbers past a row's last key are finite, and their weight is zero.
 
-Legend: as in `forward`; U heads of a key head, L keys, N sequences at once, R = U times the mask rows of one.
+Legend: as in `backend`; U heads of a key head, L keys, N sequences at once, R = U times the mask rows of one.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ def _attend_masks(begin_s, end_s, group, first_S1, mask_S, start_S, weight_NGRL,
 
 
 class Attention:
-    """Attention of packs, and where it works.
+    """Attention of packs, with its working memory.
 
     Args:
-        take: memory by name and shape, as a tensor and an array; what lies there means nothing.
+        take: gives uninitialised memory by name and shape, as a tensor and an array of the same bytes.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
 
 Invariants:
 - Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
-- What a clean row gives depends on its prefix alone, to the last bit: the log-probabilities of a sample are those of one
-  causal pass over its tokens. Every sum of a clean row has an order that neither the pack nor the processor's library decides.
-  Of the library only copies and element-wise operations serve clean rows, and the softmax of mask rows.
+- The result of a clean row depends on its prefix alone, to the last bit, so the log-probabilities of a sample are those of one
+  causal pass over its tokens. Neither the pack nor a library decides the order of a clean row's sums: of torch, only copies and
+  element-wise operations run on clean rows, and the softmax on mask rows.
 - The weights are copies, and `refresh` makes them again.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows.
@@ -32,21 +32,21 @@ from .weights import PackedLayer, floor, fold_layer, turned
 _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
 _MOST_SIZES = 256
-"""Packs of so many sizes are remembered, not what lies in them."""
+"""Sizes of packs whose working memory is kept."""
 _ANGLES = 256
-"""Positions whose angles are computed at once, always in one shape: a cosine must not depend on how many stand beside it."""
+"""Positions whose angles are computed at once. The shape is fixed: a library's cosine may depend on the number of values."""
 
 Angles = tuple[np.ndarray, np.ndarray, int]
 
 
 class _Memory:
-    """Pieces of memory by name, as large as was ever asked for."""
+    """Pieces of memory by name. A piece is as large as the largest request for it so far."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
-        """float32 of this shape, as a tensor and as an array; what was taken before under this name may lie there too."""
+        """float32 of this shape, uninitialised, as a tensor and as an array. Requests under one name share their memory."""
         count = math.prod(shape)
         piece = self._pieces.get(name)
         if piece is None or len(piece) < count:
@@ -56,7 +56,7 @@ class _Memory:
 
 
 class _Work:
-    """Where a pass of T rows works."""
+    """The working memory of a pass of T rows."""
 
     def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int, memory: _Memory) -> None:
         turns, size = layer.convolution_bias_NO.shape

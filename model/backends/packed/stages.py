@@ -1,11 +1,11 @@
-"""What stands between the matrix products of `forward` beside `attention`, and the experts with theirs, compiled by numba: a few
-calls a layer instead of tens of operations.
+"""Stages: the functions that `PackedBackend` runs between its matrix products, and the experts with their products. numba
+compiles them, so that a layer is a few calls and not tens of operations.
 
 Invariants:
-- Rows share nothing: what a row gets is summed in an order that its own prefix decides, whatever stands beside it.
+- Rows share nothing. The order of a row's sums depends on its own prefix alone.
 - Arrays are float32 and contiguous, given by the caller; nothing is allocated for a row.
 
-Legend: as in `forward`; I slots of rows sorted by expert.
+Legend: as in `backend`; I slots of rows sorted by expert.
 """
 
 from __future__ import annotations

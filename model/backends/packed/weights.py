@@ -1,7 +1,7 @@
-"""The weights of `PackedForward`, folded once from a policy's own and laid out for `kernels/linear/numba.py`.
+"""The weights of `PackedBackend`: folded from those of a policy and laid out for `kernels/linear/numba.py`.
 
-Norms' weights and sizes go into the matrices after them, the two convolutions into one over all ancestors, the means of queries
-and keys into the projection, residual scales and biases into the matrices before them.
+The weight and size of a norm are folded into the matrix after it; the two convolutions become one over all ancestors; the
+means of queries and keys go into the projection; residual scales and biases go into the matrix before them.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, P panels, W columns of a panel.
 """

@@ -1,10 +1,10 @@
 """Documents and packs for training.
 
-Knows files, tasks and tokenizers. Does not know masks, losses or processes: a process says which packs it wants. To read
+Knows files, tasks and tokenizers. Does not know losses or processes: a process names the packs that it takes. To read
 another kind of file, write its `Shard` in `records.py` and its section in `config.py`.
 
-`records`: files to records, in an order known without reading them all. `sources`: records and tasks to documents.
-`documents`: what is learned of one, and its mask blocks. `packing`: documents to packs.
+`records` reads files in an order that is known without reading them all. `sources` turns records and tasks into documents.
+`documents` says which tokens are learned and where mask blocks lie. `packing` deals documents into packs.
 """
 
 from .documents import Document, cut_blocks, learned_targets

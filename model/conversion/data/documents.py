@@ -3,7 +3,7 @@
 Invariants:
 - A prompt and its answer are encoded apart, as in decoding, where the prompt is all there is.
 - An answer ends with an end-of-sequence token. A document's first token is never learned: nothing predicts it.
-- What cannot be made into a document is an error that names the record, never a document left out.
+- A record that cannot become a document is an error that names the record; no record is left out silently.
 """
 
 from __future__ import annotations

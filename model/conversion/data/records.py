@@ -2,7 +2,7 @@
 
 Invariants:
 - A source's records are numbered: record n of epoch e is found from (seed, n) alone, by seeking.
-- What is held is one unit: `shuffle` lines of a JSON-lines file, a row group of a Parquet file, `shuffle` rows of a saved data
+- One unit is held in memory: `shuffle` lines of a JSON-lines file, a row group of a Parquet file, `shuffle` rows of a saved data
   set. In an epoch the units come in random order, and the records of a unit in random order.
 - A file that cannot be read names itself, the line or row, and what to do.
 """

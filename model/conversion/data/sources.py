@@ -1,4 +1,4 @@
-"""Sources: from a file's records, or a task's index, to documents.
+"""Sources: they turn the records of files, or the indices of tasks, into documents.
 
 Invariants:
 - Pool k of a source is a function of the configuration and k. It is made without making the pools before it.
