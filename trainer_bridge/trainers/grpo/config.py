@@ -6,12 +6,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ....errors import InvalidInput
+from ....errors import InvalidInput, TransportError
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
 from ....rollout.backend import InFlightPolicy
 from ....rollout.schedule import Schedule
 from ....settings import Config
+from ...wire.sockets import check_address
 
 
 class Tasks(Config):
@@ -56,8 +57,13 @@ class Rollouts(Config):
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
 
     @model_validator(mode="after")
-    def _levels(self) -> Rollouts:
+    def _checked(self) -> Rollouts:
         Schedule(self.schedule, levels=self.levels)
+        try:
+            check_address(self.bind, has_keys=False)
+        except TransportError as error:
+            raise InvalidInput("bind", f"{self.bind!r} is not an address that only this machine can reach",
+                               "use tcp://127.0.0.1:PORT, tcp://127.0.0.1:* or ipc://PATH") from error
         return self
 
 

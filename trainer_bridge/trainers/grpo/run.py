@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -49,7 +50,8 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
 
     Args:
         serve: brings the service up (`service.lifecycle.serve`), or yields the address of one that runs.
-        resume: go on with the run in the output directory from its last checkpoint; start a run when there is none.
+        resume: go on with the run in the output directory from its last checkpoint. Start a run when there is none, and leave a
+            finished one as it is.
         overwrite: replace the run in the output directory.
 
     Raises:
@@ -65,6 +67,9 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
     with locked_directory(output), Display(config) as display:
         if resume and _present(output):
             _check_same(output, config, config_path)
+            if (output / SUMMARY).exists():
+                display.say(f"the run in {output} is finished")
+                return json.loads((output / SUMMARY).read_text())
         with _replacing(output, overwrite, kept=resume) as started:
             write_atomic(output / CONFIG, whole_text(config_path).encode())
             display.say("starting the rollout service")

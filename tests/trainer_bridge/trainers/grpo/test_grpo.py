@@ -83,10 +83,14 @@ def test_a_finished_run_is_not_overwritten_unasked(whole):
         f"error: output: {whole} holds a run (config.yaml); go on with it (--resume), replace it (--overwrite) or give "
         "another directory"
     )
-    bad = write_config(whole.parent / "bad.yaml", whole)
-    bad.write_text(bad.read_text().replace("batch: 16", "batch: 16, bind: 'tcp://nowhere'"))
-    done = run(bad, "--overwrite")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for changed, field in (("bind: 'tcp://nowhere'", "rollouts.bind"), ("ray_address: '127.0.0.1:9'", "ray")):
+        bad = write_config(whole.parent / "bad.yaml", whole)
+        bad.write_text(bad.read_text().replace("batch: 16", f"batch: 16, {changed}"))
+        done = run(bad, "--overwrite")
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {field}: "), done.stderr
+        assert files_of(whole) == before
+    done = run(whole.parent / "run.yaml", "--resume")
+    assert done.returncode == 0 and done.stderr.splitlines() == [f"the run in {whole} is finished"]
     assert files_of(whole) == before
 
 
