@@ -25,7 +25,8 @@ from blockroll import RolloutRequest, connect
 heavy = {"torch", "ray", "transformers", "triton", "sqlite3", "pickle5", "cloudpickle", "asyncio.runners_"}
 ours = {m for m in sys.modules if m.startswith("blockroll")}
 bad = heavy & {m.partition(".")[0] for m in sys.modules}
-allowed = {"errors", "rollout", "rollout.types", "rollout.seeds", "rollout.backend", "trainer_bridge"}
+allowed = {"errors", "rollout", "rollout.types", "rollout.params", "rollout.stop_strings", "rollout.seeds", "rollout.backend"}
+allowed |= {"trainer_bridge"}
 allowed |= {"trainer_bridge." + m for m in (
     "client", "codec", "connection", "control", "delivery", "keys", "messages", "records", "tracks", "transport",
     "weights")}
