@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from ....errors import CheckpointError
 from ....files import whole_file
-from ....model.conversion.checkpoints import prepare_states, training_state
+from ....model.conversion.checkpoints import training_state
 from .learner import Learner
 
 NAME = "checkpoint.safetensors"
@@ -38,24 +38,27 @@ def load_checkpoint(path: Path, learner: Learner) -> tuple[int, dict[str, Any]]:
     Raises:
         CheckpointError: the file is damaged or of another policy; nothing has changed.
     """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            step, row = int(metadata["step"]), json.loads(metadata["row"])
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise _broken(path, " ".join(str(error).split())) from error
+    policy, optimizer = learner.policy, learner.optimizer
+    own = {name: tensor for name, tensor in training_state(policy, optimizer).items() if name.startswith("policy.")}
+    theirs = {name: tensor.shape for name, tensor in saved.items() if name.startswith("policy.")}
+    if {name: tensor.shape for name, tensor in own.items()} != theirs:
+        raise _broken(path, "it holds the tensors of another policy")
     with torch.no_grad():
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, names = file.metadata() or {}, set(file.keys())
-                step, row = int(metadata["step"]), json.loads(metadata["row"])
-                saved = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise _broken(path, " ".join(str(error).split())) from error
-        parameters = {name: p.clone() for name, p in learner.policy.named_parameters()}
-        prepare_states(learner.policy, learner.optimizer)
-        own = training_state(learner.policy, learner.optimizer)
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
-            for name, parameter in learner.policy.named_parameters():
-                parameter.copy_(parameters[name])
-            learner.optimizer.state.clear()
-            raise _broken(path, "it holds the tensors of another policy")
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+    # A parameter that has had no gradient yet has no state, and gets none here: its first step would be another one.
+    for name, parameter in policy.named_parameters():
+        prefix = f"optimizer.{name}."
+        state = {key.removeprefix(prefix): tensor for key, tensor in saved.items() if key.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = state
     return step, row
 
 

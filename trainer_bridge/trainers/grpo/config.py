@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from ....errors import InvalidInput, TransportError
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
-from ....rollout.backend import InFlightPolicy
 from ....rollout.schedule import Schedule
 from ....settings import Config
 from ...wire.sockets import check_address
@@ -50,9 +49,9 @@ class Rollouts(Config):
     staleness: Literal[0, 1] = Field(0, description="optimiser steps by which rollouts may lag behind the weights that are "
         "trained. 0: roll out, then train. 1: train on one batch while the engines decode the next one; the loss corrects by "
         "the recorded log-probabilities. A run with 1 does not repeat to the bit: when a version arrives is a matter of time")
-    in_flight: InFlightPolicy = Field("keep", description="with staleness 1: what a weight version does to unfinished "
-        "samples. keep: they go on, each token tagged with the version that made it. finish: the push waits for them. "
-        "recompute: as keep, but their keys and values are computed again. abort: they end where they are")
+    in_flight: Literal["finish", "keep", "recompute"] = Field("keep", description="with staleness 1: what a weight version does "
+        "to unfinished samples. keep: they go on, each token tagged with the version that made it. finish: the push waits for "
+        "them. recompute: as keep, but their keys and values are computed again")
     ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
 

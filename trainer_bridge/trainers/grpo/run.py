@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,14 +26,10 @@ from ....rollout.engine import EngineConfig
 from ....rollout.schedule import Schedule
 from ....settings import load_yaml, whole_text
 from ...client import connect
-from .checkpoint import NAME
 from .config import GrpoConfig
-from .metrics import METRICS
+from .directory import CONFIG, LEDGER, POLICY, SUMMARY, recover, replacing, run_files
 from .report import Display, draw_report
 from .trainer import Trainer
-
-CONFIG, SUMMARY, REPORT, POLICY, LEDGER = "config.yaml", "summary.json", "report.png", "policy", "ledger.sqlite"
-_ASIDE = ".replaced"
 
 
 class Serve(Protocol):
@@ -65,12 +59,13 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
     policy = load_policy(config.policy)
     output = make_directory(config.output)
     with locked_directory(output), Display(config) as display:
-        if resume and _present(output):
+        recover(output)
+        if resume and run_files(output):
             _check_same(output, config, config_path)
             if (output / SUMMARY).exists():
                 display.say(f"the run in {output} is finished")
                 return json.loads((output / SUMMARY).read_text())
-        with _replacing(output, overwrite, kept=resume) as started:
+        with replacing(output, overwrite, kept=resume) as started:
             write_atomic(output / CONFIG, whole_text(config_path).encode())
             display.say("starting the rollout service")
             options = config.rollouts
@@ -91,12 +86,6 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
     return summary
 
 
-def _present(output: Path) -> list[Path]:
-    """The files and directories of a run that are in the directory."""
-    names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY)
-    return [*(output / name for name in names if (output / name).exists()), *output.glob(f"{LEDGER}*")]
-
-
 def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike[str]) -> None:
     """Raises ConfigError unless the run in the directory has this configuration."""
     theirs, ours = load_yaml(output / CONFIG, GrpoConfig).model_dump(), config.model_dump()
@@ -104,47 +93,3 @@ def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike
         if name != "output" and theirs[name] != value:
             raise ConfigError(name, f"{value} in {os.fspath(config_path)} differs from the run in {output}, which has "
                               f"{theirs[name]}", "resume with the configuration it began with, or give another output")
-
-
-@contextmanager
-def _replacing(output: Path, overwrite: bool, kept: bool) -> Iterator[Callable[[], None]]:
-    """Sets an earlier run aside. Puts it back when the block fails before it has called the function that is yielded.
-
-    Raises:
-        ConfigError: there is an earlier run, and neither `overwrite` nor `kept` is set.
-    """
-    aside = output / _ASIDE
-    if aside.is_dir():  # an earlier start was killed before it had anything worth keeping
-        _put_back(output, aside)
-    if kept:
-        yield lambda: None
-        return
-    present = _present(output)
-    if present and not overwrite:
-        raise ConfigError("output", f"{output} holds a run ({present[0].name})",
-                          "go on with it (--resume), replace it (--overwrite) or give another directory")
-    if present:
-        aside.mkdir()
-        for path in present:
-            path.rename(aside / path.name)
-    started = False
-
-    def settle() -> None:
-        nonlocal started
-        started = True
-        shutil.rmtree(aside, ignore_errors=True)
-
-    try:
-        yield settle
-    finally:
-        if not started:
-            _put_back(output, aside)
-
-
-def _put_back(output: Path, aside: Path) -> None:
-    for path in _present(output):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if aside.is_dir():
-        for path in aside.iterdir():
-            path.rename(output / path.name)
-        aside.rmdir()

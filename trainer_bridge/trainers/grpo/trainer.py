@@ -63,7 +63,7 @@ class Trainer:
         write_rows(self.output / METRICS, self._rows)
         self.display.say(f"resuming after step {self._done}")
         self._acknowledge_again()
-        if self.client.version < self._done:
+        if self._done:  # a service that has the version answers at once; one that lost it has waited for it
             self._push(self._done)
         if row and self._rows[-1]["step"] < self._done:
             self._record(row)
