@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
@@ -105,16 +106,16 @@ def dispatched(
     folder, name = reference.__module__.rpartition(".")[0], reference.__name__
 
     @cache
-    def version(module: str) -> Callable[Arguments, Result]:
-        return getattr(import_module(f"{folder}.{module}"), name)
+    def loaded(module: str) -> ModuleType:
+        return import_module(f"{folder}.{module}")
 
     @wraps(reference)
     def op(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         tensors = list(_tensors(arguments))
         if (wide or tensors[0].dtype != torch.float64) and takes_triton(*tensors):
-            return version(triton)(*arguments, **options)
+            return getattr(loaded(triton), name)(*arguments, **options)
         if numba is not None and takes_numba(tensors[0]):
-            return version(numba)(*arguments, **options)
+            return getattr(loaded(numba), name)(*arguments, **options)
         return reference(*arguments, **options)
 
     return op

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import RequestError
 from .backends import choose
 from .layout import causal
-from .policy import Policy
 from .scoring import check_sequences, score
 from .vocabulary import recomputed, rows_at_once
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 
 def logprobs(

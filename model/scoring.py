@@ -9,6 +9,7 @@ Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from ..kernels.verify import logprobs
 from .backends import Backend, choose
 from .layout import causal
 from .packing import packs
-from .policy import Policy
 from .vocabulary import rows_at_once
+
+if TYPE_CHECKING:
+    from .policy import Policy
 
 _ROWS = 8192
 """Most rows of a pass, unless one sequence has more; sequences are packed up to it."""

@@ -12,16 +12,18 @@ All follow the same layouts and caches, and their results are equal up to roundi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from ..layout import TokenLayout
-from ..policy import Policy, Routing
 from ..state import SequenceState
 from . import packed
 from .plain import PlainBackend
 from .triton import TritonBackend
+
+if TYPE_CHECKING:
+    from ..policy import Policy, Routing
 
 
 class Backend(Protocol):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...kernels.transfer import upload
 from ..layout import TokenLayout
 from ..plan import Plan
-from ..policy import Policy, Routing
 from ..state import SequenceState
+
+if TYPE_CHECKING:
+    from ..policy import Policy, Routing
 
 
 class PlainBackend:

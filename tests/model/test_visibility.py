@@ -19,7 +19,7 @@ from blockroll.model.paged import PagedPlan
 from blockroll.model.plan import PlainPlan
 from blockroll.model.visibility import Visibility
 from blockroll.rollout.cache import PagedCache
-from blockroll.rollout.recurring import RecurringInputs
+from blockroll.rollout.steps.recurring import RecurringInputs
 
 MASK, HOPS = 39, 2
 WINDOWS = {"all": None, "one": 1, "few": 5, "many": 30}

@@ -13,11 +13,14 @@ order of a sum by the number of rows, so that the same row differs by rounding.
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from ....kernels.dispatch import takes_triton
-from ...policy import Policy
+
+if TYPE_CHECKING:
+    from ...policy import Policy
 
 MOST_PARAMETERS = 2**26
 """Of a larger policy, matrix products take most of the time, and a second copy would need too much memory."""

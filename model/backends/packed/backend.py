@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ import torch
 from ....kernels.linear import numba as linear
 from ....kernels.verify import PairTable
 from ...layout import TokenLayout
-from ...policy import Layer, Policy, Routing
 from ...state import SequenceState
 from . import stages
 from .attention import Attention
 from .plan import PackedPlan
 from .weights import PackedLayer, floor, fold_layer, turned
+
+if TYPE_CHECKING:
+    from ...policy import Layer, Policy, Routing
 
 _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
@@ -214,5 +217,4 @@ def _nothing(work: _Work) -> list[np.ndarray]:
 
 def _layers(policy: Policy) -> Iterator[Layer]:
     for layer in policy.model.layers:
-        assert isinstance(layer, Layer)
-        yield layer
+        yield cast("Layer", layer)

@@ -9,13 +9,16 @@ Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ....kernels.linear.numba import pack, products
 from ...cca import Projection
-from ...policy import Layer
+
+if TYPE_CHECKING:
+    from ...policy import Layer
 
 
 @dataclass

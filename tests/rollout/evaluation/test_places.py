@@ -10,10 +10,10 @@ import torch
 
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.tasks import make_tasks
-from blockroll.rollout import steps
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.evaluation import evaluate, places
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps import runner
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
 
 PROMPTS = [(5, 6, 4), (3,)]
@@ -29,8 +29,8 @@ def sampled(policy, sampler, schedule, temperature, samples, prompts=PROMPTS):
 @pytest.fixture
 def all_from_q(monkeypatch):
     """`two_pass` draws its first draft from q too."""
-    draft = steps.draft
-    monkeypatch.setattr(steps, "draft", lambda *arguments: draft(*arguments[:-1], None))
+    draft = runner.draft
+    monkeypatch.setattr(runner, "draft", lambda *arguments: draft(*arguments[:-1], None))
 
 
 def with_markov(policy):

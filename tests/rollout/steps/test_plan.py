@@ -91,6 +91,6 @@ def test_a_verifier_may_be_put_in_place(make_policy):
 
     engine = Engine(policy, EngineConfig(Schedule("fused", levels=(0,)), block_size=4))
     engine.runner.verifier = reject_all
-    (sample,) = engine.generate([RolloutRequest("r", (5, 6), SamplingParams("coupled", max_tokens=7, ignore_eos=True))])
+    (sample,) = engine.rollout([RolloutRequest("r", (5, 6), SamplingParams("coupled", max_tokens=7, ignore_eos=True))])
     assert len(seen) == sample.forwards == 7 and sum(seen) > 0 and not sample.from_draft.any()
     assert engine.runner.wait_seconds > 0
