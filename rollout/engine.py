@@ -260,7 +260,8 @@ class Engine:
             tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. The head of a policy
                 that ties it to the embedding may be missing.
             version: the number that new tokens carry, 0 <= version < 2**31.
-            in_flight: `keep` continues running samples on the old K/V; `recompute` prefills them again under the new weights.
+            in_flight: `keep` continues on the old K/V the running samples that have a generated token; `recompute` prefills them
+                again under the new weights. Running samples without one are always prefilled again.
 
         Raises:
             RequestError: the tensors do not fit the policy (names, shapes, dtypes, finite numbers), or the version or `in_flight`
@@ -272,8 +273,7 @@ class Engine:
         self.runner.take_weights()
         self.version = version
         self.scheduler.forget_prompts()
-        if in_flight == "recompute":
-            self.scheduler.recompute()
+        self.scheduler.recompute(begun=in_flight == "recompute")
 
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""

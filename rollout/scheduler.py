@@ -157,9 +157,16 @@ class Scheduler:
         for request_id in list(self._prompts):
             self._forget_prompt(request_id)
 
-    def recompute(self) -> None:
-        """Make every running sample prefill again."""
+    def recompute(self, begun: bool = True) -> None:
+        """Make running samples prefill again. Must be called when the weights change, so that no sample without a generated token
+        keeps, or shares with its siblings, K/V of the old weights.
+
+        Args:
+            begun: also the samples that have a generated token.
+        """
         for sample in self.running:
+            if not (begun or _is_fresh(sample)):
+                continue
             assert sample.block_table is not None
             self.cache.release(sample.block_table)
             sample.block_table = self.cache.open()
