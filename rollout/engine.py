@@ -277,7 +277,14 @@ class Engine:
 
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""
-        ended = self.scheduler.clear()
+        return self._aborted(self.scheduler.clear())
+
+    def abort_begun(self) -> list[Trajectory]:
+        """End every unfinished sample that has a generated token. Returns their trajectories, oldest first. Samples without a
+        token go on to wait or to prefill."""
+        return self._aborted(self.scheduler.drop_begun())
+
+    def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
         self.runner.forget_samples()
         for sample in ended:
             sample.finish = "abort"

@@ -108,9 +108,23 @@ class Scheduler:
         self.cache.release_all()
         return given_up
 
+    def drop_begun(self) -> list[Sample]:
+        """Give up every sample that has a generated token, and return them, oldest first. Must be called between two steps."""
+        begun = sorted((s for s in (*self.running, *self.waiting) if not _is_fresh(s)), key=_age)
+        for sample in begun:
+            if sample.block_table is None:
+                group = self._groups[sample.request.id]
+                group.resumed.remove(sample)
+                self._waiting_samples -= 1
+                if not group.waits:
+                    self._waiting.remove(group)
+            self.retire(sample)
+        return begun
+
     def retire(self, sample: Sample) -> None:
-        """Remove a finished sample: its pages, its slot and its drafts are freed."""
-        self._release(sample)
+        """Remove a finished sample that does not wait: its pages, its slot and its drafts are freed."""
+        if sample.block_table is not None:
+            self._release(sample)
         sample.drafts = None
         group = self._groups[sample.request.id]
         group.unfinished -= 1

@@ -52,7 +52,7 @@ class Rollouts(Config):
         "the recorded log-probabilities. A run with 1 does not repeat to the bit: when a version arrives is a matter of time")
     in_flight: InFlightPolicy = Field("keep", description="with staleness 1: what a weight version does to unfinished "
         "samples. keep: they go on, each token tagged with the version that made it. finish: the push waits for them. "
-        "recompute: as keep, but their keys and values are computed again. abort: they end where they are")
+        "recompute: as keep, but their keys and values are computed again. abort: those that have a token end")
     ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
 
