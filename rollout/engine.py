@@ -141,14 +141,14 @@ class Engine:
         params, layers = request.params, self.policy.config.num_hidden_layers
         limit = self._longest(request)
         stops = stop_tokens(params, self.policy)
-        prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs(self.policy, request)
+        shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
         for number in range(request.samples):
             if number in without:
                 continue
             sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
-            sample.prompt_logprobs = prompt_logprobs
+            sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
             if params.routed_experts:
                 sample.experts = np.full((limit, layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
@@ -219,7 +219,7 @@ class Engine:
                                "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
         self.check(*requests)
         order = {request.id: i for i, request in enumerate(requests)}
-        done: list[Trajectory] = []
+        done = list[Trajectory]()
         try:
             for request in requests:
                 self.add(request)
@@ -260,8 +260,8 @@ class Engine:
             tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. The head of a policy
                 that ties it to the embedding may be missing.
             version: the number that new tokens carry, 0 <= version < 2**31.
-            in_flight: `keep` continues on the old K/V the running samples that have a generated token; `recompute` prefills them
-                again under the new weights. Running samples without one are always prefilled again.
+            in_flight: `keep` continues running samples on the old K/V; `recompute` prefills them again under the new weights.
+                Running samples without a generated token are always prefilled again.
 
         Raises:
             RequestError: the tensors do not fit the policy (names, shapes, dtypes, finite numbers), or the version or `in_flight`
@@ -280,8 +280,7 @@ class Engine:
         return self._aborted(self.scheduler.clear())
 
     def abort_begun(self) -> list[Trajectory]:
-        """End every unfinished sample that has a generated token. Returns their trajectories, oldest first. Samples without a
-        token go on to wait or to prefill."""
+        """As `abort`, but only samples with a generated token end. The others go on."""
         return self._aborted(self.scheduler.drop_begun())
 
     def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
