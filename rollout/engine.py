@@ -280,7 +280,7 @@ class Engine:
         return self._aborted(self.scheduler.clear())
 
     def abort_begun(self) -> list[Trajectory]:
-        """As `abort`, but only samples with a generated token end. The others go on."""
+        """End those unfinished samples that have a generated token, as `abort` does. The others go on."""
         return self._aborted(self.scheduler.drop_begun())
 
     def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
