@@ -163,17 +163,13 @@ class Engine:
         config, prompt = self.policy.config, request.prompt_tokens
         most = config.max_position_embeddings
         if len(prompt) >= most:
-            raise RequestError(
-                "prompt_tokens",
-                f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
-                f"shorten the prompt to at most {most - 1} tokens",
-            )
+            raise RequestError("prompt_tokens", f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
+                               f"shorten the prompt to at most {most - 1} tokens")  # fmt: skip
         if max(prompt) >= config.vocab_size:
             raise RequestError(
-                "prompt_tokens",
-                f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
+                "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
                 "use the policy's own tokenizer",
-            )
+            )  # fmt: skip
         limit = self._longest(request)
         if self.cache.pages_for(limit) > self.cache.total_pages:
             raise RequestError(
@@ -330,8 +326,7 @@ class Engine:
 
     def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:
         """Remove the samples that ended from the scheduler; returns their trajectories."""
-        ended = [sample for sample in batch.decoding if sample.finish is not None]
-        for sample in ended:
+        for sample in (ended := [sample for sample in batch.decoding if sample.finish is not None]):
             self.scheduler.retire(sample)
         return [sample.trajectory() for sample in ended]
 
@@ -345,8 +340,8 @@ class Engine:
             return [sample for sample in self.scheduler.running if sample.prefilled]
 
         costs = step_costs(
-            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size,
-            self.add, run, self.scheduler.clear,
+            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size, self.add, run,
+            self.scheduler.clear,
         )  # fmt: skip
         self.schedule, self.forwards, self.decode_tokens, self._arrivals = _AR, 0, 0, 0
         # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess

@@ -73,7 +73,8 @@ class SamplingParams:
         include_stop_str_in_output: cut the text after the stop string.
         min_tokens: the sample cannot end by a stop token or a stop string before this many tokens, in 0..max_tokens.
         logit_bias: what is added to the logits of tokens, as {token id: number in -1e6..1e6}; kept as sorted pairs.
-        repetition_penalty: in 1e-3..1e3; positive logits of tokens in the prompt or the sample are divided by it, negative ones are
+        repetition_penalty: in 1e-3..1e3; positive logits of tokens in the prompt or the sample are divided by it,
+            negative ones are
             multiplied by it.
         presence_penalty: in -2..2; subtracted from the logits of tokens in the sample.
         frequency_penalty: in -2..2; subtracted once for each time a token is in the sample.
@@ -192,7 +193,8 @@ def _pairs(bias: Any) -> tuple[tuple[int, float], ...]:
         raise RequestError("logit_bias", f"{bias!r:.40} is no mapping of token ids to numbers", remedy) from None
     for token, value in found:
         require(_whole(token) and token >= 0, "logit_bias", f"{token!r:.40} is no token id", remedy)
-        require(_number(value) and abs(value) <= MAX_BIAS, "logit_bias", f"{value!r:.40} of token {token} is outside -{MAX_BIAS:g}..{MAX_BIAS:g}",
+        require(_number(value) and abs(value) <= MAX_BIAS, "logit_bias",
+                f"{value!r:.40} of token {token} is outside -{MAX_BIAS:g}..{MAX_BIAS:g}",
                 "use -1000 to ban a token, 1000 to force it")
     require(len({token for token, _ in found}) == len(found), "logit_bias", "a token is given twice", remedy)
     return tuple(sorted((int(token), float(value)) for token, value in found))

@@ -17,7 +17,6 @@ from ..model.vocabulary import rows_at_once
 from .sampling.top import top_logprobs
 from .types import RolloutRequest
 
-
 _COPIES = 10
 """float32 values held per row and token: the logits, scaled ones, their log-softmax and its sorted copy in float64 (with its
 input), and the sorted tokens in int64."""

@@ -1,4 +1,4 @@
-"""`prompt_logprobs`: the numbers of `score` under the weights that serve, with a bounded amount of logits and no second backend."""
+"""`prompt_logprobs`: the numbers of `score` under the weights that serve, with bounded logits and no second backend."""
 
 from __future__ import annotations
 

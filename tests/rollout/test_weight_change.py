@@ -74,7 +74,7 @@ def test_samples_without_a_token_outlive_an_abort_of_those_that_have_begun(sizes
 
 def test_abort_begun_ends_samples_that_wait_after_preemption():
     policy = load_policy("tiny-reasoner-terse")
-    engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=4, pages=10, page_size=4))
+    engine = Engine(policy, EngineConfig(Schedule("ar"), block_size=2, max_batch=4, pages=10, page_size=4))
     engine.add(group("a", 9))
     while engine.has_work and not any(len(sample.tokens) > 9 for sample in engine.scheduler.waiting):
         engine.step()
