@@ -5,14 +5,14 @@ Legend: B samples, N tokens of one sample, T rows, K alternatives, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import RequestError
-from .backends import choose
+from .backends import Backend
 from .layout import causal
 from .scoring import check_sequences, score
 from .vocabulary import recomputed, rows_at_once
@@ -67,8 +67,15 @@ def _logprobs_of(policy: Policy, temperature: float, hidden_RD: torch.Tensor, ta
 
 
 @torch.inference_mode()
-def text_logits(policy: Policy, tokens: Sequence[int]) -> torch.Tensor:
-    """logits_TV of p after each token but the last, by the network that decodes: row t is p of tokens[t + 1]."""
-    backend = choose(policy)
-    hidden_TD = backend.forward(*backend.prepare(causal([list(tokens)])))
-    return backend.head(hidden_TD[:-1])
+def text_logits(backend: Backend, tokens: Sequence[int], at_once: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """p's logits after each token but the last, by one causal pass of the network that decodes: pairs (logits_RV, target_R) of R
+    rows, R at most `at_once`, where target_R int64 are the tokens that follow.
+
+    Args:
+        backend: what runs the network; its weights must be up to date.
+        tokens: at least two.
+    """
+    layout, plan = backend.prepare(causal([list(tokens)]))
+    hidden_TD = backend.forward(layout, plan)
+    for hidden_RD, target_R in zip(hidden_TD[:-1].split(at_once), layout.token_T[1:].split(at_once), strict=True):
+        yield backend.head(hidden_RD), target_R

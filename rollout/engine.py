@@ -141,14 +141,14 @@ class Engine:
         params, layers = request.params, self.policy.config.num_hidden_layers
         limit = self._longest(request)
         stops = stop_tokens(params, self.policy)
-        prompt_logprobs = None if params.prompt_logprobs is None else PromptLogprobs(self.policy, request)
+        shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
         for number in range(request.samples):
             if number in without:
                 continue
             sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
-            sample.prompt_logprobs = prompt_logprobs
+            sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
             if params.routed_experts:
                 sample.experts = np.full((limit, layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
@@ -163,17 +163,13 @@ class Engine:
         config, prompt = self.policy.config, request.prompt_tokens
         most = config.max_position_embeddings
         if len(prompt) >= most:
-            raise RequestError(
-                "prompt_tokens",
-                f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
-                f"shorten the prompt to at most {most - 1} tokens",
-            )
+            raise RequestError("prompt_tokens", f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
+                               f"shorten the prompt to at most {most - 1} tokens")  # fmt: skip
         if max(prompt) >= config.vocab_size:
             raise RequestError(
-                "prompt_tokens",
-                f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
+                "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
                 "use the policy's own tokenizer",
-            )
+            )  # fmt: skip
         limit = self._longest(request)
         if self.cache.pages_for(limit) > self.cache.total_pages:
             raise RequestError(
@@ -219,7 +215,7 @@ class Engine:
                                "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
         self.check(*requests)
         order = {request.id: i for i, request in enumerate(requests)}
-        done: list[Trajectory] = []
+        done = list[Trajectory]()
         try:
             for request in requests:
                 self.add(request)
@@ -261,6 +257,7 @@ class Engine:
                 that ties it to the embedding may be missing.
             version: the number that new tokens carry, 0 <= version < 2**31.
             in_flight: `keep` continues running samples on the old K/V; `recompute` prefills them again under the new weights.
+                Running samples without a generated token are always prefilled again.
 
         Raises:
             RequestError: the tensors do not fit the policy (names, shapes, dtypes, finite numbers), or the version or `in_flight`
@@ -272,12 +269,17 @@ class Engine:
         self.runner.take_weights()
         self.version = version
         self.scheduler.forget_prompts()
-        if in_flight == "recompute":
-            self.scheduler.recompute()
+        self.scheduler.recompute(begun=in_flight == "recompute")
 
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""
-        ended = self.scheduler.clear()
+        return self._aborted(self.scheduler.clear())
+
+    def abort_begun(self) -> list[Trajectory]:
+        """End those unfinished samples that have a generated token, as `abort` does. The others go on."""
+        return self._aborted(self.scheduler.drop_begun())
+
+    def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
         self.runner.forget_samples()
         for sample in ended:
             sample.finish = "abort"
@@ -324,8 +326,7 @@ class Engine:
 
     def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:
         """Remove the samples that ended from the scheduler; returns their trajectories."""
-        ended = [sample for sample in batch.decoding if sample.finish is not None]
-        for sample in ended:
+        for sample in (ended := [sample for sample in batch.decoding if sample.finish is not None]):
             self.scheduler.retire(sample)
         return [sample.trajectory() for sample in ended]
 
@@ -339,8 +340,8 @@ class Engine:
             return [sample for sample in self.scheduler.running if sample.prefilled]
 
         costs = step_costs(
-            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size,
-            self.add, run, self.scheduler.clear,
+            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size, self.add, run,
+            self.scheduler.clear,
         )  # fmt: skip
         self.schedule, self.forwards, self.decode_tokens, self._arrivals = _AR, 0, 0, 0
         # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess

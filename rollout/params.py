@@ -18,7 +18,6 @@ This module imports neither torch nor Ray.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +33,13 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 """f(prefix_tokens, logits_V) -> logits_V. `prefix_tokens` are the prompt and all tokens before the one to be drawn. `logits_V` is
 a float32 (or float64) tensor that the function may change. It is called for drafted tokens too, so it must be a pure function."""
 
+MAX_BIAS = 1e6
+"""Largest size of a logit bias: float32 still tells biased logits apart by 1/16, and no sum with logits overflows."""
+REPETITION = (1e-3, 1e3)
+"""Least and largest repetition penalty: a logit of 1e6 divided or multiplied by it, then divided by a temperature, stays below
+the largest float32."""
+MIN_TEMPERATURE = 1e-6
+"""Least temperature above 0: a logit of 1e9 divided by it stays below the largest float32."""
 MAX_STOP = 256
 """Bytes of the longest stop string."""
 
@@ -51,7 +57,7 @@ class SamplingParams:
     Attributes:
         sampler: `ar` (reference), `lossless` (rejection; distributed exactly as p), `coupled` (shared Gumbel noise; the
             same tokens as `ar` with the same seed) or `mixed` (a blend of p and q; faster, its own distribution).
-        temperature: >= 0; 0 is greedy.
+        temperature: 0 (greedy), or from 1e-6 to below 1e4.
         top_k: keep the k most probable tokens; 0 keeps all, and so does -1, which becomes 0.
         top_p: keep the smallest set of tokens whose probability reaches top_p, in (0, 1].
         min_p: drop tokens less probable than min_p times the most probable one, in [0, 1).
@@ -66,8 +72,9 @@ class SamplingParams:
             log-probabilities; the text is cut before the string.
         include_stop_str_in_output: cut the text after the stop string.
         min_tokens: the sample cannot end by a stop token or a stop string before this many tokens, in 0..max_tokens.
-        logit_bias: what is added to the logits of tokens, as {token id: finite number}; kept as sorted pairs.
-        repetition_penalty: > 0; positive logits of tokens in the prompt or the sample are divided by it, negative ones are
+        logit_bias: what is added to the logits of tokens, as {token id: number in -1e6..1e6}; kept as sorted pairs.
+        repetition_penalty: in 1e-3..1e3; positive logits of tokens in the prompt or the sample are divided by it,
+            negative ones are
             multiplied by it.
         presence_penalty: in -2..2; subtracted from the logits of tokens in the sample.
         frequency_penalty: in -2..2; subtracted once for each time a token is in the sample.
@@ -104,8 +111,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         require(self.sampler in SAMPLERS, "sampler", f"unknown sampler {self.sampler!r}",
                 f"use one of {', '.join(SAMPLERS)}")
-        require(0.0 <= self.temperature < 1e4, "temperature", f"{self.temperature} is out of range",
-                "use a number >= 0 (0 is greedy)")
+        require(self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < 1e4, "temperature",
+                f"{self.temperature} is neither 0 nor in {MIN_TEMPERATURE}..10000", "use 0 for greedy")
         require(-1 <= self.top_k < 2**31, "top_k", f"{self.top_k} is outside -1..2**31-1", "use 0 or -1 to keep every token")
         object.__setattr__(self, "top_k", max(self.top_k, 0))
         require(0.0 < self.top_p <= 1.0, "top_p", f"{self.top_p} is outside (0, 1]", "use 1.0 to keep every token")
@@ -118,8 +125,9 @@ class SamplingParams:
                 f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
         require(_whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, "min_tokens",
                 f"{self.min_tokens!r} is no whole number in 0..max_tokens ({self.max_tokens})", "use 0 for no minimum")
-        require(_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf, "repetition_penalty",
-                f"{self.repetition_penalty!r} is no number > 0", "use 1.0 for no penalty")
+        require(_number(self.repetition_penalty) and REPETITION[0] <= self.repetition_penalty <= REPETITION[1],
+                "repetition_penalty", f"{self.repetition_penalty!r} is outside {REPETITION[0]}..{REPETITION[1]}",
+                "use 1.0 for no penalty")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             require(_number(value) and -2 <= value <= 2, name, f"{value!r} is outside -2..2", "use 0 for no penalty")
@@ -178,13 +186,15 @@ def _tuple(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
 def _pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     """The biases as (token id, number), sorted by token."""
     pairs = bias.items() if isinstance(bias, Mapping) else bias
-    remedy = "give {token id: finite number}"
+    remedy = "give {token id: number}"
     try:
         found = [(token, value) for token, value in pairs]
     except (TypeError, ValueError):
         raise RequestError("logit_bias", f"{bias!r:.40} is no mapping of token ids to numbers", remedy) from None
     for token, value in found:
         require(_whole(token) and token >= 0, "logit_bias", f"{token!r:.40} is no token id", remedy)
-        require(_number(value) and math.isfinite(value), "logit_bias", f"{value!r:.40} of token {token} is not finite", remedy)
+        require(_number(value) and abs(value) <= MAX_BIAS, "logit_bias",
+                f"{value!r:.40} of token {token} is outside -{MAX_BIAS:g}..{MAX_BIAS:g}",
+                "use -1000 to ban a token, 1000 to force it")
     require(len({token for token, _ in found}) == len(found), "logit_bias", "a token is given twice", remedy)
     return tuple(sorted((int(token), float(value)) for token, value in found))

@@ -9,11 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from ..kernels.verify import logprobs
+from ..model.backends import Backend
 from ..model.logprobs import text_logits
 from ..model.policy import Policy
-from ..model.scoring import score
+from ..model.vocabulary import rows_at_once
 from .sampling.top import top_logprobs
 from .types import RolloutRequest
+
+_COPIES = 10
+"""float32 values held per row and token: the logits, scaled ones, their log-softmax and its sorted copy in float64 (with its
+input), and the sorted tokens in int64."""
 
 
 class PromptScores(NamedTuple):
@@ -28,25 +34,29 @@ class PromptScores(NamedTuple):
 class PromptLogprobs:
     """What the samples of one request share. `scores` is computed when it is first read."""
 
-    def __init__(self, policy: Policy, request: RolloutRequest) -> None:
-        self._policy, self._request = policy, request
+    def __init__(self, policy: Policy, backend: Backend, request: RolloutRequest) -> None:
+        self._policy, self._backend, self._request = policy, backend, request
 
     @cached_property
     def scores(self) -> PromptScores:
-        """By the convention of `Trajectory.logprobs`."""
-        prompt, params = self._request.prompt_tokens, self._request.params
-        k = min(params.prompt_logprobs or 0, self._policy.config.vocab_size)
-        if len(prompt) == 1:
-            return PromptScores(np.zeros(0, np.float32), np.zeros((0, k), np.int32), np.zeros((0, k), np.float32))
-        (known,) = score(self._policy, [(prompt[:1], prompt[1:])], params.temperature)
+        """By the convention of `Trajectory.logprobs`, and equal to those of `score` as the logprobs of samples are."""
+        prompt, params, vocabulary = self._request.prompt_tokens, self._request.params, self._policy.config.vocab_size
+        k = min(params.prompt_logprobs or 0, vocabulary)
+        known, tokens, tops = [np.zeros(0, np.float32)], [np.zeros((0, k), np.int32)], [np.zeros((0, k), np.float32)]
+        device = self._policy.device
+        temperature_1 = torch.full((1,), params.temperature, dtype=torch.float64, device=device)
+        at_once = rows_at_once(vocabulary, _COPIES if k else 3, device)
+        for logits_RV, target_R in text_logits(self._backend, prompt, at_once) if len(prompt) > 1 else ():
+            temperature_R = temperature_1.expand(len(target_R))
+            logprob_R = logprobs(logits_RV, target_R, temperature_R).float()
+            known.append(logprob_R.cpu().numpy())
+            if k:
+                token_RK, logprob_RK = top_logprobs(logits_RV, temperature_R, k)
+                # A token of the prompt has the very number that `known` gives it.
+                logprob_RK = torch.where(token_RK == target_R[:, None], logprob_R[:, None], logprob_RK)
+                tokens.append(token_RK.int().cpu().numpy())
+                tops.append(logprob_RK.cpu().numpy())
         if not k:
-            nothing = np.zeros((len(known), 0))
-            return PromptScores(known, nothing.astype(np.int32), nothing.astype(np.float32))
-        temperature = torch.full((1,), params.temperature, dtype=torch.float64, device=self._policy.device)
-        parts = []
-        for logits_RV in text_logits(self._policy, prompt).split(256):
-            parts.append([x.cpu() for x in top_logprobs(logits_RV, temperature.expand(len(logits_RV)), k)])
-        token, logprob = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-        # A token of the prompt has the very number that `logprobs` gives it.
-        same = token == np.array(prompt[1:])[:, None]
-        return PromptScores(known, token.astype(np.int32), np.where(same, known[:, None], logprob).astype(np.float32))
+            nothing = np.zeros((len(prompt) - 1, 0))
+            return PromptScores(np.concatenate(known), nothing.astype(np.int32), nothing.astype(np.float32))
+        return PromptScores(np.concatenate(known), np.concatenate(tokens), np.concatenate(tops))

@@ -108,9 +108,23 @@ class Scheduler:
         self.cache.release_all()
         return given_up
 
+    def drop_begun(self) -> list[Sample]:
+        """Give up every sample that has a generated token, and return them, oldest first. Must be called between two steps."""
+        begun = sorted((s for s in (*self.running, *self.waiting) if not _is_fresh(s)), key=_age)
+        for sample in begun:
+            if sample.block_table is None:
+                group = self._groups[sample.request.id]
+                group.resumed.remove(sample)
+                self._waiting_samples -= 1
+                if not group.waits:
+                    self._waiting.remove(group)
+            self.retire(sample)
+        return begun
+
     def retire(self, sample: Sample) -> None:
-        """Remove a finished sample: its pages, its slot and its drafts are freed."""
-        self._release(sample)
+        """Remove a finished sample that does not wait: its pages, its slot and its drafts are freed."""
+        if sample.block_table is not None:
+            self._release(sample)
         sample.drafts = None
         group = self._groups[sample.request.id]
         group.unfinished -= 1
@@ -157,9 +171,16 @@ class Scheduler:
         for request_id in list(self._prompts):
             self._forget_prompt(request_id)
 
-    def recompute(self) -> None:
-        """Make every running sample prefill again."""
+    def recompute(self, begun: bool = True) -> None:
+        """Make running samples prefill again. Must be called when the weights change, so that no sample without a generated token
+        keeps, or shares with its siblings, K/V of the old weights.
+
+        Args:
+            begun: also the samples that have a generated token.
+        """
         for sample in self.running:
+            if not (begun or _is_fresh(sample)):
+                continue
             assert sample.block_table is not None
             self.cache.release(sample.block_table)
             sample.block_table = self.cache.open()

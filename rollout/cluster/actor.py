@@ -100,13 +100,13 @@ class RolloutActor:
         """Takes the staged version between two steps.
 
         Args: in_flight: what happens to unfinished samples. `keep`, `recompute`: see `Engine.load_weights`. `abort`:
-            they end where they are. `finish`: the caller has waited until there are none.
+            those that have a generated token end where they are. `finish`: the caller has waited until there are none.
         """
         with self._between_steps:
+            tensors = self._staged.pop(version)
             if in_flight == "abort" and self._epoch is not None:
-                self._ended += [Completed(self._epoch, t.request_id, t) for t in self._engine.abort()]
-            self._engine.load_weights(self._staged.pop(version), version,
-                                      "recompute" if in_flight == "recompute" else "keep")
+                self._ended += [Completed(self._epoch, t.request_id, t) for t in self._engine.abort_begun()]
+            self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
         return version
 
     @ray.method(concurrency_group="control")

@@ -123,7 +123,8 @@ class RayCluster:
 
         Args:
             in_flight: `finish` waits for every sample first; `keep` goes on with the old keys and values; `recompute`
-                prefills unfinished samples again under the new weights; `abort` ends those that have begun.
+                prefills unfinished samples again under the new weights; `abort` ends those that have a generated token.
+                Samples without one are prefilled under the new weights.
         """
         if in_flight not in IN_FLIGHT_POLICIES:
             raise ClusterError(f"in_flight: unknown policy {in_flight!r}; use one of {', '.join(IN_FLIGHT_POLICIES)}")

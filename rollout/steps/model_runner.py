@@ -55,6 +55,7 @@ class ModelRunner:
             where the device can.
 
     Attributes:
+        backend: runs the network, always under the policy's present weights.
         head: hidden states [..., D] to logits [..., V].
         markov: what a token adds to the logits of the mask row after it; None where the policy has no such head.
     """
@@ -62,14 +63,14 @@ class ModelRunner:
     def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
         self._policy, self._cache, self._captured = policy, cache, captured
         self._device = policy.device
-        self._backend = choose(policy)
-        self.head, self.markov = self._backend.head, self._backend.markov
-        self.shapes = ShapeCache(policy, self._backend, cache)
+        self.backend = choose(policy)
+        self.head, self.markov = self.backend.head, self.backend.markov
+        self.shapes = ShapeCache(policy, self.backend, cache)
 
     def take_weights(self) -> None:
         """Must be called after the policy's weights have changed. Graphs read the weights where they lie."""
-        self._backend.refresh()
-        self.markov = self._backend.markov
+        self.backend.refresh()
+        self.markov = self.backend.markov
 
     def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None) -> ForwardOutput:
         """One forward pass.
@@ -80,7 +81,7 @@ class ModelRunner:
         batch, records = request.batch, request.batch.records_experts
         tables = [sample.block_table for sample, _, _ in batch.scheduled if sample.block_table is not None]
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
-        recurs = not batch.prefills and self._captured and self._backend.recurs
+        recurs = not batch.prefills and self._captured and self.backend.recurs
         rows: list[DecodeRows] = []
         if recurs:
             full = request.full
@@ -123,10 +124,10 @@ class ModelRunner:
         layout = decode(rows, self._policy.mask_token_id)
         view = self._cache.view(tables, layout)
         routing = Routing([], []) if records else None
-        layout, plan = self._backend.prepare(layout, view)
+        layout, plan = self.backend.prepare(layout, view)
         if fill is not None:
             fill(layout.token_T)
-        hidden_TD = self._backend.forward(layout, plan, view, routing)
+        hidden_TD = self.backend.forward(layout, plan, view, routing)
         return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
 

@@ -293,10 +293,20 @@ def test_the_only_token_left_may_be_the_mask_token(policy):
     ("stop", ["a", ""], "stop: '' is no text of 1 to 256 bytes; give short texts"),
     ("stop", 5, "stop: 5 is no list"),
     ("min_tokens", 300, "min_tokens: 300 is no whole number in 0..max_tokens \\(256\\)"),
-    ("logit_bias", {3: float("nan")}, "logit_bias: nan of token 3 is not finite; give"),
+    ("logit_bias", {3: float("nan")}, "logit_bias: nan of token 3 is outside -1e\\+06"),
     ("logit_bias", {-3: 1.0}, "logit_bias: -3 is no token id"),
     ("logit_bias", [1, 2], "logit_bias: \\[1, 2\\] is no mapping"),
-    ("repetition_penalty", 0, "repetition_penalty: 0 is no number > 0; use 1.0"),
+    ("logit_bias", {7: 1e39}, "logit_bias: 1e\\+39 of token 7 is outside -1e\\+06..1e\\+06; use -1000 to ban"),
+    ("logit_bias", {7: 10**400}, "logit_bias: 10+ of token 7 is"),
+    ("logit_bias", [(i, -1e39) for i in range(40)], "logit_bias: -1e\\+39 of token 0 is outside"),
+    ("repetition_penalty", 0, "repetition_penalty: 0 is outside 0.001..1000.0; use 1.0"),
+    ("repetition_penalty", 1e-39, "repetition_penalty: 1e-39 is outside"),
+    ("repetition_penalty", 1e39, "repetition_penalty: 1e\\+39 is outside"),
+    ("repetition_penalty", float("nan"), "repetition_penalty: nan is outside"),
+    ("temperature", 1e-39, "temperature: 1e-39 is neither 0 nor in 1e-06..10000; use 0 for greedy"),
+    ("temperature", 9e-7, "temperature: 9e-07 is neither"),
+    ("temperature", float("nan"), "temperature: nan is neither"),
+    ("temperature", -1, "temperature: -1 is neither"),
     ("presence_penalty", 2.5, "presence_penalty: 2.5 is outside -2..2; use 0"),
     ("frequency_penalty", float("nan"), "frequency_penalty: nan is outside"),
     ("logprobs", -1, "logprobs: -1 is no whole number in 0..32767; use None"),
@@ -306,6 +316,22 @@ def test_the_only_token_left_may_be_the_mask_token(policy):
 def test_a_wrong_value_is_named(field, value, text):
     with pytest.raises(RequestError, match=f"^{text}"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("sampler", ["ar", "lossless", "coupled", "mixed"])
+@pytest.mark.parametrize("params", [
+    dict(temperature=1e-6, repetition_penalty=1e-3, logit_bias={i: 1e6 for i in range(40)}),
+    dict(temperature=1e-6, repetition_penalty=1e3, logit_bias={i: -1e6 for i in range(40)}, frequency_penalty=2.0),
+    dict(temperature=1e-6, repetition_penalty=1e3, logit_bias={7: 1e6}, top_p=1e-30),
+    dict(temperature=9999.0, repetition_penalty=1e-3, logit_bias={7: -1e6}, min_p=1 - 1e-12),
+])  # fmt: skip
+def test_the_outermost_values_keep_every_number_finite(make_policy, sampler, params):
+    engine = Engine(make_policy(torch.float32, sharpness=0.6))
+    asked = SamplingParams(sampler, max_tokens=9, ignore_eos=True, **params)
+    for sample in engine.rollout([RolloutRequest("a", (5, 7), asked, samples=3)]):
+        assert np.isfinite(sample.logprobs).all()
+        assert np.isfinite(sample.behavior_logprobs).all()
+        assert sample.support_logmass is None or np.isfinite(sample.support_logmass).all()
 
 
 def test_values_that_do_not_fit_the_policy_are_refused(policy):

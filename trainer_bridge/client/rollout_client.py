@@ -203,7 +203,7 @@ class RolloutClient:
             its bytes are sent and dropped. Tensors on a device are copied to host memory once, and the copy is kept
             until the push ends. in_flight: what happens to sequences in flight at the commit: `finish` waits for them;
             `keep` goes on, each token tagged with its version; `recompute` prefills them again under the new weights;
-            `abort` ends them where they are. A cluster may offer `finish` alone.
+            `abort` ends those that have a generated token. A cluster may offer `finish` alone.
 
         Raises TransportError (wrong tensors, version or digest; no control key; no gateway), ClusterError (the engines
         could not take it) or StorageError (the gateway's disk is full): the old version then serves.

@@ -38,14 +38,14 @@ requests = st.builds(
     seed=st.integers(0, 2**63 - 1), samples=st.integers(1, 65536),
     params=st.builds(
         SamplingParams, sampler=st.sampled_from(["ar", "lossless", "coupled", "mixed"]),
-        temperature=st.floats(0, 1e4, exclude_max=True), top_k=st.integers(0, 10**6),
+        temperature=st.just(0.0) | st.floats(1e-6, 1e4, exclude_max=True), top_k=st.integers(0, 10**6),
         top_p=st.floats(0, 1, exclude_min=True), min_p=st.floats(0, 1, exclude_max=True), mix_weight=st.floats(0, 1),
         max_tokens=st.integers(1, 2**40), stop_token_ids=st.lists(st.integers(0, 2**31 + 5), max_size=5).map(tuple),
         ignore_eos=st.booleans(), routed_experts=st.booleans(), n=st.integers(1, 65536),
         seed=st.none() | st.integers(0, 2**63 - 1), include_stop_str_in_output=st.booleans(), min_tokens=st.just(0) | st.just(1),
         stop=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), max_size=4),
-        logit_bias=st.dictionaries(st.integers(0, 2**40), st.floats(allow_nan=False, allow_infinity=False), max_size=4),
-        repetition_penalty=st.floats(0, 9, exclude_min=True), presence_penalty=st.floats(-2, 2),
+        logit_bias=st.dictionaries(st.integers(0, 2**40), st.floats(-1e6, 1e6), max_size=4),
+        repetition_penalty=st.floats(1e-3, 1e3), presence_penalty=st.floats(-2, 2),
         frequency_penalty=st.floats(-2, 2), logprobs=st.none() | st.integers(0, 32767),
         prompt_logprobs=st.none() | st.integers(0, 32767)))
 
