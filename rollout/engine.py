@@ -163,8 +163,8 @@ class Engine:
         config, prompt = self.policy.config, request.prompt_tokens
         most = config.max_position_embeddings
         if len(prompt) >= most:
-            raise RequestError("prompt_tokens", f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
-                               f"shorten the prompt to at most {most - 1} tokens")  # fmt: skip
+            problem = f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}"
+            raise RequestError("prompt_tokens", problem, f"shorten the prompt to at most {most - 1} tokens")
         if max(prompt) >= config.vocab_size:
             raise RequestError(
                 "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",

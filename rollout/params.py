@@ -74,8 +74,7 @@ class SamplingParams:
         min_tokens: the sample cannot end by a stop token or a stop string before this many tokens, in 0..max_tokens.
         logit_bias: what is added to the logits of tokens, as {token id: number in -1e6..1e6}; kept as sorted pairs.
         repetition_penalty: in 1e-3..1e3; positive logits of tokens in the prompt or the sample are divided by it,
-            negative ones are
-            multiplied by it.
+            negative ones are multiplied by it.
         presence_penalty: in -2..2; subtracted from the logits of tokens in the sample.
         frequency_penalty: in -2..2; subtracted once for each time a token is in the sample.
         logprobs: also record the k most probable tokens at each generated token, by `logprob`; None or 0 for none.
