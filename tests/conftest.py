@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,21 @@ LONG_FILES = (
     "test_engine_device.py", "test_distributed.py", "test_engine.py",
 )  # fmt: skip
 """The files that take longest start first, so that no process is left alone with one at the end."""
+
+
+DECODE = """
+import blockroll
+engine = blockroll.Engine("tiny-reasoner")
+for sampler in ("ar", "lossless", "coupled", "mixed"):
+    engine.generate("Q:1+2\\nS:", blockroll.SamplingParams(sampler=sampler, max_tokens=8))
+"""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """On a machine that has not decoded yet numba compiles once, before several processes would each do so at the same time."""
+    root = Path(__file__).parents[1]
+    if not hasattr(session.config, "workerinput") and not any((root / "kernels").rglob("*.nbi")):
+        subprocess.run([sys.executable, "-c", DECODE], check=True, timeout=300)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -127,7 +127,7 @@ def test_another_seed_draws_other_tasks(directory: Path, tmp_path: Path, monkeyp
         (["--mix-weights", "2"], "mix_weight: 2.0 is outside [0, 1]"),
         (["--mix-weights", "half"], "mix-weights: 'half' is not a list of numbers"),
         (["--mix-weights", ""], "mix_weights: none are given"),
-        (["--temperatures", "-1"], "temperature: -1.0 is out of range"),
+        (["--temperatures", "-1"], "temperature: -1.0 is neither 0 nor in"),
         (["--temperatures", ""], "temperatures: none are given"),
         (["--levels", "0,99"], "levels: (0, 99) holds a level outside 0..63"),
         (["--block-sizes", "1,8"], "block_size: 1 is outside 2..64"),

@@ -111,18 +111,19 @@ def kill(process: subprocess.Popen, mark: str) -> None:
             left.kill()
 
 
-@pytest.mark.parametrize(("rows", "wait"), [(1, 0.3), (3, 0.15)])
-def test_a_killed_run_goes_on_to_the_same_trajectories(whole, tmp_path, rows, wait):
-    """Killed in its first step, where there is no checkpoint; and after two steps."""
+def test_a_run_that_is_killed_twice_goes_on_to_the_same_trajectories(whole, tmp_path):
+    """Killed in its first step, where there is no checkpoint, and again after two steps."""
     output, config = tmp_path / "run", write_config(tmp_path / "run.yaml", tmp_path / "run")
-    with open(tmp_path / "stderr", "w") as stderr:
-        first = subprocess.Popen([*COMMAND, str(config)], stderr=stderr, env=os.environ | {"BLOCKROLL_TEST_RUN": str(output)})
-    while len(read_rows(output / "metrics.jsonl")) < rows:
-        assert first.poll() is None, (tmp_path / "stderr").read_text()
-        time.sleep(0.02)
-    time.sleep(wait)
-    kill(first, str(output))
-    assert not (output / "summary.json").exists()
+    for rows, wait, flags in ((1, 0.3, ()), (3, 0.15, ("--resume",))):
+        with open(tmp_path / "stderr", "w") as stderr:
+            environment = os.environ | {"BLOCKROLL_TEST_RUN": str(output)}
+            process = subprocess.Popen([*COMMAND, str(config), *flags], stderr=stderr, env=environment)
+        while len(read_rows(output / "metrics.jsonl")) < rows:
+            assert process.poll() is None, (tmp_path / "stderr").read_text()
+            time.sleep(0.02)
+        time.sleep(wait)
+        kill(process, str(output))
+        assert not (output / "summary.json").exists()
     done = run(config, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     ours, theirs = (read_rows(d / "metrics.jsonl") for d in (output, whole))
