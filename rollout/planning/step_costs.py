@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...files import write_json
+from ...model.backends import products
 from ...model.policy import Policy
 from ..machine import describe
 from ..schedule import Schedule
@@ -135,7 +135,8 @@ class StepCosts:
 
 
 def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
-    """The conditions of a table: device, threads, installed versions, dtype and sizes of the policy. Weights do not count."""
+    """The conditions of a table: device, threads, installed versions, who multiplies, dtype and sizes of the policy. Weights do not
+    count."""
     ignored = ("transformers_version", "_name_or_path", "architectures", "dtype")
     sizes = {key: value for key, value in policy.config.to_dict().items() if key not in ignored}
     machine = describe()
@@ -143,7 +144,7 @@ def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(policy.device) if cuda else machine["processor"],
         "torch_threads": machine["torch_threads"],
-        "numba": not cuda and find_spec("numba") is not None,
+        "products": products(policy),
         "versions": {name: machine["versions"][name] for name in ("blockroll", "torch")},
         "dtype": str(policy.dtype),
         "page_size": page_size,
