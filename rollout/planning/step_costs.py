@@ -135,8 +135,8 @@ class StepCosts:
 
 
 def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
-    """The conditions of a table: device, threads, installed versions, who multiplies, dtype and sizes of the policy. Weights do not
-    count."""
+    """The conditions of a table: device, threads, installed versions, what multiplies matrices, dtype and sizes of the policy.
+    Weights do not count."""
     ignored = ("transformers_version", "_name_or_path", "architectures", "dtype")
     sizes = {key: value for key, value in policy.config.to_dict().items() if key not in ignored}
     machine = describe()
