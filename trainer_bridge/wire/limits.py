@@ -38,6 +38,10 @@ MAX_ACKS = 128
 """Samples of one Ack."""
 MAX_STATS = 512
 """Figures of one Status."""
+MAX_ENGINES = 1 << 16
+"""Engines of one service."""
+MAX_ENGINE_ROWS = 128
+"""Engines of one Engines message; with the longest texts they fill a header."""
 
 MAX_FRAMES = 1 + MAX_PER_SUBMIT
 """Frames of one message."""
