@@ -40,8 +40,11 @@ class Engines(Config):
     batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
     block_size: int | None = Field(None, ge=2, le=64, description="mask rows per block; none for the policy's own")
     pages: int | None = Field(None, ge=1, description="pages of the K/V pool; none sizes it for `batch` samples of 512 positions")
+    kv_memory: float | str | None = Field(None, description="instead of pages: share of the memory that is free once the policy "
+                                          "is loaded, such as 0.9, or a size, such as 40GB")
     page_size: int = Field(32, ge=1, description="positions per page")
     prefill_rows: int = Field(512, ge=1, description="most prompt rows of one step")
+    batch_invariant: bool = Field(False, description="on a GPU: results of a request do not depend on what shares its batch")
 
     @model_validator(mode="after")
     def _checked(self) -> Engines:
@@ -50,6 +53,10 @@ class Engines(Config):
             raise InvalidInput("device", f"unknown device {self.device!r}", f"use {_DEVICES}")
         if (self.min is None) != (self.max is None):
             raise InvalidInput("max" if self.max is None else "min", "only one bound is given", "give min and max, or count")
+        if kind == "cuda" and not self.num_gpus:
+            raise InvalidInput("num_gpus", f"0 GPUs for an engine on {self.device}", "give each engine one: num_gpus: 1")
+        if self.kv_memory is not None and self.pages is not None:
+            raise InvalidInput("kv_memory", f"{self.kv_memory} beside {self.pages} pages", "give one of the two")
         if self.min is not None and self.max is not None:
             if self.count is not None:
                 raise InvalidInput("count", f"{self.count} beside the bounds min and max", "give count, or min and max")
@@ -61,6 +68,11 @@ class Engines(Config):
     def at_start(self) -> int:
         """Engines that the service starts with."""
         return self.min or self.count or 2
+
+    @property
+    def most(self) -> int:
+        """Engines that a Ray of its own has room for."""
+        return max(self.at_start, self.max or 0, int(cores() / self.num_cpus), 2 * self.at_start if self.oversubscribe else 0)
 
     @property
     def follows_queue(self) -> bool:
@@ -90,6 +102,14 @@ class Ray(Config):
 
     address: str | None = Field(None, description="HOST:PORT of a Ray cluster, or auto for the one this machine belongs to; none "
                                 "starts one on this machine for the life of the service")
+
+
+class Sampling(Config):
+    """What a request gets where it names no value of its own. A client of the bridge always names them."""
+
+    sampler: Literal["ar", "lossless", "coupled", "mixed"] = "coupled"
+    temperature: float = Field(1.0, ge=0)
+    max_tokens: int = Field(1024, ge=1)
 
 
 class Dispatch(Config):
@@ -166,6 +186,7 @@ class ServiceConfig(Config):
     policy: str = Field(description="policy to start from: a shipped name or a directory that every node can read")
     engines: Engines = Engines()
     schedule: ScheduleOptions = ScheduleOptions()
+    sampling: Sampling = Sampling()
     ray: Ray = Ray()
     dispatch: Dispatch = Dispatch()
     delivery: Delivery = Delivery()
@@ -188,7 +209,12 @@ class ServiceConfig(Config):
 def check_cores(engines: Engines, count: int, ray_address: str | None) -> None:
     """Raises InvalidInput for more engines than this machine has cores, unless the configuration allows that. The nodes of a
     Ray cluster count their own cores: there an engine without a place waits."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if ray_address is None and not engines.oversubscribe and count * engines.num_cpus > cores:
-        raise InvalidInput("engines", f"{count} engines of {engines.num_cpus:g} cores each on a machine with {cores}",
+    if ray_address is None and not engines.oversubscribe and count * engines.num_cpus > cores():
+        each = f"{engines.num_cpus:g} core{'' if engines.num_cpus == 1 else 's'} each"
+        raise InvalidInput("engines", f"{count} engines of {each} on a machine with {cores()}",
                            "give fewer, or set engines.oversubscribe: true")
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

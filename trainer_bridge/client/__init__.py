@@ -5,11 +5,12 @@ torch, Ray nor an engine.
 
 `rollout_client`: the public face. `message_loop` exchanges messages over a `connection`; `pending_requests` knows what
 was submitted and what arrived, each as a `pending_request`; `collector` gathers one call's answers. `weight_pusher`
-sends `host_weights`.
+sends `host_weights`. `service_control`: what operators ask of a running service.
 """
 
 from ..wire.keys import ClientKeys, CurveKeys
 from .connection import RequestRefused
 from .rollout_client import RolloutClient, connect
+from .service_control import ServiceControl, ServiceStatus
 
-__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]
+__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "ServiceControl", "ServiceStatus", "connect"]

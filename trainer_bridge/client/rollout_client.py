@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, Literal, Self
 from ...errors import InvalidInput, RequestError, TransportError
 from ...rollout.backend import IN_FLIGHT_POLICIES
 from ...rollout.types import RolloutRequest, Trajectory, order_by_id
+from ..wire.key_files import load_client_keys
 from ..wire.keys import ClientKeys
 from ..wire.messages import Shutdown, Stopping
 from ..wire.records import FAILURE
@@ -303,18 +305,21 @@ class RolloutClient:
         return self._control
 
 
-def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
-            ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
+def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | str | os.PathLike[str] | None = None,
+            timeout: float = 30.0, ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
     """Connects to a gateway; returns when it has answered.
 
     Args:
         address: the gateway's `address`, `tcp://HOST:PORT` or `ipc://PATH`; beyond loopback only with `keys`.
         client_id: the trainer's stable name: unfinished work belongs to it and survives both sides' restarts. A random
             one by default, which cannot be resumed. One live connection per client_id.
-        keys: the gateway's public key, this client's pair, and a pair for control sessions, which push weights.
+        keys: the gateway's public key, this client's pair, and a pair for control sessions, which push weights; or the
+            directory of keys that `blockroll up` made.
         timeout: seconds without a message from the gateway after which waiting ends with TransportError.
         ack: when trajectories are acknowledged; see RolloutClient.
 
     Raises TransportError when the gateway cannot be reached, does not admit the key, or speaks another protocol.
     """
+    if keys is not None and not isinstance(keys, ClientKeys):
+        keys = load_client_keys(keys)
     return RolloutClient(address, client_id=client_id, keys=keys, timeout=timeout, ack=ack)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,15 @@ class Revoke:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Another number of engines, asked for by message `number` of a peer."""
+
+    engines: int
+    peer: bytes
+    number: int
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Samples that engines finished, and requests they cannot serve."""
 
@@ -75,17 +85,28 @@ class CommitEnded:
 
 
 @dataclass(frozen=True)
+class ScaleEnded:
+    """The backend has taken the number of engines that a Scale named, or refuses it with an error."""
+
+    engines: int
+    peer: bytes
+    number: int
+    error: BlockrollError | None
+
+
+@dataclass(frozen=True)
 class Crashed:
     """The backend raised something other than ClusterError: a bug, or an interrupt."""
 
     error: BaseException
 
 
-Event = Outputs | WorkRefused | CommitEnded | Crashed
+Event = Outputs | WorkRefused | CommitEnded | ScaleEnded | Crashed
 
 
 class BackendDriver:
-    """Runs a backend from one thread. `version`, `stats`, `in_flight` and `notices` are snapshots anyone may read.
+    """Runs a backend from one thread. `version`, `stats`, `engines`, `in_flight` and `notices` are snapshots anyone may
+    read; `engines` is empty for a backend that does not list them.
 
     Args:
         wake: called, from the driver's thread, after an event was put into `events`.
@@ -93,10 +114,10 @@ class BackendDriver:
 
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.version, self.stats = backend.version, backend.stats()
+        self.version, self.stats, self.engines = backend.version, backend.stats(), _engines(backend)
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
-        self._commands: queue.SimpleQueue[Work | Commit | Revoke | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Work | Commit | Revoke | Scale | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int]] = {}
         self._samples = 0
         self._lock = threading.Lock()
@@ -132,6 +153,11 @@ class BackendDriver:
         """Queues the end of a lease for the backend. Returns at once; any thread may call it."""
         self._commands.put(Revoke(epoch))
 
+    def scale(self, engines: int, peer: bytes, number: int) -> None:
+        """Queues another number of engines for the backend; a ScaleEnded event follows. Returns at once; any thread may
+        call it."""
+        self._commands.put(Scale(engines, peer, number))
+
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
         self._stop.set()
@@ -150,6 +176,8 @@ class BackendDriver:
                 elif isinstance(command, Revoke):
                     held = [work for work in held if work.epoch != command.epoch]
                     self._revoke(command.epoch)
+                elif isinstance(command, Scale):
+                    self._scale(command)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -166,7 +194,7 @@ class BackendDriver:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))
 
-    def _take(self, busy: bool) -> Work | Commit | Revoke | None:
+    def _take(self, busy: bool) -> Work | Commit | Revoke | Scale | None:
         try:
             return self._commands.get(timeout=0.0 if busy else IDLE_S)
         except queue.Empty:
@@ -203,6 +231,18 @@ class BackendDriver:
         except ClusterError as error:
             self._trouble["submit"] = str(error)
 
+    def _scale(self, scale: Scale) -> None:
+        error: BlockrollError | None = None
+        try:
+            change = getattr(self._backend, "scale", None)
+            if change is None:
+                raise ClusterError(f"engines: this cluster cannot change to {scale.engines}; start it with as many")
+            change(scale.engines)
+        except BlockrollError as failure:
+            error = failure
+        self._refresh()
+        self._tell(ScaleEnded(scale.engines, scale.peer, scale.number, error))
+
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None
         try:
@@ -228,6 +268,8 @@ class BackendDriver:
             return
         self._trouble.pop("poll", None)
         if completed:
+            # Told before they are subtracted: a gateway that drains must not see an empty flight without them.
+            self._tell(Outputs(completed))
             with self._lock:
                 for item in completed:
                     epoch, left = self._flight.get(item.request_id, (0, 0))
@@ -236,10 +278,10 @@ class BackendDriver:
                         if item.trajectory is not None and left > 1:
                             self._flight[item.request_id] = (epoch, left - 1)
                             self._samples += left - 1
-            self._tell(Outputs(completed))
 
     def _refresh(self) -> None:
         self.version, self.stats, self._refreshed = self._backend.version, self._backend.stats(), time.monotonic()
+        self.engines = _engines(self._backend)
 
     def _forget(self, request_id: str, epoch: int | None = None) -> None:
         known = self._flight.get(request_id)
@@ -250,3 +292,8 @@ class BackendDriver:
     def _tell(self, event: Event) -> None:
         self.events.put(event)
         self._wake()
+
+
+def _engines(backend: RolloutBackend) -> list[Any]:
+    """The engines of a backend that lists them, as `rollout.cluster.spec.EngineStatus`."""
+    return list(backend.engines()) if hasattr(backend, "engines") else []

@@ -33,11 +33,12 @@ from ...rollout.backend import Completed, RolloutBackend
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
 from ..wire.limits import TO_GATEWAY
-from .backend_driver import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
+from .backend_driver import BackendDriver, CommitEnded, Crashed, Outputs, ScaleEnded, WorkRefused
 from .gateway_status import GatewayStatus
 from .kept_versions import KeptVersions
 from .ledger import KEEP, Ledger
 from .message_router import MessageRouter
+from .operations import Operations
 from .sessions import Sessions
 from .storage_retries import StorageRetries
 from .weight_receiver import WeightReceiver
@@ -105,7 +106,8 @@ class Gateway:
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing)
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._router = MessageRouter(sessions, self._ledger, self._weights, status)
+            self._operations = Operations(sessions, self._driver)
+            self._router = MessageRouter(sessions, self._ledger, self._weights, status, self._operations)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
             self._thread = thread
@@ -208,7 +210,7 @@ class Gateway:
         waiting = self._collect(now)
         self._expire(now)
         self._dispatch(now)
-        self._stopping = self._stopping or self._router.shutdown
+        self._stopping = self._stopping or self._router.shutdown or self._drained
         try:
             waiting |= self._router.work(now)
             self._retries.worked("send")
@@ -230,6 +232,8 @@ class Gateway:
                 self._leases.update({item.epoch: now for item in event.completed if item.epoch in self._leases})
             elif isinstance(event, CommitEnded):
                 self._weights.ended(event)
+            elif isinstance(event, ScaleEnded):
+                self._operations.scaled(event)
             elif isinstance(event, WorkRefused):
                 self._revoked.add(event.epoch)
                 self._retries.postpone("dispatch", now)
@@ -255,7 +259,8 @@ class Gateway:
     def _dispatch(self, now: float) -> None:
         """Ends revoked leases, then leases queued batches while there is room."""
         weights = self._weights
-        if self._unrecorded or weights.undecided or weights.missing or not self._retries.due("dispatch", now):
+        if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
+                or not self._retries.due("dispatch", now)):
             return
         try:
             for epoch in sorted(self._revoked):
@@ -274,6 +279,12 @@ class Gateway:
             self._retries.worked("dispatch")
         except StorageError as error:
             self._retries.failed("dispatch", error, now)
+
+    @property
+    def _drained(self) -> bool:
+        """Whether a drain was asked for and has ended: no engine holds work, and every output is in the ledger."""
+        return (self._operations.draining and not self._driver.in_flight and not self._unrecorded
+                and not self._weights.undecided and self._driver.events.empty())
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ...errors import RequestError, TransportError
+from ...errors import RequestError, StorageError, TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
 from ..wire.records import FAILURE, decode_request, encode_trajectory, request_digest
@@ -101,6 +101,19 @@ class Ledger:
             owner = self._file.value("SELECT key FROM clients WHERE client=?", client)
         if owner != key:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
+
+    def claim_policy(self, name: str, identity: str) -> None:
+        """Marks a ledger without requests and versions as this policy's. Raises StorageError for one of another policy."""
+        with self._file.transaction():
+            owner = self._file.run("SELECT value FROM meta WHERE key='policy'").fetchone()
+            unused = not self.counters.requested and self._file.value("SELECT COUNT(*) FROM versions") == 0
+            if owner is None or unused:
+                self._file.run("INSERT OR REPLACE INTO meta VALUES ('policy', ?)", (f"{identity} {name}",))
+                return
+        theirs, _, their_name = owner[0].partition(" ")
+        if theirs != identity:
+            raise StorageError(f"ledger: {self.path} belongs to another policy ({their_name}, with other weights or sizes than "
+                               f"{name}); name another ledger, or that policy")
 
     def record_requests(self, client: str, batch: str, part: int, requests: Sequence[tuple[RolloutRequest, bytes]],
                         final: bool) -> tuple[list[int], list[tuple[int, str]]]:

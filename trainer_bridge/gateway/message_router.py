@@ -23,6 +23,8 @@ from ..wire.messages import (
     Acked,
     Credit,
     Delivery,
+    Drain,
+    EnginesRequest,
     Failure,
     Hello,
     Message,
@@ -34,6 +36,7 @@ from ..wire.messages import (
     PushCommit,
     Refused,
     Reset,
+    Scale,
     Shutdown,
     Status,
     StatusRequest,
@@ -46,6 +49,7 @@ from ..wire.messages import (
 from ..wire.records import FAILURE, decode_request
 from .gateway_status import GatewayStatus
 from .ledger import Ledger
+from .operations import Operations
 from .sessions import MAX_SESSIONS, Session, Sessions
 from .weight_receiver import WeightReceiver
 
@@ -62,12 +66,15 @@ class MessageRouter:
     Args:
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
+        operations: answers operators.
 
     Attributes:
         shutdown: a control session asked the gateway to stop.
     """
 
-    def __init__(self, sessions: Sessions, ledger: Ledger, weights: WeightReceiver, status: GatewayStatus) -> None:
+    def __init__(self, sessions: Sessions, ledger: Ledger, weights: WeightReceiver, status: GatewayStatus,
+                 operations: Operations) -> None:
+        self._operations = operations
         self._sessions, self._ledger, self._weights, self._status = sessions, ledger, weights, status
         self._probed = self._retry = 0.0
         self.shutdown = False
@@ -171,6 +178,10 @@ class MessageRouter:
     def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
         self._weights.handle(session.peer, session.client, message)
 
+    def _operate(self, session: Session, message: EnginesRequest | Scale | Drain) -> None:
+        {EnginesRequest: self._operations.engines, Scale: self._operations.scale, Drain: self._operations.drain}[
+            type(message)](session, message)  # type: ignore[operator]  # each takes its own kind
+
     def _shutdown(self, session: Session, message: Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)
         self.shutdown = session.asked_to_stop = True
@@ -246,4 +257,5 @@ _DATA: _Acts = _ANY | {
     Submit: MessageRouter._submit, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
-    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown}
+    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown, EnginesRequest: MessageRouter._operate,
+    Scale: MessageRouter._operate, Drain: MessageRouter._operate}
