@@ -74,10 +74,10 @@ def status(path: Path, *, as_json: bool, watch: bool) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(), auto_refresh=False) as live:
+    record = _running(config)
+    with Live(console=Console(), auto_refresh=False) as live, _control(record) as control:
         while True:
-            record, state = _ask(config)
-            live.update(Text(table(config, record, state)), refresh=True)
+            live.update(Text(table(config, record, control.status())), refresh=True)
             time.sleep(WATCH_S)
 
 

@@ -23,7 +23,7 @@ _DEVICES = "auto, cpu, cuda or cuda:N"
 class Engines(Config):
     """How many engines there are, and what each process gets. Give `count`, or `min` and `max`."""
 
-    count: int | None = Field(None, ge=1, description="engines at the start; `blockroll scale` changes it. 2 where no bounds are given")
+    count: int | None = Field(None, ge=1, description="engines at the start; `blockroll scale` changes it. Without bounds 2, or 1 on one core")
     min: int | None = Field(None, ge=1, description="with max: the number of engines follows the queue within these bounds")
     max: int | None = Field(None, ge=1)
     idle_seconds: float = Field(120.0, gt=0, description="with bounds: an engine is given up when fewer have sufficed for so long")
@@ -67,7 +67,7 @@ class Engines(Config):
     @property
     def at_start(self) -> int:
         """Engines that the service starts with."""
-        return self.min or self.count or 2
+        return self.min or self.count or min(2, cores())
 
     @property
     def most(self) -> int:
@@ -140,15 +140,15 @@ class Delivery(Config):
     @model_validator(mode="after")
     def _checked(self) -> Delivery:
         try:
-            check_address(self.bind, has_keys=self.keys is not None)
+            check_address(self.bind, has_keys=True)
         except TransportError as error:
-            if is_local(self.bind) or not str(self.bind).startswith("tcp://") or self.keys is not None:
-                raise InvalidInput("bind", f"{self.bind!r} is not an address", "use tcp://HOST:PORT, tcp://127.0.0.1:* or "
-                                   "ipc://PATH") from error
+            raise InvalidInput("bind", f"{self.bind!r} is not an address", "use tcp://HOST:PORT, tcp://127.0.0.1:* or ipc://PATH") \
+                from error
+        if self.bind.startswith("inproc://"):
+            raise InvalidInput("bind", f"{self.bind} can be reached from its own process only", "use tcp://127.0.0.1:* or ipc://PATH")
+        if self.keys is None and not is_local(self.bind):
             raise InvalidInput("keys", f"missing, and {self.bind} is not an address that only this machine can reach",
-                               "name a directory for keys, or bind to tcp://127.0.0.1:*") from error
-        if (scheme := self.bind.partition("://")[0]) == "inproc":
-            raise InvalidInput("bind", f"{scheme} addresses end at their process", "use tcp://127.0.0.1:* or ipc://PATH")
+                               "name a directory for keys, or bind to tcp://127.0.0.1:*")
         return self
 
 
