@@ -140,12 +140,15 @@ class Engine:
         self.check(request)
         self.add_samples(request, [number for number in range(request.samples) if number not in without])
 
-    def add_samples(self, request: RolloutRequest, numbers: Sequence[int], client: str = "") -> None:
+    def add_samples(
+        self, request: RolloutRequest, numbers: Sequence[int], client: str = "", arrival: int | None = None
+    ) -> None:
         """Queue samples of a request of which others may be unfinished.
 
         Args:
             numbers: of samples that are not here.
             client: whose request it is; clients share the engine fairly.
+            arrival: its place among the requests, the oldest first; None for the last place. No two may have the same.
 
         Raises:
             RequestError: this engine cannot serve the request. Nothing is queued.
@@ -156,11 +159,11 @@ class Engine:
         limit = longest(request, self.policy)
         stops = stop_tokens(params, self.policy)
         shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
-        arrival = self.scheduler.arrival(request.id)
-        if arrival is None:
-            arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        known = self.scheduler.arrival(request.id)
+        place = next(number for number in (known, arrival, self._arrivals) if number is not None)
+        self._arrivals = max(self._arrivals, place + 1)
         for number in numbers:
-            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, arrival, client=client)
+            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, place, client=client)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
             sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
