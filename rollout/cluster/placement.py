@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ray
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # a compiled module
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
 from .spec import EngineSpec
