@@ -67,6 +67,11 @@ class RolloutBackend(Protocol):
         that the work, once it is submitted again, goes to an engine that answers."""
         ...
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends the unfinished samples of these requests; nothing more comes back for them. Unknown ids are ignored. A
+        request may be submitted again later, under a higher epoch."""
+        ...
+
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Every engine takes the version between two steps, or none does (ClusterError). A bfloat16 tensor comes as the
         uint16 array of its bits. The arrays belong to the backend from here on."""

@@ -279,6 +279,10 @@ class Engine:
         """End those unfinished samples that have a generated token, as `abort` does. The others go on."""
         return self._aborted(self.scheduler.drop_begun())
 
+    def cancel(self, request_ids: Collection[str]) -> list[Trajectory]:
+        """End the unfinished samples of these requests, as `abort` does. The others go on."""
+        return self._aborted(self.scheduler.drop_requests(request_ids))
+
     def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
         self.runner.forget_samples()
         for sample in ended:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from .cache import BlockTable, PagedCache
@@ -110,16 +111,22 @@ class Scheduler:
 
     def drop_begun(self) -> list[Sample]:
         """Give up every sample that has a generated token, and return them, oldest first. Must be called between two steps."""
-        begun = sorted((s for s in (*self.running, *self.waiting) if not _is_fresh(s)), key=_age)
-        for sample in begun:
+        return self._drop([s for s in (*self.running, *self.waiting) if not _is_fresh(s)])
+
+    def drop_requests(self, request_ids: Collection[str]) -> list[Sample]:
+        """Give up every sample of these requests, and return them, oldest first. Must be called between two steps."""
+        return self._drop([s for s in (*self.running, *self.waiting) if s.request.id in request_ids])
+
+    def _drop(self, samples: list[Sample]) -> list[Sample]:
+        for sample in samples:
             if sample.block_table is None:
                 group = self._groups[sample.request.id]
-                group.resumed.remove(sample)
+                (group.fresh if _is_fresh(sample) else group.resumed).remove(sample)
                 self._waiting_samples -= 1
                 if not group.waits:
                     self._waiting.remove(group)
             self.retire(sample)
-        return begun
+        return sorted(samples, key=_age)
 
     def retire(self, sample: Sample) -> None:
         """Remove a finished sample that does not wait: its pages, its slot and its drafts are freed."""

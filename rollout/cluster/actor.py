@@ -110,6 +110,12 @@ class RolloutActor:
         return version
 
     @ray.method(concurrency_group="control")
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends the unfinished samples of these requests, between two steps."""
+        with self._between_steps:
+            self._engine.cancel(request_ids)
+
+    @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, Any]:
         """Process id, and totals of the engine."""
         return {

@@ -116,6 +116,12 @@ class RayCluster:
         for worker in self._workers:
             worker.revoke(epoch)
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends the unfinished samples of these requests; nothing more comes back for them."""
+        self._early = [item for item in self._early if item.request_id not in request_ids]
+        for worker in self._workers:
+            worker.cancel(request_ids)
+
     def commit_weights(
         self, version: int, arrays: Mapping[str, np.ndarray], in_flight: InFlightPolicy = "finish"
     ) -> None:

@@ -105,6 +105,12 @@ class Worker:
         self.assignments = deque(a for a in self.assignments if a.epoch != epoch)
         self._serve()
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends requests. The actor drops those it is serving between two steps; what it finished before is dropped here."""
+        ended = [name for assignment in self.assignments for name in assignment.cancel(request_ids)]
+        if ended:
+            self.actor.cancel.remote(ended)
+
     def replace(self, why: str) -> None:
         """Kills the actor and starts a fresh one. A stream of the killed actor breaks, which `collect` finds."""
         _log.warning("an engine is replaced: %s", why)

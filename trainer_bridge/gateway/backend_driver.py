@@ -53,6 +53,13 @@ class Revoke:
 
 
 @dataclass(frozen=True)
+class Cancel:
+    """Requests whose unfinished samples are not wanted. Their outputs are not waited for."""
+
+    request_ids: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Outputs:
     """Samples that engines finished, and requests they cannot serve."""
 
@@ -96,7 +103,7 @@ class BackendDriver:
         self.version, self.stats = backend.version, backend.stats()
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
-        self._commands: queue.SimpleQueue[Work | Commit | Revoke | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int]] = {}
         self._samples = 0
         self._lock = threading.Lock()
@@ -132,6 +139,10 @@ class BackendDriver:
         """Queues the end of a lease for the backend. Returns at once; any thread may call it."""
         self._commands.put(Revoke(epoch))
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Queues the end of some requests for the backend. Returns at once; any thread may call it."""
+        self._commands.put(Cancel(request_ids))
+
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
         self._stop.set()
@@ -150,6 +161,10 @@ class BackendDriver:
                 elif isinstance(command, Revoke):
                     held = [work for work in held if work.epoch != command.epoch]
                     self._revoke(command.epoch)
+                elif isinstance(command, Cancel):
+                    ended = set(command.request_ids)
+                    held = [Work(work.epoch, [r for r in work.batch if r.id not in ended]) for work in held]
+                    self._cancel(command.request_ids)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -159,14 +174,15 @@ class BackendDriver:
                     self._commit(waiting)
                     waiting = None
                     for work in held:
-                        self._submit(work)
+                        if work.batch:
+                            self._submit(work)
                     held.clear()
                 self._collect()
         except BaseException as error:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))
 
-    def _take(self, busy: bool) -> Work | Commit | Revoke | None:
+    def _take(self, busy: bool) -> Work | Commit | Revoke | Cancel | None:
         try:
             return self._commands.get(timeout=0.0 if busy else IDLE_S)
         except queue.Empty:
@@ -202,6 +218,15 @@ class BackendDriver:
             self._backend.revoke(epoch)
         except ClusterError as error:
             self._trouble["submit"] = str(error)
+
+    def _cancel(self, request_ids: Sequence[str]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._forget(request_id)
+        try:
+            self._backend.cancel(request_ids)
+        except ClusterError as error:
+            _log.warning("%d requests cannot be cancelled in the cluster: %s", len(request_ids), error)
 
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None

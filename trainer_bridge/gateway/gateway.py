@@ -105,7 +105,7 @@ class Gateway:
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing)
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._router = MessageRouter(sessions, self._ledger, self._weights, status)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
             self._thread = thread

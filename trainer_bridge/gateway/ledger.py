@@ -186,21 +186,37 @@ class Ledger:
                 if state == DONE:
                     new.stale += 1
                     continue
+                clients.add(client)
                 if place == FAILURE:
-                    state, new.failed = FAILED, new.failed + samples - recorded
-                else:
-                    recorded, new.unique = recorded + 1, new.unique + 1
-                    state = DONE if recorded == samples else LEASED
+                    new.failed += samples - recorded
+                    self._fail(item.request_id, client, payload)
+                    continue
+                recorded, new.unique = recorded + 1, new.unique + 1
                 run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
                     (*key, client, payload))
-                if state == LEASED:
+                if recorded < samples:
                     run("UPDATE requests SET recorded=? WHERE id=?", (recorded, item.request_id))
                 else:
-                    # A failed request keeps the reason: it is the answer to every later submission.
-                    run("UPDATE requests SET state=?, recorded=?, payload=? WHERE id=?",
-                        (state, recorded, payload if state == FAILED else None, item.request_id))
-                clients.add(client)
+                    run("UPDATE requests SET state=?, recorded=?, payload=NULL WHERE id=?", (DONE, recorded, item.request_id))
         return clients
+
+    def cancel(self, client: str, request_ids: Sequence[str], why: str) -> list[str]:
+        """Fails the unfinished ones of these requests of a client; returns the ids of those that were leased."""
+        leased, reason = list[str](), why.encode("utf-8", "replace")[:1000]
+        with self._counting() as new:
+            for request_id in request_ids:
+                row = self._file.run(f"SELECT state, samples, recorded FROM requests WHERE id=? AND client=? AND {OPEN}",
+                                     (request_id, client)).fetchone()
+                if row is None:
+                    continue
+                state, samples, recorded = row
+                if state == STAGED:
+                    new.requested += samples
+                elif state == LEASED:
+                    leased.append(request_id)
+                new.failed += samples - recorded
+                self._fail(request_id, client, reason)
+        return leased
 
     def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
         """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`."""
@@ -258,6 +274,12 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
+
+    def _fail(self, request_id: str, client: str, reason: bytes) -> None:
+        """The request fails. It keeps the reason, which is the answer to every later submission."""
+        self._file.run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
+                       (request_id, FAILURE, client, reason))
+        self._file.run("UPDATE requests SET state=?, payload=? WHERE id=?", (FAILED, reason, request_id))
 
     def _settle(self, request_id: str, new: Counters) -> None:
         """Deletes the trajectories of a request of which everything is acknowledged."""
