@@ -265,11 +265,6 @@ class Engine:
         self.scheduler.forget_prompts()
         self.scheduler.recompute(begun=in_flight == "recompute")
 
-    def cancel(self, request_ids: Collection[str]) -> None:
-        """Drop the unfinished samples of these requests, between two steps. Unknown ids are ignored."""
-        self.scheduler.cancel(request_ids)
-        self.runner.forget_samples()
-
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""
         return self._aborted(self.scheduler.clear())
@@ -277,6 +272,10 @@ class Engine:
     def abort_begun(self) -> list[Trajectory]:
         """End those unfinished samples that have a generated token, as `abort` does. The others go on."""
         return self._aborted(self.scheduler.drop_begun())
+
+    def cancel(self, request_ids: Collection[str]) -> list[Trajectory]:
+        """End the unfinished samples of these requests, as `abort` does. The others go on."""
+        return self._aborted(self.scheduler.drop_requests(request_ids))
 
     def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
         self.runner.forget_samples()

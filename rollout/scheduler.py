@@ -93,16 +93,22 @@ class Scheduler:
 
     def drop_begun(self) -> list[Sample]:
         """Give up every sample that has a generated token, and return them, oldest first. Must be called between two steps."""
-        begun = sorted((s for s in (*self.running, *self.waiting) if not is_fresh(s)), key=age)
-        for sample in begun:
+        return self._drop([s for s in (*self.running, *self.waiting) if not is_fresh(s)])
+
+    def drop_requests(self, request_ids: Collection[str]) -> list[Sample]:
+        """Give up every sample of these requests, and return them, oldest first. Must be called between two steps."""
+        return self._drop([s for s in (*self.running, *self.waiting) if s.request.id in request_ids])
+
+    def _drop(self, samples: list[Sample]) -> list[Sample]:
+        for sample in samples:
             if sample.block_table is None:
                 group = self._groups[sample.request.id]
-                group.resumed.remove(sample)
+                (group.fresh if is_fresh(sample) else group.resumed).remove(sample)
                 self._waiting_samples -= 1
                 if not group.waits:
                     self._waiting.remove(group)
             self.retire(sample)
-        return begun
+        return sorted(samples, key=age)
 
     def give_back(self, count: int) -> list[tuple[str, int]]:
         """Remove up to `count` waiting samples without a generated token, those of the youngest requests first. Returns the
@@ -112,28 +118,13 @@ class Scheduler:
             taken = [group.fresh.pop() for _ in range(min(count - len(given), len(group.fresh)))]
             given += [(sample.request.id, sample.number) for sample in taken]
             if taken:
-                self._removed(taken[0].request.id, group, len(taken))
+                self._waiting_samples -= len(taken)
+                group.unfinished -= len(taken)
+                if not group.waits:
+                    self._waiting.remove(group)
+                    self._forget_prompt(taken[0].request.id)
+                self._forget_group(taken[0].request.id, group)
         return given
-
-    def cancel(self, request_ids: Collection[str]) -> None:
-        """Remove every unfinished sample of these requests. Must be called between two steps."""
-        for sample in [sample for sample in self.running if sample.request.id in request_ids]:
-            self.retire(sample)
-        for request_id in request_ids:
-            if (group := self._groups.get(request_id)) is not None:
-                count = len(group.fresh) + len(group.resumed)
-                group.fresh.clear()
-                group.resumed.clear()
-                self._removed(request_id, group, count)
-
-    def _removed(self, request_id: str, group: SampleGroup, count: int) -> None:
-        """So many waiting samples have left the group's queues."""
-        self._waiting_samples -= count
-        group.unfinished -= count
-        if not group.waits:
-            self._waiting.remove(group)
-            self._forget_prompt(request_id)
-        self._forget_group(request_id, group)
 
     def _forget_group(self, request_id: str, group: SampleGroup) -> None:
         """Forget a group none of whose samples is unfinished."""

@@ -49,7 +49,7 @@ class Dealer:
         return cost > 0
 
 
-class Dispatch(Protocol):
+class Strategy(Protocol):
     """How work is dealt."""
 
     def submit(self, works: Sequence[Work]) -> None:

@@ -14,16 +14,16 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayTaskError
 
 from ...errors import ClusterError
-from ..backend import IN_FLIGHT_POLICIES, Completed, InFlightPolicy
+from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy
 from ..types import RolloutRequest
-from .dispatch import Continuous, Dealer, Dispatch, Ordered
+from .dispatch import Continuous, Dealer, Ordered
 from .handle import EngineHandle, EngineLost
 from .placement import never_fits, unplaced
 from .ray_errors import one_line
@@ -43,7 +43,6 @@ PLACING_S = 3.0
 """Seconds after which a process that has not answered may be one for which Ray has no place."""
 LOOK_S = 0.5
 """Seconds between two looks at engines that are not ready."""
-DispatchName = Literal["continuous", "ordered"]
 
 
 class RayCluster:
@@ -73,7 +72,7 @@ class RayCluster:
         spec: EngineSpec,
         *,
         engines: int = 2,
-        dispatch: DispatchName = "continuous",
+        dispatch: Dispatch = "continuous",
         address: str | None = None,
         answer_seconds: float = ANSWER_S,
         heartbeat_seconds: float = HEARTBEAT_S,
@@ -94,8 +93,7 @@ class RayCluster:
         self._backlog = Backlog()
         self._dealer = Dealer(self._backlog, spec.config.max_batch)
         self._suspects = Suspects(self._dealer)
-        self._dispatch: Dispatch = Continuous(self._dealer) if dispatch == "continuous" else \
-            Ordered(self._dealer, lambda: self._wanted)
+        self._strategy = Continuous(self._dealer) if dispatch == "continuous" else Ordered(self._dealer, lambda: self._wanted)
         self._looked = self._read_at = time.monotonic()
         self._own_ray = not ray.is_initialized()
         if self._own_ray:
@@ -114,7 +112,7 @@ class RayCluster:
     def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         """Takes a batch; `clients` says whose each request is. A request that is here under a lower epoch is dropped."""
         self.cancel([request.id for request in batch if request.id in self._backlog.works])
-        self._dispatch.submit(self._backlog.add(batch, epoch, clients))
+        self._strategy.submit(self._backlog.add(batch, epoch, clients))
         self._deal()
 
     def poll(self, timeout: float) -> list[Completed]:
@@ -126,6 +124,7 @@ class RayCluster:
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drops the unfinished samples of these requests. Nothing more comes of them."""
+        self._early = [item for item in self._early if item.request_id not in request_ids]
         self._drop([self._backlog.works[name] for name in dict.fromkeys(request_ids) if name in self._backlog.works])
 
     def revoke(self, epoch: int) -> None:
@@ -274,7 +273,7 @@ class RayCluster:
         for name, number in report.returned or ():
             work = self._backlog.works.get(name)
             if work is not None and self._dealer.take_back(engine, work, number):
-                self._dispatch.again(work, [number])
+                self._strategy.again(work, [number])
 
     def _lose(self, engine: EngineHandle, why: str) -> None:
         """Gives up an engine's process. What it had is dealt again, or has failed."""
@@ -283,7 +282,7 @@ class RayCluster:
         engine.lose(why)
         go_on, failed = self._suspects.note_death(engine)
         for work, numbers in go_on:
-            self._dispatch.again(work, numbers)
+            self._strategy.again(work, numbers)
         for work in failed:
             self._early.append(Completed(work.epoch, work.request.id, error=(
                 f"request {work.request.id!r}: {SOLO_DEATHS} engines in a row died while they served nothing else ({why}); "
@@ -304,7 +303,7 @@ class RayCluster:
 
     def _deal(self) -> None:
         self._suspects.deal(self._engines)
-        self._dispatch.deal(self._engines)
+        self._strategy.deal(self._engines)
 
     def _look(self, now: float) -> None:
         """Starts, readies and ends engines."""
