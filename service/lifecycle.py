@@ -98,14 +98,14 @@ def _cluster(config: ServiceConfig) -> Iterator[RayCluster]:
     # torch is imported while Ray's processes start: each takes seconds, and Ray's are spent waiting.
     importing = threading.Thread(target=importlib.import_module, args=("..rollout.cluster.pool", __package__), daemon=True)
     importing.start()
-    own = not ray.is_initialized()
-    with ExitStack() as stack:
-        if own:
-            from ..rollout.cluster.ray_start import start_ray
+    from ..rollout.cluster.ray_start import start_ray
 
-            stack.callback(ray.shutdown)
-            with _kept_signals():
-                start_ray(config.ray.address, math.ceil(engines.most * engines.num_cpus))
+    with ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        with _kept_signals():
+            own = start_ray(config.ray.address, math.ceil(engines.most * engines.num_cpus))
+        if not own:
+            stack.pop_all()  # the Ray of whoever calls
         importing.join()
         from ..rollout.cluster import RayCluster
 
@@ -113,7 +113,8 @@ def _cluster(config: ServiceConfig) -> Iterator[RayCluster]:
         if config.dispatch.heartbeat_seconds is not None:
             options["heartbeat_seconds"] = config.dispatch.heartbeat_seconds
         cluster = RayCluster(engine_spec(config), engines=engines.at_start, dispatch=config.dispatch.mode,
-                             answer_seconds=config.dispatch.answer_seconds, max_engines=engines.most, **options)
+                             answer_seconds=config.dispatch.answer_seconds, max_engines=engines.most,
+                             owns_ray=own and config.ray.address is None, **options)
         stack.callback(cluster.close)
         yield cluster
 

@@ -6,14 +6,13 @@ Each check raises an error of one line. `doctor` runs the same checks one by one
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from pathlib import Path
 
 import zmq
 
 from ..errors import ConfigError, InvalidInput, StorageError, TransportError
 from ..files import make_directory
-from ..trainer_bridge.gateway.ledger import Ledger
+from ..trainer_bridge.gateway import ledger_policy
 from ..trainer_bridge.wire.key_files import load_server_keys, make_keys
 from ..trainer_bridge.wire.keys import ServerKeys
 from . import policy_files
@@ -78,8 +77,7 @@ def check_ledger(config: ServiceConfig) -> None:
     is held by another process or is broken."""
     directory = check_policy(config)
     make_directory(config.ledger.parent)
-    with closing(Ledger(config.ledger)) as ledger:
-        ledger.claim_policy(config.policy, policy_files.identity(directory))
+    ledger_policy.claim(config.ledger, config.policy, policy_files.identity(directory))
 
 
 def check_bind(config: ServiceConfig) -> None:

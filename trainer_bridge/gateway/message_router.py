@@ -21,6 +21,8 @@ from ..wire.limits import MAX_FIGURE_TEXT, MAX_NAME, MAX_STATS
 from ..wire.messages import (
     Ack,
     Acked,
+    Cancel,
+    Cancelled,
     Credit,
     Delivery,
     Drain,
@@ -47,6 +49,7 @@ from ..wire.messages import (
     decode,
 )
 from ..wire.records import FAILURE, decode_request
+from .backend_driver import BackendDriver
 from .gateway_status import GatewayStatus
 from .ledger import Ledger
 from .operations import Operations
@@ -64,6 +67,7 @@ class MessageRouter:
     """Used from the gateway's thread alone.
 
     Args:
+        driver: ends the samples of requests that are cancelled.
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
         operations: answers operators.
@@ -72,10 +76,11 @@ class MessageRouter:
         shutdown: a control session asked the gateway to stop.
     """
 
-    def __init__(self, sessions: Sessions, ledger: Ledger, weights: WeightReceiver, status: GatewayStatus,
-                 operations: Operations) -> None:
+    def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, weights: WeightReceiver,
+                 status: GatewayStatus, operations: Operations) -> None:
         self._operations = operations
-        self._sessions, self._ledger, self._weights, self._status = sessions, ledger, weights, status
+        self._sessions, self._ledger, self._driver = sessions, ledger, driver
+        self._weights, self._status = weights, status
         self._probed = self._retry = 0.0
         self.shutdown = False
 
@@ -179,8 +184,12 @@ class MessageRouter:
         self._weights.handle(session.peer, session.client, message)
 
     def _operate(self, session: Session, message: EnginesRequest | Scale | Drain) -> None:
-        {EnginesRequest: self._operations.engines, Scale: self._operations.scale, Drain: self._operations.drain}[
-            type(message)](session, message)  # type: ignore[operator]  # each takes its own kind
+        if isinstance(message, EnginesRequest):
+            self._operations.engines(session, message)
+        elif isinstance(message, Scale):
+            self._operations.scale(session, message)
+        else:
+            self._operations.drain(session, message)
 
     def _shutdown(self, session: Session, message: Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)
@@ -206,6 +215,20 @@ class MessageRouter:
             self.mark([session.client])
             self._sessions.reply(session.peer, Submitted(message.batch, message.index, tuple(acked),
                                                          tuple((i, clip(why)) for i, why in refused)))
+
+    def _cancel(self, session: Session, message: Cancel) -> None:
+        try:
+            leased = self._ledger.cancel(session.client, message.ids, message.why)
+        except StorageError as error:
+            # The client's next session repeats what was not confirmed.
+            _log.warning("a cancellation of client %s waits for the disk: %s", session.client, error)
+            self._sessions.drop(session)
+            return
+        _log.info("client %s cancels %d requests, %d of them leased", session.client, len(message.ids), len(leased))
+        if leased:
+            self._driver.cancel(leased)
+        self.mark([session.client])
+        self._sessions.reply(session.peer, Cancelled(message.number))
 
     def _ack(self, session: Session, message: Ack) -> None:
         session.acks.append(message)
@@ -254,7 +277,7 @@ class MessageRouter:
 _Acts = dict[type[Message], Callable[[MessageRouter, Session, Any], None]]
 _ANY: _Acts = {Ping: MessageRouter._ping, StatusRequest: MessageRouter._figures}
 _DATA: _Acts = _ANY | {
-    Submit: MessageRouter._submit, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
+    Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
     PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown, EnginesRequest: MessageRouter._operate,

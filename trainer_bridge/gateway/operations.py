@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 
+from ...errors import ClusterError
 from ..wire.codec import clip
 from ..wire.limits import MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME
 from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled
-from .backend_driver import BackendDriver, ScaleEnded
+from .backend_driver import BackendDriver
 from .sessions import Session, Sessions
 
 _log = logging.getLogger(__package__)
@@ -31,22 +32,21 @@ class Operations:
 
     def engines(self, session: Session, message: EnginesRequest) -> None:
         """Answers with the engines from a place on."""
-        every = self._driver.engines[:MAX_ENGINES]
+        every = self._driver.engines()[:MAX_ENGINES]
         rows = tuple(
             (e.id, e.pid, clip(e.node, MAX_NAME), clip(e.device, MAX_NAME), e.state, e.version, float(e.tokens_per_s),
              clip(e.reason, MAX_FIGURE_TEXT)) for e in every[message.first : message.first + MAX_ENGINE_ROWS])  # fmt: skip
         self._sessions.reply(session.peer, Engines(message.number, len(every), rows))
 
     def scale(self, session: Session, message: Scale) -> None:
-        """Has the cluster change the number of its engines; `scaled` answers."""
-        _log.info("client %s asks for %d engines", session.client, message.engines)
-        self._driver.scale(message.engines, session.peer, message.number)
-
-    def scaled(self, event: ScaleEnded) -> None:
-        """Tells the client that asked how the change ended."""
-        if event.error is not None:
-            _log.warning("%d engines are refused: %s", event.engines, event.error)
-        self._sessions.reply(event.peer, Scaled(event.number, clip(str(event.error or ""))))
+        """Sets how many engines the cluster should have, and answers whether the cluster takes the number."""
+        error = ""
+        try:
+            self._driver.scale(message.engines)
+        except ClusterError as refusal:
+            error = str(refusal)
+        _log.info("client %s asks for %d engines%s", session.client, message.engines, error and f": refused ({error})")
+        self._sessions.reply(session.peer, Scaled(message.number, clip(error)))
 
     def drain(self, session: Session, message: Drain) -> None:
         """The gateway leases nothing more, and stops when no work is left with the engines."""

@@ -74,6 +74,16 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
+def test_a_cancelled_request_ends_and_may_come_again(cluster):
+    long = [RolloutRequest(f"cancel-{i}", (4, 5), SamplingParams(max_tokens=400, ignore_eos=True), samples=8) for i in range(4)]
+    cluster.submit([*long, *requests("cancel-not", 2)], epoch=4)
+    cluster.cancel([request.id for request in long])
+    assert {c.request_id for c in collect(cluster, 4)} == {"cancel-not00", "cancel-not01"}
+    cluster.submit([RolloutRequest(long[0].id, (4, 5), SamplingParams(max_tokens=3), samples=2)], epoch=5)
+    assert {(c.epoch, c.request_id) for c in collect(cluster, 2)} == {(5, long[0].id)}
+    assert cluster.poll(0.3) == []
+
+
 def test_only_what_a_killed_actor_left_unfinished_is_done_again(cluster, policy_dir, caplog):
     before, batch = cluster.restarts, requests("c", 40, tokens=100)
     cluster.submit(batch, epoch=3)

@@ -20,6 +20,7 @@ from blockroll.service.config import ServiceConfig
 from blockroll.service.doctor import Finding, kernels, machine, packages, service
 from blockroll.service.policy_files import find
 from blockroll.settings import parse
+from blockroll.trainer_bridge.gateway import ledger_policy
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.key_files import make_keys
 
@@ -84,8 +85,8 @@ def planted_policy(tmp_path: Path, patch: pytest.MonkeyPatch) -> Iterator[Findin
 
 
 def planted_ledger(tmp_path: Path, patch: pytest.MonkeyPatch) -> Iterator[Finding]:
+    ledger_policy.claim(tmp_path / "ledger.sqlite", "another", "0123")
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    ledger.claim_policy("another", "0123")
     ledger.record_version(1, b"x")
     ledger.close()
     yield from service.check(config(tmp_path))
