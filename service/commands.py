@@ -47,17 +47,19 @@ def up(path: Path, *, detach: bool, log: Path | None, level: str | None) -> None
 
     options = config.logging
     logs.configure(level or options.level, options.format, options.file)
-    signal.signal(signal.SIGTERM, _interrupt)
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    for number in numbers:
+        signal.signal(number, _interrupt)
     try:
         with serve(config, None if log is None else str(log)) as service:
             try:
                 _say(_described(service.record))
                 service.wait()
             finally:
-                for number in (signal.SIGTERM, signal.SIGINT):
+                for number in numbers:
                     signal.signal(number, signal.SIG_IGN)
     except KeyboardInterrupt as stop:
-        name = str(stop) or "SIGINT"
+        name = str(stop)
         print(f"the service is down ({name}); {config.ledger} keeps what is unfinished", file=sys.stderr, flush=True)
         sys.exit(128 + signal.Signals[name])
     _say("the service is down")

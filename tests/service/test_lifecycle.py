@@ -54,6 +54,7 @@ def test_an_address_that_cannot_be_used_is_refused_at_once(delivery: dict[str, s
         config(tmp_path / "ledger.sqlite", delivery=delivery)
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_start_leaves_no_ray(tmp_path: Path) -> None:
     directory = tmp_path / "policy"
     directory.mkdir()

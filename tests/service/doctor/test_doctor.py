@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import socket
@@ -17,15 +16,12 @@ import numpy as np
 import pytest
 
 from blockroll.service.config import ServiceConfig
-from blockroll.service.doctor import Finding, kernels, machine, packages, service
+from blockroll.service.doctor import Finding, examine, kernels, machine, packages, service
 from blockroll.service.policy_files import find
 from blockroll.settings import parse
 from blockroll.trainer_bridge.gateway import ledger_policy
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.key_files import make_keys
-
-COMMAND = [sys.executable, "-c", "from blockroll.cli import main; main()", "doctor"]
-
 
 def config(tmp_path: Path, **sections: object) -> ServiceConfig:
     delivery = {"ledger": str(tmp_path / "ledger.sqlite"), **sections.pop("delivery", {})}  # type: ignore[dict-item]
@@ -36,13 +32,12 @@ def failing(findings: Iterator[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.state == "fail"]
 
 
-def test_a_machine_that_works(tmp_path: Path) -> None:
+def test_a_machine_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "service.yaml"
     path.write_text(f"policy: tiny-reasoner\nengines: {{count: 1}}\ndelivery: {{ledger: {tmp_path}/ledger.sqlite}}\n")
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_VISIBLE_DEVICES")}
-    done = subprocess.run([*COMMAND, str(path), "--json"], capture_output=True, text=True, timeout=120, env=environment)
-    found = [Finding(**entry) for entry in json.loads(done.stdout)]
-    assert [str(finding) for finding in found if finding.state == "fail"] == [] and done.returncode == 0, done.stderr
+    good = examine(path, as_json=True)
+    found = [Finding(**entry) for entry in json.loads(capsys.readouterr().out)]
+    assert [str(finding) for finding in found if finding.state == "fail"] == [] and good
     checks = {finding.check for finding in found}
     assert {"processor", "gpu", "torch and triton", "ray", "visible devices", "open files", "shared memory", "clock", "disk", "pool",
             "port", "keys", "kernel philox", "kernel linear", "kernel verify"} <= checks  # fmt: skip
