@@ -62,8 +62,8 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
     log_level: Annotated[
-        str | None, typer.Option(metavar="debug|info|warning|error", help="Log lines of at least this level go to standard error; "
-                                 "without it warnings, and for `up` what its configuration says.")
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Log lines of at least this level go to standard "
+                                 "error; without it warnings, and for `up` what its configuration says.")
     ] = None,
 ) -> None:
     logs.configure(log_level or "warning")

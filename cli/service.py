@@ -13,7 +13,9 @@ from .options import ConfigArgument
 def up(
     context: typer.Context,
     config: ConfigArgument,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once the service answers; it goes on in the background.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the service answers; it goes on in the background.")
+    ] = False,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Where standard error goes.", hidden=True)] = None,
 ) -> None:
     """Start a rollout service: Ray, engines, and the gateway that trainers connect to.

@@ -16,12 +16,15 @@ def grpo(
     address: Annotated[
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="The gateway of a service that is up; the run starts none.")
     ] = None,
-    keys: Annotated[str | None, typer.Option(metavar="DIR", help="With --address: the directory of that service's keys.")] = None,
+    keys: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With --address: the directory of that service's keys.")
+    ] = None,
 ) -> None:
     """Train a policy with GRPO.
 
-    Starts a rollout service, or uses the one at --address, and a trainer that talks to it over the bridge; writes metrics.jsonl, summary.json
-    and report.png to the run's directory. A run that was killed goes on with --resume, to the same trajectories.
+    Starts a rollout service, or uses the one at --address, and a trainer that talks to it over the bridge; writes
+    metrics.jsonl, summary.json and report.png to the run's directory. A run that was killed goes on with --resume, to the
+    same trajectories.
 
     \b
     Example:

@@ -1,7 +1,7 @@
 """Lets the number of engines follow the queue, within bounds.
 
-The cluster asks Ray for the resources of each engine. Where no node has them free, Ray's own autoscaler starts a node, and it ends
-one that is idle. So this module decides how many engines there should be, and nothing about machines.
+The cluster asks Ray for the resources of each engine. Where no node has them free, Ray's own autoscaler starts a node, and it
+ends one that is idle. So this module decides how many engines there should be, and nothing about machines.
 """
 
 from __future__ import annotations

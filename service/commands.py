@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +93,8 @@ def scale(path: Path, engines: int) -> None:
     record = _running(config)
     with _control(record) as control:
         control.scale(engines)
-    _say(f"the service has {engines} engine{'s' if engines > 1 else ''}; an engine that ends finishes its work elsewhere, one that "
-         "starts loads the policy first")  # fmt: skip
+    _say(f"the service has {engines} engine{'s' if engines > 1 else ''}; one that starts loads the policy first, one that leaves "
+         "ends the samples it has begun")  # fmt: skip
 
 
 def down(path: Path, *, drain: bool, seconds: float | None) -> None:
@@ -139,8 +137,10 @@ def show_logs(path: Path, *, follow: bool, lines: int) -> None:
         for line in file.readlines()[-lines:]:
             sys.stdout.write(line)
         while follow:
-            sys.stdout.write(file.readline() or (time.sleep(0.2) or ""))
-            sys.stdout.flush()
+            if line := file.readline():
+                print(line, end="", flush=True)
+            else:
+                time.sleep(0.2)
 
 
 def as_contract(record: ServiceRecord, state: ServiceStatus) -> dict[str, Any]:
@@ -156,10 +156,10 @@ def table(config: ServiceConfig, record: ServiceRecord, state: ServiceStatus) ->
     figures, counts = state.figures, state.counts()
     age = time.time() - record.started
     lines = [
-        f"{config.policy} at {record.address}, process {record.pid}, up for {_duration(age)}, weight version {figures['version']}",
+        f"{config.policy} at {record.address}, process {record.pid}, up for {_duration(age)}, version {figures['version']}",
         f"samples: {counts['requested']} requested, {counts['unique']} recorded, {figures['failed']} failed, "
         f"{figures['missing']} to come of which engines hold {counts['in_flight']}, {figures['acknowledged']} acknowledged",
-        f"{figures['sessions']} sessions, {counts['restarts']} engine restarts, ledger {int(figures['ledger_bytes']) / 1e6:.1f} MB",
+        f"{figures['sessions']} sessions, {counts['restarts']} restarts, {int(figures['ledger_bytes']) / 1e6:.1f} MB of ledger",
     ]
     lines += [f"{name}: {value}" for name, value in (("metrics", record.metrics), ("keys", record.keys), ("log", record.log),
                                                       ("trouble", figures.get("notice"))) if value]  # fmt: skip
@@ -172,8 +172,8 @@ def table(config: ServiceConfig, record: ServiceRecord, state: ServiceStatus) ->
 
 
 def _described(record: ServiceRecord) -> str:
-    more = "".join(f", {name} {value}" for name, value in (("keys", record.keys), ("metrics", record.metrics), ("log", record.log))
-                   if value)  # fmt: skip
+    named = (("keys", record.keys), ("metrics", record.metrics), ("log", record.log))
+    more = "".join(f", {name} {value}" for name, value in named if value)
     return f"the service of {record.policy} is up at {record.address} (process {record.pid}{more})"
 
 

@@ -23,10 +23,11 @@ _DEVICES = "auto, cpu, cuda or cuda:N"
 class Engines(Config):
     """How many engines there are, and what each process gets. Give `count`, or `min` and `max`."""
 
-    count: int | None = Field(None, ge=1, description="engines at the start; `blockroll scale` changes it. Without bounds 2, or 1 on one core")
+    count: int | None = Field(None, ge=1, description="engines at the start; `blockroll scale` changes it. None: 2, or 1 on one "
+                              "core, or `min`")
     min: int | None = Field(None, ge=1, description="with max: the number of engines follows the queue within these bounds")
     max: int | None = Field(None, ge=1)
-    idle_seconds: float = Field(120.0, gt=0, description="with bounds: an engine is given up when fewer have sufficed for so long")
+    idle_seconds: float = Field(120.0, gt=0, description="with bounds: an engine leaves when fewer have sufficed for so long")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N. A ROCm GPU is cuda. auto: cuda where Ray gives the "
                            "engine a GPU (num_gpus), else cpu")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(None, description="of the weights; none for "
@@ -131,8 +132,8 @@ class Delivery(Config):
     keep_requests: int = Field(200_000, ge=0, description="wholly acknowledged requests that the ledger recognises again")
     lease_seconds: float | None = Field(None, gt=0, description="work of which no sample came for so long is leased again; none: "
                                         "leases do not expire")
-    disk_patience_seconds: float | None = Field(None, gt=0, description="most time the disk may stay full before the service ends; "
-                                                "none: the service waits")
+    disk_patience_seconds: float | None = Field(None, gt=0, description="most time the disk may stay full before the service "
+                                                "ends; none: the service waits")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway: tcp://HOST:PORT (port * for any free one) or "
                       "ipc://PATH")
     keys: str | None = Field(None, description="directory of CURVE keys, made at the first start; needed beyond loopback")
@@ -142,8 +143,8 @@ class Delivery(Config):
         try:
             check_address(self.bind, has_keys=True)
         except TransportError as error:
-            raise InvalidInput("bind", f"{self.bind!r} is not an address", "use tcp://HOST:PORT, tcp://127.0.0.1:* or ipc://PATH") \
-                from error
+            remedy = "use tcp://HOST:PORT, tcp://127.0.0.1:* or ipc://PATH"
+            raise InvalidInput("bind", f"{self.bind!r} is not an address", remedy) from error
         if self.bind.startswith("inproc://"):
             raise InvalidInput("bind", f"{self.bind} can be reached from its own process only", "use tcp://127.0.0.1:* or ipc://PATH")
         if self.keys is None and not is_local(self.bind):

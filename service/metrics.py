@@ -1,7 +1,7 @@
 """Prometheus metrics of a service, from the gateway's process.
 
-Every scrape asks the gateway once, as `blockroll status` does. Counters count over the ledger's life (samples) or over the life of
-an engine's process (tokens, forwards).
+Every scrape asks the gateway once, as `blockroll status` does. Counters count over the ledger's life (samples) or over the
+life of an engine's process (tokens, forwards).
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def families(status: ServiceStatus) -> Iterator[Any]:
             family = CounterMetricFamily if short in _ENGINE_TOTALS else GaugeMetricFamily
             yield family(f"blockroll_cluster_{short.replace('.', '_')}", f"Figure {short} of the cluster", value=float(value))
     labels = ["engine", "node", "device"]
-    version, speed, state = (GaugeMetricFamily(f"blockroll_engine_{name}", text, labels=[*labels, *more]) for name, text, more in (
-        ("version", "Weight version of the engine", ()), ("tokens_per_second", "Tokens the engine committed per second, lately", ()),
-        ("state", "1 for the state that the engine is in", ("state",))))  # fmt: skip
+    version = GaugeMetricFamily("blockroll_engine_version", "Weight version of the engine", labels=labels)
+    speed = GaugeMetricFamily("blockroll_engine_tokens_per_second", "Tokens committed per second, lately", labels=labels)
+    state = GaugeMetricFamily("blockroll_engine_state", "1 for the state the engine is in", labels=[*labels, "state"])
     for engine in status.engines:
         of = [str(engine.id), engine.node, engine.device]
         version.add_metric(of, engine.version)

@@ -29,9 +29,9 @@ def check_device(config: ServiceConfig) -> None:
     """Raises ConfigError for GPUs that this machine does not have. The nodes of a Ray cluster are asked by Ray."""
     wanted = config.engines.num_gpus > 0 or config.engines.device.startswith("cuda")
     if wanted and config.ray.address is None and not gpu_nodes():
-        raise ConfigError("engines.device", f"{config.engines.device} with num_gpus {config.engines.num_gpus:g}, and this machine "
-                          "has no GPU (/dev/kfd and /dev/nvidia* are absent)", "use device: cpu and num_gpus: 0, or a machine "
-                          "with one")  # fmt: skip
+        raise ConfigError("engines.device", f"{config.engines.device} with num_gpus {config.engines.num_gpus:g}, and this "
+                          "machine has no GPU (/dev/kfd and /dev/nvidia* are absent)",
+                          "use device: cpu and num_gpus: 0, or a machine with one")  # fmt: skip
 
 
 def gpu_nodes() -> list[str]:
@@ -49,8 +49,8 @@ def check_memory(config: ServiceConfig) -> None:
     pool = policy_files.pool_bytes(directory, engines.dtype or "float32", engines.pages, engines.page_size, engines.batch)
     needed = engines.at_start * (pool + policy_files.weight_bytes(directory))
     if needed > (free := free_memory()):
-        raise ConfigError("engines.pages", f"{engines.at_start} engines need {needed / 1e9:,.1f} GB for K/V pools and weights, and "
-                          f"{free / 1e9:,.1f} GB are free", "give fewer pages, a smaller batch or fewer engines")  # fmt: skip
+        raise ConfigError("engines.pages", f"{engines.at_start} engines need {needed / 1e9:,.1f} GB for K/V pools and weights, "
+                          f"and {free / 1e9:,.1f} GB are free", "give fewer pages, a smaller batch or fewer engines")  # fmt: skip
 
 
 def free_memory() -> int:
@@ -58,7 +58,8 @@ def free_memory() -> int:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
-        free = next((1024 * int(line.split()[1]) for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable")), free)
+        lines = meminfo.read_text().splitlines()
+        free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), free)
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         paths = [Path("/sys/fs/cgroup") / name for name in (limit, used)]
         if all(path.is_file() for path in paths) and (text := paths[0].read_text().strip()).isdecimal():

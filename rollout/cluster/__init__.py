@@ -3,8 +3,8 @@
 Knows engines and `backend`. Does not know trainers, sockets or ledgers.
 
 `pool`: the cluster. `spec`: what engines are started with. `worker`: one place of it, which serves an `assignment` after the
-other. `actor`: one engine in a process of its own. `ray_start`, `ray_errors`: Ray itself. Names are resolved on first use, so that
-Ray can be started before torch is imported.
+other. `actor`: one engine in a process of its own. `ray_start`, `ray_errors`: Ray itself. Names are resolved on first use, so
+that Ray can be started before torch is imported.
 """
 
 from __future__ import annotations

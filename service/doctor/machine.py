@@ -55,10 +55,11 @@ def gpus() -> Iterator[Finding]:
         if not nodes:
             yield Finding("gpu", "none; engines run on the CPU")
             return
-        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+        makers = (("ROCm", torch.version.hip), ("CUDA", torch.version.cuda))
+        built = next((f"{maker} {version}" for maker, version in makers if version), "CPUs only")
         yield Finding("gpu", f"{nodes[0]} is here and torch {torch.__version__}, built for {built}, sees no GPU", "fail",
-                      "install the torch of the GPU's maker (configs/cluster/requirements-rocm.txt), or check the driver and that "
-                      "this user may open the device files")  # fmt: skip
+                      "install the torch of the GPU's maker (configs/cluster/requirements-rocm.txt), or check the driver and "
+                      "that this user may open the device files")  # fmt: skip
         return
     for number in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(number)
@@ -105,8 +106,8 @@ def shared_memory(place: Path = Path("/dev/shm"), needed: float = SHARED_GB * 1e
     free = shutil.disk_usage(place).free
     text = f"{free / 1e9:.2f} GB free in {place}"
     if free < needed:
-        return Finding("shared memory", text, "fail", f"give it {needed / 1e9:.2f} GB or more (--shm-size, or an emptyDir of medium "
-                       "Memory)")  # fmt: skip
+        return Finding("shared memory", text, "fail", f"give it {needed / 1e9:.2f} GB or more (--shm-size, or an emptyDir of "
+                       "medium Memory)")  # fmt: skip
     return Finding("shared memory", text)
 
 
@@ -126,7 +127,8 @@ def ray_disk(place: Path = Path("/tmp")) -> Finding:
     """The disk of Ray's temporary files."""
     usage = shutil.disk_usage(place)
     if usage.used / usage.total > RAY_FULL:
-        return Finding("disk", f"{place} is {usage.used / usage.total:.0%} full, and Ray creates no objects above {RAY_FULL:.0%}", "fail",
+        text = f"{place} is {usage.used / usage.total:.0%} full, and Ray creates no objects above {RAY_FULL:.0%}"
+        return Finding("disk", text, "fail",
                        "free some, or set RAY_TMPDIR to another disk")  # fmt: skip
     return disk(place)
 
@@ -135,7 +137,9 @@ def memory() -> Finding:
     """Memory that processes may still take."""
     free = free_memory()
     text = f"{free / 1e9:.1f} GB free"
-    return Finding("memory", text) if free > 1e9 else Finding("memory", text, "warn", "an engine alone takes half a GB with torch")
+    if free < 1e9:
+        return Finding("memory", text, "warn", "an engine alone takes half a GB with torch")
+    return Finding("memory", text)
 
 
 def clock(place: Path, now: Callable[[], float] = time.time) -> Finding:

@@ -32,13 +32,14 @@ def triton() -> Finding:
             continue
         version = installed.get(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            return Finding("torch and triton", f"torch {torch} needs {requirement.name}{requirement.specifier}, and {have} is installed",
-                           "fail", f"pip install '{requirement.name}{requirement.specifier}'")  # fmt: skip
+            wants = f"{requirement.name}{requirement.specifier}"
+            return Finding("torch and triton", f"torch {torch} needs {wants}, and {have} is installed", "fail",
+                           f"pip install '{wants}'")
     return Finding("torch and triton", f"torch {torch} with {have}")
 
 
 def ray(cluster: Mapping[str, str] | None = None) -> Finding:
-    """Whether this Ray and Python are those of a cluster, which says `ray_version` and `python_version`; None for a Ray of our own."""
+    """Whether this Ray and Python are those of a cluster, which says `ray_version` and `python_version`. None: Ray is ours."""
     mine = {"ray_version": _version("ray") or "none", "python_version": platform.python_version()}
     text = f"Ray {mine['ray_version']}, Python {mine['python_version']}"
     if cluster is not None:
@@ -62,7 +63,7 @@ def ray_token(address: str | None, environment: Mapping[str, str]) -> Finding:
 
 def cluster_versions(address: str) -> dict[str, str]:
     """What a Ray cluster says of itself. Raises RuntimeError where it does not answer. Imports Ray."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 
     text = GcsClient(address=address).internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=10)
     return dict(json.loads(text)) if text else {}

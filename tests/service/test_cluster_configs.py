@@ -1,4 +1,4 @@
-"""The files of configs/cluster: configurations load, manifests fit Ray's and KubeRay's schemas, and they agree with each other."""
+"""The files of configs/cluster: configurations load, manifests fit Ray's and KubeRay's schemas, and they agree."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
 
 @pytest.mark.parametrize(("section", "said"), [
     ({"engines": {"cuont": 2}}, "engines.cuont: unknown key in x; did you mean `count`?"),
-    ({"engines": {"count": 3}}, "engines: 3 engines of 1 core each on a machine with 2 in x; give fewer, or set engines.oversubscribe"),
+    ({"engines": {"count": 3}}, "engines: 3 engines of 1 core each on a machine with 2 in x; give fewer, or set engines."),
     ({"engines": {"min": 2}}, "engines.max: only one bound is given in x; give min and max"),
     ({"engines": {"min": 1, "max": 2, "count": 1}}, "engines.count: 1 beside the bounds"),
     ({"engines": {"device": "gpu"}}, "engines.device: unknown device 'gpu'"),

@@ -78,7 +78,8 @@ class ServiceControl:
         figures = self._ask(StatusRequest, Status)
         rows: list[EngineRow] = []
         while True:
-            page = self._ask(lambda number: EnginesRequest(number, len(rows)), Engines)
+            first = len(rows)
+            page = self._ask(lambda number, first=first: EnginesRequest(number, first), Engines)  # type: ignore[misc]
             rows += [EngineRow(*row) for row in page.rows]  # type: ignore[arg-type]  # Number is a float here
             if len(rows) >= page.total or not page.rows:
                 return ServiceStatus(dict(figures.figures), tuple(rows))

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from ...errors import RequestError, StorageError, TransportError
+from ...errors import RequestError, TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
 from ..wire.records import FAILURE, decode_request, encode_trajectory, request_digest

@@ -23,6 +23,7 @@ from blockroll.trainer_bridge.gateway import ledger_policy
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.key_files import make_keys
 
+
 def config(tmp_path: Path, **sections: object) -> ServiceConfig:
     delivery = {"ledger": str(tmp_path / "ledger.sqlite"), **sections.pop("delivery", {})}  # type: ignore[dict-item]
     return parse({"policy": "tiny-reasoner", "engines": {"count": 1}, **sections, "delivery": delivery}, ServiceConfig, "test")
@@ -39,8 +40,8 @@ def test_a_machine_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = [Finding(**entry) for entry in json.loads(capsys.readouterr().out)]
     assert [str(finding) for finding in found if finding.state == "fail"] == [] and good
     checks = {finding.check for finding in found}
-    assert {"processor", "gpu", "torch and triton", "ray", "visible devices", "open files", "shared memory", "clock", "disk", "pool",
-            "port", "keys", "kernel philox", "kernel linear", "kernel verify"} <= checks  # fmt: skip
+    assert {"processor", "gpu", "torch and triton", "ray", "visible devices", "open files", "shared memory", "clock", "disk",
+            "pool", "port", "keys", "kernel philox", "kernel linear", "kernel verify"} <= checks  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["service.yaml"]
 
 

@@ -1,8 +1,8 @@
 """How a run appears to the service it trains against, and the file that keeps it across restarts.
 
 A service of its own serves this run alone: request ids need no prefix, and its version 0 is the starting policy. A service that
-runs already has a ledger with other requests and may serve any weights. There the run has a client id and a prefix of its own, and
-first pushes its starting policy.
+runs already has a ledger with other requests and may serve any weights. There the run has a client id and a prefix of its own,
+and first pushes its starting policy.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class GrpoConfig(Config):
     tasks: Tasks = Tasks()
     rollouts: Rollouts = Rollouts()
     service: dict[str, Any] | str | None = Field(None, description="the service that makes the rollouts: a section as `blockroll "
-        "up` reads it, without policy, ledger and logging, or the name of such a file. Policy and ledger are those of the run. None "
-        "for two engines on this machine")
+        "up` reads it, without policy, ledger and logging, or the name of such a file. Policy and ledger are those of the run. "
+        "None for two engines on this machine")
     address: str | None = Field(None, description="instead: the gateway of a service that runs")
     keys: str | None = Field(None, description="with address: the directory of that service's keys")
     loss: Loss = Loss()

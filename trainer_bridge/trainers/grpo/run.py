@@ -31,7 +31,6 @@ from .metrics import METRICS
 from .report import Display, draw_report
 from .trainer import Trainer
 
-
 Serve = Callable[[Path], AbstractContextManager[Endpoint]]
 """Brings a rollout service with this ledger up for a `with` block, or names one that runs."""
 

@@ -31,8 +31,8 @@ from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welc
 from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushState
 
 __all__ = [
-    "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Drain", "Engines", "EnginesRequest",
-    "Failure", "Hello", "KINDS", "Message", "Ping", "Pong", "PushAbort", "PushBegin", "PushChunk", "PushCommit",
-    "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest", "Stopping", "Submit",
-    "Submitted", "Welcome", "decode", "encode",
+    "KINDS", "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Drain", "Engines",
+    "EnginesRequest", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort", "PushBegin", "PushChunk",
+    "PushCommit", "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest",
+    "Stopping", "Submit", "Submitted", "Welcome", "decode", "encode",
 ]

@@ -84,7 +84,8 @@ def test_a_finished_run_is_not_overwritten_unasked(whole):
         f"error: output: {whole} holds a run (config.yaml); go on with it (--resume), replace it (--overwrite) or give "
         "another directory"
     )
-    for changed, field in (("delivery: {bind: 'tcp://nowhere'}", "service.delivery.bind"), ("ray: {address: '127.0.0.1:9'}", "ray")):
+    for changed, field in (("delivery: {bind: 'tcp://nowhere'}", "service.delivery.bind"),
+                           ("ray: {address: '127.0.0.1:9'}", "ray")):  # fmt: skip
         bad = write_config(whole.parent / "bad.yaml", whole)
         bad.write_text(bad.read_text().replace("schedule: {kind: fused}", changed))
         done = run(bad, "--overwrite")
