@@ -152,6 +152,7 @@ class EngineHandle:
             self._call = None
             if isinstance(answer, Loaded):
                 self.version, self.device, self.expected = answer.version, answer.device, answer.expected
+                self._stream = self.actor.serve.remote()
             elif self._taking is not None and answer is None:  # staged
                 self._call = self.actor.commit.remote(self._taking[0], "keep")
             else:
@@ -166,7 +167,6 @@ class EngineHandle:
     def serve(self) -> None:
         """Makes a process that has loaded ready for work."""
         self.phase, self.reason, self._failures = "ready", "", 0
-        self._stream = self.actor.serve.remote()
         self._beat_at = self._turned_at = time.monotonic()
 
     def send(self, work: Work, numbers: Sequence[int], cost: float) -> Part:
