@@ -180,6 +180,12 @@ class EngineHandle:
         self.clients[work.client] += len(numbers)
         return Part(work.request, list(numbers), work.epoch, work.client, work.order)
 
+    def ask_back(self, count: int) -> None:
+        """Asks for up to `count` samples that have not begun, unless it was asked already."""
+        if count > 0 and not self.asked and self.phase == "ready":
+            self.asked = True
+            self.actor.give_back.remote(count)
+
     def done(self, work: Work, number: int) -> float:
         """Notes that it no longer has a sample; the tokens that were expected of it, 0 where it had not."""
         known = self.samples.get(work, {})
