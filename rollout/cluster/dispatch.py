@@ -141,9 +141,8 @@ class Continuous:
         taker = min(ready, key=lambda engine: engine.count)
         giver = max(ready, key=lambda engine: engine.count)
         places, spare = self._dealer.max_batch - taker.count, giver.count - self._dealer.max_batch
-        if places > 0 and spare > 0 and not giver.asked:
-            giver.asked = True
-            giver.actor.give_back.remote(min(spare, places, max(1, (giver.count - taker.count) // 2)))
+        if places > 0:
+            giver.ask_back(min(spare, places, max(1, (giver.count - taker.count) // 2)))
 
 
 class Ordered:

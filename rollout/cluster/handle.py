@@ -152,6 +152,7 @@ class EngineHandle:
             self._call = None
             if isinstance(answer, Loaded):
                 self.version, self.device, self.expected = answer.version, answer.device, answer.expected
+                self._stream = self.actor.serve.remote()
             elif self._taking is not None and answer is None:  # staged
                 self._call = self.actor.commit.remote(self._taking[0], "keep")
             else:
@@ -166,7 +167,6 @@ class EngineHandle:
     def serve(self) -> None:
         """Makes a process that has loaded ready for work."""
         self.phase, self.reason, self._failures = "ready", "", 0
-        self._stream = self.actor.serve.remote()
         self._beat_at = self._turned_at = time.monotonic()
 
     def send(self, work: Work, numbers: Sequence[int], cost: float) -> Part:
@@ -179,6 +179,12 @@ class EngineHandle:
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
         return Part(work.request, list(numbers), work.epoch, work.client, work.order)
+
+    def ask_back(self, count: int) -> None:
+        """Asks for up to `count` samples that have not begun, unless it was asked already."""
+        if count > 0 and not self.asked and self.phase == "ready":
+            self.asked = True
+            self.actor.give_back.remote(count)
 
     def done(self, work: Work, number: int) -> float:
         """Notes that it no longer has a sample; the tokens that were expected of it, 0 where it had not."""

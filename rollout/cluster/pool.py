@@ -23,9 +23,9 @@ from ray.exceptions import RayTaskError
 from ...errors import ClusterError
 from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy
 from ..types import RolloutRequest
-from .dispatch import Continuous, Dealer, Ordered
+from .dispatch import Continuous, Dealer, Ordered, Strategy
+from .fleet import LOOK_S, Fleet
 from .handle import EngineHandle, EngineLost
-from .placement import never_fits, unplaced
 from .ray_errors import one_line
 from .ray_start import start_ray
 from .reports import Report
@@ -39,10 +39,6 @@ ANSWER_S = 600.0
 """Seconds an engine may take to load, or to take, a weight version, and for one step."""
 HEARTBEAT_S = 6.0
 """Seconds an engine may be silent. The thread that answers for it needs a moment of a core only, whatever the engine does."""
-PLACING_S = 3.0
-"""Seconds after which a process that has not answered may be one for which Ray has no place."""
-LOOK_S = 0.5
-"""Seconds between two looks at engines that are not ready."""
 
 
 class RayCluster:
@@ -85,17 +81,20 @@ class RayCluster:
         if engines < 1:
             raise ClusterError(f"engines: {engines} is less than 1; use at least one")
         self.dispatch, self.version = dispatch, 0
-        self._spec, self._answer_s, self._silence_s = spec, answer_seconds, heartbeat_seconds
-        self._wanted, self._next_id, self._restarts = engines, 0, 0
+        self._answer_s = answer_seconds
+        self._restarts = 0
         self._weights: Any = None
         self._committing = False
         self._early: list[Completed] = []
-        self._engines: list[EngineHandle] = []
+        self._fleet = Fleet(spec, engines, answer_seconds, heartbeat_seconds)
+        self._engines = self._fleet.engines
         self._expected: Mapping[str, tuple[str, tuple[int, ...]]] = {}
         self._backlog = Backlog()
         self._dealer = Dealer(self._backlog, spec.config.max_batch)
         self._suspects = Suspects(self._dealer)
-        self._strategy = Continuous(self._dealer) if dispatch == "continuous" else Ordered(self._dealer, lambda: self._wanted)
+        self._strategy: Strategy = Continuous(self._dealer)
+        if dispatch == "ordered":
+            self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
         self._looked = self._read_at = time.monotonic()
         self._own_ray = owns_ray or start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:
@@ -186,7 +185,7 @@ class RayCluster:
         that are too many end the samples they have begun, and leave."""
         if engines < 1:
             raise ClusterError(f"engines: {engines} is less than 1; use at least one")
-        self._wanted = engines
+        self._fleet.wanted = engines
 
     def engines(self) -> list[EngineStatus]:
         """What is known of each engine."""
@@ -203,25 +202,15 @@ class RayCluster:
         """Stops the engines, and Ray if it was started here."""
         for engine in self._engines:
             engine.stop()
-        self._engines = []
+        self._engines.clear()
         if self._own_ray:
             ray.shutdown()
 
     def _wait_until_loaded(self) -> None:
         end = time.monotonic() + self._answer_s
-        while True:
+        while not self._fleet.started(time.monotonic() > end, self._own_ray):
             self._pump(0.1)
-            lost = next((engine for engine in self._engines if engine.restarts), None)
-            if lost is not None:
-                raise ClusterError(f"cluster: an engine did not start ({lost.reason}); see the logs of Ray")
-            late = next((engine.reason for engine in self._engines if engine.waits), "")
-            if late and self._own_ray and never_fits(self._spec):
-                raise ClusterError(f"cluster: {late}; ask for less per engine, or give the address of a larger Ray")
-            ready = [engine.phase == "ready" or engine.waits for engine in self._engines]
-            if all(ready) and any(engine.phase == "ready" for engine in self._engines):
-                return
-            if time.monotonic() > end:
-                raise ClusterError(f"cluster: no engine has started in {self._answer_s:g} s ({late or 'they are loading'})")
+        self._expected = next(engine.expected for engine in self._engines if engine.expected)
 
     def _pump(self, timeout: float, also: Sequence[Any] = ()) -> None:
         """Waits up to `timeout` seconds for news of engines, or for one of the calls in `also`; then does all there is to do."""
@@ -247,7 +236,7 @@ class RayCluster:
                 self._lose(engine, str(lost))
         if now - self._looked >= LOOK_S or not self._engines or any(e.loaded or e.may_start for e in self._engines):
             self._looked = now
-            self._look(now)
+            self._fleet.look(now, self.version, self._weights, hold=self._committing)
         self._deal()
 
     def _read(self, engine: EngineHandle, call: Any) -> None:
@@ -304,46 +293,3 @@ class RayCluster:
     def _deal(self) -> None:
         self._suspects.deal(self._engines)
         self._strategy.deal(self._engines)
-
-    def _look(self, now: float) -> None:
-        """Starts, readies and ends engines."""
-        self._resize()
-        self._look_for_places(now)
-        for engine in list(self._engines):
-            if engine.draining and not engine.count:
-                engine.stop()
-                self._engines.remove(engine)
-            elif engine.may_start:
-                engine.start(self.version, self._weights)
-            elif engine.loaded and not self._committing:
-                if engine.version == self.version:
-                    self._expected = self._expected or engine.expected
-                    engine.serve()
-                else:
-                    engine.take_version(self.version, self._weights)
-
-    def _look_for_places(self, now: float) -> None:
-        """Finds out which engines wait for a place. Ray serves who asked first."""
-        placing = sorted((e for e in self._engines if e.phase == "placing"), key=lambda engine: engine.placing_since)
-        if placing and now - placing[0].placing_since > PLACING_S:
-            count, why = unplaced(self._spec)
-            for i, engine in enumerate(placing):
-                engine.waits = i >= len(placing) - count
-                engine.reason = why if engine.waits else ""
-
-    def _resize(self) -> None:
-        """Brings the number of engines that do not drain to the number wanted."""
-        staying = [engine for engine in self._engines if not engine.draining]
-        for engine in [engine for engine in self._engines if engine.draining][: max(0, self._wanted - len(staying))]:
-            engine.draining = False
-            staying.append(engine)
-        for _ in range(self._wanted - len(staying)):
-            self._engines.append(EngineHandle(self._next_id, self._spec, self._answer_s, self._silence_s))
-            self._next_id += 1
-        order = {"lost": 0, "placing": 1, "loading": 2, "ready": 3}
-        leaving = sorted(staying, key=lambda engine: (order[engine.phase], engine.count, -engine.id))
-        for engine in leaving[: max(0, len(staying) - self._wanted)]:
-            engine.draining = True
-            if engine.count and not engine.asked:
-                engine.asked = True
-                engine.actor.give_back.remote(engine.count)

@@ -76,9 +76,8 @@ class Suspects:
                 return
             self._engine = min(able, key=lambda engine: (engine.waits, engine.count))
             self._engine.reserved = True
-            if self._engine.count and self._engine.phase == "ready" and not self._engine.asked and len(able) > 1:
-                self._engine.asked = True
-                self._engine.actor.give_back.remote(self._engine.count)
+            if len(able) > 1:
+                self._engine.ask_back(self._engine.count)
         if self._engine.serves and not self._engine.count:
             self._alone = max(self._waiting, key=lambda work: work.solo_deaths)
             numbers = self._waiting.pop(self._alone)
