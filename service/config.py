@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..errors import InvalidInput, TransportError
+from ..rollout.params import SamplerName
 from ..rollout.schedule import Schedule
 from ..settings import Config
 from ..trainer_bridge.wire.sockets import check_address, is_local
@@ -108,7 +109,7 @@ class Ray(Config):
 class Sampling(Config):
     """What a request gets where it names no value of its own. A client of the bridge always names them."""
 
-    sampler: Literal["ar", "lossless", "coupled", "mixed"] = "coupled"
+    sampler: SamplerName = "coupled"
     temperature: float = Field(1.0, ge=0)
     max_tokens: int = Field(1024, ge=1)
 

@@ -26,8 +26,8 @@ _GAUGES = {
     "sessions": "Open sessions", "ledger_bytes": "Size of the ledger", "ledger_free_bytes": "Bytes of the ledger free for rows",
     "ledger_kept": "Settled requests the ledger remembers",
 }
-_ENGINE_TOTALS = ("restarts", "tokens", "decode_tokens", "forwards", "preemptions", "accepted", "drafted")
-"""Figures `engine.NAME` of the pool that only grow. Every other number among them is a gauge."""
+_ENGINE_TOTALS = ("restarts", "decode_tokens", "forwards", "preemptions", "samples", "accepted", "drafted")
+"""Figures of the cluster and of engines that only grow. Every other one is a gauge."""
 
 
 def families(status: ServiceStatus) -> Iterator[Any]:
@@ -49,12 +49,20 @@ def families(status: ServiceStatus) -> Iterator[Any]:
     version = GaugeMetricFamily("blockroll_engine_version", "Weight version of the engine", labels=labels)
     speed = GaugeMetricFamily("blockroll_engine_tokens_per_second", "Tokens committed per second, lately", labels=labels)
     state = GaugeMetricFamily("blockroll_engine_state", "1 for the state the engine is in", labels=[*labels, "state"])
+    more: dict[str, Any] = {}
     for engine in status.engines:
         of = [str(engine.id), engine.node, engine.device]
         version.add_metric(of, engine.version)
         speed.add_metric(of, engine.tokens_per_s)
         state.add_metric([*of, engine.state], 1.0)
-    yield from (version, speed, state)
+        for name, value in engine.figures:
+            short, _, slot = name.partition(".")
+            if short not in more:
+                family = CounterMetricFamily if short in _ENGINE_TOTALS else GaugeMetricFamily
+                text = f"Figure {short} of the engine" + (", by the draft's place in its step" if slot else "")
+                more[short] = family(f"blockroll_engine_{short}", text, labels=[*labels, "slot"] if slot else labels)
+            more[short].add_metric([*of, slot] if slot else of, value)
+    yield from (version, speed, state, *more.values())
 
 
 class StatusCollector:

@@ -26,6 +26,7 @@ from ...model.checkpoint import load_policy
 from ..backend import Completed, InFlightPolicy
 from ..engine import Engine
 from ..types import RolloutRequest, SamplingParams
+from .figures import EngineFigures
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec
 
@@ -47,6 +48,7 @@ class EngineActor:
         self._engine: Engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._report = Report()
+        self._figures = EngineFigures()
         self._epochs: dict[str, int] = {}
         self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
         self._turns = 0
@@ -115,8 +117,8 @@ class EngineActor:
     def heartbeat(self) -> Heartbeat:
         """Figures of this moment."""
         engine = self._engine
-        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.forwards,
-                         engine.decode_tokens, engine.scheduler.preemptions)
+        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.decode_tokens,
+                         self._figures.read(engine))
 
     @ray.method(concurrency_group="weights")
     def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -178,6 +180,7 @@ class EngineActor:
         self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
+        self._figures.note(trajectory.trace)
         self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
 
     def _forget_epochs(self) -> None:

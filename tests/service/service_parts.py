@@ -51,6 +51,11 @@ class Commands:
                 found.append(process)
         return found
 
+    def end(self) -> None:
+        """Ends whatever a failed test has left."""
+        for process in self.processes():
+            process.kill()
+
     def wait_until_none_is_left(self, seconds: float = 30.0) -> None:
         """Every process has ended within `seconds`."""
         end = time.monotonic() + seconds

@@ -94,7 +94,8 @@ def test_containers_keep_the_torch_of_their_image(maker: str) -> None:
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:
     figures: dict[str, float | int | str] = {"version": 1, "engine.restarts": 0}
-    status = ServiceStatus(figures, (EngineRow(0, 7, "n", "cpu", "busy", 1, 2.0, ""),))
+    status = ServiceStatus(figures, (EngineRow(0, 7, "n", "cpu", "busy", 1, 2.0, "", tuple((name, 1.0) for name in (
+        "forwards", "decode_tokens", "queue", "running", "pages", "pages_free", "step_seconds", "drafted.1", "accepted.1"))),))
     names = {sample.name for family in metrics.families(status) for sample in family.samples} | {"blockroll_up"}
     dashboard = json.loads((FOLDER / "grafana.json").read_text())
     used = {name for panel in dashboard["panels"] for target in panel["targets"]

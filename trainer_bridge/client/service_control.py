@@ -44,6 +44,7 @@ class EngineRow:
     version: int
     tokens_per_s: float
     reason: str
+    figures: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from ...errors import ClusterError
 from ..wire.codec import clip
-from ..wire.limits import MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME
+from ..wire.limits import MAX_ENGINE_FIGURE, MAX_ENGINE_FIGURES, MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME
 from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled
 from .backend_driver import BackendDriver
 from .sessions import Session, Sessions
@@ -33,9 +34,7 @@ class Operations:
     def engines(self, session: Session, message: EnginesRequest) -> None:
         """Answers with the engines from a place on."""
         every = self._driver.engines()[:MAX_ENGINES]
-        rows = tuple(
-            (e.id, e.pid, clip(e.node, MAX_NAME), clip(e.device, MAX_NAME), e.state, e.version, float(e.tokens_per_s),
-             clip(e.reason, MAX_FIGURE_TEXT)) for e in every[message.first : message.first + MAX_ENGINE_ROWS])  # fmt: skip
+        rows = tuple(_row(engine) for engine in every[message.first : message.first + MAX_ENGINE_ROWS])
         self._sessions.reply(session.peer, Engines(message.number, len(every), rows))
 
     def scale(self, session: Session, message: Scale) -> None:
@@ -53,3 +52,10 @@ class Operations:
         if not self.draining:
             _log.info("client %s asks the gateway to drain: %d samples are in flight", session.client, self._driver.in_flight)
         self.draining = session.asked_to_stop = True
+
+
+def _row(engine: Any) -> tuple[Any, ...]:
+    """An `EngineStatus` as a message holds it."""
+    figures = tuple((clip(name, MAX_ENGINE_FIGURE), float(value)) for name, value in engine.figures.items())
+    return (engine.id, engine.pid, clip(engine.node, MAX_NAME), clip(engine.device, MAX_NAME), engine.state, engine.version,
+            float(engine.tokens_per_s), clip(engine.reason, MAX_FIGURE_TEXT), figures[:MAX_ENGINE_FIGURES])

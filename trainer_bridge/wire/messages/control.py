@@ -4,9 +4,18 @@ accepted in a control session only."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..codec import Int, Many, Number, Optional, Row, Text
-from ..limits import MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME, MAX_TEXT
+from ..limits import (
+    MAX_ENGINE_FIGURE,
+    MAX_ENGINE_FIGURES,
+    MAX_ENGINE_ROWS,
+    MAX_ENGINES,
+    MAX_FIGURE_TEXT,
+    MAX_NAME,
+    MAX_TEXT,
+)
 from .message import Message
 
 _COUNT = Int()
@@ -26,14 +35,15 @@ class EnginesRequest(Message):
 @dataclass(frozen=True)
 class Engines(Message):
     """G: `total` engines exist. `rows` are those from the place asked for on, as many as one message holds, each as (id, pid,
-    node, device, state, version, tokens per second, reason)."""
+    node, device, state, version, tokens per second, reason, further figures by name)."""
 
     number: int
     total: int
-    rows: tuple[tuple[int, int | None, str, str, str, int, float | int | str, str], ...]
+    rows: tuple[tuple[Any, ...], ...]
     KIND = 51
     SCHEMA = (_COUNT, Int(0, MAX_ENGINES), Many(Row((
-        _COUNT, Optional(_COUNT), _WORD, _WORD, _WORD, _COUNT, Number(), Text(MAX_FIGURE_TEXT))), MAX_ENGINE_ROWS))
+        _COUNT, Optional(_COUNT), _WORD, _WORD, _WORD, _COUNT, Number(), Text(MAX_FIGURE_TEXT),
+        Many(Row((Text(MAX_ENGINE_FIGURE), Number())), MAX_ENGINE_FIGURES))), MAX_ENGINE_ROWS))
 
 
 @dataclass(frozen=True)
