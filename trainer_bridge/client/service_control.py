@@ -80,7 +80,7 @@ class ServiceControl:
         rows: list[EngineRow] = []
         while True:
             first = len(rows)
-            page = self._ask(lambda number, first=first: EnginesRequest(number, first), Engines)  # type: ignore[misc]
+            page = self._ask(lambda number, first=first: EnginesRequest(number, first), Engines)
             rows += [EngineRow(*row) for row in page.rows]  # type: ignore[arg-type]  # Number is a float here
             if len(rows) >= page.total or not page.rows:
                 return ServiceStatus(dict(figures.figures), tuple(rows))

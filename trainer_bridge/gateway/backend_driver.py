@@ -109,7 +109,7 @@ class BackendDriver:
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.version, self.stats = backend.version, backend.stats()
-        self._engines: list[Any] = []
+        self._engines: list[Any] = backend.engines() if hasattr(backend, "engines") else []
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
         self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
