@@ -17,6 +17,7 @@ from . import detached, logs, preflight, runtime_file
 from .config import ServiceConfig, check_cores
 from .runtime_file import ServiceRecord
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 WATCH_S = 1.0
 """Seconds between two states that `status --watch` shows."""
 
@@ -45,17 +46,13 @@ def up(path: Path, *, detach: bool, log: Path | None, level: str | None) -> None
 
     options = config.logging
     logs.configure(level or options.level, options.format, options.file)
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    for number in numbers:
-        signal.signal(number, _interrupt)
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, _interrupt)
     try:
         with serve(config, None if log is None else str(log)) as service:
-            try:
-                _say(_described(service.record))
-                service.wait()
-            finally:
-                for number in numbers:
-                    signal.signal(number, signal.SIG_IGN)
+            _say(_described(service.record))
+            service.wait()
     except KeyboardInterrupt as stop:
         name = str(stop)
         print(f"the service is down ({name}); {config.ledger} keeps what is unfinished", file=sys.stderr, flush=True)
@@ -198,6 +195,9 @@ def _ask(config: ServiceConfig) -> tuple[ServiceRecord, ServiceStatus]:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    # A second signal is too late to change anything.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

@@ -14,8 +14,10 @@ import yaml
 
 from blockroll.service import metrics
 from blockroll.service.config import ServiceConfig
+from blockroll.service.of_run import service_of
 from blockroll.settings import load_yaml, parse
 from blockroll.trainer_bridge.client.service_control import EngineRow, ServiceStatus
+from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "configs" / "cluster"
@@ -33,6 +35,11 @@ def test_services_load(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_yaml(FOLDER / f"{name}.yaml", ServiceConfig)
     assert config.ledger.name == "ledger.sqlite"
     assert config.delivery.keys is not None or config.delivery.bind.startswith("tcp://127.0.0.1:")
+
+
+def test_the_quick_start_describes_a_service() -> None:
+    run = load_yaml(ROOT / "configs" / "grpo" / "quickstart.yaml", GrpoConfig)
+    assert run.service == {"schedule": {"kind": "fused", "levels": [0, 4]}} and callable(service_of(run))
 
 
 def test_rays_own_schema_takes_the_launcher_file() -> None:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -79,9 +80,8 @@ class ServiceControl:
         figures = self._ask(StatusRequest, Status)
         rows: list[EngineRow] = []
         while True:
-            first = len(rows)
-            page = self._ask(lambda number, first=first: EnginesRequest(number, first), Engines)
-            rows += [EngineRow(*row) for row in page.rows]  # type: ignore[arg-type]  # Number is a float here
+            page = self._ask(partial(EnginesRequest, first=len(rows)), Engines)
+            rows += [EngineRow(*row) for row in page.rows]
             if len(rows) >= page.total or not page.rows:
                 return ServiceStatus(dict(figures.figures), tuple(rows))
 
