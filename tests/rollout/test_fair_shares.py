@@ -21,9 +21,9 @@ def ask(name, tokens=40, samples=1, sampler="lossless", prompt=3):
 
 
 def serve(engine, arrivals):
-    """Steps until nothing is left; `arrivals`: at step n these (request, client) come. Per sample its trajectory and last step."""
+    """Steps until nothing is left; `arrivals`: at step n these (request, client) come. Per sample trajectory and last step."""
     ended, step = {}, 0
-    while engine.has_work or any(n >= step for n in arrivals):
+    while engine.has_work or any(came >= step for came in arrivals):
         for request, client in arrivals.get(step, ()):
             engine.add_samples(request, range(request.samples), client)
         for trajectory in engine.step() if engine.has_work else ():
