@@ -55,7 +55,7 @@ class Suspects:
             else:
                 go_on.append((work, numbers))
         if engine is self._engine:
-            self._alone = self._engine = None
+            self._end()
         return go_on, failed
 
     def deal(self, engines: Sequence[EngineHandle]) -> None:
