@@ -214,7 +214,7 @@ def page_table(sequences: Sequence[BlockTable], table_SP: np.ndarray) -> np.ndar
 
 
 def tails_before(cache: PagedCache, slot_S: np.ndarray, table_SP: np.ndarray, start_S: np.ndarray) -> np.ndarray:
-    """int64[S, H], the tail entry of each of the H tokens before each start, nearest first. Before position 0 it means nothing."""
+    """int64[S, H], the tail entry of each of the H tokens before each start, nearest first; any entry before position 0."""
     back_SH = np.maximum(start_S[:, None] - 1 - np.arange(cache.hops), 0)
     page_SH = np.take_along_axis(table_SP, np.minimum(back_SH // cache.page_size, table_SP.shape[1] - 1), axis=1)
     return cache.tail_entries(slot_S[:, None], page_SH.astype(np.int64), back_SH)

@@ -15,6 +15,9 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
 
 from .cache import BlockTable, PagedCache
 from .sequence import Sample, ScheduledSample, SchedulerOutput
@@ -53,6 +56,14 @@ class _Group:
         return resumed if resumed and resumed[0].number < fresh[0].number else fresh
 
 
+class _SharedPrompt(NamedTuple):
+    """A prompt in the cache, for the samples of its group that wait: its block table, and the experts of its rows (int16[P - 1, L])
+    where they are recorded."""
+
+    table: BlockTable
+    experts: np.ndarray | None
+
+
 class Scheduler:
     """Waiting and running samples.
 
@@ -75,7 +86,7 @@ class Scheduler:
         self._groups: dict[str, _Group] = {}
         self._waiting: deque[_Group] = deque()  # groups with a waiting sample, by arrival
         self._waiting_samples = 0
-        self._prompts: dict[str, BlockTable] = {}
+        self._prompts: dict[str, _SharedPrompt] = {}
 
     @property
     def pending(self) -> int:
@@ -175,7 +186,8 @@ class Scheduler:
         if waits and sample.prefilled and request.id not in self._prompts and _is_fresh(sample):
             copy = self.cache.fork(sample.block_table)
             if copy is not None:
-                self._prompts[request.id] = copy
+                experts = None if sample.experts is None else sample.experts[: sample.anchor].copy()
+                self._prompts[request.id] = _SharedPrompt(copy, experts)
 
     def forget_prompts(self) -> None:
         """Free the shared prompts and what is kept for reuse. Must be called when the weights change."""
@@ -213,7 +225,9 @@ class Scheduler:
                 continue
             sample = queue[0]
             if shared is not None and queue is group.fresh:
-                sample.block_table = self.cache.fork(shared)
+                sample.block_table = self.cache.fork(shared.table)
+                if shared.experts is not None:
+                    sample.record_experts(0, shared.experts)
             elif self.cache.free_pages >= self.cache.pages_for(sample.anchor + 1) or not self.running:
                 sample.block_table = self.cache.open()
                 filling.add(request_id)
@@ -285,7 +299,7 @@ class Scheduler:
     def _forget_prompt(self, request_id: str) -> None:
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
-            self.cache.release(prompt)
+            self.cache.release(prompt.table)
 
 
 def _age(sample: Sample) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Commits a step: writes what it gave into its samples.
 
-Invariant: only `commit` appends to a sample's tokens. Afterwards every row below the length of a sample's block table is the clean
-row of a committed token.
+Invariant: only `commit` appends to a sample's tokens. Afterwards every row below the length of a sample's block table is the
+clean row of a committed token.
 """
 
 from __future__ import annotations
