@@ -57,8 +57,8 @@ class _Group:
 
 
 class _SharedPrompt(NamedTuple):
-    """A prompt in the cache, for the samples of its group that wait: its block table, and the experts of its rows (int16[P - 1, L])
-    where they are recorded."""
+    """A prompt in the cache, for the samples of its group that wait: its block table, and the experts of its rows,
+    int16[P - 1, L], where they are recorded."""
 
     table: BlockTable
     experts: np.ndarray | None

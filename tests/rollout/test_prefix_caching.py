@@ -1,4 +1,4 @@
-"""K/V that is reused across requests: the same tokens and log-probabilities, fewer prefilled rows, nothing of an older version."""
+"""K/V reused across requests: the same tokens and log-probabilities, fewer prefilled rows, nothing of an older version."""
 
 from __future__ import annotations
 
@@ -157,12 +157,30 @@ def test_a_group_finds_its_prompt_and_decodes_at_once(policy):
     assert [sample.tokens for sample in sorted(done, key=lambda s: s.sample)] == [sample.tokens for sample in expected]
 
 
+def test_the_least_recently_used_pages_go_first(policy):
+    """And of one text the last ones: its beginning still serves."""
+    params = SamplingParams("coupled", max_tokens=2, ignore_eos=True)
+    engine = Engine(policy, max_batch=1, pages=12, page_size=8)
+
+    def cached(name, text):
+        before = engine.cached_tokens
+        engine.rollout([RolloutRequest(name, text, params, 0)])
+        return engine.cached_tokens - before
+
+    one, two, three = (tokens(40, i) for i in range(3))  # 5 full pages and, at the end, a part of a sixth
+    assert [cached("1", one), cached("2", two), cached("1 again", (*one, 5))] == [0, 0, 40]
+    assert cached("3", three[:30]) == 0  # 3 full pages and a part: 2 pages are free, and 2 of the second text are evicted
+    assert cached("2 again", (*two, 5)) == 24  # 3 pages more: one is free, and 2 of the first text are evicted
+    assert cached("1 once more", (*one, 5)) == 24
+    assert whole(engine.cache)
+
+
 def test_what_is_recorded_of_prompts_is_whole(policy):
     """Experts need every row to run; prompt log-probabilities have a pass of their own. Samples of a group share both."""
     wanted = SamplingParams("coupled", max_tokens=5, ignore_eos=True, routed_experts=True, prompt_logprobs=2)
     engine = Engine(policy, max_batch=3)
     asked = [RolloutRequest(name, tokens(80, 0), wanted, 3, 4) for name in ("a", "b")]
-    expected = Engine(policy, enable_prefix_caching=False).rollout([RolloutRequest(f"{i}", tokens(80, 0), wanted, 3) for i in "ab"])
+    expected = Engine(policy, enable_prefix_caching=False).rollout([RolloutRequest("c", tokens(80, 0), wanted, 3)])
     engine.rollout([RolloutRequest("first", tokens(80, 0), SamplingParams(max_tokens=3), 0)])
     for sample in engine.rollout(asked):
         assert sample.routed_experts.min() >= 0
