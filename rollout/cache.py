@@ -26,9 +26,10 @@ import torch
 
 from ..kernels.cca import NOTHING, Pools
 from ..kernels.transfer import upload
-from ..model.layout import CLEAN, TokenLayout
+from ..model.layout import TokenLayout
 from ..model.policy import Policy
 from ..model.state import Paging
+from .cache_places import CachePlaces, CacheSizes
 from .prefix_cache import PrefixCache
 
 _NO_PAGES: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -65,8 +66,8 @@ class PagedCache:
 
         # Zeros, not empty memory: a masked key is multiplied by 0, and 0 * NaN is not 0.
         self.k, self.v = (pool(pages * page_size, *kv) for _ in range(2))
-        self._page_tail, self._page_tails = min(self.hops, page_size), slots * self.ring
-        tails = self._page_tails + pages * self._page_tail
+        self.sizes = CacheSizes(page_size, self.ring, min(self.hops, page_size), slots * self.ring)
+        tails = slots * self.ring + pages * self.sizes.page_tail
         self.x = pool(tails, channels)
         self.delayed = pool(tails, kv[0] * kv[1] // 2)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
@@ -148,8 +149,9 @@ class PagedCache:
                 source, target = (page * self.page_size for page in (table.pages[full], copy.pages[full]))
                 pool[:, target : target + rest] = pool[:, source : source + rest]
             for pool in (self.x, self.delayed):
-                source, target = (self._page_tails + page * self._page_tail for page in (table.pages[full], copy.pages[full]))
-                pool[:, target : target + self._page_tail] = pool[:, source : source + self._page_tail]
+                count, first = self.sizes.page_tail, self.sizes.first_page_tail
+                source, target = (first + page * count for page in (table.pages[full], copy.pages[full]))
+                pool[:, target : target + count] = pool[:, source : source + count]
         for pool in (self.x, self.delayed):
             source, target = table.slot * self.ring, copy.slot * self.ring
             pool[:, target : target + self.ring] = pool[:, source : source + self.ring]
@@ -186,20 +188,6 @@ class PagedCache:
         """One layer's cache."""
         return self._pools[layer]
 
-    def tail_entries(self, slot: np.ndarray, page: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """The tail entries of positions, int64. The arguments broadcast.
-
-        Args:
-            slot: of the sequence. page: the number of the page that holds the position.
-        """
-        offset = position % self.page_size - (self.page_size - self._page_tail)
-        with_page = self._page_tails + page * self._page_tail + offset
-        return np.where(offset >= 0, with_page, slot * self.ring + position % self.ring)
-
-    def is_with_page(self, entry: np.ndarray) -> np.ndarray:
-        """bool, whether the tail entries lie with a page and not in a ring."""
-        return entry >= self._page_tails
-
 
 def pages_for(positions: int, page_size: int) -> int:
     """Pages that hold this many positions."""
@@ -213,13 +201,6 @@ def page_table(sequences: Sequence[BlockTable], table_SP: np.ndarray) -> np.ndar
     return np.array([len(table.pages) for table in sequences])
 
 
-def tails_before(cache: PagedCache, slot_S: np.ndarray, table_SP: np.ndarray, start_S: np.ndarray) -> np.ndarray:
-    """int64[S, H], the tail entry of each of the H tokens before each start, nearest first; any entry before position 0."""
-    back_SH = np.maximum(start_S[:, None] - 1 - np.arange(cache.hops), 0)
-    page_SH = np.take_along_axis(table_SP, np.minimum(back_SH // cache.page_size, table_SP.shape[1] - 1), axis=1)
-    return cache.tail_entries(slot_S[:, None], page_SH.astype(np.int64), back_SH)
-
-
 class CacheView:
     """`model.state.SequenceState` of one layout: where its sequences' past lies and where its clean rows go.
 
@@ -229,29 +210,11 @@ class CacheView:
 
     def __init__(self, cache: PagedCache, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
-        size, ring = cache.page_size, cache.ring
-        starts = layout.start_S.numpy()
-        self._longest = int(starts.max())
+        self._longest = int(layout.start_S.max())
         width = width or max(1, *(len(table.pages) for table in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
-        pages = page_table(sequences, self._table_SP)
-
-        slots = np.array([table.slot for table in sequences])
-        self._tail_SH = tails_before(cache, slots, self._table_SP, starts)
-
-        sequence, position = layout.sequence_T.numpy(), layout.position_T.numpy()
-        inside = position < pages[sequence] * size
-        self._clean = clean = np.flatnonzero((layout.block_T.numpy() == CLEAN) & inside)
-        end = np.zeros(len(sequences), dtype=np.int64)
-        np.maximum.at(end, sequence[clean], position[clean])
-        page = self._table_SP[sequence[clean], position[clean] // size]
-        self._write = page * size + position[clean] % size
-        tail = cache.tail_entries(slots[sequence[clean]], page, position[clean])
-        # Of a chunk longer than the ring, the ring keeps the last rows only.
-        keeps = cache.is_with_page(tail) | (position[clean] > end[sequence[clean]] - ring)
-        self._kept, self._tail_write = clean[keeps], tail[keeps]
-        self._apart = bool((end + 1 - starts + cache.hops > ring).any())
-        self._rows = len(sequence)
+        pages, slots = page_table(sequences, self._table_SP), np.array([table.slot for table in sequences])
+        self._places = CachePlaces.of(layout, slots, pages, self._table_SP, cache.sizes, cache.hops)
         self._read: dict[int, torch.Tensor] = {}
 
     @property
@@ -261,10 +224,9 @@ class CacheView:
 
     def paging(self) -> Paging:
         """Where this layout's rows lie, for kernels that work on the pages in place."""
-        write, tail = np.full((2, self._rows), NOTHING)
-        write[self._clean], tail[self._kept] = self._write, self._tail_write
-        table, entries, write_T, tail_T = (torch.from_numpy(x) for x in (self._table_SP, self._tail_SH, write, tail))
-        return Paging(self._cache.page_size, table, entries, write_T, tail_T, self._apart)
+        write, tail, before, apart = self._places
+        table, entries, write_T, tail_T = (torch.from_numpy(x) for x in (self._table_SP, before, write, tail))
+        return Paging(self._cache.page_size, table, entries, write_T, tail_T, apart)
 
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
@@ -294,7 +256,9 @@ class CacheView:
 
     @cached_property
     def _indices(self) -> _Indices:
-        arrays = self._clean, self._write, self._kept, self._tail_write
+        write, tail, _, _ = self._places
+        clean, kept = np.flatnonzero(write != NOTHING), np.flatnonzero(tail != NOTHING)
+        arrays = clean, write[clean], kept, tail[kept]
         return _Indices(*upload(tuple(map(torch.from_numpy, arrays)), self._device))
 
 
