@@ -23,7 +23,7 @@ One process holds a ledger at a time. One thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from ...errors import RequestError, TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
 from ..wire.records import FAILURE, decode_request, encode_trajectory, request_digest
+from .leasing import in_turn
 from .ledger_file import COUNTERS, DONE, FAILED, LEASED, OPEN, QUEUED, SETTLED, STAGED, UNACKED, LedgerFile
 
 KEEP, KEEP_VERSIONS = 200_000, 1024
@@ -157,6 +158,24 @@ class Ledger:
                 run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[0]))
         self._epoch = epoch
         return epoch, [decode_request(r[1]) for r in rows]
+
+    def lease_in_turn(self, most: int, in_flight: Mapping[str, int]) -> tuple[int, list[RolloutRequest], list[str]] | None:
+        """Leases queued requests of clients in turn (`leasing.in_turn`) under a new epoch, and says whose each is. None when
+        nothing is queued or there is no room.
+
+        Args: most: samples that may be in flight. in_flight: those that are, by client.
+        """
+        with self._file.guard():
+            found = in_turn(self._file, most, in_flight, "samples, id, payload")
+        if not found:
+            return None
+        epoch = self._epoch + 1
+        with self._file.transaction():
+            self._file.run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
+            for _, row in found:
+                self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[1]))
+        self._epoch = epoch
+        return epoch, [decode_request(row[2]) for _, row in found], [client for client, _ in found]
 
     def release(self, epoch: int) -> None:
         """Queues the unfinished work of a lease again. From the next lease on, outputs of this one are refused."""
