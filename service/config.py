@@ -15,6 +15,7 @@ from ..errors import InvalidInput, TransportError
 from ..rollout.params import SamplerName
 from ..rollout.schedule import Schedule
 from ..settings import Config
+from ..trainer_bridge.wire.limits import MAX_ENGINES
 from ..trainer_bridge.wire.sockets import check_address, is_local
 
 Device = str
@@ -24,28 +25,30 @@ _DEVICES = "auto, cpu, cuda or cuda:N"
 class Engines(Config):
     """How many engines there are, and what each process gets. Give `count`, or `min` and `max`."""
 
-    count: int | None = Field(None, ge=1, description="engines at the start; `blockroll scale` changes it. None: 2, or 1 on one "
-                              "core, or `min`")
-    min: int | None = Field(None, ge=1, description="with max: the number of engines follows the queue within these bounds")
-    max: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=MAX_ENGINES, description="engines at the start; `blockroll scale` changes it. None: "
+                              "2, or 1 on one core, or `min`")
+    min: int | None = Field(None, ge=1, le=MAX_ENGINES, description="with max: the number of engines follows the queue within "
+                            "these bounds")
+    max: int | None = Field(None, ge=1, le=MAX_ENGINES)
     idle_seconds: float = Field(120.0, gt=0, description="with bounds: an engine leaves when fewer have sufficed for so long")
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N. A ROCm GPU is cuda. auto: cuda where Ray gives the "
                            "engine a GPU (num_gpus), else cpu")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(None, description="of the weights; none for "
         "bfloat16 on a GPU and float32 on a CPU")
-    num_cpus: float = Field(1.0, gt=0, description="CPU cores of an engine, as Ray counts them")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs of an engine, as Ray counts them")
+    num_cpus: float = Field(1.0, gt=0, lt=1e6, description="CPU cores of an engine, as Ray counts them")
+    num_gpus: float = Field(0.0, ge=0, lt=1e6, description="GPUs of an engine, as Ray counts them")
     resources: dict[str, float] = Field({}, description="custom Ray resources of an engine, such as {MI300X: 1}")
     placement: Literal["pack", "spread"] = Field("pack", description="fill one node first, or use as many nodes as there are")
     env: dict[str, str] = Field({}, description="environment variables of the engine processes")
     oversubscribe: bool = Field(False, description="allow more engines than this machine has cores")
-    batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
+    batch: int = Field(32, ge=1, le=1 << 16, description="most samples an engine decodes at once")
     block_size: int | None = Field(None, ge=2, le=64, description="mask rows per block; none for the policy's own")
-    pages: int | None = Field(None, ge=1, description="pages of the K/V pool; none sizes it for `batch` samples of 512 positions")
+    pages: int | None = Field(None, ge=1, lt=1 << 31, description="pages of the K/V pool; none: for `batch` samples of 512 "
+                              "positions")
     kv_memory: float | str | None = Field(None, description="instead of pages: share of the memory that is free once the policy "
                                           "is loaded, such as 0.9, or a size, such as 40GB")
-    page_size: int = Field(32, ge=1, description="positions per page")
-    prefill_rows: int = Field(512, ge=1, description="most prompt rows of one step")
+    page_size: int = Field(32, ge=1, le=1 << 16, description="positions per page")
+    prefill_rows: int = Field(512, ge=1, le=1 << 24, description="most prompt rows of one step")
     batch_invariant: bool = Field(False, description="on a GPU: results of a request do not depend on what shares its batch")
 
     @model_validator(mode="after")
@@ -110,8 +113,8 @@ class Sampling(Config):
     """What a request gets where it names no value of its own. A client of the bridge always names them."""
 
     sampler: SamplerName = "coupled"
-    temperature: float = Field(1.0, ge=0)
-    max_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(1.0, ge=0, lt=1e4)
+    max_tokens: int = Field(1024, ge=1, le=1 << 31)
 
 
 class Dispatch(Config):
@@ -122,15 +125,17 @@ class Dispatch(Config):
     heartbeat_seconds: float | None = Field(None, gt=0, description="an engine whose steps have not moved for so long counts as "
                                             "hung; none for the cluster's own limit")
     answer_seconds: float = Field(600.0, gt=0, description="most time an engine may take to load, or to take, a weight version")
-    max_in_flight: int = Field(4096, ge=1, description="samples that engines hold at once")
+    max_in_flight: int = Field(4096, ge=1, le=1 << 24, description="samples that engines hold at once")
 
 
 class Delivery(Config):
     """The ledger, and who may connect."""
 
     ledger: str = Field("runs/service/ledger.sqlite", description="SQLite file; the weight version that serves is kept beside it")
-    max_ledger_bytes: int | None = Field(None, ge=1 << 20, description="size the ledger may reach, without the weights")
-    keep_requests: int = Field(200_000, ge=0, description="wholly acknowledged requests that the ledger recognises again")
+    max_ledger_bytes: int | None = Field(None, ge=1 << 20, lt=1 << 62, description="size the ledger may reach, without "
+                                         "the weights")
+    keep_requests: int = Field(200_000, ge=0, le=1 << 40, description="wholly acknowledged requests that the ledger "
+                               "recognises again")
     lease_seconds: float | None = Field(None, gt=0, description="work of which no sample came for so long is leased again; none: "
                                         "leases do not expire")
     disk_patience_seconds: float | None = Field(None, gt=0, description="most time the disk may stay full before the service "

@@ -12,7 +12,6 @@ import importlib
 import logging
 import math
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -102,8 +101,7 @@ def _cluster(config: ServiceConfig) -> Iterator[RayCluster]:
 
     with ExitStack() as stack:
         stack.callback(ray.shutdown)
-        with _kept_signals():
-            own = start_ray(config.ray.address, math.ceil(engines.most * engines.num_cpus))
+        own = start_ray(config.ray.address, math.ceil(engines.most * engines.num_cpus))
         if not own:
             stack.pop_all()  # the Ray of whoever calls
         importing.join()
@@ -117,20 +115,6 @@ def _cluster(config: ServiceConfig) -> Iterator[RayCluster]:
                              owns_ray=own and config.ray.address is None, **options)
         stack.callback(cluster.close)
         yield cluster
-
-
-@contextmanager
-def _kept_signals() -> Iterator[None]:
-    """Puts back the handlers of SIGTERM and SIGINT, in whose place Ray puts its own, which print its state."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        yield
-    finally:
-        for number, handler in kept:
-            signal.signal(number, handler)
 
 
 def engine_spec(config: ServiceConfig) -> EngineSpec:
