@@ -19,11 +19,13 @@ import torch
 from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
-from .cache import PagedCache, pages_for
+from .cache import PagedCache
 from .generate import Prompts, as_requests, check_params, policy_of, stop_tokens, with_options
+from .kv_memory import check_kv_memory, pool_pages, schedules_of
 from .outputs import RolloutOutput, as_outputs
-from .planning.calibration import step_costs
-from .planning.planner import Planner, candidates
+from .placed import placed, where_placed
+from .planning.calibration import calibrated_planner
+from .planning.planner import Planner
 from .planning.step_costs import clock
 from .progress import sample_meter
 from .prompt_logprobs import PromptLogprobs
@@ -44,10 +46,11 @@ class EngineConfig:
         schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
         block_size: mask rows per block, 2..64; None for the policy's own.
         max_batch: most samples decoded at once.
-        pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
+        pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
         prefill_rows: most prompt rows of one step.
         captured: where kernels run, pad decode steps to few shapes, and capture their forward passes in graphs where the device
-            can.
+            can. capture_batches: at these numbers of samples; None for all up to `max_batch`.
+        batch_invariant: on a GPU, a sample's numbers do not depend on what is decoded beside it (`kernels.dispatch.using`).
         repeatable: `auto` chooses by stored step times alone and ignores the times of its own steps. Then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
@@ -58,7 +61,10 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
+    kv_memory: float | str | None = None
     captured: bool = True
+    capture_batches: tuple[int, ...] | None = None
+    batch_invariant: bool = False
     repeatable: bool = False
 
     def __post_init__(self) -> None:
@@ -67,9 +73,7 @@ class EngineConfig:
         for name in ("max_batch", "page_size", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise RequestError(name, f"{getattr(self, name)} is less than 1", "use a positive number")
-
-
-_AR = Schedule("ar").within(2)
+        check_kv_memory(self.kv_memory, self.pages)
 
 
 class Engine:
@@ -98,18 +102,18 @@ class Engine:
         """
         self.config = with_options(config or EngineConfig(), options)
         self.policy = policy = policy_of(policy, device, dtype)
-        self._calls = 0
         if policy.device.type != "cpu":
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
-        size = self.config.page_size
-        longest = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * pages_for(longest, size)
-        self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
+        pages = pool_pages(policy, self.config, self.block_size)
+        self.cache = PagedCache(policy, pages, self.config.page_size, 2 * self.config.max_batch, self.block_size + 1)
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
-        self.version = self.forwards = self.decode_tokens = self._arrivals = 0
+        self.version = self.forwards = self.decode_tokens = self._arrivals = self._calls = 0
         self.schedule = self.config.schedule.within(self.block_size)
+        with placed(self):
+            every, chosen = range(1, self.config.max_batch + 1), self.config.capture_batches
+            self.runner.capture(schedules_of(self.schedule, self.block_size), every if chosen is None else chosen)
         self._now = clock(policy)
         self.planner: Planner | None = None
         if self.schedule.kind == "auto":
@@ -229,7 +233,7 @@ class Engine:
             raise
         return sorted(done, key=lambda t: (order[t.request_id], t.sample))
 
-    @torch.inference_mode()
+    @where_placed
     def step(self) -> list[Trajectory]:
         """One decode step of every running sample; returns the samples that ended."""
         start = self._now()
@@ -332,19 +336,15 @@ class Engine:
 
     def _calibrated_planner(self) -> Planner:
         """A planner that knows this engine's step times. They are measured now where they are not known."""
-        schedules = candidates(self.block_size)
 
         def run(schedule: Schedule) -> list[Sample]:
             self.schedule = schedule
             self.step()
             return [sample for sample in self.scheduler.running if sample.prefilled]
 
-        costs = step_costs(
-            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size, self.add, run,
-            self.scheduler.clear,
+        planner = calibrated_planner(
+            self.policy, self.block_size, self.config.max_batch, self.cache.total_pages, self.cache.page_size, self.add, run,
+            self.scheduler.clear, self.config.repeatable,
         )  # fmt: skip
-        self.schedule, self.forwards, self.decode_tokens, self._arrivals = _AR, 0, 0, 0
-        # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess
-        # costs little and leaves nothing unknown for long.
-        prior = 0.85 if self.policy.converted else 0.05
-        return Planner(costs, schedules, self.block_size, prior=prior, repeatable=self.config.repeatable)
+        self.schedule, self.forwards, self.decode_tokens, self._arrivals = Schedule("ar").within(2), 0, 0, 0
+        return planner

@@ -16,8 +16,8 @@ import transformers
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, cores this process may use, torch threads, the device that runs the policy (None: the CPU), versions and date (UTC); nothing
-    that names a host."""
+    """Processor, cores this process may use, torch threads, the device that runs the policy (None: the CPU), versions and date
+    (UTC); nothing that names a host."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

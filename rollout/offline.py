@@ -28,6 +28,7 @@ from ..model.tokenizer import encode_prompt
 from ..seeds import MAX_SEED, derived_seed
 from .cache import pages_for
 from .engine import Engine, EngineConfig
+from .kv_memory import most_pages
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
 from .types import RolloutRequest, SamplingParams, Trajectory
@@ -166,10 +167,12 @@ def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int | Non
 
 
 def pool_size(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
-    """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's."""
+    """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's; fewer where
+    memory does not hold them."""
     longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
     longest = min(longest, policy.config.max_position_embeddings)
-    return (config.max_batch + 1) * pages_for(longest, config.page_size)
+    wanted = (config.max_batch + 1) * pages_for(longest, config.page_size)
+    return min(wanted, most_pages(policy, config, config.block_size or policy.block_size))
 
 
 def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:

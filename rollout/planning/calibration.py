@@ -20,6 +20,7 @@ from ...model.policy import Policy
 from ..schedule import Schedule
 from ..sequence import Sample
 from ..types import RolloutRequest, SamplingParams
+from .planner import Planner, candidates
 from .step_costs import StepCosts, clock, measured_on, rows, table_path
 
 _AR = Schedule("ar").within(2)
@@ -73,6 +74,23 @@ def step_costs(
     except StorageError as error:
         warnings.warn(f"step times are measured again next time: {error}", stacklevel=2)
     return costs
+
+
+def calibrated_planner(
+    policy: Policy, block_size: int, max_batch: int, pages: int, page_size: int, begin: Begin, run: Run, end: End,
+    repeatable: bool,
+) -> Planner:  # fmt: skip
+    """A planner that knows the step times of its engine (`step_costs`).
+
+    Args:
+        repeatable: as of `Planner`.
+    """
+    schedules = candidates(block_size)
+    costs = step_costs(policy, schedules, max_batch, pages, page_size, begin, run, end)
+    # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess costs
+    # little and leaves nothing unknown for long.
+    prior = 0.85 if policy.converted else 0.05
+    return Planner(costs, schedules, block_size, prior=prior, repeatable=repeatable)
 
 
 def consistent(table: dict[str, dict[int, float]], schedules: Sequence[Schedule]) -> dict[str, dict[int, float]]:
