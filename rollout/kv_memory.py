@@ -4,7 +4,7 @@ What is set aside, in bytes, for max_batch B, V vocabulary entries, L layers, hi
 C = (H + G) d, F expert features, i bytes of the policy's dtype, and the largest step of the schedule: R verify or drafted rows of
 a sequence, T rows of all (prefill_rows, and every row of B sequences):
 
-    logits        14 * 4 * B * R * V: p, q, and what cut-offs make of them
+    logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
     activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
     attention     partial sums of keys that programs share: 4 (d + 1) * H * T * splits; as many as fill the device, or one
                   per 1024 keys with batch_invariant
@@ -39,7 +39,7 @@ DEFAULT_SHARE = 0.9
 """Of what is free on a GPU; the rest is for what torch's allocator cannot use between blocks."""
 _DEFAULT_POSITIONS = 512
 """Of each sample of a full batch, on a CPU."""
-_LOGIT_COPIES = 14
+_LOGIT_COPIES = 16
 """float32 values per row and token; measured, see the tests."""
 _LIBRARIES = 512 << 20
 _UNITS = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
