@@ -20,6 +20,7 @@ from transformers import ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
+from ..kernels.linear import linear_float32
 from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
 from .cca import Attention, Projection
@@ -258,8 +259,12 @@ class Policy(nn.Module):
         return [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head."""
-        return self.lm_head(hidden_RD)
+        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head. float32 where the policy is
+        narrower."""
+        head = self.lm_head
+        if head.weight.dtype.itemsize > 2:
+            return head(hidden_RD)
+        return linear_float32(hidden_RD.to(head.weight.dtype), head.weight, head.bias)
 
     def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""

@@ -19,9 +19,11 @@ import torch
 from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
-from .cache import PagedCache, pages_for
+from .cache import PagedCache
 from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
+from .kv_memory import check_kv_memory, pool_pages, schedules_of
 from .outputs import RolloutOutput, as_outputs
+from .placed import placed, where_placed
 from .planning.calibration import AR, calibrated_planner
 from .planning.planner import Planner
 from .planning.step_costs import clock
@@ -45,13 +47,14 @@ class EngineConfig:
         schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
         block_size: mask rows per block, 2..64; None for the policy's own.
         max_batch: most samples decoded at once.
-        pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
+        pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
         prefill_rows: most prompt rows of one step.
         enable_prefix_caching: a request reuses the K/V of earlier requests whose tokens begin as its own do, page by page. Pages
             that no sample uses are kept within the pool, the least recently used ones are given up first, and none outlives its
             weight version.
         captured: where kernels run, pad decode steps to few shapes, and capture their forward passes in graphs where the device
-            can.
+            can. capture_batches: at these numbers of samples; None for all up to `max_batch`.
+        batch_invariant: on a GPU, a sample's numbers do not depend on what is decoded beside it (`kernels.dispatch.using`).
         repeatable: `auto` chooses by stored step times alone and ignores the times of its own steps. Then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
@@ -62,8 +65,11 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
+    kv_memory: float | str | None = None
     enable_prefix_caching: bool = True
     captured: bool = True
+    capture_batches: tuple[int, ...] | None = None
+    batch_invariant: bool = False
     repeatable: bool = False
 
     def __post_init__(self) -> None:
@@ -72,6 +78,7 @@ class EngineConfig:
         for name in ("max_batch", "page_size", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise RequestError(name, f"{getattr(self, name)} is less than 1", "use a positive number")
+        check_kv_memory(self.kv_memory, self.pages)
 
 
 class Engine:
@@ -100,19 +107,19 @@ class Engine:
         """
         self.config = with_options(config or EngineConfig(), options)
         self.policy = policy = policy_of(policy, device, dtype)
-        self._calls = 0
         if policy.device.type != "cpu":
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
-        size = self.config.page_size
-        usual = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * pages_for(usual, size)
-        self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
+        pages = pool_pages(policy, self.config, self.block_size)
+        self.cache = PagedCache(policy, pages, self.config.page_size, 2 * self.config.max_batch, self.block_size + 1)
         reuses = self.config.enable_prefix_caching
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows, reuses)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
-        self.version = self.forwards = self.decode_tokens = self._arrivals = 0
+        self.version = self.forwards = self.decode_tokens = self._arrivals = self._calls = 0
         self.schedule = self.config.schedule.within(self.block_size)
+        with placed(self):
+            every, chosen = range(1, self.config.max_batch + 1), self.config.capture_batches
+            self.runner.capture(schedules_of(self.schedule, self.block_size), every if chosen is None else chosen)
         self._now = clock(policy)
         self.planner: Planner | None = None
         if self.schedule.kind == "auto":
@@ -236,7 +243,7 @@ class Engine:
             raise
         return sorted(done, key=lambda t: (order[t.request_id], t.sample))
 
-    @torch.inference_mode()
+    @where_placed
     def step(self) -> list[Trajectory]:
         """One decode step of every running sample; returns the samples that ended."""
         start = self._now()
@@ -324,7 +331,7 @@ class Engine:
         return [sample.trajectory() for sample in ended]
 
     def _calibrated_planner(self) -> Planner:
-        """A planner that knows this engine's step times."""
+        """A planner that knows this engine's step times. They are measured now where they are not known."""
 
         def run(schedule: Schedule) -> list[Sample]:
             self.schedule = schedule

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import RequestError
 from ..model.checkpoint import load_policy
+from ..model.device import placement
 from ..model.policy import Policy
 from ..model.tokenizer import encode_prompt
 from .cache import PagedCache
@@ -29,14 +30,12 @@ ConfigT = TypeVar("ConfigT")
 
 
 def policy_of(policy: Policy | str | os.PathLike[str], device: str | torch.device | None, dtype: str | None) -> Policy:
-    """The policy itself, or the one of a name or directory, loaded on `device` (by default an accelerator if there is one) as
-    `dtype` (by default bfloat16 there, and float32 on a CPU)."""
+    """The policy itself, or the one of a name or directory, loaded as `model.device.placement` says."""
     if isinstance(policy, Policy):
         require(device is None and dtype is None, "device" if device is not None else "dtype",
                 "given with a policy that is loaded already", "leave it out, or give the policy's name or directory")
         return policy
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return load_policy(policy, dtype or ("float32" if device.type == "cpu" else "bfloat16"), device)
+    return load_policy(policy, *placement(device, dtype))
 
 
 def with_options(config: ConfigT, options: Mapping[str, Any]) -> ConfigT:

@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 from ..errors import DataError, InvalidInput
 from ..files import read_jsonl, whole_file
 from ..model.checkpoint import load_policy
+from ..model.device import placement
 from ..model.packing import packs
 from ..model.policy import Policy
 from ..model.scoring import score
@@ -27,6 +28,7 @@ from ..model.tokenizer import encode_prompt
 from ..seeds import MAX_SEED, derived_seed
 from .cache import pages_for
 from .engine import Engine, EngineConfig
+from .kv_memory import most_pages
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
 from .types import RolloutRequest, SamplingParams, Trajectory
@@ -70,7 +72,8 @@ def generate_file(
     n: int = 1,
     seed: int = 0,
     batch: int = 32,
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> None:
     """Samples `n` completions for each prompt of `input` and writes one line per sample to `output`.
 
@@ -80,6 +83,7 @@ def generate_file(
         block_size: mask rows of a block; None for the policy's own.
         seed: a line without a seed of its own gets one made from this number and its id.
         batch: most samples decoded at once.
+        device, dtype: where and as what the policy runs (`model.device.placement`).
 
     Raises:
         InvalidInput: an option, or a line of the input, cannot be used.
@@ -90,7 +94,7 @@ def generate_file(
     if not 0 <= seed <= MAX_SEED:
         raise InvalidInput("seed", f"{seed} is outside 0..2**63-1", "use a 63-bit seed")
     config = _engine_config(schedule, tuple(levels), block_size, batch)
-    policy = load_policy(policy_name, dtype=dtype)
+    policy = load_policy(policy_name, *placement(device, dtype))
     ids, requests = _requests(input, policy, params, n, seed)
     config = replace(config, max_batch=min(batch, n * len(requests)))
     engine = Engine(policy, replace(config, pages=pool_size(requests, policy, config)))
@@ -114,7 +118,8 @@ def score_file(
     output: str | os.PathLike[str],
     *,
     temperature: float = 1.0,
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> None:
     """Writes for each line of `input` the log-probabilities of its `tokens` after its `prompt_tokens`.
 
@@ -122,13 +127,14 @@ def score_file(
 
     Args:
         temperature: logits are divided by it; 0 scores at 1, as a trajectory's `logprobs` do.
+        device, dtype: as of `generate_file`.
 
     Raises:
         InvalidInput: an option, or a line of the input, cannot be used.
         StorageError: the output could not be written whole.
     """
     SamplingParams(temperature=temperature)
-    policy = load_policy(policy_name, dtype=dtype)
+    policy = load_policy(policy_name, *placement(device, dtype))
     lines = list(_lines(input))
     sequences = []
     for line in lines:
@@ -161,10 +167,12 @@ def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int | Non
 
 
 def pool_size(requests: Sequence[RolloutRequest], policy: Policy, config: EngineConfig) -> int:
-    """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's."""
+    """Pages for `max_batch` of the longest samples, and their shared prompts, so that none waits for another's; fewer where
+    memory does not hold them."""
     longest = max(len(request.prompt_tokens) + request.params.max_tokens for request in requests)
     longest = min(longest, policy.config.max_position_embeddings)
-    return (config.max_batch + 1) * pages_for(longest, config.page_size)
+    wanted = (config.max_batch + 1) * pages_for(longest, config.page_size)
+    return min(wanted, most_pages(policy, config, config.block_size or policy.block_size))
 
 
 def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Iterator[Trajectory]:

@@ -42,11 +42,17 @@ def _linear_kernel(
     tl.store(at, acc.to(out_TF.dtype.element_ty), real[:, None] & ok[None, :])
 
 
-def linear(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-    """As `blockroll.kernels.linear.linear`."""
+def linear(
+    x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `blockroll.kernels.linear.linear`.
+
+    Args:
+        dtype: of the result; None for that of `x_TD`.
+    """
     f, d = weight_FD.shape
     flat = x_TD.reshape(-1, d).contiguous()
-    out = torch.empty(len(flat), f, dtype=x_TD.dtype, device=x_TD.device)
+    out = torch.empty(len(flat), f, dtype=dtype or x_TD.dtype, device=x_TD.device)
     k = 64 if x_TD.dtype.itemsize == 2 else 32
     launch(
         _linear_kernel, (triton.cdiv(len(flat), 64), triton.cdiv(f, 64)), warps=4, stages=pipeline(3), dot_rows=64,
@@ -64,4 +70,5 @@ def cases(shape: Shape) -> Iterator[Case]:
 
     d, wide = shape.hidden, shape.heads * shape.head_dim
     for name, rows, out, summed in (("in", 1, wide, d), ("out", 1, d, wide), ("head", 1 << 13, shape.vocab, d)):
-        yield Case(name, partial(linear, empty(rows, summed), empty(out, summed)))
+        dtype = torch.float32 if name == "head" else None
+        yield Case(name, partial(linear, empty(rows, summed), empty(out, summed), dtype=dtype))

@@ -174,7 +174,7 @@ def cases(shape: Shape) -> Iterator[Case]:
     packs = {"": min(shape.sequences), " large": 1 << 9}
     for name, s in packs.items():
         temperature, seed, lse = empty(s, dtype=torch.float64), empty(s), empty(s, block, dtype=torch.float64)
-        p, q = empty(s, block + 1, v, dtype=shape.dtype), empty(s, block, v, dtype=shape.dtype)
+        p, q = empty(s, block + 1, v, dtype=torch.float32), empty(s, block, v, dtype=torch.float32)
         for sampler in (sample_gumbel, sample_cdf):
             yield Case(
                 f"{sampler.__name__}{name}",

@@ -28,8 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ...errors import InvalidInput
 from ...files import write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
-from ...model.conversion.config import ConversionConfig, Data, Stage
+from ...model.conversion.config import ConversionConfig, Data, DeviceName, DtypeName, Stage
 from ...model.conversion.train import run as run_stages
+from ...model.device import placement, resolved
 from ...model.tasks import make_tasks
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
@@ -47,6 +48,7 @@ class Decoding(Config):
     batch: int = Field(16, ge=1, description="samples decoded at once; tokens per forward do not depend on it")
     mix_weight: float = Field(0.5, ge=0, le=1, description="weight of p's logits for `mixed`")
     max_tokens: int = Field(256, ge=1, description="most tokens per sample")
+    dtype: DtypeName | None = Field(None, description="of the policies; none takes bfloat16 on a GPU and float32 on a CPU")
 
 
 class AblationConfig(Config):
@@ -61,6 +63,7 @@ class AblationConfig(Config):
     variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base; the "
                                                 "first variant is what the others are compared with")
     decoding: Decoding = Decoding()
+    device: DeviceName = Field("auto", description="where cells are trained and decoded: auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _distinct(self) -> AblationConfig:
@@ -79,6 +82,7 @@ class Cell(Config):
     seed: int
     stage: Stage
     decoding: Decoding
+    device: str = "auto"
 
     def directory(self, output: str) -> Path:
         """Where the cell's policy and figures are kept."""
@@ -133,7 +137,7 @@ def cells_of(config: AblationConfig, name: str) -> Iterator[Cell]:
         data = config.data.model_copy(update={"seed": config.data.seed + seed})
         for variant, stage in stages.items():
             yield Cell(variant=variant, parent=config.parent, data=data, block_size=config.block_size, seed=seed,
-                       stage=stage, decoding=config.decoding)
+                       stage=stage, decoding=config.decoding, device=config.device)
 
 
 def run_cell(cell: Cell, output: str) -> dict[str, Any]:
@@ -141,12 +145,15 @@ def run_cell(cell: Cell, output: str) -> dict[str, Any]:
     directory = cell.directory(output)
     conversion = ConversionConfig(
         output=str(directory / "policy"), parent=cell.parent, data=cell.data, block_size=cell.block_size,
-        stages=(cell.stage,), seed=cell.seed, save_dtype="float32",
+        stages=(cell.stage,), seed=cell.seed, save_dtype="float32", device=cell.device,
     )
     last: dict[str, Any] = {}
     policy = run_stages(conversion, last.update)
     assert policy is not None  # only the other processes of a group are left without one
     decoding = cell.decoding
+    dtype, device = placement(cell.device, decoding.dtype)
+    if device.type != "cpu" or dtype != "float32":
+        policy = load_policy(directory / "policy", dtype, device)
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, cell.data.families or None)
     ways = []
     for sampler, temperature in WAYS:
@@ -208,7 +215,8 @@ def _parent(config: AblationConfig) -> dict[str, Any]:
     path = Path(config.output) / f"parent-{hashlib.blake2b(repr(config.decoding).encode(), digest_size=5).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    parent, decoding = load_policy(config.parent), config.decoding
+    decoding = config.decoding
+    parent = load_policy(config.parent, *placement(config.device, decoding.dtype))
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, config.data.families or None)
     result = evaluate(parent, tasks, sampler="ar", schedule=Schedule("ar"), max_tokens=decoding.max_tokens,
                       batch=decoding.batch, seed=decoding.seed)
@@ -219,7 +227,8 @@ def _parent(config: AblationConfig) -> dict[str, Any]:
 
 
 def _write(path: Path, config: AblationConfig, rows: list[dict[str, Any]]) -> None:
-    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows, machine=describe())
+    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows,
+                  machine=describe(resolved(config.device)))
     write_json(path.with_suffix(".json"), report)
     write_atomic(path.with_suffix(".md"), table(report).encode())
     plot(report, path.with_suffix(".png"))

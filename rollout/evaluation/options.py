@@ -29,6 +29,7 @@ class Options:
         block_sizes: compared at the first temperature; all else is at the policy's own.
         batch: samples decoded at once.
         seed: of the tasks and of their samples.
+        device, dtype: where and as what policy and parent run (`model.device.placement`).
     """
 
     tasks: int = 500
@@ -42,6 +43,8 @@ class Options:
     batch: int = 32
     max_tokens: int = 256
     seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tasks", "samples", "batch"):

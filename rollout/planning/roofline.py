@@ -194,8 +194,8 @@ class Roofline:
                 parts[name] += work
         weights = 2 * config.hidden_size * config.vocab_size
         for rows in heads:
-            # Logits are written once, and read once for the normaliser and once for the draw.
-            logits = 3 * 2 * batch * rows * config.vocab_size
+            # Logits are float32. They are written once, and read once for the normaliser and once for the draw.
+            logits = 3 * 4 * batch * rows * config.vocab_size
             parts["head"] += Work(weights + logits, weights * batch * rows)
         touched = sum(experts_touched(config.num_experts, batch * rows) for rows in passes) / len(passes)
         kernels = len(passes) * config.num_hidden_layers * KERNELS_PER_LAYER

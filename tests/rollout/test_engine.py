@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from blockroll.errors import RequestError
+from blockroll.kernels.dispatch import batch_invariant, using
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.model.policy import Routing
@@ -18,6 +19,7 @@ from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.sampling import processing
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps.model_runner import ModelRunner
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 SCHEDULES = [
@@ -278,3 +280,21 @@ def test_minus_one_keeps_every_token_as_in_other_engines(policy):
     ]
     assert samples[0].tokens == samples[1].tokens
     assert samples[0].support_logmass is None
+
+
+def test_batch_invariance_is_a_setting(monkeypatch) -> None:
+    """In force within steps and nowhere else; a caller's own choice stays."""
+    real, seen = ModelRunner.run, []
+
+    def noted(self, *arguments):
+        seen.append(batch_invariant())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "run", noted)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    for setting, around, expected in ((False, None, False), (True, None, True), (False, True, True)):
+        seen.clear()
+        with using(batch_invariant=around):
+            engine = Engine("tiny-reasoner", device="cpu", schedule="ar", batch_invariant=setting)
+            engine.generate([[3, 4]], params)
+        assert {*seen} == {expected} and not batch_invariant()

@@ -21,7 +21,6 @@ from ....kernels import attention, cca, experts, philox, residual, verify
 from ....kernels.cca import CCAInputs, Pools
 from ....kernels.dispatch import using
 from ....kernels.experts import RouterWeights
-from ....kernels.graphs import capture
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
 from ...cache import BlockTable
@@ -30,6 +29,7 @@ from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
 from .parts import FilledCache, ForwardPass, force_experts, layers, random_policy
 from .sizes import Sizes
+from .timing import graph_pool
 
 Check = Callable[[Sizes, torch.device], dict[str, Any]]
 _FLOAT32, _BFLOAT16 = 1e-4, 1e-2
@@ -288,7 +288,7 @@ def check_captured(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     run()
     if device.type != "cuda":
         return {"ok": True, "captured": False}
-    graph = capture(run)
+    graph = graph_pool().capture(run)
     captured = out[0]
     step.layout.token_T.copy_(torch.randint_like(step.layout.token_T, policy.mask_token_id))
     graph.replay()

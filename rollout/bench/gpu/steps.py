@@ -26,7 +26,7 @@ _RESERVE = 24 << 30
 _SPLIT = (1, 16, 64)
 """Batches whose forwards are also timed alone."""
 _WARM = 5
-"""Steps before the first that counts, on a device: an engine captures a shape at its third meeting."""
+"""Steps before the first that counts, on a device: the first ones compile what only a whole step runs."""
 
 
 class StepBench:
