@@ -117,6 +117,7 @@ class MessageRouter:
                 if not session.outbox:
                     self._ping(session, Ping())
         waiting = False
+        self.mark(self._ledger.take_news())
         for session in self._sessions:
             if session.acks and now >= self._retry:
                 self._record_acks(session)
@@ -146,6 +147,7 @@ class MessageRouter:
         if not hello.control:
             try:
                 self._ledger.claim(hello.client, inbound.key)
+                self._ledger.resume(hello.client)
             except TransportError as error:
                 self._refuse(inbound.peer, str(error))
                 return
