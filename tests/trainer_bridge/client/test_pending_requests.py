@@ -64,12 +64,17 @@ def test_a_collector_takes_its_own_and_puts_everything_back() -> None:
     collector = Collector(pending, {"mine", "bad"})
     collector.drain()
     assert [t.key for _, t in collector.found] == [("mine", 1), ("mine", 0)]
-    assert list(collector.refused) == ["bad"] and [item.request_id for item in collector.others] == ["other"]
-    assert pending.inbox_bytes == 0 and not pending.inbox
+    assert list(collector.refused) == ["bad"] and [item.request_id for item in pending.inbox] == ["other"]
     arrives(pending, request("late"), 0)
+    assert pending.inbox_bytes == 0
+    with pytest.raises(RequestError, match="collected by another call"):
+        Collector(pending, {"mine"})
+    collector.release()
     collector.put_back()
-    assert [item.request_id for item in pending.inbox] == ["other", "bad", "mine", "mine", "late"]
-    assert isinstance(pending.inbox[1], RequestRefused)
+    assert [item.request_id for item in pending.inbox] == ["bad", "mine", "mine", "other", "late"]
+    assert isinstance(pending.inbox[0], RequestRefused)
+    arrives(pending, request("later"), 0)
+    assert pending.inbox_bytes > 0
 
 
 def test_counts_of_a_whole_life() -> None:

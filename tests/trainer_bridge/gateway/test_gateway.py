@@ -140,8 +140,9 @@ def test_trouble_with_an_acknowledgement_ends_with_its_session(serve: Serve, mon
     gone = connect(gateway.address, ack="manual")
     found = gone.generate([request("a")])
     gateway._ledger._file.run("PRAGMA query_only=1")
-    gone._loop.acknowledge([t.key for t in found])
-    gone._loop.run_until(lambda: gateway._router.ack_error is not None)
+    with gone._loop.lock:
+        gone._loop.acknowledge([t.key for t in found])
+        gone._loop.run_until(lambda: gateway._router.ack_error is not None)
     gone.close(acknowledge=False)
     until(lambda: len(gateway._router._sessions) == 0)
     gateway._ledger._file.run("PRAGMA query_only=0")
