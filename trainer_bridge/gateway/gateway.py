@@ -39,6 +39,7 @@ from .gateway_status import GatewayStatus
 from .kept_versions import KeptVersions
 from .ledger import Ledger
 from .message_router import MessageRouter
+from .options import check_options
 from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
@@ -75,6 +76,13 @@ class Gateway:
                  keep_requests: int = KEEP, lease_seconds: float | None = None, push_idle_seconds: float = 60.0,
                  disk_patience: float | None = None, client_grace: float | None = GRACE_S,
                  max_request_samples: int = MAX_REQUEST_SAMPLES, max_client_samples: int = MAX_CLIENT_SAMPLES) -> None:
+        check_options(
+            cluster, address, ledger_path, keys,
+            {"max_in_flight": (max_in_flight, 1, False), "max_ledger_bytes": (max_ledger_bytes, 1, True),
+             "keep_requests": (keep_requests, 0, False), "max_request_samples": (max_request_samples, 1, False),
+             "max_client_samples": (max_client_samples, 1, False)},
+            {"lease_seconds": (lease_seconds, True), "push_idle_seconds": (push_idle_seconds, False),
+             "disk_patience": (disk_patience, True), "client_grace": (client_grace, True)})
         self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
         self._max_in_flight, self._max_bytes, self._keep = max_in_flight, max_ledger_bytes, keep_requests
         self._lease_seconds, self._push_idle, self._grace = lease_seconds, push_idle_seconds, client_grace

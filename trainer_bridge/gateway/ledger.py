@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import RequestError, TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
@@ -317,9 +319,13 @@ class Ledger:
 
 
 def _payload(item: Completed) -> tuple[int, bytes]:
-    """Sample number and payload of an output; a trajectory that cannot travel is the failure of its request."""
+    """Sample number and payload of an output; a trajectory that cannot travel, or that holds a
+    log-probability that is not finite, is the failure of its request."""
     if item.trajectory is not None:
         try:
+            for name in ("logprobs", "behavior_logprobs"):
+                if not np.isfinite(getattr(item.trajectory, name)).all():
+                    raise TransportError(f"sample {item.trajectory.sample}: {name} holds a number that is not finite")
             return item.trajectory.sample, encode_trajectory(item.trajectory)
         except TransportError as error:
             return FAILURE, str(error).encode()[:1000]
