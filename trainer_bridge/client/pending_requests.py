@@ -24,8 +24,9 @@ from .pending_request import PendingRequest, State, Submission
 
 PART_BYTES = 4 << 20
 """Bytes of request records in one message, unless a single record is larger."""
-MAX_UNCONFIRMED_PARTS = 4
-"""Parts of a batch that may be sent before the gateway has confirmed them."""
+MAX_UNCONFIRMED_PARTS = 16
+"""Parts of a batch that may be sent before the gateway has confirmed them. The gateway records what has come of them with
+one write to disk."""
 
 
 @dataclass(slots=True)

@@ -219,6 +219,7 @@ class Gateway:
             if inbound is None:
                 break
             self._router.receive(inbound)
+        self._router.record_parts()
         now = time.monotonic()
         waiting = self._collect(now)
         self._expire(now)

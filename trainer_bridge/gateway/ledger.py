@@ -21,6 +21,7 @@ One process holds a ledger at a time. One thread at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ from .damage import Pending, fail_damaged, read_pending, read_request
 from .ledger_counters import Change, Counters, Totals
 from .ledger_file import DONE, FAILED, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
 from .retention import KEEP, KEEP_VERSIONS, fail, purge, repeat_failure, settle
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `index` of a client's batch: (request, its record) in order."""
+
+    client: str
+    batch: str
+    index: int
+    requests: Sequence[tuple[RolloutRequest, bytes]]
+    final: bool
+
+
+Receipt = tuple[list[int], list[tuple[int, str]]]
+"""Per request of a part, how many of its samples were acknowledged before; and the refused ones as (index, why)."""
 
 
 class Ledger:
@@ -91,40 +107,45 @@ class Ledger:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
 
     def record_requests(self, client: str, batch: str, part: int, requests: Sequence[tuple[RolloutRequest, bytes]],
-                        final: bool) -> tuple[list[int], list[tuple[int, str]]]:
-        """Records part of a batch: (request, its record) in order; after the final part the batch is queued.
+                        final: bool) -> Receipt:
+        """Records part of a batch: (request, its record) in order; after the final part the batch is queued."""
+        return self.record_parts([Part(client, batch, part, requests, final)])[0]
 
-        Returns, per request, how many of its samples were acknowledged before, and the refused ones as (index, why).
-        """
-        acked, refused, run = [], [], self._file.run
+    def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
+        """Records parts of batches in one transaction, all or none; returns what to tell the client of each."""
         with self._totals.changing() as new:
-            for i, (request, payload) in enumerate(requests):
-                digest, place = request_digest(payload), (part << 16) + i
-                acked.append(0)
-                # Most requests are new: one statement records those.
-                if not (why := self._too_many(client, request, new)) and run(
-                        "INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
-                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                        (request.id, client, batch, place, digest, request.samples, STAGED, payload)).rowcount:
-                    new.unfinished[client] += request.samples
-                    continue
-                row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
-                if row is None:
-                    refused.append((i, why))
-                elif row[0] != client or row[1] != digest:
-                    what = "belongs to another client" if row[0] != client else "was already used with other content"
-                    refused.append((i, str(RequestError("id", f"{request.id!r} {what}", "give each new request a new id"))))
-                elif row[2] == STAGED:
-                    run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
-                else:
-                    acked[i] = row[3]
-                    if row[2] == FAILED:
-                        repeat_failure(self._file, client, request.id, new)
-            if final:
-                staged = f"state=? AND client=? AND batch=? AND {OPEN}"
-                new.requested += self._file.value(
-                    f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
-                run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
+            return [self._record_part(part, new) for part in parts]
+
+    def _record_part(self, part: Part, new: Change) -> Receipt:
+        client, batch, run = part.client, part.batch, self._file.run
+        acked, refused = list[int](), list[tuple[int, str]]()
+        for i, (request, payload) in enumerate(part.requests):
+            digest, place = request_digest(payload), (part.index << 16) + i
+            acked.append(0)
+            # Most requests are new: one statement records those.
+            if not (why := self._too_many(client, request, new)) and run(
+                    "INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                    (request.id, client, batch, place, digest, request.samples, STAGED, payload)).rowcount:
+                new.unfinished[client] += request.samples
+                continue
+            row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
+            if row is None:
+                refused.append((i, why))
+            elif row[0] != client or row[1] != digest:
+                what = "belongs to another client" if row[0] != client else "was already used with other content"
+                refused.append((i, str(RequestError("id", f"{request.id!r} {what}", "give each new request a new id"))))
+            elif row[2] == STAGED:
+                run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
+            else:
+                acked[i] = row[3]
+                if row[2] == FAILED:
+                    repeat_failure(self._file, client, request.id, new)
+        if part.final:
+            staged = f"state=? AND client=? AND batch=? AND {OPEN}"
+            new.requested += self._file.value(
+                f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
+            run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
         return acked, refused
 
     def _too_many(self, client: str, request: RolloutRequest, new: Change) -> str:

@@ -38,16 +38,16 @@ def test_a_request_that_failed_after_part_of_it_was_acknowledged_leaves_nothing_
 
 def test_parts_are_sent_within_their_window_and_once() -> None:
     pending = PendingRequests()
-    name = pending.submit([request(f"r{i:03}") for i in range(200)])
+    name = pending.submit([request(f"r{i:03}") for i in range(584)])
     parts = list(pending.parts())
-    assert [(p.index, p.final, len(p.requests)) for p in parts] == [(i, False, 32) for i in range(4)]
+    assert [(p.index, p.final, len(p.requests)) for p in parts] == [(i, False, 32) for i in range(16)]
     assert list(pending.parts()) == []
-    for i in range(4):
+    for i in range(16):
         pending.receipt(Submitted(name, i, (0,) * 32, ()))
-    assert [(p.index, p.final, len(p.requests)) for p in pending.parts()] == [(4, False, 32), (5, False, 32), (6, True, 8)]
+    assert [(p.index, p.final, len(p.requests)) for p in pending.parts()] == [(16, False, 32), (17, False, 32), (18, True, 8)]
     assert not pending.recorded(name)
     pending.restart()
-    assert [p.index for p in pending.parts()] == [0, 1, 2, 3]
+    assert [p.index for p in pending.parts()] == list(range(16))
     with pytest.raises(TransportError, match="nobody sent it"):
         pending.receipt(Submitted(name, 2, (0,) * 32, ()))
 
