@@ -218,7 +218,7 @@ class PendingRequests:
 
     def take_back(self, item: Arrival) -> None:
         """An item that was handed out was not, after all: it is the first of the inbox again."""
-        self._request(item.request_id).handed_out.discard(item.sample)
+        self._request(item.request_id).take_back(item.sample)
         self.unique -= 1
         self.put_back([item])
 
@@ -259,7 +259,7 @@ class PendingRequests:
 
     def hand_out(self, request_id: str, sample: int) -> None:
         """A sample, or the failure, is given to the caller."""
-        self._request(request_id).handed_out.add(sample)
+        self._request(request_id).hand_out(sample)
         self.unique += sample != FAILURE
 
     def count_acks(self, keys: Iterable[tuple[str, int]], by: int) -> None:

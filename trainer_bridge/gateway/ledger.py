@@ -21,36 +21,21 @@ One process holds a ledger at a time. One thread at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import RequestError, TransportError
+from ...errors import TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
 from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
-from ..wire.records import FAILURE, encode_trajectory, request_digest
+from ..wire.records import FAILURE, encode_trajectory
+from .batch_parts import Part, Receipt, record_part
 from .damage import Pending, fail_damaged, read_pending, read_request
-from .ledger_counters import Change, Counters, Totals
-from .ledger_file import DONE, FAILED, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
-from .retention import KEEP, KEEP_VERSIONS, fail, purge, repeat_failure, settle
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Part `index` of a client's batch: (request, its record) in order."""
-
-    client: str
-    batch: str
-    index: int
-    requests: Sequence[tuple[RolloutRequest, bytes]]
-    final: bool
-
-
-Receipt = tuple[list[int], list[tuple[int, str]]]
-"""Per request of a part, how many of its samples were acknowledged before; and the refused ones as (index, why)."""
+from .ledger_counters import Counters, Totals
+from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
+from .retention import KEEP, KEEP_VERSIONS, fail, purge, settle
 
 
 class Ledger:
@@ -66,7 +51,7 @@ class Ledger:
     def __init__(self, path: str | Path, *, max_bytes: int | None = None, keep: int = KEEP,
                  max_request_samples: int = MAX_REQUEST_SAMPLES, max_client_samples: int = MAX_CLIENT_SAMPLES) -> None:
         self._file, self._keep = LedgerFile(path, max_bytes), keep
-        self._max_request, self._max_client = max_request_samples, max_client_samples
+        self._most = (max_request_samples, max_client_samples)
         self.path = self._file.path
         self._news: set[str] = set()
         try:
@@ -114,51 +99,8 @@ class Ledger:
     def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
         """Records parts of batches in one transaction, all or none; returns what to tell the client of each."""
         with self._totals.changing() as new:
-            return [self._record_part(part, new) for part in parts]
-
-    def _record_part(self, part: Part, new: Change) -> Receipt:
-        client, batch, run = part.client, part.batch, self._file.run
-        acked, refused = list[int](), list[tuple[int, str]]()
-        for i, (request, payload) in enumerate(part.requests):
-            digest, place = request_digest(payload), (part.index << 16) + i
-            acked.append(0)
-            # Most requests are new: one statement records those.
-            if not (why := self._too_many(client, request, new)) and run(
-                    "INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                    (request.id, client, batch, place, digest, request.samples, STAGED, payload)).rowcount:
-                new.unfinished[client] += request.samples
-                continue
-            row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
-            if row is None:
-                refused.append((i, why))
-            elif row[0] != client or row[1] != digest:
-                what = "belongs to another client" if row[0] != client else "was already used with other content"
-                refused.append((i, str(RequestError("id", f"{request.id!r} {what}", "give each new request a new id"))))
-            elif row[2] == STAGED:
-                run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
-            else:
-                acked[i] = row[3]
-                if row[2] == FAILED:
-                    repeat_failure(self._file, client, request.id, new)
-        if part.final:
-            staged = f"state=? AND client=? AND batch=? AND {OPEN}"
-            new.requested += self._file.value(
-                f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
-            run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
-        return acked, refused
-
-    def _too_many(self, client: str, request: RolloutRequest, new: Change) -> str:
-        """Why a new request has too many samples; empty when it has not."""
-        unfinished = self._totals.unfinished[client] + new.unfinished[client]
-        if request.samples > self._max_request:
-            return str(RequestError("samples", f"request {request.id!r} has {request.samples}, at most {self._max_request} are "
-                                    "taken", "split the group over several requests"))
-        if unfinished + request.samples > self._max_client:
-            return str(RequestError("samples", f"with request {request.id!r} this client would have "
-                                    f"{unfinished + request.samples} unfinished, at most {self._max_client} are taken",
-                                    "collect results, or cancel requests, before submitting more"))
-        return ""
+            unfinished = self._totals.unfinished
+            return [record_part(self._file, part, self._most, unfinished[part.client], new) for part in parts]
 
     def lease(self, room: int, force: bool = False) -> tuple[int, list[RolloutRequest]] | None:
         """Leases the oldest queued batch under a new epoch.

@@ -47,8 +47,9 @@ from ..wire.messages import (
 )
 from ..wire.records import FAILURE, decode_request
 from .backend_driver import BackendDriver
+from .batch_parts import Part
 from .gateway_status import GatewayStatus
-from .ledger import Ledger, Part
+from .ledger import Ledger
 from .sessions import MAX_SESSIONS, Session, Sessions
 from .weight_receiver import WeightReceiver
 
