@@ -166,16 +166,12 @@ class Engine:
             problem = f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}"
             raise RequestError("prompt_tokens", problem, f"shorten the prompt to at most {most - 1} tokens")
         if max(prompt) >= config.vocab_size:
-            raise RequestError(
-                "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
-                "use the policy's own tokenizer",
-            )  # fmt: skip
+            problem = f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}"
+            raise RequestError("prompt_tokens", problem, "use the policy's own tokenizer")
         limit = self._longest(request)
         if self.cache.pages_for(limit) > self.cache.total_pages:
-            raise RequestError(
-                "max_tokens", f"request {request.id!r} may need {limit} positions, more than the cache holds",
-                "raise the engine's `pages` or lower max_tokens",
-            )  # fmt: skip
+            problem = f"request {request.id!r} may need {limit} positions, more than the cache holds"
+            raise RequestError("max_tokens", problem, "raise the engine's `pages` or lower max_tokens")
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = True

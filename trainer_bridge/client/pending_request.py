@@ -149,7 +149,7 @@ class PendingRequest:
         if self.outstanding and self.missing <= 0:
             self._enter(State.COMPLETE)
 
-    def _ends_with(self, samples: set[int]) -> bool:
+    def _ends_with(self, samples: Set[int]) -> bool:
         """Whether nothing is outstanding and `samples` holds all that arrived, and the failure if there is one."""
         return (not self.outstanding and self.arrived <= samples
                 and (self.state is not State.FAILED or FAILURE in samples))
