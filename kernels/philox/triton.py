@@ -29,12 +29,18 @@ def uniform_of(seed, position, purpose):
 
 
 @triton.jit
-def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
-    """float64[BLOCK]: the noise of tokens first .. first + BLOCK - 1, first divisible by 4; seed and position scalar int64."""
+def _bits_of(seed, position, purpose, first, BLOCK: tl.constexpr):
+    """uint32[BLOCK]: the random words of tokens first .. first + BLOCK - 1."""
     block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose, block, zero)
-    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+
+
+@triton.jit
+def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
+    """float64[BLOCK]: the noise of tokens first .. first + BLOCK - 1, first divisible by 4; seed and position scalar int64."""
+    bits = _bits_of(seed, position, purpose, first, BLOCK)
     u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -tl.log(-tl.log(u))
 
@@ -42,10 +48,7 @@ def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
 @triton.jit
 def rough_gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
     """`gumbel_of` in float32, within 1e-5 of it and several times as fast: what shows which tokens can win at all."""
-    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = block * 0
-    w0, w1, w2, w3 = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose, block, zero)
-    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+    bits = _bits_of(seed, position, purpose, first, BLOCK)
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     # Near 1, where the winners are, float32 knows u too coarsely, but 1 - u exactly; -log(1 - w) by its series.
     w = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
