@@ -22,8 +22,6 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidInput
 from ...files import write_atomic, write_json
@@ -34,6 +32,7 @@ from ...model.tasks import make_tasks
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
 from ..machine import describe, one_thread
+from ..progress import ItemMeter
 from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
 
@@ -111,11 +110,9 @@ def ablate(
     config = load_yaml(path, AblationConfig)
     cells = list(cells_of(config, os.fspath(path)))
     resolve(config.parent)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with one_thread(), Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("cells", total=len(cells))
+    with one_thread(), ItemMeter("cells", len(cells)) as meter:
         for row, fresh in _run_all(cells, config.output, workers):
-            progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")
+            meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:
                 # A long run: show what there is after every cell.
                 _write(path, config, _finished(cells, config.output))
