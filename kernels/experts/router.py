@@ -1,4 +1,4 @@
-"""EDA router in Triton, in two launches; torch needs some twenty.
+"""EDA router in Triton, in two launches; torch needs about twenty.
 
 Invariants:
 - One program's rows share nothing: a row's choice never depends on the other rows. Under `batch_invariant` the tiles do not
@@ -27,7 +27,7 @@ def _state_kernel(
     x_TD, state_TP, weight_PD, bias_P, scale_P, out_TP, rows, D: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """down_proj, and what the layer below left: out = W x + b (+ state * scale)."""
+    """down_proj, and the router state of the layer below: out = W x + b (+ state * scale)."""
     dtype = out_TP.dtype.element_ty
     m = tl.program_id(0) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)

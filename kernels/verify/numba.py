@@ -140,7 +140,7 @@ def _logprobs(logits_NV, token_N, temperature_N, logprob_N):
 
 
 def _flat(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """Contiguous arrays: of another layout numba would compile everything once more."""
+    """Contiguous arrays: numba would compile every function again for another layout."""
     return [tensor.contiguous().numpy() for tensor in tensors]
 
 

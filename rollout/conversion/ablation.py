@@ -1,4 +1,5 @@
-"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent. The file sets each variant's budget.
+"""`blockroll ablate`: trains variants of a conversion stage from one parent and compares them. The file sets each variant's
+budget.
 
 Invariants:
 - A cell is a (variant, seed): the base stage with the variant's changes, trained from the parent and decoded by the engine. Its
@@ -114,7 +115,7 @@ def ablate(
         for row, fresh in _run_all(cells, config.output, workers):
             meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:
-                # A long run: show what there is after every cell.
+                # A run may take days, so its table is written after every cell.
                 _write(path, config, _finished(cells, config.output))
                 if on_cell is not None:
                     on_cell(row)
@@ -201,7 +202,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _parent(config: AblationConfig) -> dict[str, Any]:
-    """What the parent says of the same tasks."""
+    """The parent's AR loss and pass@1 on the same tasks."""
     path = Path(config.output) / f"parent-{hashlib.blake2b(repr(config.decoding).encode(), digest_size=5).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())
