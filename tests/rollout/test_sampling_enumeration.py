@@ -45,7 +45,7 @@ CASES = {
     "penalties and top_p": dict(repetition_penalty=1.2, presence_penalty=0.4, frequency_penalty=0.6, top_p=0.85),
     "biases and cuts": dict(logit_bias={1: 0.5}, logits_processors=[no_repeats], top_k=4, min_p=0.1),
     "all": dict(temperature=1.2, top_k=4, top_p=0.95, min_p=0.05, logit_bias={1: 0.5}, min_tokens=2, stop_token_ids=(2,),
-                repetition_penalty=0.8, presence_penalty=-0.7, frequency_penalty=0.9, logits_processors=[no_repeats]),
+                repetition_penalty=0.8, presence_penalty=0.7, frequency_penalty=0.9, logits_processors=[no_repeats]),
 }  # fmt: skip
 
 
