@@ -121,18 +121,19 @@ def architecture() -> str:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """For `tl.dot`: three tf32 products are float32's accuracy on NVIDIA's matrix units; others have float32 units."""
+    """`input_precision` of `tl.dot`. On NVIDIA's matrix units three tf32 products reach float32's accuracy; other devices have
+    float32 matrix units."""
     return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
 
 
 def pipeline(stages: int) -> int:
-    """Stages of a loop's pipeline: two on AMD, where each further one holds another tile in 64 KiB of shared memory."""
+    """Stages of a loop's pipeline: at most two on AMD, because each stage holds another tile in 64 KiB of shared memory."""
     return min(stages, 2) if architecture().startswith("gfx") else stages
 
 
 @contextmanager
 def record(target: str) -> Iterator[list[Launch]]:
-    """Within it, host code decides as on `target` and launches nothing; yields the list of what it would have launched."""
+    """In this context host code decides as on `target` and launches nothing. Yields the list of the launches it would make."""
     global _recording, _architecture
     before = _recording, _architecture
     launches: list[Launch] = []

@@ -25,7 +25,7 @@ class Tile:
     programs: int
 
     def split(self, programs: int, cached: int, rows: int, batch_invariant: bool) -> tuple[int, int]:
-        """Programs that share one tile's keys, and the key blocks of each where that is fixed, else 0.
+        """Programs that share one tile's keys, and the key blocks of each program if that number is fixed, else 0.
 
         Args:
             programs: programs without a split. cached, rows: most cached positions and rows of a sequence.

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch, pipeline, precision
+from ..products import tile_product
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,15 +28,7 @@ def _linear_kernel(
     real, ok = m < rows, n < F
     x_at = x_TD + tl.where(real, m, 0).to(tl.int64)[:, None] * D
     w_at = weight_FD + tl.where(ok, n, 0).to(tl.int64)[None, :] * D
-    acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, D, K):
-        k = start + tl.arange(0, K)
-        if D % K:
-            x = tl.load(x_at + k[None, :], mask=(k < D)[None, :], other=0.0)
-            w = tl.load(w_at + k[:, None], mask=(k < D)[:, None], other=0.0)
-        else:
-            x, w = tl.load(x_at + k[None, :]), tl.load(w_at + k[:, None])
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    acc = tile_product(x_at, w_at, D, M, N, K, PRECISION)
     if BIAS:
         acc += tl.load(bias_F + n, ok, 0).to(tl.float32)[None, :]
     at = out_TF + m.to(tl.int64)[:, None] * F + n[None, :]

@@ -1,4 +1,4 @@
-"""What a user might decode with instead, on the same weights and prompts: transformers, three ways.
+"""Other ways to decode the same weights and prompts: transformers, in three ways.
 
 | peer | what runs |
 |---|---|
@@ -42,7 +42,7 @@ def load_transformers(policy_name: str | os.PathLike[str], policy: Policy) -> An
 def make_peer(
     peer: str, policy: Policy, model: Any, prompt: tuple[int, ...], batch: int, temperature: float, max_tokens: int
 ) -> tuple[Decode, dict[str, Any]]:
-    """How `peer` decodes, and whether its greedy tokens after `prompt` are ours.
+    """The peer's decoding function, and whether its greedy tokens after `prompt` are ours.
 
     The dictionary holds `greedy_tokens_equal`, or `unsupported` with the peer's own words.
     """

@@ -1,4 +1,4 @@
-"""`blockroll bench planner`: what the planner chose, against every fixed schedule in hindsight.
+"""`blockroll bench planner`: compares the planner with every fixed schedule on the same requests.
 
 The workload is a fixed list of requests, all there at the start, that end one after another: the batch falls from its
 largest to 1, and no schedule is best all the way.

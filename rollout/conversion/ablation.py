@@ -1,4 +1,5 @@
-"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent. The file sets each variant's budget.
+"""`blockroll ablate`: trains variants of a conversion stage from one parent and compares them. The file sets each variant's
+budget.
 
 Invariants:
 - A cell is a (variant, seed): the base stage with the variant's changes, trained from the parent and decoded by the engine. Its
@@ -22,8 +23,6 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidInput
 from ...files import write_atomic, write_json
@@ -35,6 +34,7 @@ from ...model.tasks import make_tasks
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
 from ..machine import describe, one_thread
+from ..progress import ItemMeter
 from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
 
@@ -115,13 +115,11 @@ def ablate(
     config = load_yaml(path, AblationConfig)
     cells = list(cells_of(config, os.fspath(path)))
     resolve(config.parent)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with one_thread(), Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("cells", total=len(cells))
+    with one_thread(), ItemMeter("cells", len(cells)) as meter:
         for row, fresh in _run_all(cells, config.output, workers):
-            progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")
+            meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:
-                # A long run: show what there is after every cell.
+                # A run may take days, so its table is written after every cell.
                 _write(path, config, _finished(cells, config.output))
                 if on_cell is not None:
                     on_cell(row)
@@ -211,7 +209,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _parent(config: AblationConfig) -> dict[str, Any]:
-    """What the parent says of the same tasks."""
+    """The parent's AR loss and pass@1 on the same tasks."""
     path = Path(config.output) / f"parent-{hashlib.blake2b(repr(config.decoding).encode(), digest_size=5).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())

@@ -1,6 +1,6 @@
-"""What `blockroll eval` is asked to measure.
+"""The options of `blockroll eval`.
 
-Invariants: checked whole when it is made, before anything is loaded or decoded.
+Invariants: all options are checked when an `Options` is made, before anything is loaded or decoded.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def evaluate_policy(
     """
     for path in (json_path, card_path):
         if path is not None:
-            make_directory(Path(path).parent)  # now rather than after an hour of decoding
+            make_directory(Path(path).parent)  # an error here comes before an hour of decoding, not after it
     options, began = options or Options(), time.perf_counter()
     directory = resolve(policy_name)
     dtype, device = placement(options.device, options.dtype)

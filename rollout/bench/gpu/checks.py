@@ -37,7 +37,7 @@ _FLOAT32, _BFLOAT16 = 1e-4, 1e-2
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Fresh tensors hold NaN, or the largest integer: torch fills them where it is asked to be deterministic."""
+    """In this context fresh tensors hold NaN, or the largest integer: torch fills them in its deterministic mode."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -68,7 +68,7 @@ def _wide(arguments: Any) -> Any:
 
 
 def _both(op: Any, function: str, arguments: Any) -> tuple[Any, Any]:
-    """What an op and its reference, in float32, make of the arguments."""
+    """The results of an op, and of its reference in float32, for the same arguments."""
     return getattr(op, function)(*arguments), getattr(op.reference, function)(*_wide(arguments))
 
 
@@ -235,7 +235,7 @@ def check_verify(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         same = got.token_SR == expected.token_SR
         other[name] = float((~same).float().mean())
         errors[name] = _error(got.logprob_SR[same], expected.logprob_SR[same])
-    # A sum in another order may move a draw at the edge between two tokens.
+    # A sum in another order may change a draw that falls between two tokens.
     verdict = _verdict(errors)
     return verdict | {"other_tokens": other, "ok": verdict["ok"] and max(other.values()) <= 0.05}
 

@@ -1,7 +1,8 @@
 """Kernels compiled ahead with several processes, for sections that would compile them one after another: Triton keeps
 what it has compiled on disk, by its contents.
 
-Invariants: nothing is judged here. What does not compile, or fails its check, does so again where it counts.
+Invariants: nothing is judged here. A kernel that does not compile, or fails its check, does so again in the section that
+reports it.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class StepBench:
         policy, schedule = self.policy, schedule.within(self._block)
         away = self.device.type == "cuda"
         warm, count = _WARM if away else 1, max(self.sizes.steps, self.sizes.sample_steps // batch)
-        # Never the last ones: drafts and pages dwindle towards a sample's end.
+        # The last steps are left out: towards a sample's end fewer drafts are verified.
         tokens = (warm + count) * ((schedule.drafts or 0) + 1) + 2 * (policy.block_size + 1)
         if away:
             gc.collect()  # the engine before this one, and its graphs
