@@ -1,0 +1,76 @@
+"""Checks of arguments at the edges of the library: types, token ids, temperatures. They raise RequestError with one line.
+
+This module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import RequestError
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e4
+"""Least temperature above 0, and the bound from above: a logit of 1e9 divided by the least one stays below the largest float32."""
+_SHOWN = 60
+"""Most characters of a value in a message."""
+
+
+def require(condition: bool, name: str, problem: str, remedy: str) -> None:
+    """Raise the RequestError of field `name` unless the condition holds."""
+    if not condition:
+        raise RequestError(name, problem, remedy)
+
+
+def short(value: object) -> str:
+    """A value as messages show it: on one line, cut. Only the beginning of a long text or list is written out."""
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[: _SHOWN + 1]
+    try:
+        text = repr(value)
+    except Exception:  # the value is the user's, and so is its __repr__
+        text = f"a {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def is_whole(value: object) -> bool:
+    """Whether this is a whole number, Python's or NumPy's. True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a number, Python's or NumPy's. True and False are none."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def token_ids(value: Any, field: str) -> tuple[int, ...]:
+    """Token ids as Python integers: of a list, an array or a tensor of whole numbers. Nothing is rounded.
+
+    Raises:
+        RequestError: there is something else, or a negative number.
+    """
+    remedy = "give a list of token ids, whole numbers from 0"
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    require(isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping), field,
+            f"{short(value)} is no list of token ids", remedy)
+    tokens = tuple(value)
+    if set(map(type, tokens)) - {int}:
+        for i, token in enumerate(tokens):
+            require(not isinstance(token, bool | np.bool_) and hasattr(token, "__index__") and not hasattr(token, "__len__"),
+                    field, f"{short(token)} at place {i} is no token id", remedy)
+        tokens = tuple(map(operator.index, tokens))
+    if tokens and min(tokens) < 0:
+        raise RequestError(field, f"{min(tokens)} is no token id", remedy)
+    return tokens
+
+
+def check_temperature(temperature: object) -> None:
+    """Raise RequestError unless this is 0 or a temperature that float32 can divide logits by."""
+    require(is_number(temperature) and (temperature == 0 or MIN_TEMPERATURE <= temperature < MAX_TEMPERATURE),  # type: ignore[operator]
+            "temperature", f"{short(temperature)} is neither 0 nor in {MIN_TEMPERATURE}..{MAX_TEMPERATURE:g}",
+            "use 0 for greedy")
