@@ -20,7 +20,7 @@ from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
 from .cache import PagedCache, pages_for
-from .generate import Prompts, as_requests, check_params, policy_of, stop_tokens, with_options
+from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
 from .outputs import RolloutOutput, as_outputs
 from .planning.calibration import step_costs
 from .planning.planner import Planner, candidates
@@ -103,8 +103,8 @@ class Engine:
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
         size = self.config.page_size
-        longest = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * pages_for(longest, size)
+        usual = min(512, policy.config.max_position_embeddings)
+        pages = self.config.pages or self.config.max_batch * pages_for(usual, size)
         self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
@@ -128,7 +128,7 @@ class Engine:
             if request.id in names or self.scheduler.serves(request.id):
                 raise RequestError("id", f"two unfinished requests are called {request.id!r}", "give each request its own id")
             names.add(request.id)
-            self._check_sizes(request)
+            check_sizes(request, self.policy, self.cache)
             check_params(request, self.policy)
 
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
@@ -138,44 +138,35 @@ class Engine:
             RequestError: `check` refuses the request. Nothing is queued.
         """
         self.check(request)
+        self.add_samples(request, [number for number in range(request.samples) if number not in without])
+
+    def add_samples(self, request: RolloutRequest, numbers: Sequence[int], client: str = "") -> None:
+        """Queue samples of a request of which others may be unfinished.
+
+        Args:
+            numbers: of samples that are not here.
+            client: whose request it is; clients share the engine fairly.
+
+        Raises:
+            RequestError: this engine cannot serve the request. Nothing is queued.
+        """
+        check_sizes(request, self.policy, self.cache)
+        check_params(request, self.policy)
         params, layers = request.params, self.policy.config.num_hidden_layers
-        limit = self._longest(request)
+        limit = longest(request, self.policy)
         stops = stop_tokens(params, self.policy)
         shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
-        for number in range(request.samples):
-            if number in without:
-                continue
-            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
+        arrival = self.scheduler.arrival(request.id)
+        if arrival is None:
+            arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        for number in numbers:
+            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, arrival, client=client)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
             sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
             if params.routed_experts:
                 sample.experts = np.full((limit, layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
-        self._arrivals += 1
-
-    def _longest(self, request: RolloutRequest) -> int:
-        """Most tokens a sample of the request may reach, prompt included."""
-        return min(len(request.prompt_tokens) + request.params.max_tokens, self.policy.config.max_position_embeddings)
-
-    def _check_sizes(self, request: RolloutRequest) -> None:
-        """Raise RequestError where the request does not fit the policy or the cache."""
-        config, prompt = self.policy.config, request.prompt_tokens
-        most = config.max_position_embeddings
-        if len(prompt) >= most:
-            problem = f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}"
-            raise RequestError("prompt_tokens", problem, f"shorten the prompt to at most {most - 1} tokens")
-        if max(prompt) >= config.vocab_size:
-            raise RequestError(
-                "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
-                "use the policy's own tokenizer",
-            )  # fmt: skip
-        limit = self._longest(request)
-        if self.cache.pages_for(limit) > self.cache.total_pages:
-            raise RequestError(
-                "max_tokens", f"request {request.id!r} may need {limit} positions, more than the cache holds",
-                "raise the engine's `pages` or lower max_tokens",
-            )  # fmt: skip
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = True
@@ -270,6 +261,11 @@ class Engine:
         self.version = version
         self.scheduler.forget_prompts()
         self.scheduler.recompute(begun=in_flight == "recompute")
+
+    def cancel(self, request_ids: Collection[str]) -> None:
+        """Drop the unfinished samples of these requests, between two steps. Unknown ids are ignored."""
+        self.scheduler.cancel(request_ids)
+        self.runner.forget_samples()
 
     def abort(self) -> list[Trajectory]:
         """End every unfinished sample where it is. Returns their trajectories, oldest first; some may have no token."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -26,49 +26,58 @@ from ray.exceptions import RayError, RayTaskError
 from ...errors import ClusterError
 from ...model.checkpoint import load_policy
 from ..backend import IN_FLIGHT_POLICIES, Completed, InFlightPolicy
-from ..engine import EngineConfig
 from ..types import RolloutRequest
 from .ray_errors import one_line
 from .ray_start import start_ray
+from .spec import EngineSpec
 from .worker import ActorSpec, Worker
 
 _log = logging.getLogger(__package__)
 ANSWER_S = 600.0
 """Seconds an actor may take to load, or to take, a weight version."""
+HEARTBEAT_S = 6.0
+"""Seconds an engine may be silent."""
+Dispatch = Literal["continuous", "ordered"]
 
 
 class RayCluster:
-    """`actors` engines of one policy.
+    """Engines of one policy.
 
     Args:
-        policy: shipped name or directory, readable by every actor.
+        spec: what each engine is started with.
+        engines: how many are started.
+        dispatch: how work is dealt.
         address: Ray address; None starts a Ray of its own on this machine.
-        answer_seconds: how long an actor may take to load, or to take, a weight version before it is replaced.
+        answer_seconds: how long an engine may take to load, or to take, a weight version before it is replaced.
+        heartbeat_seconds: how long an engine may be silent before it is replaced.
+        max_engines: most engines that `scale` will ask for, by which a Ray of its own is sized; None for `engines`.
     """
 
     in_flight_policies = IN_FLIGHT_POLICIES
 
     def __init__(
         self,
-        policy: str,
-        config: EngineConfig,
+        spec: EngineSpec,
         *,
-        actors: int = 2,
-        dtype: str = "float32",
+        engines: int = 2,
+        dispatch: Dispatch = "continuous",
         address: str | None = None,
         answer_seconds: float = ANSWER_S,
+        heartbeat_seconds: float = HEARTBEAT_S,
+        max_engines: int | None = None,
     ) -> None:
-        self._answer_s = answer_seconds
-        state = load_policy(policy, dtype).state_dict()
+        self._answer_s, self.dispatch = answer_seconds, dispatch
+        dtype = spec.dtype or "float32"
+        state = load_policy(spec.policy, dtype).state_dict()
         if _tied(state):
             state.pop("lm_head.weight")
         self._expected = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()}
         self._own_ray = not ray.is_initialized()
         if self._own_ray:
-            start_ray(address, actors)
-        self._spec = ActorSpec(policy, config, dtype)
+            start_ray(address, max(engines, max_engines or 0))
+        self._spec = ActorSpec(spec.policy, spec.config, dtype)
         self._early: list[Completed] = []
-        self._workers = [Worker(self._spec) for _ in range(actors)]
+        self._workers = [Worker(self._spec) for _ in range(engines)]
         try:
             for worker in self._workers:
                 worker.wait_ready()
@@ -89,7 +98,7 @@ class RayCluster:
         """Actors that were replaced so far."""
         return sum(worker.restarts for worker in self._workers)
 
-    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         """Shares a batch among the workers, request by request in turn."""
         for i, worker in enumerate(self._workers):
             if part := batch[i :: len(self._workers)]:

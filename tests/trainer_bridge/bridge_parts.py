@@ -120,7 +120,7 @@ class ToyBackend:
         self._allowance, self._last = 0.0, time.monotonic()
         self.in_flight_at_commit = -1
 
-    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         if self.broken:
             raise ClusterError(self.broken)
         self.batches.append((epoch, [r.id for r in batch]))

@@ -16,7 +16,7 @@ import torch
 import blockroll
 from blockroll.errors import ClusterError, InvalidInput
 from blockroll.model.scoring import score
-from blockroll.rollout.cluster import RayCluster
+from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.cluster.worker import Worker
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
@@ -27,7 +27,7 @@ from blockroll.trainer_bridge.wire.records import decode_trajectory, encode_traj
 
 @pytest.fixture(scope="module")
 def cluster(policy_dir):
-    cluster = RayCluster(policy_dir, EngineConfig(max_batch=8), actors=2)
+    cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=2)
     yield cluster
     cluster.close()
 
