@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import RequestError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e4
-"""Least temperature above 0, and the bound from above: a logit of 1e9 divided by the least one stays below the largest float32."""
+"""Least temperature above 0, and the upper bound: a logit of 1e9 divided by the least one stays below the largest float32."""
 _SHOWN = 60
 """Most characters of a value in a message."""
 
@@ -45,6 +45,11 @@ def is_whole(value: object) -> bool:
 def is_number(value: object) -> bool:
     """Whether this is a number, Python's or NumPy's. True and False are none."""
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def is_list(value: object) -> bool:
+    """Whether this has a length and items, by position."""
+    return isinstance(value, Iterable) and hasattr(value, "__len__") and not isinstance(value, str | bytes | bytearray | Mapping)
 
 
 def token_ids(value: Any, field: str) -> tuple[int, ...]:

@@ -48,8 +48,8 @@ def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
             if (candidate / "config.json").is_file():
                 return candidate
         except OSError as error:  # a name that is too long, a directory that may not be entered
-            raise CheckpointError("policy", f"{short(os.fspath(name_or_dir))} cannot be read ({error.strerror})", remedy) from error
-    raise CheckpointError("policy", f"{short(os.fspath(name_or_dir))} is no directory with a config.json", remedy)
+            raise CheckpointError("policy", f"{short(str(name_or_dir))} cannot be read ({error.strerror})", remedy) from error
+    raise CheckpointError("policy", f"{short(str(name_or_dir))} is no directory with a config.json", remedy)
 
 
 def load_policy(
@@ -63,8 +63,8 @@ def load_policy(
         dtype: `float32`, `float64`, `bfloat16` or `float16`, of the parameters. Buffers have at least float32.
 
     Raises:
-        CheckpointError: no such directory, another architecture, a missing, extra or misshapen tensor, a number that the dtype does
-            not reach, no such device, or too little memory on it.
+        CheckpointError: no such directory, another architecture, a missing, extra or misshapen tensor, a number beyond the
+            dtype's range, no such device, or too little memory on it.
     """
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError("dtype", f"unknown dtype {short(dtype)}", f"use one of {', '.join(DTYPES)}")
@@ -106,8 +106,8 @@ def usable_device(device: Any) -> torch.device:
 
 
 def _place(policy: Policy, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a policy without memory its tensors, uninitialised. Buffers are rotary frequencies and balancing biases: half a number's
-    digits would turn far positions by radians, so they have at least float32."""
+    """Give a policy without memory its tensors, uninitialised. Buffers, rotary frequencies and balancing biases, are at least float32:
+    half a number's digits would turn far positions by radians."""
     wide = torch.promote_types(dtype, torch.float32)
     placed: dict[torch.Tensor, nn.Parameter] = {}  # a tied head stays the embedding
     for module in policy.modules():

@@ -45,7 +45,7 @@ these would take seconds before the first tensor is compared with them. Position
 _KEYS = frozenset(ZayaConfig.__annotations__)
 _KINDS = ("hybrid", "hybrid_sliding")
 _ROPES = ("default", "linear", "yarn", "llama3")
-"""Kinds of rotary embeddings whose frequencies depend on the configuration alone. Where they depend on the length of the sequence,
+"""Kinds of rotary embeddings whose frequencies depend on the configuration alone. Where they depend on the length of a sequence,
 cached keys would have to change with it."""
 _DIFFUSION = {"block_size": BLOCK_SIZES, "mask_token_id": (0, (1 << 22) - 1), "markov_rank": (0, MAX_MARKOV_RANK)}
 
@@ -158,9 +158,8 @@ class _Checks:
         """The rotary embedding can be made, and its frequencies are numbers that fit a head."""
         for kind in sorted(set(config.layer_types or [])):
             name = f"rope_parameters.{kind}"
-            rope = (config.rope_parameters or {}).get(kind)
+            rope: Any = (config.rope_parameters or {}).get(kind)
             self.need(isinstance(rope, dict), name, rope, "no section, and layers of this kind exist", "restore the file")
-            assert isinstance(rope, dict)
             theta, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
             self.need(is_number(theta) and 0 < theta < math.inf, f"{name}.rope_theta", theta, "no positive number",
                       "restore the file")

@@ -57,7 +57,7 @@ class StoredTensor:
         return _DTYPES.get(self.kind)
 
     def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The tensor's numbers in parts of `PIECE`: the place of the first one, and a flat tensor that the next part overwrites."""
+        """The numbers in parts of `PIECE`: the place of the first one, and a flat tensor that the next part overwrites."""
         assert self.dtype is not None
         size, count = self.dtype.itemsize, math.prod(self.shape)
         room = torch.empty(min(PIECE, count) * size, dtype=torch.uint8)
@@ -65,7 +65,7 @@ class StoredTensor:
             file.seek(self.start)
             for first in range(0, count, PIECE):
                 part = room[: min(PIECE, count - first) * size]
-                _read_whole(file, memoryview(part.numpy()), self.path)
+                _read_whole(file, part.numpy().data, self.path)
                 yield first, part.view(self.dtype)
 
 
@@ -149,7 +149,7 @@ def _read_whole(file: Any, room: memoryview, path: Path) -> None:
 
 
 def write_shards(tensors: Mapping[str, tuple[torch.Tensor, torch.dtype]], directory: Path, max_bytes: int) -> None:
-    """Write tensors, each cast to a dtype, as `model.safetensors`, or as shards and their index. One shard is on the host at a time.
+    """Write tensors, each cast to a dtype, as `model.safetensors`, or as shards and an index. The host holds one shard at a time.
 
     Args:
         max_bytes: size of a file, unless a single tensor is larger.

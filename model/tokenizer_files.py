@@ -2,7 +2,7 @@
 
 Invariants:
 - No code of the directory runs, and nothing is fetched.
-- The steps before tokens are looked up lengthen a text by a bounded factor, so the length of a text bounds what encoding it costs.
+- The steps before tokens are looked up lengthen a text by a bounded factor, so a text's length bounds what encoding it costs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .config import read_json
 MAX_TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json. That of a vocabulary of 262,144 tokens with its merges has 33 MB."""
 MAX_GROWTH = 256
-"""How many times longer than a text its normalised form may be. SentencePiece's tokenizers put a character before a text and three
-bytes in place of each blank."""
+"""How many times longer than a text its normalised form may be. SentencePiece's tokenizers put a character before a text and
+another one in place of each blank."""
 MAX_NODES = 100_000
 """Values in the steps around the vocabulary, all together: a few hundred are usual."""
 MAX_STRING = 8192

@@ -51,7 +51,8 @@ class Comparison:
             remedy = "take the state_dict of the bare model, without what wraps it (DDP, FSDP, torch.compile, PEFT)"
         else:
             remedy = "export the whole model again (save_pretrained, or state_dict)"
-        for names, problem in ((missing, "lacks {} of the policy's tensors"), (unknown, "has {} tensor{} that the policy has not")):
+        said_of = {"lacks {} of the policy's tensors": missing, "has {} tensor{} that the policy has not": unknown}
+        for problem, names in said_of.items():
             if names:
                 said = problem.format(len(names), "s" if len(names) > 1 else "")
                 raise self.fail(f"{self.where} {said}, first {', '.join(map(short, names[:3]))}", remedy)
@@ -111,7 +112,7 @@ def fitting_tensors(
 def _dtype_of(tensor: Any) -> tuple[torch.dtype | None, str]:
     """The dtype of a tensor that holds numbers in memory, else None; and what messages call it."""
     if not isinstance(tensor, torch.Tensor):
-        return None, f"a {type(tensor).__name__}"
+        return None, type(tensor).__name__
     if tensor.layout != torch.strided or tensor.is_meta:
         return None, "a tensor on the device meta, without numbers" if tensor.is_meta else str(tensor.layout)
     return tensor.dtype, str(tensor.dtype)

@@ -182,7 +182,8 @@ class SamplingParams:
 
 
 def _tuple(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
-    require(isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping), name, f"{short(value)} is no list", remedy)
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    require(listed, name, f"{short(value)} is no list", remedy)
     return tuple(value)
 
 

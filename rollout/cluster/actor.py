@@ -77,7 +77,9 @@ class RolloutActor:
                         return
                     finished = self._engine.step() if self._engine.has_work else []
                     completed = self._ended + [Completed(epoch, t.request_id, t) for t in finished]
+                    completed += [Completed(epoch, name, error=str(error)) for name, error in self._engine.failed.items()]
                     self._ended = []
+                    self._engine.failed.clear()
                 if completed:
                     yield completed
         finally:
