@@ -106,8 +106,8 @@ def usable_device(device: Any) -> torch.device:
 
 
 def _place(policy: Policy, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a policy without memory its tensors, uninitialised. Buffers, rotary frequencies and balancing biases, are at least float32:
-    half a number's digits would turn far positions by radians."""
+    """Give a policy without memory its tensors, uninitialised. Buffers, rotary frequencies and balancing biases, have at least
+    float32: half a number's digits would turn far positions by radians."""
     wide = torch.promote_types(dtype, torch.float32)
     placed: dict[torch.Tensor, nn.Parameter] = {}  # a tied head stays the embedding
     for module in policy.modules():

@@ -11,7 +11,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import ZayaConfig
 from transformers.activations import ACT2FN
 from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
+from transformers.utils import logging
 
 from ..errors import CheckpointError
 from .arguments import is_number, is_whole, short
@@ -43,6 +45,7 @@ _SIZES = {
 """Least and largest size: an order of magnitude above the models of today. Each layer is an object of Python, so more layers than
 these would take seconds before the first tensor is compared with them. Positions are int32 in kernels."""
 _KEYS = frozenset(ZayaConfig.__annotations__)
+_SIZES_OF_LISTS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 _KINDS = ("hybrid", "hybrid_sliding")
 _ROPES = ("default", "linear", "yarn", "llama3")
 """Kinds of rotary embeddings whose frequencies depend on the configuration alone. Where they depend on the length of a sequence,
@@ -66,8 +69,10 @@ def read_config(directory: Path) -> ZayaConfig:
         if name in raw:
             check.within(name, raw[name], least, most)
     check.lists(raw)
+    check.tokens(raw)
     try:
-        config = ZayaConfig(**{name: value for name, value in raw.items() if name in _KEYS})
+        with quiet_transformers():
+            config = ZayaConfig(**{name: value for name, value in raw.items() if name in _KEYS})
     except Exception as error:  # transformers raises whatever its checks and ours of its defaults meet
         raise CheckpointError("policy", f"{path} is no ZAYA configuration ({_one_line(error)})", "restore the file") from error
     check.architecture(config)
@@ -75,6 +80,17 @@ def read_config(directory: Path) -> ZayaConfig:
     if (diffusion := check.diffusion(raw.get("diffusion"), config)) is not None:
         config.diffusion = diffusion
     return config
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps the warnings of transformers from the user: what they are about is checked here, or is an error."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def read_json(path: Path, most: int) -> Any:
@@ -111,9 +127,13 @@ class _Checks:
 
     def lists(self, raw: Mapping[str, Any]) -> None:
         """Values that are no single numbers have the size and types that the architecture expects."""
+        heads, kv_heads, layers = (raw.get(name, getattr(ZayaConfig, name)) for name in _SIZES_OF_LISTS)
+        self.need(heads % kv_heads == 0, "num_attention_heads", heads, f"no multiple of num_key_value_heads ({kv_heads})",
+                  "restore the file")
         kinds, remedy = raw.get("layer_types"), "use the config.json that was saved with the weights"
         self.need(kinds is None or (isinstance(kinds, list) and len(kinds) <= _SIZES["num_hidden_layers"][1]), "layer_types",
                   kinds, "no list of one kind per layer", remedy)
+        self.need(kinds is None or len(kinds) == layers, "layer_types", kinds, f"not {layers} kinds, one for each layer", remedy)
         ropes = raw.get("rope_parameters")
         self.need(ropes is None or isinstance(ropes, dict), "rope_parameters", ropes, "no section", remedy)
         for kind, rope in (ropes or {}).items():
@@ -123,18 +143,17 @@ class _Checks:
             self.need(kind in _KINDS and isinstance(rope, dict), name, rope, f"no section of {' or '.join(_KINDS)}", remedy)
             self.need(rope.get("rope_type", "default") in _ROPES, f"{name}.rope_type", rope.get("rope_type"),
                       "a kind that is not supported", f"use {', '.join(_ROPES)}")
+            factor = rope.get("factor", 1.0)
+            self.need(is_number(factor) and 1 <= factor < math.inf, f"{name}.factor", factor, "no number from 1", remedy)
         self.need(raw.get("hidden_act") is None or (isinstance(raw["hidden_act"], str) and raw["hidden_act"] in ACT2FN),
                   "hidden_act", raw.get("hidden_act"), "an activation that transformers does not know", remedy)
 
     def architecture(self, config: ZayaConfig) -> None:
-        """The sizes fit each other, and token ids lie in the vocabulary."""
-        heads, kv_heads, remedy = config.num_attention_heads, config.num_key_value_heads, "restore the file"
-        self.need(heads % kv_heads == 0, "num_attention_heads", heads, f"no multiple of num_key_value_heads ({kv_heads})", remedy)
+        """The sizes fit each other, and numbers are in the range of float32."""
+        kv_heads, remedy = config.num_key_value_heads, "restore the file"
         self.need(kv_heads * config.head_dim % 2 == 0, "head_dim", config.head_dim,
                   f"and {kv_heads} key heads of it do not split into two halves", remedy)
         kinds: list[str] = config.layer_types or []
-        self.need(len(kinds) == config.num_hidden_layers, "layer_types", kinds,
-                  f"{len(kinds)} kinds for {config.num_hidden_layers} layers", remedy)
         self.need(all(kind in _KINDS for kind in kinds), "layer_types", kinds, f"not of {' and '.join(_KINDS)} alone", remedy)
         window = config.sliding_window
         self.need(window is None or (is_whole(window) and 1 <= window < 2**31), "sliding_window", window,
@@ -145,14 +164,18 @@ class _Checks:
         self.need(is_number(eps) and MIN_EPS <= eps <= 1, "rms_norm_eps", eps, f"outside {MIN_EPS}..1", remedy)
         spread = config.initializer_range
         self.need(is_number(spread) and 0 <= spread <= 100, "initializer_range", spread, "outside 0..100", remedy)
-        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-            ids = getattr(config, name)
-            for token in ids if isinstance(ids, list) else [ids]:
-                self._token(name, token, config, optional=not isinstance(ids, list))
 
-    def _token(self, name: str, token: Any, config: ZayaConfig, optional: bool = False) -> None:
-        self.need((optional and token is None) or (is_whole(token) and 0 <= token < config.vocab_size), name, token,
-                  f"no token of a vocabulary of {config.vocab_size}", "use the config.json that was saved with the weights")
+    def tokens(self, raw: Mapping[str, Any]) -> None:
+        """Token ids lie in the vocabulary, those too that the file leaves to their defaults."""
+        vocabulary = raw.get("vocab_size", ZayaConfig.vocab_size)
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            ids = raw.get(name, getattr(ZayaConfig, name))
+            for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+                self._token(name, token, vocabulary)
+
+    def _token(self, name: str, token: Any, vocabulary: int) -> None:
+        self.need(is_whole(token) and 0 <= token < vocabulary, name, token, f"no token of a vocabulary of {vocabulary}",
+                  "use the config.json that was saved with the weights")
 
     def rotary(self, config: ZayaConfig) -> None:
         """The rotary embedding can be made, and its frequencies are numbers that fit a head."""
@@ -166,7 +189,8 @@ class _Checks:
             self.need(is_number(share) and 0 < share <= 1, f"{name}.partial_rotary_factor", share, "outside 0..1",
                       "restore the file")
         try:
-            rotary = ZayaRotaryEmbedding(config)
+            with quiet_transformers():
+                rotary = ZayaRotaryEmbedding(config)
         except Exception as error:  # transformers raises KeyError, TypeError, ZeroDivisionError, ... for lacking values
             raise CheckpointError("policy", f"rope_parameters in {self._path} make no rotary embedding ({_one_line(error)})",
                                   "restore the file") from error  # fmt: skip
@@ -190,7 +214,7 @@ class _Checks:
             self.need(is_whole(value) and least <= value <= most, f"diffusion.{name}", value,
                       f"no whole number in {least}..{most}", remedy)
         if (mask := section.get("mask_token_id")) is not None:
-            self._token("diffusion.mask_token_id", mask, config)
+            self._token("diffusion.mask_token_id", mask, config.vocab_size)
             eos = config.eos_token_id
             self.need(mask not in (eos if isinstance(eos, list) else [eos]), "diffusion.mask_token_id", mask,
                       "which is an end-of-sequence token too", "give mask rows a token of their own")

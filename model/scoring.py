@@ -50,7 +50,11 @@ def score(
     check_temperature(temperature)
     backend = choose(policy)
     passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
-    return [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
+    scored = [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
+    for i, scores in enumerate(scored):
+        require(bool(np.isfinite(scores).all()), "logprobs", f"those of sequence {i} are not finite",
+                "use weights, and a dtype, that keep the policy's logits finite")
+    return scored
 
 
 def checked_sequences(

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from ..errors import CheckpointError
 from .arguments import short
-from .config import read_json
+from .config import quiet_transformers, read_json
 
 MAX_TOKENIZER_BYTES = 128 << 20
 """Largest tokenizer.json. That of a vocabulary of 262,144 tokens with its merges has 33 MB."""
@@ -26,6 +26,8 @@ MAX_NODES = 100_000
 """Values in the steps around the vocabulary, all together: a few hundred are usual."""
 MAX_STRING = 8192
 """Characters of one of them, expressions included; tables that are compiled into text (`precompiled_charsmap`) have no limit."""
+_VOCABULARIES = ("vocab.*", "*.model", "*.tiktoken")
+"""Files in place of tokenizer.json, of older tokenizers."""
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
 
 
@@ -47,8 +49,11 @@ def read_tokenizer(directory: Path) -> Any:
             if file is path:
                 _check_steps({name: held.get(name) for name in _STEPS}, path)
             del held
+    if not path.is_file() and not any(next(directory.glob(pattern), None) for pattern in _VOCABULARIES):
+        raise CheckpointError("policy", f"the tokenizer in {directory} has no vocabulary", "copy tokenizer.json too")
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more precise
         said = short(" ".join(str(error).split()))
         raise CheckpointError("policy", f"the tokenizer in {directory} cannot be read ({said})",
