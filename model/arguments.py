@@ -65,13 +65,19 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
             f"{short(value)} is no list of token ids", remedy)
     tokens = tuple(value)
     if set(map(type, tokens)) - {int}:
-        for i, token in enumerate(tokens):
-            require(not isinstance(token, bool | np.bool_) and hasattr(token, "__index__") and not hasattr(token, "__len__"),
-                    field, f"{short(token)} at place {i} is no token id", remedy)
-        tokens = tuple(map(operator.index, tokens))
+        tokens = tuple(_index(token, i, field, remedy) for i, token in enumerate(tokens))
     if tokens and min(tokens) < 0:
         raise RequestError(field, f"{min(tokens)} is no token id", remedy)
     return tokens
+
+
+def _index(token: Any, place: int, field: str, remedy: str) -> int:
+    try:
+        if not isinstance(token, bool | np.bool_):
+            return operator.index(token)
+    except TypeError:
+        pass
+    raise RequestError(field, f"{short(token)} at place {place} is no token id", remedy)
 
 
 def check_temperature(temperature: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..model.arguments import is_whole, require, short
+from ..model.arguments import is_list, is_whole, require, short
 from .schedule import Schedule
 from .types import RolloutRequest
 
@@ -38,6 +38,7 @@ def check_requests(requests: Iterable[RolloutRequest], serves: Callable[[str], b
     Args:
         serves: whether an unfinished request has a name.
     """
+    require(is_list(requests), "requests", f"{short(requests)} is no list of requests", "give a list of RolloutRequests")
     names = set[str]()
     for request in requests:
         require(isinstance(request, RolloutRequest), "requests", f"{short(request)} is no RolloutRequest",

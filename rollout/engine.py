@@ -201,6 +201,7 @@ class Engine:
         if self.has_work:
             raise RequestError("requests", f"the engine still holds {self.scheduler.pending} samples of earlier requests",
                                "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
+        check_requests(requests, self.scheduler.serves)
         self.check(*requests)
         self.failed.clear()
         order = {request.id: i for i, request in enumerate(requests)}

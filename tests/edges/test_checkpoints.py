@@ -1,4 +1,5 @@
-"""Checkpoints that are broken, hostile or of another model, given to the command line. Each row edits a small checkpoint that loads,
+"""Checkpoints that are broken, hostile or of another model, given to the command line. Each row edits a small checkpoint that
+loads,
 and names what the one line on stderr must hold."""
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Checkpoint:
     argv: tuple[str, ...] = SCORE
 
     def written(self) -> dict[str, Any]:
-        files: dict[str, Any] = {"config.json": json.dumps(self.config), "model.safetensors": save(self.tensors, {"format": "pt"})}
+        files: dict[str, Any] = {"config.json": json.dumps(self.config), "model.safetensors": save(self.tensors,
+         {"format": "pt"})}
         files |= self.files
         return {"in.jsonl": LINE} | {f"policy/{name}": held for name, held in files.items() if held is not None}
 
@@ -162,7 +164,8 @@ def replaces(pattern: dict[str, str], content: str) -> dict[str, Any]:
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "moe_intermediate_size", "num_experts", "router_hidden_size", "max_position_embeddings", "cca_time0", "cca_time1")  # fmt: skip
+         "moe_intermediate_size", "num_experts", "router_hidden_size", "max_position_embeddings", "cca_time0",
+          "cca_time1")  # fmt: skip
 WRONG_SIZES = {"zero": 0, "negative": -3, "a thousand million": 10**9, "a fraction": 2.5, "text": "8", "none": None, "true": True,
                "a list": [8]}  # fmt: skip
 
@@ -240,7 +243,8 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
      ("config.json", "nested too deeply")),
     ("a number of 5,000 digits", written("config.json", '{"model_type": "zaya", "hidden_size": ' + "9" * 5000 + "}"),
      ("config.json", "not JSON")),
-    ("2 MB of config", written("config.json", json.dumps({"model_type": "zaya", "x": "y" * (2 << 20)})), ("config.json", "bytes")),
+    ("2 MB of config", written("config.json", json.dumps({"model_type": "zaya", "x": "y" * (2 << 20)})), ("config.json",
+     "bytes")),
     ("another architecture", config(model_type="llama"), ("llama", "ZAYA")),
     ("an architecture that is a list", config(model_type=["zaya"] * 5000), ("['zaya'", "ZAYA")),
     ("a FIFO", written("config.json", fifo), ("policy", "no directory with a config.json")),
@@ -248,14 +252,17 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
     ("another head in a tied policy", config(tie_word_embeddings=True), (HEAD, "differs from", "tie_word_embeddings")),
     ("a head that is another by rounding", both(config(tie_word_embeddings=True), tensor(EMBEDDING, lambda t: t.bfloat16()),
      lambda c: c.tensors.update({HEAD: c.tensors[EMBEDDING].float() * (1 + 2**-12)})), (HEAD, "differs from")),
-    ("a tied head of another shape", both(config(tie_word_embeddings=True), tensor(HEAD, lambda t: t[:3].clone())), (HEAD, "shape")),
+    ("a tied head of another shape", both(config(tie_word_embeddings=True), tensor(HEAD, lambda t: t[:3].clone())), (HEAD,
+     "shape")),
     *((f"{kind} tensors", tensor(NORM, lambda t, dtype=dtype: t.to(dtype)), (NORM, name, "use float32"))
       for kind, dtype, name in (("int8", torch.int8, "I8"), ("bool", torch.bool, "BOOL"), ("complex", torch.complex64, "C64"),
                                 ("float8", torch.float8_e4m3fn, "F8_E4M3"), ("int64", torch.int64, "I64"))),
     ("NaN", tensor(NORM, first(math.nan)), (NORM, "NaN or infinity")),
-    ("NaN in a bias of the router", tensor("model.layers.1.mlp.gate.balancing_biases", first(math.nan)), ("balancing_biases", "NaN")),
+    ("NaN in a bias of the router", tensor("model.layers.1.mlp.gate.balancing_biases", first(math.nan)), ("balancing_biases",
+     "NaN")),
     ("infinity", tensor(EMBEDDING, first(-math.inf)), (EMBEDDING, "NaN or infinity")),
-    ("1e6 as float16", run_by((*SCORE, "--dtype", "float16"), tensor(NORM, first(1e6))), (NORM, "float16", "bfloat16 or float32")),
+    ("1e6 as float16", run_by((*SCORE, "--dtype", "float16"), tensor(NORM, first(1e6))), (NORM, "float16",
+     "bfloat16 or float32")),
     ("1e300 as float32", tensor(NORM, lambda t: first(1e300)(t.double())), (NORM, "float32 does not reach")),
     ("a tensor lacks", lambda c: c.tensors.pop(NORM), ("lacks 1", NORM)),
     ("a tensor too many", lambda c: c.tensors.update(extra=torch.ones(2)), ("has 1 tensor", "extra")),
@@ -284,7 +291,8 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
     ("an index without a map", sharded(model_safetensors_index_json=b"{}"), ("index.json", "corrupt")),
     ("an index of numbers", sharded(lambda m: m.update({NORM: 7})), ("index.json", "corrupt")),
     ("an index that is empty", sharded(lambda m: m.clear()), ("index.json", "corrupt")),
-    ("an index out of the directory", sharded(lambda m: m.update({NORM: "../other/model.safetensors"})), ("index.json", "'../other")),
+    ("an index out of the directory", sharded(lambda m: m.update({NORM: "../other/model.safetensors"})), ("index.json",
+     "'../other")),
     ("an index to the root", sharded(lambda m: m.update({NORM: "/etc/passwd"})), ("index.json", "'/etc/passwd'")),
     ("an index to another format", sharded(lambda m: m.update({NORM: "a.bin"})), ("index.json", "'a.bin'")),
     ("an index to a file that lacks", sharded(lambda m: m.update({NORM: "c.safetensors"})), ("c.safetensors", "missing")),
@@ -325,13 +333,16 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
 HARMLESS: dict[str, Edit] = {
     "as it is": config(),
     "a thousand million labels": config(num_labels=10**9, problem_type="single_label_classification"),
-    "keys of other architectures": config(to_dict=1, dtype="banana", per_layer_config={"0": 1}, quantization_config={"x": [1] * 99}),
+    "keys of other architectures": config(to_dict=1, dtype="banana", per_layer_config={"0": 1},
+     quantization_config={"x": [1] * 99}),
     "in two shards": sharded(),
     "a diffusion section that is empty": config(diffusion={}),
-    "a tied head that is there": both(config(tie_word_embeddings=True), lambda c: c.tensors.update({HEAD: c.tensors[EMBEDDING].clone()})),
+    "a tied head that is there": both(config(tie_word_embeddings=True),
+     lambda c: c.tensors.update({HEAD: c.tensors[EMBEDDING].clone()})),
     "a tied head that is not there": both(config(tie_word_embeddings=True), lambda c: c.tensors.pop(HEAD)),
     "float64 and bfloat16 tensors": both(tensor(NORM, lambda t: t.double()), tensor(HEAD, lambda t: t.bfloat16())),
-    "code beside a tokenizer": both(tokenizer(lambda t: None, {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["evil.T", None]}}),
+    "code beside a tokenizer": both(tokenizer(lambda t: None, {"tokenizer_class": "Mine",
+     "auto_map": {"AutoTokenizer": ["evil.T", None]}}),
                                     written("evil.py", "open('../ran', 'w')")),
     "several eos tokens": config(eos_token_id=[2, 3]),
     "no eos token": config(eos_token_id=None, bos_token_id=None, pad_token_id=None),
