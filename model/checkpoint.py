@@ -12,6 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,6 +33,7 @@ from .tokenizer_files import read_tokenizer
 from .weights import DTYPES, EMBEDDING, HEAD, Comparison
 
 SHIPPED = Path(__file__).parent / "shipped"
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 _POLICY_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json",
                  "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
                  "merges.txt", "chat_template*")  # fmt: skip
@@ -71,9 +73,13 @@ def load_policy(
     place = usable_device(device)
     directory = resolve(name_or_dir)
     config = read_config(directory)
+    stored = stored_tensors(directory)
+    layers = len({match[1] for name in stored if (match := _LAYER.match(name))})
+    if layers != config.num_hidden_layers:  # found before so many layers are made
+        raise CheckpointError("policy", f"{directory} has tensors of {layers} layers, and num_hidden_layers is "
+                              f"{config.num_hidden_layers}", "use the config.json that was saved with the weights")  # fmt: skip
     with torch.device("meta"):
         policy = Policy(config)
-    stored = stored_tensors(directory)
     compare = Comparison(policy, CheckpointError, "policy", os.fspath(directory))
     compare.names(stored.keys())
     for name, tensor in stored.items():

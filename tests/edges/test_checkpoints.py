@@ -23,6 +23,8 @@ from safetensors.torch import save
 from blockroll.errors import CheckpointError
 from blockroll.model.checkpoint import load_policy, resolve
 from blockroll.model.policy import Policy
+from blockroll.rollout.engine import Engine
+from blockroll.rollout.types import SamplingParams
 
 LINE = '{"id": "a", "prompt_tokens": [5, 6], "tokens": [7, 8]}\n'
 SCORE = ("score", "--policy", "policy", "--input", "in.jsonl", "--output", "out.jsonl")
@@ -176,6 +178,7 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
     # Config: relations and other values.
     ("heads that do not divide", config(num_attention_heads=5, num_key_value_heads=2), ("num_attention_heads", "5")),
     ("key heads without halves", config(num_key_value_heads=1, head_dim=7), ("head_dim", "two halves")),
+    ("more layers than tensors", config(num_hidden_layers=500, layer_types=None), ("num_hidden_layers", "500", "2 layers")),
     ("two experts per token", config(num_experts_per_tok=2), ("num_experts_per_tok", "2")),
     ("fewer kinds than layers", config(layer_types=["hybrid"]), ("layer_types", "not 2 kinds")),
     ("an unknown kind", config(layer_types=["hybrid", "mamba"]), ("layer_types", "not of hybrid")),
@@ -216,7 +219,7 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
     # Config: tokens and diffusion.
     ("eos past the vocabulary", config(eos_token_id=40), ("eos_token_id", "40")),
     ("eos below 0", config(eos_token_id=[2, -1]), ("eos_token_id", "-1")),
-    ("eos that is text", config(eos_token_id="</s>"), ("eos_token_id", "restore the file")),
+    ("eos that is text", config(eos_token_id="</s>"), ("eos_token_id", "</s>")),
     ("eos that is none among others", config(eos_token_id=[2, None]), ("eos_token_id",)),
     ("pad past the vocabulary", config(pad_token_id=4000), ("pad_token_id", "4000")),
     ("bos past the vocabulary", config(bos_token_id=41), ("bos_token_id", "41")),
@@ -356,16 +359,21 @@ def case(name: str, edit: Edit, says: tuple[str, ...], status: int = 2) -> Case:
     return Case(name, checkpoint.argv, checkpoint.written(), status=status, says=says, makes=() if status else ("out.jsonl",))
 
 
+def lay_out(one: Case, directory: Path) -> None:
+    """Writes the files of a case."""
+    for path, held in one.files.items():
+        place = directory / path
+        place.parent.mkdir(exist_ok=True)
+        held(place) if callable(held) else place.write_bytes(held.encode() if isinstance(held, str) else held)
+
+
 def ids(rows: list[tuple[str, Edit, tuple[str, ...]]]) -> dict[str, Any]:
     return {"argnames": ("name", "edit", "says"), "argvalues": rows, "ids": [row[0] for row in rows]}
 
 
 @pytest.mark.parametrize(**ids([row for row in ROWS if case(*row).argv == SCORE]))
 def test_a_broken_checkpoint_is_an_error_of_one_line(name: str, edit: Edit, says: tuple[str, ...], tmp_path: Path) -> None:
-    for path, held in case(name, edit, says).files.items():
-        place = tmp_path / path
-        place.parent.mkdir(exist_ok=True)
-        held(place) if callable(held) else place.write_bytes(held.encode() if isinstance(held, str) else held)
+    lay_out(case(name, edit, says), tmp_path)
     start = time.monotonic()
     with pytest.raises(CheckpointError) as error:
         load_policy(tmp_path / "policy")
@@ -375,7 +383,7 @@ def test_a_broken_checkpoint_is_an_error_of_one_line(name: str, edit: Edit, says
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize(**ids([row for i, row in enumerate(ROWS) if i % 9 == 0 or case(*row).argv != SCORE]))
+@pytest.mark.parametrize(**ids([row for i, row in enumerate(ROWS) if i % 16 == 0 or case(*row).argv != SCORE]))
 def test_by_the_command_line(name: str, edit: Edit, says: tuple[str, ...], edges: ForkServer, tmp_path: Path) -> None:
     edges.check(case(name, edit, says), tmp_path)
 
@@ -391,6 +399,7 @@ def overflowing(c: Checkpoint) -> None:
     c.tensors[HEAD] *= 1e30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [SCORE, GENERATE])
 def test_weights_that_overflow_in_the_head_give_no_samples_and_no_scores(argv, edges: ForkServer, tmp_path: Path) -> None:
     """The first line is the progress of the work that was done."""
@@ -401,9 +410,11 @@ def test_weights_that_overflow_in_the_head_give_no_samples_and_no_scores(argv, e
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_a_checkpoint_that_is_only_unusual_loads(name: str, edges: ForkServer, tmp_path: Path) -> None:
-    outcome = edges.check(case(name, HARMLESS[name], (), status=0), tmp_path)
-    assert outcome.appeared == ("out.jsonl",), outcome
+def test_a_checkpoint_that_is_only_unusual_loads(name: str, tmp_path: Path) -> None:
+    lay_out(case(name, HARMLESS[name], ()), tmp_path)
+    tokens = Engine(load_policy(tmp_path / "policy")).generate([[5, 6]], SamplingParams(max_tokens=4))[0].samples[0].tokens
+    assert 1 <= len(tokens) <= 4
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

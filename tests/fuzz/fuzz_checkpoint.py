@@ -18,21 +18,18 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-with atheris.instrument_imports(include=["blockroll.model"], enable_loader_override=False):
-    pass
+with atheris.instrument_imports(include=["blockroll"], enable_loader_override=False):
+    from blockroll.errors import CheckpointError
+    from blockroll.model.checkpoint import load_policy, resolve, save_policy
+    from blockroll.model.policy import Policy
 
 import torch
 from random_zaya import randomise, zaya_config
 
-from blockroll.errors import CheckpointError
-from blockroll.model.checkpoint import load_policy, resolve, save_policy
-from blockroll.model.policy import Policy
-
 KINDS = 5
 FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
-VALUES = (0, 1, -1, 2, 7, 2**31, 10**9, 10**30, 0.5, -0.0, 1e-60, 1e300, float("nan"), float("inf"), True, False, None, "",
- "silu",
-          "hybrid", "hybrid_sliding", "yarn", "linear", "llama3", "default", [], {}, [2, 3], [None], {"a": {}}, "x" * 3000,
+VALUES = (0, 1, -1, 2, 2**31, 10**9, 10**30, 0.5, -0.0, 1e-60, 1e300, float("nan"), float("inf"), True, False, None, "",
+          "silu", "hybrid", "hybrid_sliding", "yarn", "linear", "llama3", "default", [], {}, [2, 3], [None], {"a": {}}, "x" * 3000,
           ["hybrid"] * 3, {"block_size": 4}, {"rope_theta": 1e4})  # fmt: skip
 
 torch.set_num_threads(1)
@@ -43,7 +40,7 @@ BASE, WORK = place / "base", place / "work"
 def make_base() -> None:
     config = zaya_config(num_hidden_layers=1, layer_types=["hybrid"], vocab_size=20, hidden_size=8, num_attention_heads=2,
                          num_key_value_heads=1, head_dim=4, moe_intermediate_size=4, num_experts=2,
-                          router_hidden_size=4)  # fmt: skip
+                         router_hidden_size=4)  # fmt: skip
     config.diffusion = {"block_size": 4, "mask_token_id": 3}
     policy = Policy(config)
     randomise(policy)

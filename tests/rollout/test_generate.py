@@ -101,8 +101,8 @@ def test_chats_go_through_the_tokenizer_s_template(policy, engine):
 
 
 def test_one_refused_prompt_refuses_the_call(engine):
-    for bad, text in (("", "is empty; give some text"), ([], "is empty; give at least one"), ([1, "a"],
-     "'a' at place 1 is no token id"),
+    for bad, text in (("", "is empty; give some text"), ([], "is empty; give at least one"),
+                      ([1, "a"], "'a' at place 1 is no token id"),
                       (3.5, "is a float; give text"), ({"text": "a"}, "has the keys text; give one of prompt")):  # fmt: skip
         with pytest.raises(RequestError, match=r"^prompts\[1\]: " + text):
             engine.generate([TEXT, bad])
