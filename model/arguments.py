@@ -1,15 +1,14 @@
 """Checks of arguments at the edges of the library: types, token ids, temperatures. They raise RequestError with one line.
 
-This module imports neither torch nor transformers.
+This module imports the standard library and `errors` alone. NumPy registers its numbers as those of `numbers`.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
-
-import numpy as np
 
 from ..errors import RequestError
 
@@ -39,12 +38,12 @@ def short(value: object) -> str:
 
 def is_whole(value: object) -> bool:
     """Whether this is a whole number, Python's or NumPy's. True and False are none."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
     """Whether this is a number, Python's or NumPy's. True and False are none."""
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def is_list(value: object) -> bool:
@@ -73,7 +72,7 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
 
 def _index(token: Any, place: int, field: str, remedy: str) -> int:
     try:
-        if not isinstance(token, bool | np.bool_):
+        if not isinstance(token, bool):
             return operator.index(token)
     except TypeError:
         pass

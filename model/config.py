@@ -118,6 +118,7 @@ class _Checks:
 
     def need(self, condition: bool, name: str, value: object, problem: str, remedy: str) -> None:
         if not condition:
+            name = name if name.isprintable() else short(name)
             raise CheckpointError("policy", f"{name} in {self._path} is {short(value)}, {problem}", remedy)
 
     def within(self, name: str, value: Any, least: int, most: int) -> None:

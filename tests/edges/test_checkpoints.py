@@ -215,6 +215,8 @@ ROWS: list[tuple[str, Edit, tuple[str, ...]]] = [
     ("linear by text", rope(rope_type="linear", factor="2"), ("rope",)),
     ("a rotary section that is a list", config(rope_parameters=[1]), ("rope_parameters",)),
     ("a rotary section of no kind", config(rope_parameters={"full": {"rope_theta": 1e4}}), ("rope_parameters.full",)),
+    ("a rotary section of a name in two lines", config(rope_parameters={"hybrid\n": {}}), ("rope_parameters.hybrid\\n",)),
+    ("a diffusion key in two lines", config(diffusion={"a\nb": 1}), ("diffusion.a\\nb",)),
     ("a rotary section that is a number", config(rope_parameters={"hybrid": 7}), ("rope_parameters.hybrid", "7")),
     # Config: tokens and diffusion.
     ("eos past the vocabulary", config(eos_token_id=40), ("eos_token_id", "40")),
@@ -374,13 +376,13 @@ def ids(rows: list[tuple[str, Edit, tuple[str, ...]]]) -> dict[str, Any]:
 @pytest.mark.parametrize(**ids([row for row in ROWS if case(*row).argv == SCORE]))
 def test_a_broken_checkpoint_is_an_error_of_one_line(name: str, edit: Edit, says: tuple[str, ...], tmp_path: Path) -> None:
     lay_out(case(name, edit, says), tmp_path)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(CheckpointError) as error:
         load_policy(tmp_path / "policy")
     said = str(error.value)
     assert said.startswith("policy: ") and said.count("; ") >= 1 and "\n" not in said and len(said) < 1500, said
     assert all(word in said for word in says), said
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(**ids([row for i, row in enumerate(ROWS) if i % 16 == 0 or case(*row).argv != SCORE]))

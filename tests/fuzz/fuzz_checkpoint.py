@@ -29,8 +29,8 @@ from random_zaya import randomise, zaya_config
 KINDS = 5
 FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
 VALUES = (0, 1, -1, 2, 2**31, 10**9, 10**30, 0.5, -0.0, 1e-60, 1e300, float("nan"), float("inf"), True, False, None, "",
-          "silu", "hybrid", "hybrid_sliding", "yarn", "linear", "llama3", "default", [], {}, [2, 3], [None], {"a": {}}, "x" * 3000,
-          ["hybrid"] * 3, {"block_size": 4}, {"rope_theta": 1e4})  # fmt: skip
+          "silu", "hybrid", "hybrid_sliding", "yarn", "linear", "llama3", "default", [], {}, [2, 3], [None], {"a": {}},
+          "x" * 3000, ["hybrid"] * 3, {"block_size": 4}, {"rope_theta": 1e4})  # fmt: skip
 
 torch.set_num_threads(1)
 place = Path(tempfile.mkdtemp(prefix="fuzz-"))
