@@ -38,12 +38,12 @@ def short(value: object) -> str:
 
 def is_whole(value: object) -> bool:
     """Whether this is a whole number, Python's or NumPy's. True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_number(value: object) -> bool:
     """Whether this is a number, Python's or NumPy's. True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) in (int, float) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def is_list(value: object) -> bool:
