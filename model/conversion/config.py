@@ -14,10 +14,6 @@ from ...errors import ConfigError, DataError
 from ...settings import Config
 from ..tasks import Task, make_tasks
 
-MIN_EPSILON = 1e-30
-"""Least epsilon of AdamW that float32 adds to a root of 0 without losing it."""
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
 
 class Architecture(Config):
     """Dimensions of a ZAYA policy trained from nothing."""
@@ -171,9 +167,9 @@ class Stage(Config):
     data: Data | None = Field(None, description="documents of this stage; none takes the run's")
     packs_per_step: int = Field(1, ge=1, description="packs of one optimiser step, over all processes")
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[Decay, Decay] = Field((0.9, 0.98), description="decay per step of the gradient's mean and of its square; "
+    betas: tuple[float, float] = Field((0.9, 0.98), description="decay per step of the gradient's mean and of its square; "
                                        "sgd takes the first as momentum")
-    epsilon: float = Field(1e-8, ge=MIN_EPSILON, le=1, description="added to the root of the mean square of a gradient")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of the mean square of a gradient")
     learning_rate: float = Field(2e-3, gt=0)
     final_learning_rate: float = Field(1e-4, ge=0, description="reached along the schedule at the stage's last token")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate, over tokens")

@@ -112,7 +112,7 @@ def seeds(corpus: Path) -> None:
 
 if __name__ == "__main__":
     atheris.Setup(sys.argv, load)
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and not Path(sys.argv[1]).is_file():
         seeds(Path(sys.argv[1]))
     try:
         atheris.Fuzz()
