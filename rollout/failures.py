@@ -18,7 +18,7 @@ _RECORDED = ("logprobs", "behavior_logprobs", "support_logmass", "top_logprobs",
 
 
 def trajectories(
-    ended: Iterable[Sample], failed: dict[str, RequestError], cancel: Callable[[Collection[str]], None]
+    ended: Iterable[Sample], failed: dict[str, RequestError], cancel: Callable[[Collection[str]], object]
 ) -> list[Trajectory]:
     """The trajectories of samples that ended. A request with a log-probability that is not finite fails and has none.
 

@@ -6,6 +6,8 @@ Invariants:
   sample of one that runs more, by two or more.
 - A running sample has pages for everything the coming step may write. When the pool is empty the youngest sample is preempted,
   where there are several clients that of the client with most running. The oldest never is, so every sample ends.
+- A sample begins its prefill behind the longest beginning of its tokens that the cache keeps, whoever computed it. A preempted
+  sample that comes back finds its own pages there, unless other samples needed them.
 - The step that prefills the last rows of a prompt decodes the sample too: no step reads the weights for a prompt alone.
 - A step's cost depends on the samples that run, not on the number of samples that wait.
 """
@@ -14,11 +16,22 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
 
 from .cache import BlockTable, PagedCache
 from .sample_group import SampleGroup, age, is_fresh
 from .sequence import Sample, ScheduledSample, SchedulerOutput
 from .turns import above_share, in_turn, next_group, youngest
+
+
+class _SharedPrompt(NamedTuple):
+    """A prompt in the cache, for the samples of its group that wait: its block table, and the experts of its rows,
+    int16[P - 1, L], where they are recorded."""
+
+    table: BlockTable
+    experts: np.ndarray | None
 
 
 class Scheduler:
@@ -27,20 +40,23 @@ class Scheduler:
     Args:
         max_batch: most samples running at once.
         prefill_rows: most prompt rows of one step over all samples.
+        prefix_caching: whether samples reuse what the cache keeps.
 
     Attributes:
         running: samples in the cache, in order of admission.
         preemptions: how often a sample was preempted so far.
+        prefilled_tokens: rows prefilled so far.
+        cached_tokens: rows that were not prefilled, because the cache kept them.
     """
 
-    def __init__(self, cache: PagedCache, max_batch: int, prefill_rows: int) -> None:
-        self.cache, self.max_batch, self.prefill_rows = cache, max_batch, prefill_rows
+    def __init__(self, cache: PagedCache, max_batch: int, prefill_rows: int, prefix_caching: bool = True) -> None:
+        self.cache, self.max_batch, self.prefill_rows, self.prefix_caching = cache, max_batch, prefill_rows, prefix_caching
         self.running: list[Sample] = []
-        self.preemptions = 0
+        self.preemptions = self.prefilled_tokens = self.cached_tokens = 0
         self._groups: dict[str, SampleGroup] = {}
         self._waiting: deque[SampleGroup] = deque()  # groups with a waiting sample, by arrival
         self._waiting_samples = 0
-        self._prompts: dict[str, BlockTable] = {}
+        self._prompts: dict[str, _SharedPrompt] = {}
         self._clients: Counter[str] = Counter()  # requests with an unfinished sample
 
     @property
@@ -93,16 +109,22 @@ class Scheduler:
 
     def drop_begun(self) -> list[Sample]:
         """Give up every sample that has a generated token, and return them, oldest first. Must be called between two steps."""
-        begun = sorted((s for s in (*self.running, *self.waiting) if not is_fresh(s)), key=age)
-        for sample in begun:
+        return self._drop([s for s in (*self.running, *self.waiting) if not is_fresh(s)])
+
+    def drop_requests(self, request_ids: Collection[str]) -> list[Sample]:
+        """Give up every sample of these requests, and return them, oldest first. Must be called between two steps."""
+        return self._drop([s for s in (*self.running, *self.waiting) if s.request.id in request_ids])
+
+    def _drop(self, samples: list[Sample]) -> list[Sample]:
+        for sample in samples:
             if sample.block_table is None:
                 group = self._groups[sample.request.id]
-                group.resumed.remove(sample)
+                (group.fresh if is_fresh(sample) else group.resumed).remove(sample)
                 self._waiting_samples -= 1
                 if not group.waits:
                     self._waiting.remove(group)
             self.retire(sample)
-        return begun
+        return sorted(samples, key=age)
 
     def give_back(self, count: int) -> list[tuple[str, int]]:
         """Remove up to `count` waiting samples without a generated token, those of the youngest requests first. Returns the
@@ -112,28 +134,13 @@ class Scheduler:
             taken = [group.fresh.pop() for _ in range(min(count - len(given), len(group.fresh)))]
             given += [(sample.request.id, sample.number) for sample in taken]
             if taken:
-                self._removed(taken[0].request.id, group, len(taken))
+                self._waiting_samples -= len(taken)
+                group.unfinished -= len(taken)
+                if not group.waits:
+                    self._waiting.remove(group)
+                    self._forget_prompt(taken[0].request.id)
+                self._forget_group(taken[0].request.id, group)
         return given
-
-    def cancel(self, request_ids: Collection[str]) -> None:
-        """Remove every unfinished sample of these requests. Must be called between two steps."""
-        for sample in [sample for sample in self.running if sample.request.id in request_ids]:
-            self.retire(sample)
-        for request_id in request_ids:
-            if (group := self._groups.get(request_id)) is not None:
-                count = len(group.fresh) + len(group.resumed)
-                group.fresh.clear()
-                group.resumed.clear()
-                self._removed(request_id, group, count)
-
-    def _removed(self, request_id: str, group: SampleGroup, count: int) -> None:
-        """So many waiting samples have left the group's queues."""
-        self._waiting_samples -= count
-        group.unfinished -= count
-        if not group.waits:
-            self._waiting.remove(group)
-            self._forget_prompt(request_id)
-        self._forget_group(request_id, group)
 
     def _forget_group(self, request_id: str, group: SampleGroup) -> None:
         """Forget a group none of whose samples is unfinished."""
@@ -165,6 +172,8 @@ class Scheduler:
         for sample in in_turn(self.running):
             if sample.block_table is None:
                 continue
+            if budget and not sample.block_table.length:
+                self._reuse(sample)
             missing = sample.anchor - sample.block_table.length
             chunk = min(missing, budget)
             if missing and not chunk:
@@ -175,22 +184,27 @@ class Scheduler:
                 budget -= chunk
                 step.append(ScheduledSample(sample, chunk, decodes))
         step = [each for each in step if each.sample.block_table is not None]
+        self.prefilled_tokens += sum(chunk for _, chunk, _ in step)
         return SchedulerOutput.of(sorted(step, key=lambda each: age(each.sample)))
 
     def prefilled(self, sample: Sample) -> None:
-        """Must be called when a sample's prompt has come into the cache: its waiting siblings then share the prompt."""
+        """Must be called when prompt rows of a sample have come into the cache. Other samples may reuse them, and when all have
+        come, its waiting siblings share the prompt."""
+        assert sample.block_table is not None
+        self._keep(sample)
         request = sample.request
         waits = self._groups[request.id].waits
-        if waits and request.id not in self._prompts and is_fresh(sample):
-            assert sample.block_table is not None
+        if waits and sample.prefilled and request.id not in self._prompts and is_fresh(sample):
             copy = self.cache.fork(sample.block_table)
             if copy is not None:
-                self._prompts[request.id] = copy
+                experts = None if sample.experts is None else sample.experts[: sample.anchor].copy()
+                self._prompts[request.id] = _SharedPrompt(copy, experts)
 
     def forget_prompts(self) -> None:
-        """Free the shared prompts. Must be called when the weights change."""
+        """Free the shared prompts and what is kept for reuse. Must be called when the weights change."""
         for request_id in list(self._prompts):
             self._forget_prompt(request_id)
+        self.cache.reset_prefix_cache()
 
     def recompute(self, begun: bool = True) -> None:
         """Make running samples prefill again. Must be called when the weights change, so that no sample without a generated token
@@ -223,7 +237,9 @@ class Scheduler:
                 break
             sample = queue[0]
             if shared is not None and queue is group.fresh:
-                sample.block_table = self.cache.fork(shared)
+                sample.block_table = self.cache.fork(shared.table)
+                if shared.experts is not None:
+                    sample.record_experts(0, shared.experts)
             elif self.cache.free_pages >= self.cache.pages_for(sample.anchor + 1) or not self.running:
                 sample.block_table = self.cache.open()
                 filling.add(request_id)
@@ -236,6 +252,21 @@ class Scheduler:
             self.running.append(sample)
             if not group.waits:
                 self._waiting.remove(group)
+
+    def _reuse(self, sample: Sample) -> None:
+        """Let a sample that has not begun its prefill begin behind what the cache keeps. A sample that records experts runs every
+        row."""
+        table = sample.block_table
+        if table is None or len(table.pages) or not self.prefix_caching or sample.experts is not None:
+            return
+        found = self.cache.reuse(table, sample.tokens, sample.anchor)
+        self.cached_tokens += found
+        if found and sample.prefilled:
+            self.prefilled(sample)
+
+    def _keep(self, sample: Sample) -> None:
+        if self.prefix_caching and sample.block_table is not None:
+            self.cache.keep(sample.block_table, sample.tokens)
 
     def _make_room(self, sample: Sample, positions: int) -> bool:
         """Reserve pages. Where they lack, free the shared prompts first, then preempt the youngest samples. False when the sample
@@ -287,11 +318,12 @@ class Scheduler:
     def _release(self, sample: Sample) -> None:
         assert sample.block_table is not None
         self.running.remove(sample)
+        self._keep(sample)
         self.cache.release(sample.block_table)
         sample.block_table = None
 
     def _forget_prompt(self, request_id: str) -> None:
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
-            self.cache.release(prompt)
+            self.cache.release(prompt.table)
 

@@ -148,6 +148,9 @@ class ToyBackend:
     def revoke(self, epoch: int) -> None:
         """A sample in flight under this epoch comes all the same: late."""
 
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        self._work = deque(w for w in self._work if w[1].id not in request_ids)
+
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         if self.broken:
             raise ClusterError(self.broken)
