@@ -23,6 +23,7 @@ from ..kernels.dispatch import takes_triton
 from ..kernels.linear import linear_float32
 from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
+from .arguments import is_whole, require, short
 from .cca import Attention, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
@@ -158,6 +159,7 @@ class Policy(nn.Module):
 
     def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
+        require(isinstance(config, ZayaConfig), "config", f"{short(config)} is no ZayaConfig", "give one, or use load_policy")
         self.config = config
         diffusion: dict[str, Any] = getattr(config, "diffusion", None) or {}
         self.block_size: int = diffusion.get("block_size", 16)
@@ -285,6 +287,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def add_markov(self, rank: int, generator: torch.Generator) -> None:
         """Give the policy a Markov head that changes no logit until it is trained; one it has is replaced."""
+        require(is_whole(rank) and rank > 0, "rank", f"{short(rank)} is no whole number from 1", "give the rank of the head")
         head = MarkovHead(self.config.vocab_size, rank)
         head.previous.weight.normal_(generator=generator)
         head.next.weight.zero_()

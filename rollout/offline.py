@@ -28,6 +28,7 @@ from ..model.tokenizer import encode_prompt
 from ..seeds import MAX_SEED, derived_seed
 from .cache import pages_for
 from .engine import Engine, EngineConfig
+from .failures import unless_failed
 from .kv_memory import most_pages
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
@@ -179,7 +180,7 @@ def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Ite
     """Trajectories as they finish. The engine holds about `ahead` samples, however long the file is; once the caller stops, none.
 
     Raises:
-        RequestError: one of the requests cannot be served; none was.
+        RequestError: one of the requests cannot be served; none was. Or a log-probability is not finite.
     """
     engine.check(*requests)
     left = iter(requests)
@@ -191,7 +192,7 @@ def serve(engine: Engine, requests: Sequence[RolloutRequest], ahead: int) -> Ite
                 held += request.samples
             if not engine.has_work:
                 return
-            for sample in engine.step():
+            for sample in unless_failed(engine.step(), engine.failed):
                 held -= 1
                 yield sample
     except BaseException:

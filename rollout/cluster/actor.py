@@ -15,6 +15,7 @@ import queue
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,7 @@ class EngineActor:
             if self._engine.has_work:
                 for trajectory in self._engine.step():
                     self._ended(trajectory.request_id, trajectory)
+                self._report_failures()
             self._turns += 1
             now = time.monotonic()
             if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work):
@@ -143,6 +145,7 @@ class EngineActor:
                 if in_flight == "abort":
                     for trajectory in self._engine.abort_begun():
                         self._ended(trajectory.request_id, trajectory)
+                    self._report_failures()
                 self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
             except BaseException as error:
                 taken.set_exception(error)  # raised to who asked for the commit
@@ -155,7 +158,8 @@ class EngineActor:
     def _warm_up(self) -> None:
         """Decodes a little, so that what is compiled or loaded at first use is there when work comes."""
         params = SamplingParams(sampler="coupled", max_tokens=4, ignore_eos=True)
-        self._engine.rollout([RolloutRequest("warm-up", (0, 0), params)])
+        with suppress(RequestError):  # weights whose logits overflow; requests will say so
+            self._engine.rollout([RolloutRequest("warm-up", (0, 0), params)])
         self._engine.forwards = self._engine.decode_tokens = 0
 
     def _news(self) -> bool:
@@ -179,6 +183,12 @@ class EngineActor:
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
         self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
+
+    def _report_failures(self) -> None:
+        """Reports the requests that failed while they were decoded."""
+        for name, error in self._engine.failed.items():
+            self._report.completed.append(Completed(self._epochs[name], name, error=str(error)))
+        self._engine.failed.clear()
 
     def _forget_epochs(self) -> None:
         """Forgets the leases of requests that are not here, from time to time."""

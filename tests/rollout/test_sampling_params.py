@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -149,17 +150,16 @@ def test_the_only_token_left_may_be_the_mask_token(policy):
 
 
 @pytest.mark.parametrize(("field", "value", "text"), [
-    ("n", 0, "n: 0 is no whole number >= 1; ask for"),
+    ("n", 0, "n: 0 is no whole number in 1..65536; ask for"),
     ("seed", -1, "seed: -1 is no whole number in 0..2"),
     ("stop", ["a", ""], "stop: '' is no text of 1 to 256 bytes; give short texts"),
     ("stop", 5, "stop: 5 is no list"),
     ("min_tokens", 300, "min_tokens: 300 is no whole number in 0..max_tokens \\(256\\)"),
-    ("logit_bias", {3: float("nan")}, "logit_bias: nan of token 3 is outside -1e\\+06"),
+    ("logit_bias", {3: float("nan")}, "logit_bias: nan of token 3 is outside -inf..1e\\+06"),
     ("logit_bias", {-3: 1.0}, "logit_bias: -3 is no token id"),
     ("logit_bias", [1, 2], "logit_bias: \\[1, 2\\] is no mapping"),
-    ("logit_bias", {7: 1e39}, "logit_bias: 1e\\+39 of token 7 is outside -1e\\+06..1e\\+06; use -1000 to ban"),
-    ("logit_bias", {7: 10**400}, "logit_bias: 10+ of token 7 is"),
-    ("logit_bias", [(i, -1e39) for i in range(40)], "logit_bias: -1e\\+39 of token 0 is outside"),
+    ("logit_bias", {7: 1e39}, "logit_bias: 1e\\+39 of token 7 is outside -inf..1e\\+06; use -inf to forbid"),
+    ("logit_bias", {7: 10**400}, "logit_bias: 10+... of token 7 is"),
     ("repetition_penalty", 0, "repetition_penalty: 0 is outside 0.001..1000.0; use 1.0"),
     ("repetition_penalty", 1e-39, "repetition_penalty: 1e-39 is outside"),
     ("repetition_penalty", 1e39, "repetition_penalty: 1e\\+39 is outside"),
@@ -199,6 +199,9 @@ def test_values_that_do_not_fit_the_policy_are_refused(policy):
     engine = Engine(policy)
     for params, text in (
         (SamplingParams(logit_bias={40: 1.0}), "logit_bias: request 'a' names token 40 and the vocabulary has 40"),
+        (SamplingParams(logit_bias=[(i, -1e39) for i in range(40)]), "logit_bias: request 'a' forbids every token"),
+        (SamplingParams(min_tokens=1, stop_token_ids=(0, 1), logit_bias=dict.fromkeys(range(2, 40), -math.inf)),
+         "min_tokens: request 'a' has no token"),
         (SamplingParams(stop="x"), "stop: request 'a' has stop strings, and the policy has no tokenizer"),
         (SamplingParams(min_tokens=1, stop_token_ids=tuple(range(40))), "min_tokens: request 'a' has no token"),
     ):

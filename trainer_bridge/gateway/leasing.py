@@ -22,7 +22,8 @@ def queued_clients(file: LedgerFile) -> list[str]:
 
 
 def in_turn(file: LedgerFile, most: int, in_flight: Mapping[str, int]) -> list[tuple[str, tuple[Any, ...]]]:
-    """(client, (id, samples, digest, payload)) of the requests to lease: always the oldest of the client with the fewest samples in flight.
+    """Client and row (id, samples, digest, payload) of each request to lease: always the oldest of the client with the fewest
+    samples in flight.
 
     With `most` samples in flight only clients go on that have less than their share of them, so at most twice as many
     are; and one request more, where a client has none in flight.

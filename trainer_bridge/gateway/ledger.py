@@ -33,6 +33,7 @@ from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
 from ..wire.records import FAILURE, encode_trajectory
 from .batch_parts import Part, Receipt, record_part
 from .damage import Pending, fail_damaged, read_pending, read_request
+from .leasing import in_turn
 from .ledger_counters import Counters, Totals
 from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
 from .retention import KEEP, KEEP_VERSIONS, fail, purge, settle

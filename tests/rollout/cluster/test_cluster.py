@@ -73,6 +73,22 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
+def test_requests_of_weights_that_overflow_fail_by_name(cluster, policy_dir):
+    """A version of finite numbers whose logits overflow: no trajectory comes, each request fails, and a later version serves."""
+    good = {name: tensor.numpy() for name, tensor in blockroll.load_policy(policy_dir).state_dict().items()}
+    good.pop("lm_head.weight")
+    norm, embedding, version = "model.norm.weight", "model.embed_tokens.weight", cluster.version
+    bad = good | {norm: np.full_like(good[norm], 3e38), embedding: good[embedding] * 1e3}
+    cluster.commit_weights(version + 1, bad)
+    cluster.submit(requests("overflow", 4), epoch=5)
+    failed = [completed for completed in collect(cluster, 4) if completed.trajectory is None]
+    assert {completed.request_id for completed in failed} == {f"overflow{i:02d}" for i in range(4)}
+    assert all(completed.error.startswith("logprobs: ") for completed in failed)
+    cluster.commit_weights(version + 2, good)
+    cluster.submit(requests("after-overflow", 2), epoch=6)
+    assert all(completed.trajectory is not None for completed in collect(cluster, 4))
+
+
 def test_a_cancelled_request_ends_and_may_come_again(cluster):
     long = [RolloutRequest(f"cancel-{i}", (4, 5), SamplingParams(max_tokens=400, ignore_eos=True), samples=8) for i in range(4)]
     cluster.submit([*long, *requests("cancel-not", 2)], epoch=4)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ....errors import InvalidInput, TransportError
+from ....model.arguments import MAX_TEMPERATURE, MIN_TEMPERATURE
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
 from ....rollout.schedule import Schedule
@@ -43,7 +44,7 @@ class Rollouts(Config):
         "repeats whatever happens to its engines; see README for all four")
     schedule: Literal["ar", "two_pass", "fused"] = "fused"
     levels: tuple[int, ...] = Schedule().levels
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, lt=MAX_TEMPERATURE)
     max_tokens: int = Field(192, ge=1)
     batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
     staleness: Literal[0, 1] = Field(0, description="optimiser steps by which rollouts may lag behind the weights that are "
