@@ -31,8 +31,10 @@ from .errors import StorageError
 from .inputs import kind_of
 from .storage import STEM, lock, lock_of, locked_directory, locked_name, make_directory, storage_error, storing
 
-__all__ = ["append_jsonl", "check_output", "locked_directory", "locked_name", "make_directory", "storage_error", "storing",
-           "whole_directory", "whole_file", "write_atomic", "write_json"]
+__all__ = [
+    "append_jsonl", "check_directory", "check_output", "locked_directory", "locked_name", "make_directory", "storage_error",
+    "storing", "whole_directory", "whole_file", "write_atomic", "write_json",
+]  # fmt: skip
 
 _HERE, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>: relative to the working directory; swap two names
 
@@ -50,13 +52,16 @@ def check_output(path: str | os.PathLike[str], *others: str | os.PathLike[str]) 
             raise StorageError(f"{os.fspath(path)}: stands for two files of this command; give the output a name of its own")
     with storing(path):
         if _pipe(path) is None:
-            parent = target.parent
-            while not parent.exists() and parent != parent.parent:
-                parent = parent.parent
-            if not parent.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, f"{parent} is not a directory")
-            if not os.access(parent, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "no permission")
+            _check_writable(target.parent)
+
+
+def check_directory(path: str | os.PathLike[str]) -> None:
+    """Refuses the directory of an output before the work for it, as `check_output` does for a file. Creates nothing."""
+    target = Path(os.path.realpath(path))
+    with storing(path):
+        if (target.exists() or target.is_symlink()) and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a directory")
+        _check_writable(target if target.is_dir() else target.parent)
 
 
 @contextmanager
@@ -175,6 +180,16 @@ def _real(path: str | os.PathLike[str]) -> Path:
         if kind is not None and kind != "a pipe":
             raise OSError(errno.EINVAL, f"it is {kind}, not a file")
         return target
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be made in the folder, or in the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission")
 
 
 def _pipe(path: str | os.PathLike[str]) -> int | None:

@@ -35,7 +35,7 @@ _POLICY_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.in
 def resolve(name_or_dir: str | os.PathLike[str]) -> Path:
     """The directory of a shipped policy or of a path."""
     for candidate in (Path(name_or_dir), SHIPPED / str(name_or_dir)):
-        if (candidate / "config.json").is_file():
+        if os.path.isfile(candidate / "config.json"):  # False for a name that no file can have, too
             return candidate
     shipped = ", ".join(sorted(p.parent.name for p in SHIPPED.glob("*/config.json"))) or "none"
     raise CheckpointError(

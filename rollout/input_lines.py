@@ -23,9 +23,9 @@ from ..model.policy import Policy
 from ..model.tokenizer import encode_prompt
 
 PROMPT_BYTES, SAMPLE_BYTES = 64, 1024
-"""Bytes of a line per position of the policy, of a prompt and of a sample with its log-probabilities. LINE_BYTES more are free."""
+"""Bytes per position of the policy of a line with a prompt, and of one with a sample and its log-probabilities."""
 LINE_BYTES = 1 << 20
-"""Bytes that a line may hold beside what the policy's positions can take."""
+"""Bytes that a line may hold beside those, whatever the policy."""
 PIPE_BYTES = 1 << 30
 """Most bytes that are taken from a pipe. They are kept in a temporary file, because lines are read twice."""
 MAX_ID = 1024

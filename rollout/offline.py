@@ -185,8 +185,10 @@ def serve(engine: Engine, requests: Iterable[RolloutRequest], ahead: int) -> Ite
     stops, none.
 
     Raises:
-        RequestError: one of the requests cannot be served.
+        RequestError: one of the requests cannot be served. Where they are a list, none of them was.
     """
+    if isinstance(requests, Sequence):
+        engine.check(*requests)
     left = iter(requests)
     held = 0
     try:
