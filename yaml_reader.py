@@ -17,11 +17,11 @@ import yaml
 from .errors import ConfigError
 from .inputs import read_input
 
-MAX_FILE = 256 << 10
-"""Bytes of a file. A configuration takes a few thousand; the parser reads about 100,000 a second."""
+MAX_FILE = 128 << 10
+"""Bytes of a file. A configuration takes a few thousand; the parser reads about 50,000 a second."""
 MAX_DEPTH = 32
 """Sections within sections. Configurations nest five deep; the parser's time grows with the square of the depth."""
-MAX_VALUES = 50_000
+MAX_VALUES = 20_000
 """Values of a whole document, each alias counted as all that it stands for: nine levels of aliases can name a billion."""
 MAX_FILES = 100
 """Files that a document includes, each time it includes them."""
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        self.included = [0]  # files so far, counted together with those that include this one
+        self.included, self.composed = [0], [0]  # files and values so far, counted together with those that include this one
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()
@@ -82,6 +82,9 @@ class _Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise _error(f"sections are nested deeper than {MAX_DEPTH}", self.peek_event().start_mark)
+        self.composed[0] += 1
+        if self.composed[0] > MAX_VALUES:
+            raise _error(f"more than {MAX_VALUES:,} values", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         if node is None or node.tag != "!include":
@@ -108,7 +111,7 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"{path} cannot be included (it is not UTF-8 text)", mark) from error
         except yaml.reader.ReaderError as error:
             raise _error(f"{path} cannot be included ({_short(error)})", mark) from error
-        loader.outer, loader.included, loader.depth = files, self.included, self.depth
+        loader.outer, loader.depth, loader.included, loader.composed = files, self.depth, self.included, self.composed
         found = loader.get_single_node()
         return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark) if found is None else found
 
@@ -145,6 +148,8 @@ class _Loader(yaml.SafeLoader):
         return _text(node) if isinstance(node, yaml.ScalarNode) else super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        if not isinstance(node, yaml.MappingNode):
+            raise _error("a mapping of keys and values is expected", node.start_mark)
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
@@ -171,7 +176,7 @@ def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
 
 def _short(text: object) -> str:
     line = " ".join(str(text).split())
-    return line if len(line) <= 200 else line[:197] + "..."
+    return line if len(line) <= 100 else line[:97] + "..."
 
 
 for _tag, _pattern, _first in (

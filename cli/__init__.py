@@ -142,4 +142,6 @@ def _given(names: list[str]) -> str:
 def _say(text: str) -> None:
     """One line, whatever the text holds."""
     line = " ".join(text.split())
-    print(line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}...", file=sys.stderr)
+    if len(line) > LONGEST_LINE:  # the field stands at the beginning, the remedy at the end
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(line, file=sys.stderr)
