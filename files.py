@@ -48,7 +48,8 @@ def check_output(path: str | os.PathLike[str], *others: str | os.PathLike[str]) 
     """
     target = _real(path)
     for other in others:
-        if _real(other) == target or (os.path.exists(target) and os.path.exists(other) and os.path.samefile(target, other)):
+        one = os.path.realpath(other)
+        if one == os.fspath(target) or (target.exists() and os.path.exists(one) and target.samefile(one)):
             raise StorageError(f"{os.fspath(path)}: stands for two files of this command; give the output a name of its own")
     with storing(path):
         if _pipe(path) is None:

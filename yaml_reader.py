@@ -138,10 +138,10 @@ class _Loader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # of pyyaml's own constructors
-            shown = f"`{_short(node.value)}`" if isinstance(node, yaml.ScalarNode) else "this"
+            shown = f"`{_short(node.value, 60)}`" if isinstance(node, yaml.ScalarNode) else "this"
             raise _error(f"{shown} is no {node.tag.rpartition(':')[2]}", node.start_mark) from error
         if type(value) is int and abs(value) >= MAX_NUMBER:
-            raise _error(f"{_short(node.value)} is no number below 2**63 in size", node.start_mark)
+            raise _error(f"{_short(node.value, 60)} is no number below 2**63 in size", node.start_mark)
         return value
 
     def construct_scalar(self, node: yaml.Node) -> Any:
@@ -157,7 +157,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _error("a key must be a word", key.start_mark)
             if key.value in seen:
-                raise _error(f"key `{_short(key.value)}` is given twice", key.start_mark)
+                raise _error(f"key `{_short(key.value, 60)}` is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -174,9 +174,9 @@ def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(problem=problem, problem_mark=mark)
 
 
-def _short(text: object) -> str:
+def _short(text: object, most: int = 400) -> str:
     line = " ".join(str(text).split())
-    return line if len(line) <= 100 else line[:97] + "..."
+    return line if len(line) <= most else line[: most - 3] + "..."
 
 
 for _tag, _pattern, _first in (

@@ -75,6 +75,8 @@ def main() -> None:
     with _stopped_by_signals() as received:
         try:
             status = app(standalone_mode=False)
+        except KeyboardInterrupt:
+            status = 130
         except Exception as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()  # type: ignore[attr-defined]  # typer brings its own copy of click, or takes click's
