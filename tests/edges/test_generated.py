@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import string
 from typing import Any
 
@@ -24,10 +25,13 @@ from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
 from blockroll.yaml_reader import read_yaml
 
 pytestmark = pytest.mark.slow
-EXAMPLES = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+COUNT = int(os.environ.get("BLOCKROLL_EXAMPLES", "4000"))
+EXAMPLES = settings(max_examples=COUNT, deadline=None, suppress_health_check=list(HealthCheck))
 
-NUMBERS = st.one_of(st.integers(), st.integers(-(10**25), 10**25), st.floats(), st.sampled_from([0, 1, 2**31, 2**63, 1e308, 1e-320]))
-TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(["", "/", "..", "a/b", "\0", "\ud800", "x" * 5000, "ar", "diffusion", "tasks"]))
+SPECIAL = st.sampled_from([0, 1, 2**31, 2**63, 1e308, 1e-320])
+NUMBERS = st.one_of(st.integers(), st.integers(-(10**25), 10**25), st.floats(), SPECIAL)
+WORDS = st.sampled_from(["", "/", "..", "a/b", "\0", "\ud800", "x" * 5000, "ar", "diffusion", "tasks"])
+TEXTS = st.one_of(st.text(max_size=20), WORDS)
 SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
 
 
