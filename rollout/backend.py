@@ -19,6 +19,7 @@ import numpy as np
 
 from .types import RolloutRequest, Trajectory
 
+Dispatch = Literal["continuous", "ordered"]
 InFlightPolicy = Literal["finish", "keep", "recompute", "abort"]
 IN_FLIGHT_POLICIES: tuple[InFlightPolicy, ...] = ("finish", "keep", "recompute", "abort")
 
@@ -53,9 +54,17 @@ class RolloutBackend(Protocol):
         """The weight version that serves."""
         ...
 
-    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
-        """Takes a whole batch under one epoch and returns at once. There is one call per batch, so that placement can
-        be a function of the batch alone. Raises ClusterError when nothing of the batch was taken."""
+    @property
+    def dispatch(self) -> Dispatch:
+        """`ordered`: a batch is submitted whole, in one call, so that placement can be a function of the batch alone.
+        `continuous`: requests of several clients are submitted in turn."""
+        ...
+
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
+        """Takes requests under one epoch and returns at once. Raises ClusterError when nothing of them was taken.
+
+        Args: clients: whose each request is; clients share the engines fairly.
+        """
         ...
 
     def poll(self, timeout: float) -> list[Completed]:
@@ -63,8 +72,13 @@ class RolloutBackend(Protocol):
         ...
 
     def revoke(self, epoch: int) -> None:
-        """Ends a lease: its unfinished work is dropped. An engine that is busy with it may hang and is replaced, so
-        that the work, once it is submitted again, goes to an engine that answers."""
+        """Ends a lease: its unfinished work is dropped. An engine that made no step with it lately may hang and is
+        replaced, so that the work, once it is submitted again, goes to an engine that answers."""
+        ...
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Ends the unfinished samples of these requests; nothing more comes back for them. Unknown ids are ignored. A
+        request may be submitted again later, under a higher epoch."""
         ...
 
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,9 +1,13 @@
-"""Paged K/V and the CCA tail of every running sequence.
+"""Paged K/V and the CCA tail of every running sequence, and the pages that other sequences may begin with.
 
 Invariants:
-- A page belongs to one sequence, or several sequences share it and none writes to it. A fork shares only the pages that are full.
-- Nothing is rolled back: the next step overwrites rows past a sequence's length. The tail is a ring over positions. It is longer
-  than the clean rows of a decode step, so a rejected row never overwrites a committed row that a later row still reads.
+- A page belongs to one sequence, or several sequences share it and none writes to it. Only full pages are shared.
+- The CCA tail of a page's last positions lies with the page, so a sequence may begin behind any full page. The tail of the other
+  positions is a ring over positions. It is longer than the clean rows of a decode step, so a rejected row never overwrites a
+  committed row that a later row still reads.
+- Nothing is rolled back: the next step overwrites rows past a sequence's length.
+- A page is kept for reuse only below its sequence's length, where every row is a committed token's clean row, and only if all of
+  it was computed since the latest `reset_prefix_cache`.
 - A row past its sequence's pages is not kept.
 
 Legend: S sequences, L positions asked for, H hops, G key heads, D head size, C q/k projection channels,
@@ -22,21 +26,24 @@ import torch
 
 from ..kernels.cca import NOTHING, Pools
 from ..kernels.transfer import upload
-from ..model.layout import CLEAN, TokenLayout
+from ..model.layout import TokenLayout
 from ..model.policy import Policy
 from ..model.state import Paging
+from .cache_places import CachePlaces, CacheSizes
+from .prefix_cache import PrefixCache
 
 _NO_PAGES: np.ndarray = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class BlockTable:
-    """Where one sequence lies in the cache, as vLLM's block table: its tail slot, its pages in order (int64), and the number of
-    positions that are valid."""
+    """Where one sequence lies in the cache, as vLLM's block table: its tail slot, its pages in order (int64), the number of
+    positions that are valid, and the number of resets of the prefix cache before it was opened."""
 
     slot: int
     pages: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     length: int = 0
+    resets: int = 0
 
 
 class PagedCache:
@@ -59,17 +66,25 @@ class PagedCache:
 
         # Zeros, not empty memory: a masked key is multiplied by 0, and 0 * NaN is not 0.
         self.k, self.v = (pool(pages * page_size, *kv) for _ in range(2))
-        self.x = pool(slots * self.ring, channels)
-        self.delayed = pool(slots * self.ring, kv[0] * kv[1] // 2)
+        self.sizes = CacheSizes(page_size, self.ring, min(self.hops, page_size), slots * self.ring)
+        tails = slots * self.ring + pages * self.sizes.page_tail
+        self.x = pool(tails, channels)
+        self.delayed = pool(tails, kv[0] * kv[1] // 2)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
         self.total_pages, self._total_slots = pages, slots
         self._users = np.zeros(pages, dtype=np.int64)
+        self._prefixes, self._resets = PrefixCache(page_size), 0
         self.release_all()
 
     @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""
-        return len(self._free)
+        return len(self._free) + self._prefixes.unused
+
+    @property
+    def cached_pages(self) -> int:
+        """The free pages whose K/V is kept for reuse until other sequences need them."""
+        return self._prefixes.unused
 
     @property
     def free_slots(self) -> int:
@@ -82,15 +97,40 @@ class PagedCache:
 
     def open(self) -> BlockTable:
         """An empty block table for a new sequence. A slot must be free."""
-        return BlockTable(self._slots.pop())
+        return BlockTable(self._slots.pop(), resets=self._resets)
+
+    def reuse(self, table: BlockTable, tokens: Sequence[int], most: int) -> int:
+        """Let an empty table begin with the pages that are kept of these tokens; returns the positions it then holds.
+
+        Args:
+            most: positions at most.
+        """
+        assert not table.length and not len(table.pages) and table.resets == self._resets
+        if found := self._prefixes.find(tokens, most // self.page_size):
+            for page in found:
+                self._prefixes.use(page)
+            table.pages, table.length = np.array(found), len(found) * self.page_size
+            self._users[table.pages] += 1
+        return table.length
+
+    def keep(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Keep the full pages below the table's length for reuse, also when the table is released. `tokens` are the
+        sequence's."""
+        if table.resets == self._resets:
+            self._prefixes.add(tokens, table.pages[: table.length // self.page_size].tolist())
+
+    def reset_prefix_cache(self) -> None:
+        """Keep nothing for reuse that was computed so far. Must be called when the weights change."""
+        self._free += self._prefixes.clear()
+        self._resets += 1
 
     def reserve(self, table: BlockTable, positions: int) -> bool:
         """Allocate pages for positions 0..positions-1; False, and nothing changes, when the pool has too few pages."""
         missing = self.pages_for(positions) - len(table.pages)
-        if missing > len(self._free):
+        if missing > self.free_pages:
             return False
         if missing > 0:
-            pages = [self._free.pop() for _ in range(missing)]
+            pages = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)]
             self._users[pages] = 1
             table.pages = np.append(table.pages, pages)
         return True
@@ -99,29 +139,39 @@ class PagedCache:
         """A second sequence with the same past: full pages are shared, the last partial page and the tail are copied.
         None when a slot or a page is lacking."""
         full, rest = divmod(table.length, self.page_size)
-        if not self._slots or (rest and not self._free):
+        if not self._slots or (rest and not self.free_pages):
             return None
-        copy = BlockTable(self._slots.pop(), table.pages[:full], table.length)
+        copy = BlockTable(self._slots.pop(), table.pages[:full], table.length, table.resets)
         self._users[copy.pages] += 1
         if rest:
             self.reserve(copy, table.length)
             for pool in (self.k, self.v):
                 source, target = (page * self.page_size for page in (table.pages[full], copy.pages[full]))
                 pool[:, target : target + rest] = pool[:, source : source + rest]
+            for pool in (self.x, self.delayed):
+                count, first = self.sizes.page_tail, self.sizes.first_page_tail
+                source, target = (first + page * count for page in (table.pages[full], copy.pages[full]))
+                pool[:, target : target + count] = pool[:, source : source + count]
         for pool in (self.x, self.delayed):
             source, target = table.slot * self.ring, copy.slot * self.ring
             pool[:, target : target + self.ring] = pool[:, source : source + self.ring]
         return copy
 
     def release(self, table: BlockTable) -> None:
-        """Free the sequence's pages and its slot. Shared pages stay with the other sequences."""
+        """Free the sequence's pages and its slot. Shared pages stay with the other sequences, and kept ones can be reused."""
         self._users[table.pages] -= 1
-        self._free += table.pages[self._users[table.pages] == 0].tolist()
+        for page in table.pages[self._users[table.pages] == 0].tolist()[::-1]:
+            if page in self._prefixes:
+                self._prefixes.put_away(page)
+            else:
+                self._free.append(page)
         self._slots.append(table.slot)
         table.pages, table.length = _NO_PAGES, 0
 
     def release_all(self) -> None:
-        """Free all pages and slots."""
+        """Free all pages and slots, and keep nothing for reuse."""
+        self._prefixes.clear()
+        self._resets += 1
         self._free: list[int] = list(range(self.total_pages))[::-1]
         self._slots: list[int] = list(range(self._total_slots))[::-1]
         self._users[:] = 0
@@ -160,28 +210,11 @@ class CacheView:
 
     def __init__(self, cache: PagedCache, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
-        size, ring = cache.page_size, cache.ring
-        starts = layout.start_S.numpy()
-        self._longest = int(starts.max())
+        self._longest = int(layout.start_S.max())
         width = width or max(1, *(len(table.pages) for table in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
-        pages = page_table(sequences, self._table_SP)
-
-        slots = np.array([table.slot for table in sequences])
-        back = starts[:, None] - 1 - np.arange(cache.hops)
-        self._tail_SH = slots[:, None] * ring + back % ring
-
-        sequence, position = layout.sequence_T.numpy(), layout.position_T.numpy()
-        inside = position < pages[sequence] * size
-        self._clean = clean = np.flatnonzero((layout.block_T.numpy() == CLEAN) & inside)
-        end = np.zeros(len(sequences), dtype=np.int64)
-        np.maximum.at(end, sequence[clean], position[clean])
-        # A chunk longer than the ring keeps its last rows only.
-        self._kept = kept = clean[position[clean] > end[sequence[clean]] - ring]
-        self._write = self._table_SP[sequence[clean], position[clean] // size] * size + position[clean] % size
-        self._tail_write = slots[sequence[kept]] * ring + position[kept] % ring
-        self._apart = bool((end + 1 - starts + cache.hops > ring).any())
-        self._rows = len(sequence)
+        pages, slots = page_table(sequences, self._table_SP), np.array([table.slot for table in sequences])
+        self._places = CachePlaces.of(layout, slots, pages, self._table_SP, cache.sizes, cache.hops)
         self._read: dict[int, torch.Tensor] = {}
 
     @property
@@ -191,10 +224,9 @@ class CacheView:
 
     def paging(self) -> Paging:
         """Where this layout's rows lie, for kernels that work on the pages in place."""
-        write, tail = np.full((2, self._rows), NOTHING)
-        write[self._clean], tail[self._kept] = self._write, self._tail_write
-        table, entries, write_T, tail_T = (torch.from_numpy(x) for x in (self._table_SP, self._tail_SH, write, tail))
-        return Paging(self._cache.page_size, table, entries, write_T, tail_T, self._apart)
+        write, tail, before, apart = self._places
+        table, entries, write_T, tail_T = (torch.from_numpy(x) for x in (self._table_SP, before, write, tail))
+        return Paging(self._cache.page_size, table, entries, write_T, tail_T, apart)
 
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
@@ -224,7 +256,9 @@ class CacheView:
 
     @cached_property
     def _indices(self) -> _Indices:
-        arrays = self._clean, self._write, self._kept, self._tail_write
+        write, tail, _, _ = self._places
+        clean, kept = np.flatnonzero(write != NOTHING), np.flatnonzero(tail != NOTHING)
+        arrays = clean, write[clean], kept, tail[kept]
         return _Indices(*upload(tuple(map(torch.from_numpy, arrays)), self._device))
 
 

@@ -1,7 +1,7 @@
 """The engine: prompts in, trajectories out.
 
 Invariants:
-- A step is schedule -> plan -> forward -> verify -> commit. Only `_commit` appends to a sample's tokens.
+- A step is schedule -> plan -> forward -> verify -> commit.
 - Tokens do not depend on the batch: random numbers are keyed by (sample seed, position), and drafts outlive preemption.
   Only a planner (`auto`) looks at the batch, when it chooses the schedule.
 """
@@ -20,20 +20,21 @@ from ..errors import RequestError
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
 from .cache import PagedCache, pages_for
-from .generate import Prompts, as_requests, check_params, policy_of, stop_tokens, with_options
+from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
 from .outputs import RolloutOutput, as_outputs
-from .planning.calibration import step_costs
-from .planning.planner import Planner, candidates
+from .planning.calibration import AR, calibrated_planner
+from .planning.planner import Planner
 from .planning.step_costs import clock
 from .progress import sample_meter
 from .prompt_logprobs import PromptLogprobs
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample, SchedulerOutput
+from .steps.commit import commit
 from .steps.plan import StepPlan
 from .steps.runner import StepOutput, StepRunner
 from .stop_strings import StopStrings
-from .types import RolloutRequest, SamplingParams, StepTrace, Trajectory
+from .types import RolloutRequest, SamplingParams, Trajectory
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class EngineConfig:
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
         prefill_rows: most prompt rows of one step.
+        enable_prefix_caching: a request reuses the K/V of earlier requests whose tokens begin as its own do, page by page. Pages
+            that no sample uses are kept within the pool, the least recently used ones are given up first, and none outlives its
+            weight version.
         captured: where kernels run, pad decode steps to few shapes, and capture their forward passes in graphs where the device
             can.
         repeatable: `auto` chooses by stored step times alone and ignores the times of its own steps. Then the same requests give
@@ -58,6 +62,7 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
+    enable_prefix_caching: bool = True
     captured: bool = True
     repeatable: bool = False
 
@@ -67,9 +72,6 @@ class EngineConfig:
         for name in ("max_batch", "page_size", "prefill_rows"):
             if getattr(self, name) < 1:
                 raise RequestError(name, f"{getattr(self, name)} is less than 1", "use a positive number")
-
-
-_AR = Schedule("ar").within(2)
 
 
 class Engine:
@@ -103,10 +105,11 @@ class Engine:
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
         size = self.config.page_size
-        longest = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * pages_for(longest, size)
+        usual = min(512, policy.config.max_position_embeddings)
+        pages = self.config.pages or self.config.max_batch * pages_for(usual, size)
         self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
-        self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows)
+        reuses = self.config.enable_prefix_caching
+        self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows, reuses)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
         self.version = self.forwards = self.decode_tokens = self._arrivals = 0
         self.schedule = self.config.schedule.within(self.block_size)
@@ -120,6 +123,16 @@ class Engine:
         """Whether a sample waits or runs."""
         return self.scheduler.pending > 0
 
+    @property
+    def prefilled_tokens(self) -> int:
+        """Rows prefilled since the start."""
+        return self.scheduler.prefilled_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """Rows since the start that were not prefilled, because their K/V was kept."""
+        return self.scheduler.cached_tokens
+
     def check(self, *requests: RolloutRequest) -> None:
         """Raise RequestError where this engine cannot serve one of the requests, or where an id is not unique among the requests
         and the unfinished ones."""
@@ -128,7 +141,7 @@ class Engine:
             if request.id in names or self.scheduler.serves(request.id):
                 raise RequestError("id", f"two unfinished requests are called {request.id!r}", "give each request its own id")
             names.add(request.id)
-            self._check_sizes(request)
+            check_sizes(request, self.policy, self.cache)
             check_params(request, self.policy)
 
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
@@ -138,44 +151,38 @@ class Engine:
             RequestError: `check` refuses the request. Nothing is queued.
         """
         self.check(request)
+        self.add_samples(request, [number for number in range(request.samples) if number not in without])
+
+    def add_samples(
+        self, request: RolloutRequest, numbers: Sequence[int], client: str = "", arrival: int | None = None
+    ) -> None:
+        """Queue samples of a request of which others may be unfinished.
+
+        Args:
+            numbers: of samples that are not here.
+            client: whose request it is; clients share the engine fairly.
+            arrival: its place among the requests, the oldest first; None for the last place. No two may have the same.
+
+        Raises:
+            RequestError: this engine cannot serve the request. Nothing is queued.
+        """
+        check_sizes(request, self.policy, self.cache)
+        check_params(request, self.policy)
         params, layers = request.params, self.policy.config.num_hidden_layers
-        limit = self._longest(request)
+        limit = longest(request, self.policy)
         stops = stop_tokens(params, self.policy)
         shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
-        for number in range(request.samples):
-            if number in without:
-                continue
-            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, self._arrivals)
+        known = self.scheduler.arrival(request.id)
+        place = next(number for number in (known, arrival, self._arrivals) if number is not None)
+        self._arrivals = max(self._arrivals, place + 1)
+        for number in numbers:
+            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, place, client=client)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
             sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
             if params.routed_experts:
                 sample.experts = np.full((limit, layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
-        self._arrivals += 1
-
-    def _longest(self, request: RolloutRequest) -> int:
-        """Most tokens a sample of the request may reach, prompt included."""
-        return min(len(request.prompt_tokens) + request.params.max_tokens, self.policy.config.max_position_embeddings)
-
-    def _check_sizes(self, request: RolloutRequest) -> None:
-        """Raise RequestError where the request does not fit the policy or the cache."""
-        config, prompt = self.policy.config, request.prompt_tokens
-        most = config.max_position_embeddings
-        if len(prompt) >= most:
-            problem = f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}"
-            raise RequestError("prompt_tokens", problem, f"shorten the prompt to at most {most - 1} tokens")
-        if max(prompt) >= config.vocab_size:
-            raise RequestError(
-                "prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has {config.vocab_size}",
-                "use the policy's own tokenizer",
-            )  # fmt: skip
-        limit = self._longest(request)
-        if self.cache.pages_for(limit) > self.cache.total_pages:
-            raise RequestError(
-                "max_tokens", f"request {request.id!r} may need {limit} positions, more than the cache holds",
-                "raise the engine's `pages` or lower max_tokens",
-            )  # fmt: skip
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None, *, progress: bool = True
@@ -279,6 +286,10 @@ class Engine:
         """End those unfinished samples that have a generated token, as `abort` does. The others go on."""
         return self._aborted(self.scheduler.drop_begun())
 
+    def cancel(self, request_ids: Collection[str]) -> list[Trajectory]:
+        """End the unfinished samples of these requests, as `abort` does. The others go on."""
+        return self._aborted(self.scheduler.drop_requests(request_ids))
+
     def _aborted(self, ended: list[Sample]) -> list[Trajectory]:
         self.runner.forget_samples()
         for sample in ended:
@@ -295,34 +306,16 @@ class Engine:
             self.planner.observe(batch.decoding, None if batch.prefills else self._now() - start)
 
     def _commit(self, plan: StepPlan, output: StepOutput | None) -> None:
-        """Write what the step gave into its samples: cached positions, tokens, the trace, the next drafts."""
+        """Count the prompt rows that are in the cache now, and write what the step gave into its samples."""
         if plan.batch.prefills:
             for sample, chunk, _ in plan.batch.scheduled:
                 assert sample.block_table is not None
                 sample.block_table.length += chunk
-                if chunk and sample.prefilled:
+                if chunk:
                     self.scheduler.prefilled(sample)
-        if output is None:
-            return
-        verdict = output.verdict
-        columns = verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
-        steps = plan.count_D.tolist(), plan.block_start_D, plan.block_length_D, output.draft_count_D, output.draft_level_D
-        samples = zip(
-            plan.batch.decoding, verdict.accepted_S.tolist(), *steps, *(column.tolist() for column in columns), strict=True
-        )
-        for d, (sample, accepted, drafted, start, length, waiting, level, *rows) in enumerate(samples):
-            assert sample.block_table is not None
-            before, anchor = len(sample.tokens), sample.anchor
-            sample.note_step(StepTrace(anchor, drafted, accepted, start, length, plan.forwards if drafted else 1))
-            sample.keep_drafts(output.drafts, d, waiting, anchor + level + 1, output.block)
-            sample.commit(accepted, *rows, version=self.version)
-            sample.block_table.length = sample.anchor
-            self.decode_tokens += len(sample.tokens) - before
-        if verdict.top_token_SRK is not None and verdict.top_logprob_SRK is not None:
-            tops = zip(plan.batch.decoding, verdict.top_token_SRK.tolist(), verdict.top_logprob_SRK.tolist(), strict=True)
-            for sample, *top in tops:
-                sample.record_top(*top)
-        self.forwards += plan.forwards
+        if output is not None:
+            self.decode_tokens += commit(plan, output, self.version)
+            self.forwards += plan.forwards
 
     def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:
         """Remove the samples that ended from the scheduler; returns their trajectories."""
@@ -331,20 +324,17 @@ class Engine:
         return [sample.trajectory() for sample in ended]
 
     def _calibrated_planner(self) -> Planner:
-        """A planner that knows this engine's step times. They are measured now where they are not known."""
-        schedules = candidates(self.block_size)
+        """A planner that knows this engine's step times."""
 
         def run(schedule: Schedule) -> list[Sample]:
             self.schedule = schedule
             self.step()
             return [sample for sample in self.scheduler.running if sample.prefilled]
 
-        costs = step_costs(
-            self.policy, schedules, self.config.max_batch, self.cache.total_pages, self.cache.page_size, self.add, run,
-            self.scheduler.clear,
+        planner = calibrated_planner(
+            self.policy, self.block_size, self.config.max_batch, self.cache.total_pages, self.cache.page_size,
+            self.config.repeatable, self.add, run, self.scheduler.clear,
         )  # fmt: skip
-        self.schedule, self.forwards, self.decode_tokens, self._arrivals = _AR, 0, 0, 0
-        # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess
-        # costs little and leaves nothing unknown for long.
-        prior = 0.85 if self.policy.converted else 0.05
-        return Planner(costs, schedules, self.block_size, prior=prior, repeatable=self.config.repeatable)
+        self.schedule, self.forwards, self.decode_tokens, self._arrivals = AR, 0, 0, 0
+        self.scheduler.prefilled_tokens = self.scheduler.cached_tokens = 0
+        return planner

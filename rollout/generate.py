@@ -17,6 +17,7 @@ from ..errors import RequestError
 from ..model.checkpoint import load_policy
 from ..model.policy import Policy
 from ..model.tokenizer import encode_prompt
+from .cache import PagedCache
 from .params import require
 from .schedule import Schedule
 from .types import RolloutRequest, SamplingParams
@@ -66,6 +67,23 @@ def check_params(request: RolloutRequest, policy: Policy) -> None:
     if params.min_tokens:
         require(len(stop_tokens(params, policy).intersection(range(vocabulary))) < vocabulary, "min_tokens",
                 f"request {request.id!r} has no token that does not end it", "leave a token out of stop_token_ids")
+
+
+def longest(request: RolloutRequest, policy: Policy) -> int:
+    """Most tokens a sample of the request may reach, prompt included."""
+    return min(len(request.prompt_tokens) + request.params.max_tokens, policy.config.max_position_embeddings)
+
+
+def check_sizes(request: RolloutRequest, policy: Policy, cache: PagedCache) -> None:
+    """Raise RequestError where the request does not fit the policy or the cache."""
+    name, prompt, vocabulary = f"request {request.id!r}", request.prompt_tokens, policy.config.vocab_size
+    most, limit = policy.config.max_position_embeddings, longest(request, policy)
+    require(len(prompt) < most, "prompt_tokens", f"{name} has {len(prompt)} tokens and the policy's maximum is {most}",
+            f"shorten the prompt to at most {most - 1} tokens")
+    require(max(prompt) < vocabulary, "prompt_tokens", f"{name} holds token {max(prompt)} and the vocabulary has {vocabulary}",
+            "use the policy's own tokenizer")
+    require(cache.pages_for(limit) <= cache.total_pages, "max_tokens",
+            f"{name} may need {limit} positions, more than the cache holds", "raise the engine's `pages` or lower max_tokens")
 
 
 def as_requests(

@@ -29,6 +29,7 @@ class Sample:
         tokens: prompt and generated tokens.
         stops: tokens that end the sample.
         arrival: number of the request, in the order of arrival.
+        client: whose request it is; clients share an engine fairly.
         block_table: where it lies in the cache; None while it waits.
         drafts: a batch of drafts, of which row `draft_index` holds the sample's own `draft_count` drafts; None when it has none.
         draft_start, draft_length: first position and length of the mask block those drafts came from.
@@ -49,6 +50,7 @@ class Sample:
     stops: frozenset[int]
     arrival: int
     seed: int = 0
+    client: str = ""
     block_table: BlockTable | None = None
     drafts: Drafts | None = None
     draft_index: int = 0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..rollout.cluster import RayCluster
+from ..rollout.cluster import EngineSpec, RayCluster
 from ..rollout.engine import EngineConfig
 from ..trainer_bridge.gateway import Gateway
 
@@ -28,7 +28,7 @@ def serve(policy: str, engines: EngineConfig, ledger: Path, *, actors: int, ray_
         ray_address: an existing Ray cluster; None starts one on this machine.
         bind: address of the gateway.
     """
-    cluster = RayCluster(policy, engines, actors=actors, address=ray_address)
+    cluster = RayCluster(EngineSpec(policy, engines, device="cpu"), engines=actors, address=ray_address)
     try:
         with Gateway(cluster, bind, ledger, disk_patience=DISK_PATIENCE_S) as gateway:
             _log.info("%d engines of %s serve at %s", actors, policy, gateway.address)

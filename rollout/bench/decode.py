@@ -178,7 +178,8 @@ def prompts_of_one_length(policy: Policy, count: int) -> list[tuple[int, ...]]:
 def _ours(
     policy: Policy, sampler: str, schedule: Schedule, batch: int, temperature: float, max_tokens: int
 ) -> _Contestant:
-    engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=batch))
+    # Rounds repeat prompts, and a peer prefills them again each time.
+    engine = Engine(policy, EngineConfig(schedule=schedule, max_batch=batch, enable_prefix_caching=False))
     params = SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
     check: dict[str, Any] = {"max_logprob_error": 0.0, "products": products(policy)}
 

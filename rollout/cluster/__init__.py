@@ -7,5 +7,6 @@ process of its own. `ray_start`, `ray_errors`: Ray itself.
 """
 
 from .pool import RayCluster
+from .spec import EngineSpec, EngineStatus
 
-__all__ = ["RayCluster"]
+__all__ = ["EngineSpec", "EngineStatus", "RayCluster"]

@@ -1,123 +1,189 @@
 """A Ray actor around one engine.
 
 Invariants:
-- An actor serves one assignment at a time, whole and in its order, so what it computes does not depend on when its
-  results are fetched. Samples leave as they finish, by a stream.
-- A weight version is staged beside the one that serves and taken between two steps, also in the middle of an
-  assignment.
-- An assignment that ends early leaves nothing in the engine.
+- One thread owns the engine: it runs `serve`, a loop of steps. Everything else that is asked of the engine waits in a queue
+  and is done by that thread between two steps.
+- Samples leave as they end, in the reports that `serve` streams.
+- `control` answers while a step runs, however long that takes: the process lives.
+- A weight version is staged beside the one that serves.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import queue
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import ray
 import torch
 
-from ...errors import RequestError
+from ...errors import ConfigError, RequestError
 from ...model.checkpoint import load_policy
 from ..backend import Completed, InFlightPolicy
-from ..engine import Engine, EngineConfig
-from ..types import RolloutRequest
+from ..engine import Engine
+from ..types import RolloutRequest, SamplingParams
+from .reports import Heartbeat, Home, Loaded, Part, Report
+from .spec import EngineSpec
+
+_REPORT_S = 0.02
+"""Seconds between two reports of an engine with work. A report costs Ray about a millisecond, on both sides."""
+_VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
-@ray.remote(max_restarts=0, num_cpus=1, concurrency_groups={"control": 1})
-class RolloutActor:
-    """One engine in a process of its own. `run` has one thread; staging, commits and figures have another.
+@ray.remote(max_restarts=0, concurrency_groups={"control": 1, "weights": 1})
+class EngineActor:
+    """One engine in a process of its own.
 
     Args:
-        version, arrays: the weights to serve; None for those of `policy` itself.
+        version, arrays: the weights to serve; None for those of `spec.policy` itself.
     """
 
-    def __init__(
-        self, policy: str, config: EngineConfig, dtype: str, version: int, arrays: Mapping[str, np.ndarray] | None
-    ) -> None:
-        torch.set_num_threads(1)
-        self._engine = Engine(load_policy(policy, dtype), config)
+    def __init__(self, spec: EngineSpec, version: int, arrays: Mapping[str, np.ndarray] | None) -> None:
+        self._spec, self._start = spec, (version, arrays)
+        self._engine: Engine
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._report = Report()
+        self._epochs: dict[str, int] = {}
         self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
-        self._between_steps = threading.Lock()
-        self._epoch: int | None = None
-        self._ended: list[Completed] = []
-        if arrays is not None:
-            self._engine.load_weights(self._fitting(arrays, version), version)
-
-    def ready(self) -> int:
-        """The weight version that serves. The call returns once the policy is loaded."""
-        return self._engine.version
-
-    @ray.method(num_returns="streaming")
-    def run(
-        self, batch: Sequence[RolloutRequest], epoch: int, done: Mapping[str, frozenset[int]]
-    ) -> Iterator[list[Completed]]:
-        """Serves an assignment to its end. A request that the engine refuses is reported, and the others go on.
-
-        Args:
-            done: per request id, the numbers of the samples that are not wanted because they have come.
-        """
-        torch.set_num_threads(1)  # OpenMP's setting belongs to the thread
-        refused = []
-        try:
-            with self._between_steps:
-                self._epoch = epoch
-                for request in batch:
-                    try:
-                        self._engine.add(request, without=done.get(request.id, frozenset()))
-                    except RequestError as error:
-                        refused.append(Completed(epoch, request.id, error=str(error)))
-            if refused:
-                yield refused
-            while True:
-                with self._between_steps:
-                    if not self._engine.has_work and not self._ended:
-                        return
-                    finished = self._engine.step() if self._engine.has_work else []
-                    completed = self._ended + [Completed(epoch, t.request_id, t) for t in finished]
-                    self._ended = []
-                if completed:
-                    yield completed
-        finally:
-            with self._between_steps:
-                self._engine.abort()
-                self._epoch, self._ended = None, []
+        self._turns = 0
 
     @ray.method(concurrency_group="control")
+    def home(self) -> Home:
+        """Where the process runs. Answers before the policy is loaded."""
+        seen = next((f"{name}={os.environ[name]}" for name in _VISIBLE if os.environ.get(name)), "")
+        return Home(os.getpid(), ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), seen)
+
+    def load(self) -> Loaded:
+        """Loads the policy."""
+        spec, (version, arrays) = self._spec, self._start
+        torch.set_num_threads(max(1, int(spec.num_cpus)))
+        device = _device(spec)
+        dtype = spec.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        self._engine = Engine(load_policy(spec.policy, dtype, device), spec.config)
+        if arrays is not None:
+            self._engine.load_weights(self._fitting(arrays, version), version)
+        self._start = (version, None)
+        if self._engine.planner is None:  # a planner has measured steps
+            self._warm_up()
+        state = self._engine.policy.state_dict()
+        if self._engine.policy.config.tie_word_embeddings:
+            state.pop("lm_head.weight")
+        expected = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()}
+        return Loaded(self._engine.version, str(device), expected)
+
+    @ray.method(num_returns="streaming")
+    def serve(self) -> Iterator[Report]:
+        """Serves until the process ends."""
+        torch.set_num_threads(max(1, int(self._spec.num_cpus)))  # OpenMP's setting belongs to the thread
+        reported = 0.0
+        while True:
+            works = self._engine.has_work
+            if not works and not self._news():
+                self._inbox.get()()
+            while not self._inbox.empty():
+                self._inbox.get()()
+            if self._engine.has_work:
+                for trajectory in self._engine.step():
+                    self._ended(trajectory.request_id, trajectory)
+            self._turns += 1
+            now = time.monotonic()
+            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work):
+                self._report.fresh = self._engine.scheduler.fresh
+                report, self._report, reported = self._report, Report(), now
+                yield report
+
+    @ray.method(concurrency_group="control")
+    def add(self, parts: Sequence[Part]) -> None:
+        """Adds samples, in this order, between two steps. A request that the engine refuses is reported."""
+        self._inbox.put(lambda: self._add(parts))
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, request_ids: Collection[str]) -> None:
+        """Drops the unfinished samples of these requests between two steps. What ended before may still be reported."""
+        self._inbox.put(lambda: self._cancel(set(request_ids)))
+
+    @ray.method(concurrency_group="control")
+    def give_back(self, count: int) -> None:
+        """Reports up to `count` samples that have not begun as returned, between two steps."""
+        self._inbox.put(lambda: self._give_back(count))
+
+    @ray.method(concurrency_group="control")
+    def heartbeat(self) -> Heartbeat:
+        """Figures of this moment."""
+        engine = self._engine
+        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.forwards,
+                         engine.decode_tokens, engine.scheduler.preemptions)
+
+    @ray.method(concurrency_group="weights")
     def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Stages a version's tensors; raises if one does not fit the policy."""
         self._staged = {version: self._fitting(arrays, version)}
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="weights")
     def unstage(self) -> None:
         """Frees what is staged."""
         self._staged = {}
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="weights")
     def commit(self, version: int, in_flight: InFlightPolicy) -> int:
         """Takes the staged version between two steps.
 
         Args: in_flight: what happens to unfinished samples. `keep`, `recompute`: see `Engine.load_weights`. `abort`:
             those that have a generated token end where they are. `finish`: the caller has waited until there are none.
         """
-        with self._between_steps:
-            tensors = self._staged.pop(version)
-            if in_flight == "abort" and self._epoch is not None:
-                self._ended += [Completed(self._epoch, t.request_id, t) for t in self._engine.abort_begun()]
-            self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
-        return version
+        taken: Future[int] = Future()
+        tensors = self._staged.pop(version)
 
-    @ray.method(concurrency_group="control")
-    def stats(self) -> dict[str, Any]:
-        """Process id, and totals of the engine."""
-        return {
-            "pid": os.getpid(),
-            "forwards": self._engine.forwards,
-            "decode_tokens": self._engine.decode_tokens,
-            "preemptions": self._engine.scheduler.preemptions,
-        }
+        def take() -> None:
+            try:
+                if in_flight == "abort":
+                    for trajectory in self._engine.abort_begun():
+                        self._ended(trajectory.request_id, trajectory)
+                self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
+            except BaseException as error:
+                taken.set_exception(error)  # raised to who asked for the commit
+            else:
+                taken.set_result(version)
+
+        self._inbox.put(take)
+        return taken.result()
+
+    def _warm_up(self) -> None:
+        """Decodes a little, so that what is compiled or loaded at first use is there when work comes."""
+        params = SamplingParams(sampler="coupled", max_tokens=4, ignore_eos=True)
+        self._engine.rollout([RolloutRequest("warm-up", (0, 0), params)])
+        self._engine.forwards = self._engine.decode_tokens = 0
+
+    def _news(self) -> bool:
+        return bool(self._report.completed) or self._report.returned is not None
+
+    def _add(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            self._epochs[part.request.id] = part.epoch
+            try:
+                self._engine.add_samples(part.request, part.numbers, part.client, part.order)
+            except RequestError as error:
+                self._report.completed.append(Completed(part.epoch, part.request.id, error=str(error)))
+        self._forget_epochs()
+
+    def _cancel(self, request_ids: Collection[str]) -> None:
+        self._engine.cancel(request_ids)
+        self._report.completed = [item for item in self._report.completed if item.request_id not in request_ids]
+
+    def _give_back(self, count: int) -> None:
+        self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
+
+    def _ended(self, request_id: str, trajectory: Any) -> None:
+        self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
+
+    def _forget_epochs(self) -> None:
+        """Forgets the leases of requests that are not here, from time to time."""
+        if len(self._epochs) > 64 + 2 * self._engine.scheduler.pending:
+            self._epochs = {name: epoch for name, epoch in self._epochs.items() if self._engine.scheduler.serves(name)}
 
     def _fitting(self, arrays: Mapping[str, np.ndarray], version: int) -> Mapping[str, torch.Tensor]:
         own = self._engine.policy.state_dict()
@@ -128,3 +194,18 @@ class RolloutActor:
                 tensor = tensor.view(torch.bfloat16)
             tensors[name] = tensor
         return self._engine.check_weights(tensors, version)
+
+
+def _device(spec: EngineSpec) -> torch.device:
+    """Where this process computes. Raises ConfigError where that is no GPU although it has to be one."""
+    wanted = spec.device
+    if wanted == "auto":
+        wanted = "cuda" if spec.num_gpus > 0 else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ConfigError("device", f"{wanted} was asked for and torch {torch.__version__} sees {count} GPUs here",
+                              "install torch for the GPU, or set device: cpu")
+        device = torch.device("cuda", device.index or 0)
+    return device

@@ -1,125 +1,145 @@
-"""A pool of Ray actors that implements `RolloutBackend`: placement and weight versions. `worker` handles failures.
+"""A pool of engines on Ray that implements `RolloutBackend`.
 
 Invariants:
-- Placement is a function of the batch alone: of n workers, worker i takes requests i, i + n, i + 2n and so on. A worker
-  serves its assignments one at a time, in the order they came. So a run with the same seed computes the same however
-  fast each actor is.
 - Samples come back one by one, each once, under the epoch they were submitted under.
-- A version is staged on every actor before any actor takes it. An actor that dies or fails when it takes the version is
-  replaced by one that starts from it. When every actor fails, all are replaced by actors at the old version. So the
-  pool never serves two.
-- An actor that does not answer in time, or serves a lease that is over, is killed. A fresh actor takes its place.
+- A dead or hung engine is given up: what it had goes to the others at once (`dispatch`), and its next process starts in the
+  background, from the pool's weight version.
+- Everything happens in the thread that calls, within `poll` or another method. `scale` and `engines` may be called from any
+  thread.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from ...errors import ClusterError
-from ...model.checkpoint import load_policy
-from ..backend import IN_FLIGHT_POLICIES, Completed, InFlightPolicy
-from ..engine import EngineConfig
+from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy
 from ..types import RolloutRequest
+from .dispatch import Continuous, Dealer, Ordered, Strategy
+from .fleet import LOOK_S, Fleet
+from .handle import EngineHandle, EngineLost
 from .ray_errors import one_line
 from .ray_start import start_ray
-from .worker import ActorSpec, Worker
+from .reports import Report
+from .spec import EngineSpec, EngineStatus
+from .suspects import SOLO_DEATHS, Suspects
+from .weight_commit import WeightCommit
+from .work import Backlog, Work
 
 _log = logging.getLogger(__package__)
 ANSWER_S = 600.0
-"""Seconds an actor may take to load, or to take, a weight version."""
+"""Seconds an engine may take to load, or to take, a weight version, and for one step."""
+HEARTBEAT_S = 6.0
+"""Seconds an engine may be silent. The thread that answers for it needs a moment of a core only, whatever the engine does."""
 
 
 class RayCluster:
-    """`actors` engines of one policy.
+    """Engines of one policy. The constructor returns when every engine for which Ray has a place has loaded the policy.
 
     Args:
-        policy: shipped name or directory, readable by every actor.
+        spec: what each engine is started with.
+        engines: how many there should be.
+        dispatch: how work is dealt; see `rollout.cluster.dispatch`.
         address: Ray address; None starts a Ray of its own on this machine.
-        answer_seconds: how long an actor may take to load, or to take, a weight version before it is replaced.
+        answer_seconds: how long an engine may take to load, or to take, a weight version, and for one step.
+        heartbeat_seconds: how long an engine may be silent before it is replaced.
+        max_engines: most engines `scale` will ask for, by which a Ray of its own is sized; None for `engines`.
+
+    Attributes:
+        version: the weight version that serves.
+        restarts: engine processes that were replaced so far.
+
+    Raises:
+        ClusterError: there is no Ray, or an engine cannot be started.
     """
 
     in_flight_policies = IN_FLIGHT_POLICIES
 
     def __init__(
         self,
-        policy: str,
-        config: EngineConfig,
+        spec: EngineSpec,
         *,
-        actors: int = 2,
-        dtype: str = "float32",
+        engines: int = 2,
+        dispatch: Dispatch = "continuous",
         address: str | None = None,
         answer_seconds: float = ANSWER_S,
+        heartbeat_seconds: float = HEARTBEAT_S,
+        max_engines: int | None = None,
     ) -> None:
+        if dispatch not in ("continuous", "ordered"):
+            raise ClusterError(f"dispatch: unknown value {dispatch!r}; use continuous or ordered")
+        if engines < 1:
+            raise ClusterError(f"engines: {engines} is less than 1; use at least one")
+        self.dispatch, self.version = dispatch, 0
         self._answer_s = answer_seconds
-        state = load_policy(policy, dtype).state_dict()
-        if _tied(state):
-            state.pop("lm_head.weight")
-        self._expected = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in state.items()}
+        self._restarts = 0
+        self._weights: Any = None
+        self._committing = False
+        self._early: list[Completed] = []
+        self._fleet = Fleet(spec, engines, answer_seconds, heartbeat_seconds)
+        self._engines = self._fleet.engines
+        self._expected: Mapping[str, tuple[str, tuple[int, ...]]] = {}
+        self._backlog = Backlog()
+        self._dealer = Dealer(self._backlog, spec.config.max_batch)
+        self._suspects = Suspects(self._dealer)
+        self._strategy: Strategy = Continuous(self._dealer)
+        if dispatch == "ordered":
+            self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
+        self._looked = self._read_at = time.monotonic()
         self._own_ray = not ray.is_initialized()
         if self._own_ray:
-            start_ray(address, actors)
-        self._spec = ActorSpec(policy, config, dtype)
-        self._early: list[Completed] = []
-        self._workers = [Worker(self._spec) for _ in range(actors)]
+            start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:
-            for worker in self._workers:
-                worker.wait_ready()
-        except RayError as error:
-            self.close()
-            raise ClusterError(f"cluster: an actor did not start ({one_line(error)}); see the logs of Ray") from error
+            self._wait_until_loaded()
         except BaseException:
             self.close()
             raise
 
     @property
-    def version(self) -> int:
-        """The weight version that serves."""
-        return self._spec.version
-
-    @property
     def restarts(self) -> int:
-        """Actors that were replaced so far."""
-        return sum(worker.restarts for worker in self._workers)
+        """Engine processes that were replaced so far."""
+        return self._restarts
 
-    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
-        """Shares a batch among the workers, request by request in turn."""
-        for i, worker in enumerate(self._workers):
-            if part := batch[i :: len(self._workers)]:
-                worker.assign(part, epoch)
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
+        """Takes a batch; `clients` says whose each request is. A request that is here under a lower epoch is dropped."""
+        self.cancel([request.id for request in batch if request.id in self._backlog.works])
+        self._strategy.submit(self._backlog.add(batch, epoch, clients))
+        self._deal()
 
     def poll(self, timeout: float) -> list[Completed]:
         """Finished samples; waits up to `timeout` seconds for the first."""
+        if not self._early:
+            self._pump(timeout)
         done, self._early = self._early, []
-        if not any(worker.assignments for worker in self._workers):
-            if not done:
-                time.sleep(min(timeout, 0.05))
-            return done
-        wait = 0.0 if done else timeout
-        while True:
-            streams = {worker.stream: worker for worker in self._workers if worker.stream is not None}
-            ready, _ = ray.wait(list(streams), num_returns=1, timeout=wait) if streams else ([], [])
-            if not ready:
-                return done
-            done += streams[ready[0]].collect()
-            wait = 0.0
+        return done
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Drops the unfinished samples of these requests. Nothing more comes of them."""
+        self._early = [item for item in self._early if item.request_id not in request_ids]
+        self._drop([self._backlog.works[name] for name in dict.fromkeys(request_ids) if name in self._backlog.works])
 
     def revoke(self, epoch: int) -> None:
-        """Drops the assignments of a lease that is over, and replaces the actors that are serving one."""
-        for worker in self._workers:
-            worker.revoke(epoch)
+        """Drops the work of a lease that is over, and gives up the engines that hang over it."""
+        works = [work for work in self._backlog.works.values() if work.epoch == epoch]
+        hung = [engine for engine in self._engines if engine.hangs(time.monotonic()) and
+                any(work.epoch == epoch for work in engine.samples)]
+        self._drop(works)
+        for engine in hung:
+            self._lose(engine, f"it made no step and lease {epoch} is over")
+        self._deal()
 
     def commit_weights(
         self, version: int, arrays: Mapping[str, np.ndarray], in_flight: InFlightPolicy = "finish"
     ) -> None:
-        """Stages the version on every actor, then has every actor take it. ClusterError leaves the old version serving.
+        """Stages the version on every engine, then has every engine take it. ClusterError leaves the old version serving.
 
         Args:
             in_flight: `finish` waits for every sample first; `keep` goes on with the old keys and values; `recompute`
@@ -128,71 +148,148 @@ class RayCluster:
         """
         if in_flight not in IN_FLIGHT_POLICIES:
             raise ClusterError(f"in_flight: unknown policy {in_flight!r}; use one of {', '.join(IN_FLIGHT_POLICIES)}")
-        while in_flight == "finish" and any(worker.assignments for worker in self._workers):
-            self._early = self.poll(1.0)
-        reference = self._stage(version, arrays)
-        outcomes = self._each("commit", version, in_flight)
-        taken = not all(isinstance(error, RayTaskError) for error in outcomes)
-        if taken:
-            self._spec.version, self._spec.weights = version, reference
-        for worker, error in zip(self._workers, outcomes, strict=True):
-            if error is not None:
-                # The actor may have taken part of the version. Its successor starts from what the pool serves.
-                worker.replace(f"it did not take weight version {version}: {one_line(error)}")
-        if not taken:
-            why = one_line(next(error for error in outcomes if error is not None))
-            raise ClusterError(f"weights: no engine could take version {version} ({why}); the old one serves")
-        _log.info("weight version %d serves on %d engines", version, len(self._workers))
-
-    def _stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> Any:
-        """Stages a version on every actor, beside the one that serves; returns the reference to its arrays."""
+        while in_flight == "finish" and self._backlog.works:
+            self._pump(1.0)
+        end = time.monotonic() + self._answer_s
+        while not (ready := [engine for engine in self._engines if engine.phase == "ready"]):
+            if time.monotonic() > end:
+                raise ClusterError(f"weights: no engine serves, so none could take version {version}; push it again later")
+            self._pump(0.2)
+        commit = WeightCommit(self._pump, self._lose, self._answer_s)
+        self._committing = True
         try:
-            reference = ray.put(dict(arrays))
-            failed = self._each("stage", version, reference)
-            for worker, error in zip(self._workers, failed, strict=True):
-                if isinstance(error, RayTaskError):
-                    raise error
-                if error is not None:
-                    worker.replace(f"it did not stage weight version {version}: {one_line(error)}")
-                    ray.get(worker.actor.stage.remote(version, reference), timeout=self._answer_s)
-        except RayError as error:
-            for worker in self._workers:
-                worker.actor.unstage.remote()
-            raise ClusterError(f"weights: version {version} was refused by an engine ({one_line(error)}); "
-                               "the old one serves") from error
-        return reference
-
-    def _each(self, method: str, *arguments: Any) -> list[RayError | None]:
-        """Calls a method of every actor at once; returns the error of each call, None for a call that succeeded."""
-        calls = [getattr(worker.actor, method).remote(*arguments) for worker in self._workers]
-        end, errors = time.monotonic() + self._answer_s, list[RayError | None]()
-        for call in calls:
-            try:
-                ray.get(call, timeout=max(0.0, end - time.monotonic()))
-                errors.append(None)
-            except RayError as error:
-                errors.append(error)
-        return errors
+            staged, reference = commit.stage(ready, version, arrays)
+            errors = commit.take(staged, version, in_flight)
+            taken = not all(isinstance(error, RayTaskError) for error in errors.values())
+            if taken:
+                self.version, self._weights = version, reference
+            for engine, error in errors.items():
+                if error is None:
+                    engine.version = version
+                elif engine.phase == "ready":
+                    # It may have taken part of the version. Its next process starts from what the pool serves.
+                    self._lose(engine, f"it did not take weight version {version}: {one_line(error)}")
+        finally:
+            self._committing = False
+        if not taken:
+            why = one_line(next(error for error in errors.values() if error is not None))
+            raise ClusterError(f"weights: no engine could take version {version} ({why}); the old one serves")
+        _log.info("weight version %d serves on %d engines", version, len(staged))
 
     def expected_weights(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of a version."""
         return self._expected
 
+    def scale(self, engines: int) -> None:
+        """Sets how many engines there should be; takes effect with the next `poll`. More are started in the background; those
+        that are too many end the samples they have begun, and leave."""
+        if engines < 1:
+            raise ClusterError(f"engines: {engines} is less than 1; use at least one")
+        self._fleet.wanted = engines
+
+    def engines(self) -> list[EngineStatus]:
+        """What is known of each engine."""
+        return [engine.status() for engine in list(self._engines)]
+
     def stats(self) -> dict[str, float | int | str]:
         """Figures of the pool."""
-        loading = sum(worker.is_loading(self._answer_s) for worker in self._workers)
-        return {"actors": len(self._workers), "busy": sum(bool(worker.assignments) for worker in self._workers),
-                "loading": loading, "restarts": self.restarts, "version": self.version}
+        states = [status.state for status in self.engines()]
+        return {"engines": len(states), "busy": states.count("busy"), "loading": states.count("loading"),
+                "waiting": states.count("waiting"), "restarts": self._restarts, "version": self.version,
+                "queued": self._backlog.waiting, "tokens_per_s": round(sum(e.tokens_per_s for e in self._engines), 1)}
 
     def close(self) -> None:
-        """Stops the actors, and Ray if it was started here."""
-        for worker in self._workers:
-            ray.kill(worker.actor)
-        self._workers = []
+        """Stops the engines, and Ray if it was started here."""
+        for engine in self._engines:
+            engine.stop()
+        self._engines.clear()
         if self._own_ray:
             ray.shutdown()
 
+    def _wait_until_loaded(self) -> None:
+        end = time.monotonic() + self._answer_s
+        while not self._fleet.started(time.monotonic() > end, self._own_ray):
+            self._pump(0.1)
+        self._expected = next(engine.expected for engine in self._engines if engine.expected)
 
-def _tied(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the head shares the embedding's storage."""
-    return state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
+    def _pump(self, timeout: float, also: Sequence[Any] = ()) -> None:
+        """Waits up to `timeout` seconds for news of engines, or for one of the calls in `also`; then does all there is to do."""
+        calls = {call: engine for engine in self._engines for call in engine.calls()}
+        waited = [*calls, *also]
+        if waited:
+            ready, _ = ray.wait(waited, num_returns=1, timeout=timeout)
+            if ready and len(waited) > 1:
+                ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0)
+        else:
+            time.sleep(min(timeout, 0.05))
+            ready = []
+        for call in ready:
+            if (engine := calls.get(call)) is not None and call in engine.calls():
+                self._read(engine, call)
+        now = time.monotonic()
+        # A pool that read nothing for long may have missed heartbeats.
+        slept, self._read_at = max(0.0, now - self._read_at - max(timeout, LOOK_S)), now
+        for engine in list(self._engines):
+            try:
+                engine.check(now, slept)
+            except EngineLost as lost:
+                self._lose(engine, str(lost))
+        if now - self._looked >= LOOK_S or not self._engines or any(e.loaded or e.may_start for e in self._engines):
+            self._looked = now
+            self._fleet.look(now, self.version, self._weights, hold=self._committing)
+        self._deal()
+
+    def _read(self, engine: EngineHandle, call: Any) -> None:
+        try:
+            report = engine.read(call)
+        except EngineLost as lost:
+            self._lose(engine, f"it died: {lost}")
+        else:
+            if report is not None:
+                self._take(engine, report)
+
+    def _take(self, engine: EngineHandle, report: Report) -> None:
+        """Hands out what an engine reports."""
+        for item in report.completed:
+            work = self._backlog.take(item)
+            if work is None:
+                continue
+            self._early.append(item)
+            if item.trajectory is not None:
+                self._dealer.take_back(engine, work, item.trajectory.sample)
+            else:
+                self._drop([work])
+        for name, number in report.returned or ():
+            work = self._backlog.works.get(name)
+            if work is not None and self._dealer.take_back(engine, work, number):
+                self._strategy.again(work, [number])
+
+    def _lose(self, engine: EngineHandle, why: str) -> None:
+        """Gives up an engine's process. What it had is dealt again, or has failed."""
+        _log.warning("engine %d is replaced: %s", engine.id, why)
+        self._restarts += 1
+        engine.lose(why)
+        go_on, failed = self._suspects.note_death(engine)
+        for work, numbers in go_on:
+            self._strategy.again(work, numbers)
+        for work in failed:
+            self._early.append(Completed(work.epoch, work.request.id, error=(
+                f"request {work.request.id!r}: {SOLO_DEATHS} engines in a row died while they served nothing else ({why}); "
+                "see the logs of Ray, or leave the request out")))
+            self._drop([work])
+        self._deal()
+
+    def _drop(self, works: Sequence[Work]) -> None:
+        """Ends works; what engines have of them is dropped."""
+        for engine in self._engines:
+            if held := [work for work in works if work in engine.samples]:
+                engine.actor.cancel.remote([work.request.id for work in held])
+                for work in held:
+                    for number in list(engine.samples[work]):
+                        self._dealer.take_back(engine, work, number)
+        for work in works:
+            self._backlog.forget(work)
+
+    def _deal(self) -> None:
+        self._suspects.deal(self._engines)
+        self._strategy.deal(self._engines)

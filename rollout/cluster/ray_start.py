@@ -13,9 +13,9 @@ import ray
 from ...errors import ClusterError
 
 
-def start_ray(address: str | None, actors: int) -> None:
-    """Connects to the Ray at `address`; None starts one here. Ray's own logger prints errors only. Raises
-    ClusterError."""
+def start_ray(address: str | None, cpus: int) -> None:
+    """Connects to the Ray at `address`; None starts one here that counts so many CPUs. Ray's own logger prints errors
+    only. Raises ClusterError."""
     # Ray starts its workers at niceness 15: any other process of the machine would come before the engines.
     os.environ.setdefault("RAY_worker_niceness", "0")
     before = signal.getsignal(signal.SIGTERM)
@@ -25,7 +25,7 @@ def start_ray(address: str | None, actors: int) -> None:
             # Ray itself tries for minutes.
             socket.create_connection((host, int(port)), timeout=10.0).close()
         ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
-                 logging_level=logging.ERROR, num_cpus=None if address else max(actors, 2))  # fmt: skip
+                 logging_level=logging.ERROR, num_cpus=None if address else max(cpus, 2))  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         where, remedy = (f"the one at {address} cannot be reached", "check the address and that it runs") if address else \
             ("none could be started here", "see its logs in /tmp/ray")

@@ -20,9 +20,11 @@ from ...model.policy import Policy
 from ..schedule import Schedule
 from ..sequence import Sample
 from ..types import RolloutRequest, SamplingParams
+from .planner import Planner, candidates
 from .step_costs import StepCosts, clock, measured_on, rows, table_path
 
-_AR = Schedule("ar").within(2)
+AR = Schedule("ar").within(2)
+"""What an engine runs until its planner chooses."""
 _PASSES = 2  # over all batches, so that a slow moment does not fall on one batch alone
 _TURNS, _MOST_TURNS, _ENOUGH_SECONDS = 2, 5, 0.3  # of a pass, at one batch
 _STEPS = 3  # of one schedule in a turn: the first one after another schedule finds its data further away
@@ -34,6 +36,23 @@ Run = Callable[[Schedule], list[Sample]]
 """Runs one step under this schedule, prefill included; returns the unfinished samples that decoded."""
 End = Callable[[], object]
 """Gives up every sample."""
+
+
+def calibrated_planner(
+    policy: Policy, block_size: int, max_batch: int, pages: int, page_size: int, repeatable: bool,
+    begin: Begin, run: Run, end: End,
+) -> Planner:  # fmt: skip
+    """A planner that knows an engine's step times. They are measured now where they are not known.
+
+    Args:
+        block_size: the engine's. pages, page_size: as in `step_costs`. repeatable: as in `Planner`.
+    """
+    schedules = candidates(block_size)
+    costs = step_costs(policy, schedules, max_batch, pages, page_size, begin, run, end)
+    # The prior is high where drafts were trained: a schedule that is tried is known after a few steps, so a hopeful guess
+    # costs little and leaves nothing unknown for long.
+    prior = 0.85 if policy.converted else 0.05
+    return Planner(costs, schedules, block_size, prior=prior, repeatable=repeatable)
 
 
 def batches_of(max_batch: int) -> tuple[int, ...]:
@@ -157,6 +176,6 @@ class _Bench:
         self._end()
         self._begin(request)
         while True:
-            decoded = self._run(_AR)
+            decoded = self._run(AR)
             if len(decoded) == batch:
                 return min(sample.remaining for sample in decoded)

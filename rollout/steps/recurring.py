@@ -105,10 +105,12 @@ class RecurringInputs:
         number_SC, offset_SC = np.divmod(position_SC, size)
         page_SC = np.take_along_axis(table, np.minimum(number_SC, table.shape[1] - 1), axis=1).astype(np.int64)
         self._write_SR[:, :clean] = np.where(inside_SC, page_SC * size + offset_SC, NOTHING)
-        ring_S = slot * cache.ring
-        self._tail_SR[:, :clean] = np.where(inside_SC, ring_S[:, None] + position_SC % cache.ring, NOTHING)
-        back_SH = start[:, None] - 1 - np.arange(self._hops)
-        seen = Visibility.of(self.layout, self._hops, self._windows, ring_S[:, None] + back_SH % cache.ring)
+        entry_SC = cache.sizes.tail_entries(slot[:, None], page_SC, position_SC)
+        self._tail_SR[:, :clean] = np.where(inside_SC, entry_SC, NOTHING)
+        back_SH = np.maximum(start[:, None] - 1 - np.arange(self._hops), 0)
+        page_SH = table[np.arange(len(start))[:, None], np.minimum(back_SH // size, table.shape[1] - 1)].astype(np.int64)
+        tail_SH = cache.sizes.tail_entries(slot[:, None], page_SH, back_SH)
+        seen = Visibility.of(self.layout, self._hops, self._windows, tail_SH)
         self.plan.places.source_TA.numpy()[:] = seen.source_TA
         for rows, kind in self._rows:
             rows.range_6T.numpy()[:] = apart(seen.range_4T[kind], seen.by_sequence(start))

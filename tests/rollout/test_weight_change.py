@@ -72,6 +72,26 @@ def test_samples_without_a_token_outlive_an_abort_of_those_that_have_begun(sizes
     assert all(sample.tokens == anew[sample.request_id, sample.sample] for sample in after)
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3, 8])
+def test_a_cancelled_request_ends_and_the_others_keep_their_tokens(steps):
+    """Running, prefilling, waiting and preempted samples of the cancelled request."""
+    policy = load_policy("tiny-reasoner-terse")
+    engine = Engine(policy, EngineConfig(Schedule("ar"), block_size=2, max_batch=4, pages=14, page_size=4))
+    requests = [group("a", 9), group("b", 9), group("c", 9)]
+    for request in requests:
+        engine.add(request)
+    before = [sample for _ in range(steps) for sample in engine.step()]
+    ended = engine.cancel(["b", "unknown"])
+    assert {sample.request_id for sample in ended} == {"b"} and not engine.scheduler.serves("b")
+    after = [*before, *ended, *rest(engine)]
+    assert engine.cache.free_pages == engine.cache.total_pages
+    assert sorted((s.request_id, s.sample) for s in after) == [(name, i) for name in "abc" for i in range(4)]
+    anew = {(s.request_id, s.sample): s.tokens for s in Engine(policy, schedule="ar").rollout(requests)}
+    assert all(s.tokens == anew[s.request_id, s.sample] for s in after if s.request_id != "b")
+    engine.add(group("b", 9))
+    assert len(rest(engine)) == 4
+
+
 def test_abort_begun_ends_samples_that_wait_after_preemption():
     policy = load_policy("tiny-reasoner-terse")
     engine = Engine(policy, EngineConfig(Schedule("ar"), block_size=2, max_batch=4, pages=10, page_size=4))

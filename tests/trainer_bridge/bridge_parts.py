@@ -120,7 +120,7 @@ class ToyBackend:
         self._allowance, self._last = 0.0, time.monotonic()
         self.in_flight_at_commit = -1
 
-    def submit(self, batch: Sequence[RolloutRequest], epoch: int) -> None:
+    def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         if self.broken:
             raise ClusterError(self.broken)
         self.batches.append((epoch, [r.id for r in batch]))
@@ -147,6 +147,9 @@ class ToyBackend:
 
     def revoke(self, epoch: int) -> None:
         """A sample in flight under this epoch comes all the same: late."""
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        self._work = deque(w for w in self._work if w[1].id not in request_ids)
 
     def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
         if self.broken:

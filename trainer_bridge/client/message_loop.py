@@ -1,8 +1,8 @@
 """Exchanges messages with a gateway across sessions: submissions, deliveries, acknowledgements, credit, figures.
 
 Invariants:
-- A new session first repeats the acknowledgements that were not confirmed, then submits what is unfinished. Both may be
-  repeated without effect.
+- A new session first repeats the acknowledgements that were not confirmed, then submits what is unfinished and repeats
+  the cancellations that were not confirmed. All of them may be repeated without effect.
 - The gateway is told what has arrived (`cursor`), so a new session brings nothing twice to this life of the client.
 - Undelivered bytes in the inbox stay below WINDOW plus one trajectory. What the caller has taken from the inbox does
 not count.
@@ -16,10 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...errors import BlockrollError, TransportError
-from ..wire.limits import MAX_ACKS
+from ..wire.limits import MAX_ACKS, MAX_CANCELS
 from ..wire.messages import (
     Ack,
     Acked,
+    Cancel,
+    Cancelled,
     Credit,
     Delivery,
     Failure,
@@ -49,6 +51,8 @@ class MessageLoop:
         self.connection, self.pending = connection, pending
         self._acks: deque[tuple[str, int]] = deque()
         self._unconfirmed_acks: dict[int, Keys] = {}
+        self._cancels: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self._cancels_sent: set[int] = set()
         self._cursor = self._received = self._granted = self._number = self._session = 0
         self._status: tuple[int, Figures] = (0, {})
         self._status_wanted = self._status_session = 0
@@ -59,6 +63,11 @@ class MessageLoop:
     def acknowledging(self) -> bool:
         """Whether an acknowledgement is not confirmed yet."""
         return bool(self._acks or self._unconfirmed_acks)
+
+    @property
+    def cancelling(self) -> bool:
+        """Whether a cancellation is not confirmed yet."""
+        return bool(self._cancels)
 
     def run_until(self, done: Callable[[], bool], timeout: float | None = None, *, reopen: bool = True) -> None:
         """Exchanges messages until `done()`, which has no effects; opens a new session whenever one is lost, if
@@ -93,6 +102,12 @@ class MessageLoop:
         """Acknowledges these (request id, sample) with the next exchange."""
         self._acks.extend(keys)
 
+    def cancel(self, request_ids: Sequence[str], why: str) -> None:
+        """Cancels these requests with the next exchange."""
+        for start in range(0, len(request_ids), MAX_CANCELS):
+            self._number += 1
+            self._cancels[self._number] = (why, tuple(request_ids[start:start + MAX_CANCELS]))
+
     def status(self) -> Figures:
         """Asks the gateway for its figures."""
         self._number += 1
@@ -109,6 +124,7 @@ class MessageLoop:
             self._acks.extendleft(reversed(keys))
             self.pending.count_acks(keys, -1)
         self._unconfirmed_acks.clear()
+        self._cancels_sent.clear()
         self.pending.restart()
         self._received, self._granted = 0, max(WINDOW - self.pending.inbox_bytes, 0)
         self._session += 1
@@ -139,6 +155,9 @@ class MessageLoop:
             self.connection.send(Ack(self._number, keys))
         for part in self.pending.parts():
             self.connection.send(part)
+        for number in [n for n in self._cancels if n not in self._cancels_sent]:
+            self._cancels_sent.add(number)
+            self.connection.send(Cancel(number, *self._cancels[number]))
         granted = self._received + max(WINDOW - self.pending.inbox_bytes, 0)
         if granted - self._granted >= WINDOW // 8:
             self._granted = granted
@@ -161,6 +180,9 @@ class MessageLoop:
             self.pending.receipt(message)
         elif isinstance(message, Acked):
             self.pending.confirm(self._unconfirmed_acks.pop(message.number, ()))
+        elif isinstance(message, Cancelled):
+            self._cancels.pop(message.number, None)
+            self._cancels_sent.discard(message.number)
         elif isinstance(message, Status):
             self._status = (message.number, dict(message.figures))
         elif isinstance(message, Refused) and message.about in self.pending.batches:

@@ -71,6 +71,7 @@ class PendingRequests:
     Attributes:
         inbox: what arrived and was not taken; `inbox_bytes` is what it takes of the credit window.
         requests, batches: by request id, by batch name.
+        cancelled: ids of requests that the caller has cancelled and that are not acknowledged.
         outstanding: submitted requests for which samples or a failure are to come.
         requested, unique, duplicates, failed: samples; see RolloutClient.delivery.
     """
@@ -79,6 +80,7 @@ class PendingRequests:
         self.inbox: deque[Arrival | RequestRefused] = deque()
         self.requests: dict[str, PendingRequest] = {}
         self.batches: dict[str, Batch] = {}
+        self.cancelled: set[str] = set()
         self.inbox_bytes = self.outstanding = self.requested = self.unique = self.duplicates = self.failed = 0
 
     @property
@@ -118,6 +120,11 @@ class PendingRequests:
         """Whether the gateway has all of this batch in its ledger."""
         batch = self.batches.get(name)
         return batch is None or batch.recorded == len(batch.parts)
+
+    def unconfirmed(self, request_id: str) -> bool:
+        """Whether the request is submitted and the gateway has not confirmed its batch yet."""
+        pending = self.requests.get(request_id)
+        return pending is not None and pending.submission is not None and not self.recorded(pending.submission.batch)
 
     def complete(self, request_ids: Iterable[str]) -> bool:
         """Whether nothing more will arrive of any of these requests."""
@@ -237,6 +244,7 @@ class PendingRequests:
                 pending.confirm(sample)
                 if pending.state is State.ACKNOWLEDGED:
                     del self.requests[request_id]
+                    self.cancelled.discard(request_id)
 
     def _cut(self, batch: Batch) -> None:
         """Shares the outstanding requests of a batch among messages of at most PART_BYTES and MAX_PER_SUBMIT

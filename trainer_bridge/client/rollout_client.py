@@ -108,7 +108,7 @@ class RolloutClient:
             item = pending.take()
             if isinstance(item, RequestRefused):
                 self._hand_out(item.request_id, FAILURE)
-                if on_error == "raise":
+                if on_error == "raise" and item.request_id not in pending.cancelled:
                     raise item
                 self._skip([item.request_id])
                 continue
@@ -164,6 +164,20 @@ class RolloutClient:
         for trajectory in trajectories:
             self._hand_out(*trajectory.key)
         return trajectories
+
+    def cancel(self, request_ids: Iterable[str]) -> None:
+        """Ends requests of this client; returns when the gateway's ledger has it.
+
+        Samples that are not finished by then will not come. `generate` reports such a request as refused, with the reason
+        "cancelled by its client"; `results` passes over it. The samples that had finished are delivered. Ids that are
+        unknown, or of requests that are finished, are ignored. A cancelled id cannot be submitted again.
+        """
+        self._begin()
+        names = list(dict.fromkeys(request_ids))
+        self._pending.cancelled.update(names)
+        self._loop.run_until(lambda: not any(self._pending.unconfirmed(name) for name in names))
+        self._loop.cancel(names, "cancelled by its client")
+        self._loop.run_until(lambda: not self._loop.cancelling)
 
     def acknowledge(self, done: Iterable[Trajectory | RequestRefused | RolloutRequest]) -> None:
         """With ack="manual": the trainer has these for good; they are never delivered again. Waits until that is

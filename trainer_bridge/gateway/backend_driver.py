@@ -13,8 +13,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +31,16 @@ POLL_S, IDLE_S, STATS_S = 0.02, 0.25, 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """A leased batch to run."""
+    """Leased requests to run, and whose each is."""
 
     epoch: int
     batch: Sequence[RolloutRequest]
+    clients: Sequence[str]
+
+    def without(self, request_ids: Collection[str]) -> Work:
+        """The work but for these requests."""
+        left = [i for i, request in enumerate(self.batch) if request.id not in request_ids]
+        return Work(self.epoch, [self.batch[i] for i in left], [self.clients[i] for i in left])
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,13 @@ class Revoke:
     """A lease that is over. Its outputs are not waited for."""
 
     epoch: int
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Requests whose unfinished samples are not wanted. Their outputs are not waited for."""
+
+    request_ids: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -94,10 +109,12 @@ class BackendDriver:
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.version, self.stats = backend.version, backend.stats()
+        self._engines: list[Any] = []
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
-        self._commands: queue.SimpleQueue[Work | Commit | Revoke | None] = queue.SimpleQueue()
-        self._flight: dict[str, tuple[int, int]] = {}
+        self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
+        self._flight: dict[str, tuple[int, int, str]] = {}
+        self._clients: Counter[str] = Counter()
         self._samples = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -110,18 +127,36 @@ class BackendDriver:
         """Samples submitted and not yet returned."""
         return self._samples
 
+    def in_flight_of(self) -> dict[str, int]:
+        """Samples submitted and not yet returned, of each client that has any."""
+        with self._lock:
+            self._clients = +self._clients
+            return dict(self._clients)
+
+    def engines(self) -> list[Any]:
+        """What is known of each engine (`EngineStatus`); empty for a backend that does not say."""
+        return self._engines
+
     def notices(self) -> list[str]:
         """What the backend cannot do at present, one line each."""
         return sorted({**self._trouble}.values())
 
-    def submit(self, epoch: int, batch: Sequence[RolloutRequest]) -> None:
-        """Queues a leased batch for the backend. Returns at once; any thread may call it."""
+    def submit(self, epoch: int, batch: Sequence[RolloutRequest], clients: Sequence[str]) -> None:
+        """Queues leased requests for the backend; `clients` says whose each is. Returns at once; any thread may call
+        it."""
         with self._lock:
-            for request in batch:
+            for request, client in zip(batch, clients, strict=True):
                 self._forget(request.id)
-                self._flight[request.id] = (epoch, request.samples)
-                self._samples += request.samples
-        self._commands.put(Work(epoch, batch))
+                self._fly(request.id, epoch, request.samples, client)
+        self._commands.put(Work(epoch, batch, clients))
+
+    def scale(self, engines: int) -> None:
+        """Sets how many engines the backend should have; any thread may call it. Raises ClusterError for a backend that
+        cannot."""
+        scale = getattr(self._backend, "scale", None)
+        if scale is None:
+            raise ClusterError("engines: this backend has a fixed number of them")
+        scale(engines)
 
     def commit(self, commit: Commit) -> None:
         """Queues a weight version for the backend; a CommitEnded event follows. Returns at once; any thread may call
@@ -131,6 +166,10 @@ class BackendDriver:
     def revoke(self, epoch: int) -> None:
         """Queues the end of a lease for the backend. Returns at once; any thread may call it."""
         self._commands.put(Revoke(epoch))
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Queues the end of some requests for the backend. Returns at once; any thread may call it."""
+        self._commands.put(Cancel(request_ids))
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
@@ -150,6 +189,9 @@ class BackendDriver:
                 elif isinstance(command, Revoke):
                     held = [work for work in held if work.epoch != command.epoch]
                     self._revoke(command.epoch)
+                elif isinstance(command, Cancel):
+                    held = [work.without(set(command.request_ids)) for work in held]
+                    self._cancel(command.request_ids)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -159,14 +201,15 @@ class BackendDriver:
                     self._commit(waiting)
                     waiting = None
                     for work in held:
-                        self._submit(work)
+                        if work.batch:
+                            self._submit(work)
                     held.clear()
                 self._collect()
         except BaseException as error:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))
 
-    def _take(self, busy: bool) -> Work | Commit | Revoke | None:
+    def _take(self, busy: bool) -> Work | Commit | Revoke | Cancel | None:
         try:
             return self._commands.get(timeout=0.0 if busy else IDLE_S)
         except queue.Empty:
@@ -174,7 +217,7 @@ class BackendDriver:
 
     def _submit(self, work: Work) -> None:
         try:
-            self._backend.submit(work.batch, work.epoch)
+            self._backend.submit(work.batch, work.epoch, work.clients)
             self._trouble.pop("submit", None)
         except ClusterError as error:
             _log.warning("lease %d is not taken by the cluster: %s", work.epoch, error)
@@ -196,12 +239,21 @@ class BackendDriver:
 
     def _revoke(self, epoch: int) -> None:
         with self._lock:
-            for request_id in [name for name, (under, _) in self._flight.items() if under == epoch]:
+            for request_id in [name for name, (under, *_) in self._flight.items() if under == epoch]:
                 self._forget(request_id)
         try:
             self._backend.revoke(epoch)
         except ClusterError as error:
             self._trouble["submit"] = str(error)
+
+    def _cancel(self, request_ids: Sequence[str]) -> None:
+        with self._lock:
+            for request_id in request_ids:
+                self._forget(request_id)
+        try:
+            self._backend.cancel(request_ids)
+        except ClusterError as error:
+            _log.warning("%d requests cannot be cancelled in the cluster: %s", len(request_ids), error)
 
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None
@@ -230,22 +282,34 @@ class BackendDriver:
         if completed:
             with self._lock:
                 for item in completed:
-                    epoch, left = self._flight.get(item.request_id, (0, 0))
+                    epoch, left, client = self._flight.get(item.request_id, (0, 0, ""))
                     if epoch == item.epoch:
                         self._forget(item.request_id)
                         if item.trajectory is not None and left > 1:
-                            self._flight[item.request_id] = (epoch, left - 1)
-                            self._samples += left - 1
+                            self._fly(item.request_id, epoch, left - 1, client)
             self._tell(Outputs(completed))
 
     def _refresh(self) -> None:
         self.version, self.stats, self._refreshed = self._backend.version, self._backend.stats(), time.monotonic()
+        if hasattr(self._backend, "engines"):
+            self._engines = self._backend.engines()
+            idle = [engine for engine in self._engines if engine.state in ("waiting", "lost")]
+            self._trouble.pop("engines", None)
+            if idle:
+                self._trouble["engines"] = (f"{len(idle)} of {len(self._engines)} engines do not serve; engine {idle[0].id}: "
+                                            f"{idle[0].reason}")
 
     def _forget(self, request_id: str, epoch: int | None = None) -> None:
         known = self._flight.get(request_id)
         if known is not None and epoch in (None, known[0]):
             self._samples -= known[1]
+            self._clients[known[2]] -= known[1]
             del self._flight[request_id]
+
+    def _fly(self, request_id: str, epoch: int, samples: int, client: str) -> None:
+        self._flight[request_id] = (epoch, samples, client)
+        self._samples += samples
+        self._clients[client] += samples
 
     def _tell(self, event: Event) -> None:
         self.events.put(event)

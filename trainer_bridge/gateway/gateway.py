@@ -3,10 +3,11 @@
 Invariants:
 - A request is confirmed after the ledger has it. A trajectory is sent after the ledger has it, and sent again in every
   new session of its client until the client acknowledges it.
-- A batch is handed to the cluster whole, in one call, under one epoch. The ledger refuses outputs of another epoch.
+- Work is handed to the cluster under an epoch, and the ledger refuses outputs of another epoch. A cluster whose dispatch is
+  ordered is handed batches whole, each in one call; another one requests, clients in turn.
 - Memory is bounded: payloads stay in the ledger until the client's credit allows them to be sent, at most
-  `max_in_flight` samples are with the cluster (one batch may exceed it), and a peer that does not read loses its
-  session.
+  `max_in_flight` samples are with the cluster (one batch, or clients that have less than their share, may exceed it), and
+  a peer that does not read loses its session.
 - A restarted service serves the weight version it committed last (`kept_versions`). When that version cannot be read,
   the service hands out no work, says so in its notice, and waits for a push of that version or the next one.
   Submissions and deliveries go on.
@@ -30,6 +31,7 @@ import zmq
 
 from ...errors import ClusterError, StorageError
 from ...rollout.backend import Completed, RolloutBackend
+from ...rollout.types import RolloutRequest
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
 from ..wire.limits import TO_GATEWAY
@@ -105,7 +107,7 @@ class Gateway:
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing)
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._router = MessageRouter(sessions, self._ledger, self._weights, status)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
             self._thread = thread
@@ -264,16 +266,21 @@ class Gateway:
                 self._revoked.remove(epoch)
                 self._leases.pop(epoch, None)
                 _log.info("lease %d is over; its unfinished work is leased again", epoch)
-            while self._driver.in_flight < self._max_in_flight:
-                leased = self._ledger.lease(self._max_in_flight - self._driver.in_flight, self._driver.in_flight == 0)
-                if leased is None:
-                    break
+            while (leased := self._lease()) is not None:
                 self._leases[leased[0]] = now
                 _log.info("lease %d: %d requests", leased[0], len(leased[1]))
                 self._driver.submit(*leased)
             self._retries.worked("dispatch")
         except StorageError as error:
             self._retries.failed("dispatch", error, now)
+
+    def _lease(self) -> tuple[int, list[RolloutRequest], list[str]] | None:
+        """The next lease: a whole batch, or requests of clients in turn. None when there is no work or no room."""
+        if getattr(self._cluster, "dispatch", "ordered") == "continuous":
+            return self._ledger.lease_in_turn(self._max_in_flight, self._driver.in_flight_of())
+        room = self._max_in_flight - self._driver.in_flight
+        leased = self._ledger.lease(room, self._driver.in_flight == 0) if room > 0 else None
+        return leased and (*leased, [""] * len(leased[1]))
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""

@@ -23,7 +23,7 @@ One process holds a ledger at a time. One thread at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from ...errors import RequestError, TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
 from ..wire.records import FAILURE, decode_request, encode_trajectory, request_digest
+from .leasing import in_turn
 from .ledger_file import COUNTERS, DONE, FAILED, LEASED, OPEN, QUEUED, SETTLED, STAGED, UNACKED, LedgerFile
 
 KEEP, KEEP_VERSIONS = 200_000, 1024
@@ -158,6 +159,24 @@ class Ledger:
         self._epoch = epoch
         return epoch, [decode_request(r[1]) for r in rows]
 
+    def lease_in_turn(self, most: int, in_flight: Mapping[str, int]) -> tuple[int, list[RolloutRequest], list[str]] | None:
+        """Leases queued requests of clients in turn (`leasing.in_turn`) under a new epoch, and says whose each is. None when
+        nothing is queued or there is no room.
+
+        Args: most: samples that may be in flight. in_flight: those that are, by client.
+        """
+        with self._file.guard():
+            found = in_turn(self._file, most, in_flight, "samples, id, payload")
+        if not found:
+            return None
+        epoch = self._epoch + 1
+        with self._file.transaction():
+            self._file.run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
+            for _, row in found:
+                self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[1]))
+        self._epoch = epoch
+        return epoch, [decode_request(row[2]) for _, row in found], [client for client, _ in found]
+
     def release(self, epoch: int) -> None:
         """Queues the unfinished work of a lease again. From the next lease on, outputs of this one are refused."""
         with self._file.transaction():
@@ -186,21 +205,37 @@ class Ledger:
                 if state == DONE:
                     new.stale += 1
                     continue
+                clients.add(client)
                 if place == FAILURE:
-                    state, new.failed = FAILED, new.failed + samples - recorded
-                else:
-                    recorded, new.unique = recorded + 1, new.unique + 1
-                    state = DONE if recorded == samples else LEASED
+                    new.failed += samples - recorded
+                    self._fail(item.request_id, client, payload)
+                    continue
+                recorded, new.unique = recorded + 1, new.unique + 1
                 run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
                     (*key, client, payload))
-                if state == LEASED:
+                if recorded < samples:
                     run("UPDATE requests SET recorded=? WHERE id=?", (recorded, item.request_id))
                 else:
-                    # A failed request keeps the reason: it is the answer to every later submission.
-                    run("UPDATE requests SET state=?, recorded=?, payload=? WHERE id=?",
-                        (state, recorded, payload if state == FAILED else None, item.request_id))
-                clients.add(client)
+                    run("UPDATE requests SET state=?, recorded=?, payload=NULL WHERE id=?", (DONE, recorded, item.request_id))
         return clients
+
+    def cancel(self, client: str, request_ids: Sequence[str], why: str) -> list[str]:
+        """Fails the unfinished ones of these requests of a client; returns the ids of those that were leased."""
+        leased, reason = list[str](), why.encode("utf-8", "replace")[:1000]
+        with self._counting() as new:
+            for request_id in request_ids:
+                row = self._file.run(f"SELECT state, samples, recorded FROM requests WHERE id=? AND client=? AND {OPEN}",
+                                     (request_id, client)).fetchone()
+                if row is None:
+                    continue
+                state, samples, recorded = row
+                if state == STAGED:
+                    new.requested += samples
+                elif state == LEASED:
+                    leased.append(request_id)
+                new.failed += samples - recorded
+                self._fail(request_id, client, reason)
+        return leased
 
     def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
         """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`."""
@@ -258,6 +293,12 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
+
+    def _fail(self, request_id: str, client: str, reason: bytes) -> None:
+        """The request fails. It keeps the reason, which is the answer to every later submission."""
+        self._file.run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
+                       (request_id, FAILURE, client, reason))
+        self._file.run("UPDATE requests SET state=?, payload=? WHERE id=?", (FAILED, reason, request_id))
 
     def _settle(self, request_id: str, new: Counters) -> None:
         """Deletes the trajectories of a request of which everything is acknowledged."""

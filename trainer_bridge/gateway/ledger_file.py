@@ -46,6 +46,8 @@ CREATE INDEX unacknowledged ON trajectories (client, seq) WHERE {UNACKED};
 CREATE INDEX unacknowledged_of_request ON trajectories (request_id) WHERE {UNACKED};
 INSERT INTO counters (id) VALUES (1);
 """
+# Also made in files that were written without it.
+_INDEX_OF_TURNS = f"CREATE INDEX IF NOT EXISTS open_clients ON requests (state, client, seq) WHERE {OPEN}"
 _SPARE_PAGES, _GIVE_BACK = 4096, 256
 
 
@@ -89,6 +91,7 @@ class LedgerFile:
             elif (found := self.meta("format")) != _FORMAT:
                 raise StorageError(f"{self.path} has ledger format {found}, this version writes {_FORMAT}; "
                                    "finish it with the version that wrote it, or name a new file")
+            run(_INDEX_OF_TURNS)
 
     def run(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         """Executes one statement."""

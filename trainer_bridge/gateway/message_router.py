@@ -21,6 +21,8 @@ from ..wire.limits import MAX_FIGURE_TEXT, MAX_NAME, MAX_STATS
 from ..wire.messages import (
     Ack,
     Acked,
+    Cancel,
+    Cancelled,
     Credit,
     Delivery,
     Failure,
@@ -44,6 +46,7 @@ from ..wire.messages import (
     decode,
 )
 from ..wire.records import FAILURE, decode_request
+from .backend_driver import BackendDriver
 from .gateway_status import GatewayStatus
 from .ledger import Ledger
 from .sessions import MAX_SESSIONS, Session, Sessions
@@ -60,6 +63,7 @@ class MessageRouter:
     """Used from the gateway's thread alone.
 
     Args:
+        driver: ends the samples of requests that are cancelled.
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
 
@@ -67,8 +71,10 @@ class MessageRouter:
         shutdown: a control session asked the gateway to stop.
     """
 
-    def __init__(self, sessions: Sessions, ledger: Ledger, weights: WeightReceiver, status: GatewayStatus) -> None:
-        self._sessions, self._ledger, self._weights, self._status = sessions, ledger, weights, status
+    def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, weights: WeightReceiver,
+                 status: GatewayStatus) -> None:
+        self._sessions, self._ledger, self._driver = sessions, ledger, driver
+        self._weights, self._status = weights, status
         self._probed = self._retry = 0.0
         self.shutdown = False
 
@@ -196,6 +202,20 @@ class MessageRouter:
             self._sessions.reply(session.peer, Submitted(message.batch, message.index, tuple(acked),
                                                          tuple((i, clip(why)) for i, why in refused)))
 
+    def _cancel(self, session: Session, message: Cancel) -> None:
+        try:
+            leased = self._ledger.cancel(session.client, message.ids, message.why)
+        except StorageError as error:
+            # The client's next session repeats what was not confirmed.
+            _log.warning("a cancellation of client %s waits for the disk: %s", session.client, error)
+            self._sessions.drop(session)
+            return
+        _log.info("client %s cancels %d requests, %d of them leased", session.client, len(message.ids), len(leased))
+        if leased:
+            self._driver.cancel(leased)
+        self.mark([session.client])
+        self._sessions.reply(session.peer, Cancelled(message.number))
+
     def _ack(self, session: Session, message: Ack) -> None:
         session.acks.append(message)
         if len(session.acks) > MAX_ACKS_WAITING:
@@ -243,7 +263,7 @@ class MessageRouter:
 _Acts = dict[type[Message], Callable[[MessageRouter, Session, Any], None]]
 _ANY: _Acts = {Ping: MessageRouter._ping, StatusRequest: MessageRouter._figures}
 _DATA: _Acts = _ANY | {
-    Submit: MessageRouter._submit, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
+    Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
     PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown}

@@ -36,6 +36,8 @@ MAX_PER_SUBMIT = 32
 """Requests of one Submit."""
 MAX_ACKS = 128
 """Samples of one Ack."""
+MAX_CANCELS = 128
+"""Requests of one Cancel."""
 MAX_STATS = 512
 """Figures of one Status."""
 

@@ -18,10 +18,10 @@ from blockroll.trainer_bridge.client import connect
 
 SERVICE = """
 import sys
-from blockroll.rollout.cluster import RayCluster
+from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.engine import EngineConfig
 from blockroll.trainer_bridge.gateway import Gateway
-cluster = RayCluster(sys.argv[1], EngineConfig(max_batch=8), actors=1)
+cluster = RayCluster(EngineSpec(sys.argv[1], EngineConfig(max_batch=8)), engines=1)
 with Gateway(cluster, sys.argv[2], sys.argv[3]) as gateway:
     print("serving", flush=True)
     gateway.wait()

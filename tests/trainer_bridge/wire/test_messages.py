@@ -27,6 +27,7 @@ EXAMPLES: list[messages.Message] = [
     messages.Submit("b", 0, True, (b"x", b"yy")), messages.Submitted("b", 0, (0, 4), ((1, "why"),)),
     messages.Credit(10), messages.Delivery(7, "r", 2, (b"zzz",)), messages.Failure(8, "r", "too long"),
     messages.Ack(5, (("r", 0), ("r", -1))),
+    messages.Cancel(6, "why", ("r", "s")), messages.Cancelled(6),
     messages.Acked(5), messages.StatusRequest(1), messages.Status(1, (("a", 1), ("b", 0.5), ("c", "x"))),
     messages.PushBegin("p", "finish", (b"m",)), messages.PushChunk("p", 1, 2, (b"d",)), messages.PushCommit("p"),
     messages.PushAbort("p"), messages.PushState("p", 3, True, 4), messages.Shutdown(), messages.Stopping(),

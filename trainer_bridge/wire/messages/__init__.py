@@ -9,16 +9,54 @@ A docstring that starts with C describes a message the client sends; G stands fo
 subclass of `Message` in one of these files: its `SCHEMA` and `BLOBS` bound every field with the numbers of `limits`.
 
 `message`: the base class, `encode`, `decode`. `session`: opening and watching a session. `requests`: requests,
-deliveries, acknowledgements, figures. `weights`: weight pushes.
+deliveries, acknowledgements, cancellations, figures. `weights`: weight pushes.
 """
 
 from .message import KINDS, Blobs, Message, decode, encode
-from .requests import Ack, Acked, Credit, Delivery, Failure, Status, StatusRequest, Submit, Submitted
+from .requests import (
+    Ack,
+    Acked,
+    Cancel,
+    Cancelled,
+    Credit,
+    Delivery,
+    Failure,
+    Status,
+    StatusRequest,
+    Submit,
+    Submitted,
+)
 from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welcome
 from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushState
 
 __all__ = [
-    "KINDS", "Ack", "Acked", "Blobs", "Credit", "Delivery", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort",
-    "PushBegin", "PushChunk", "PushCommit", "PushState", "Refused", "Reset", "Shutdown", "Status", "StatusRequest", "Stopping",
-    "Submit", "Submitted", "Welcome", "decode", "encode",
+    "KINDS",
+    "Ack",
+    "Acked",
+    "Blobs",
+    "Cancel",
+    "Cancelled",
+    "Credit",
+    "Delivery",
+    "Failure",
+    "Hello",
+    "Message",
+    "Ping",
+    "Pong",
+    "PushAbort",
+    "PushBegin",
+    "PushChunk",
+    "PushCommit",
+    "PushState",
+    "Refused",
+    "Reset",
+    "Shutdown",
+    "Status",
+    "StatusRequest",
+    "Stopping",
+    "Submit",
+    "Submitted",
+    "Welcome",
+    "decode",
+    "encode",
 ]

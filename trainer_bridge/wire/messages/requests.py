@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..codec import Flag, Int, Many, Number, Row, Text
 from ..limits import (
     MAX_ACKS,
+    MAX_CANCELS,
     MAX_ID,
     MAX_NAME,
     MAX_PARTS,
@@ -111,6 +112,27 @@ class Acked(Message):
 
     number: int
     KIND = 16
+    SCHEMA = (_COUNT,)
+
+
+@dataclass(frozen=True)
+class Cancel(Message):
+    """C: the unfinished samples of these requests are not wanted. The requests fail with `why`. Ids of requests that the
+    ledger does not hold, or that are finished, change nothing."""
+
+    number: int
+    why: str
+    ids: tuple[str, ...]
+    KIND = 19
+    SCHEMA = (_COUNT, _TEXT, Many(_ID, MAX_CANCELS))
+
+
+@dataclass(frozen=True)
+class Cancelled(Message):
+    """G: the Cancel of this number is in the ledger. A Failure follows for each request that it ended."""
+
+    number: int
+    KIND = 20
     SCHEMA = (_COUNT,)
 
 

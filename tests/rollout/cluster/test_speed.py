@@ -1,0 +1,96 @@
+"""What the cluster and the gateway cost, and what continuous dispatch gains. Every comparison is interleaved in one run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+
+import pytest
+
+from blockroll.rollout.cluster import EngineSpec, RayCluster
+from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.gateway import Gateway
+
+pytestmark = pytest.mark.slow
+POLICY, CONFIG = "tiny-reasoner", EngineConfig(max_batch=32)
+ROUNDS = 5
+
+
+def batch(name, count, tokens=lambda i: 200, sampler="coupled"):
+    return [RolloutRequest(f"{name}-{i}", (1, 5 + i % 30, 9, 4), SamplingParams(
+        sampler=sampler, max_tokens=tokens(i), ignore_eos=True), seed=i) for i in range(count)]
+
+
+def bare(pipe):
+    """A process with an engine; told a number of requests, it serves them and tells the seconds."""
+    import torch
+
+    torch.set_num_threads(1)
+    engine = Engine(POLICY, CONFIG)
+    while (count := pipe.recv()) is not None:
+        work = batch("bare", count)
+        start = time.perf_counter()
+        engine.rollout(work)
+        pipe.send(time.perf_counter() - start)
+
+
+@pytest.mark.parametrize(("engines", "least"), [(1, 0.95), (2, 0.90)])
+def test_through_gateway_and_cluster_nearly_as_fast_as_the_bare_engine(tmp_path, engines, least, capsys):
+    context, count = multiprocessing.get_context("spawn"), 192
+    pipes = []
+    for _ in range(engines):
+        near, far = context.Pipe()
+        context.Process(target=bare, args=(far,), daemon=True).start()
+        pipes.append(near)
+    cluster = RayCluster(EngineSpec(POLICY, CONFIG, device="cpu"), engines=engines)
+    ratios = []
+    try:
+        with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
+            for turn in range(ROUNDS + 1):
+                for pipe in pipes:
+                    pipe.send(count)
+                alone = max(pipe.recv() for pipe in pipes)
+                work = batch(f"r{turn}", count * engines)
+                start = time.perf_counter()
+                client.generate(work, timeout=600)
+                through = time.perf_counter() - start
+                if turn:  # the first one compiles
+                    ratios.append(alone / through)
+    finally:
+        cluster.close()
+        for pipe in pipes:
+            pipe.send(None)
+    with capsys.disabled():
+        print(f"\n{engines} engines: {statistics.median(ratios):.3f} of the bare engine's tokens/s "
+              f"({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
+    assert statistics.median(ratios) >= least
+
+
+def test_continuous_is_faster_than_ordered_where_lengths_differ(capsys):
+    """One sample in ten is ten times longer."""
+    seconds = {"continuous": [], "ordered": []}
+    config = EngineConfig(max_batch=8)
+    work = batch("skewed", 80, lambda i: 400 if i % 10 == 0 else 40)
+    clusters = {}
+    try:
+        for dispatch in seconds:
+            clusters[dispatch] = RayCluster(EngineSpec(POLICY, config, device="cpu", num_cpus=0.5), engines=2, dispatch=dispatch)
+        for turn in range(4):
+            for dispatch, cluster in clusters.items():
+                start, left = time.perf_counter(), 80
+                for part in range(10):  # as they come from a trainer that keeps the service busy
+                    cluster.submit(work[8 * part:8 * part + 8], 100 * turn + part)
+                while left:
+                    left -= len(cluster.poll(0.5))
+                if turn:
+                    seconds[dispatch].append(time.perf_counter() - start)
+    finally:
+        for cluster in reversed(clusters.values()):
+            cluster.close()
+    gain = statistics.median(seconds["ordered"]) / statistics.median(seconds["continuous"])
+    with capsys.disabled():
+        print(f"\ncontinuous: {gain:.2f} times the tokens/s of ordered ({seconds})")
+    assert gain >= 1.25
