@@ -56,7 +56,8 @@ class _Named:
     def __init__(self, text: str, name: str) -> None:
         self._text, self.name = text, name
 
-    def read(self, size: int) -> str:
+    def read(self, size: int = -1, /) -> str:
+        size = len(self._text) if size < 0 else size
         part, self._text = self._text[:size], self._text[size:]
         return part
 
@@ -144,7 +145,7 @@ class _Loader(yaml.SafeLoader):
             raise _error(f"{_short(node.value, 60)} is no number below 2**63 in size", node.start_mark)
         return value
 
-    def construct_scalar(self, node: yaml.Node) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         return _text(node) if isinstance(node, yaml.ScalarNode) else super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
