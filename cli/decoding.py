@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InvalidInput
 from .options import LEVELS, DeviceOption, DtypeOption, InputOption, OutputOption, PolicyOption, integers
 
 
@@ -30,6 +31,8 @@ def ask(
     from ..rollout.engine import Engine
     from ..rollout.types import SamplingParams
 
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidInput("question", f"{text!r:.60} is not UTF-8 text", "check the encoding of the terminal")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, n=n, seed=seed)
     engine = Engine(policy, device=device, dtype=dtype, max_batch=min(n, 32))
     (output,) = engine.generate([text if prompt else question(text)], params)

@@ -50,7 +50,7 @@ def evaluate(
 
     groups = None if k is None else integers("k", k)
     options = Options(
-        tasks=tasks, samples=samples if samples is not None else max(groups or (4,)), k=groups,
+        tasks=tasks, samples=samples if samples is not None else max(1, *(groups or (4,))), k=groups,
         samplers=tuple(words(samplers)),  # type: ignore[arg-type]  # validated by the class
         mix_weights=numbers("mix-weights", mix_weights), temperatures=numbers("temperatures", temperatures),
         levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes), batch=batch,

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import InvalidInput
-from ...files import write_json
+from ...files import check_output, write_json
 from ...model.backends import products
 from ...model.checkpoint import load_policy
 from ...model.device import placement
@@ -47,6 +47,8 @@ from .peers import PEERS, Decode, Prompts, load_transformers, make_peer
 LEAST_ROUNDS = 3
 WAVES = 4
 """Batches of prompts in a round."""
+MOST_PROMPTS = 1 << 20
+"""Rounds times the largest batch: their prompts are made before the first round."""
 _RANDOM_PROMPT = 32
 SCHEDULES = {
     "auto": Schedule("auto"), "ar": Schedule("ar"), "two_pass": Schedule("two_pass"),
@@ -114,6 +116,10 @@ def bench_decode(
         raise InvalidInput("batch", f"{smallest} is less than 1", "use positive numbers")
     if rounds < LEAST_ROUNDS:
         raise InvalidInput("rounds", f"{rounds} is less than {LEAST_ROUNDS}", "a median of fewer says little")
+    if max(batches) * rounds > MOST_PROMPTS:
+        raise InvalidInput("rounds", f"{rounds} of batch {max(batches)} are more than {MOST_PROMPTS} in all", "lower one of them")
+    if output is not None:
+        check_output(output)
     order = list(dict.fromkeys(["ar", *samplers]))
     dtype, where = placement(device, dtype)
     policy = load_policy(policy_name, dtype, where)

@@ -13,10 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import InvalidInput
-from ...files import write_json
+from ...files import check_output, write_json
 from ...kernels.check import OPS, Report, check
 from ...kernels.shapes import TARGETS
 from ..progress import ItemMeter
+
+MAX_WORKERS = 1024
+"""Processes that compile; more than any machine has cores for."""
 
 
 def check_kernels(
@@ -34,6 +37,10 @@ def check_kernels(
         for name in given:
             if name not in known:
                 raise InvalidInput(field, f"unknown {field} {name!r}", f"use {', '.join(known)}")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise InvalidInput("workers", f"{workers} is outside 1..{MAX_WORKERS}", "use as many as there are cores")
+    if output is not None:
+        check_output(output)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise InvalidInput("TRITON_INTERPRET", "kernels are interpreted here, not compiled", "unset the variable")
     try:

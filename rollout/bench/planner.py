@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...errors import InvalidInput
-from ...files import write_json
+from ...files import check_output, write_json
 from ...model.checkpoint import load_policy
 from ...model.device import placement
 from ...model.policy import Policy
@@ -37,7 +37,7 @@ from ..planning.step_costs import clock
 from ..progress import Meter
 from ..schedule import Schedule
 from ..types import RolloutRequest, SamplingParams
-from .decode import LEAST_ROUNDS, prompts_of_one_length
+from .decode import LEAST_ROUNDS, MOST_PROMPTS, prompts_of_one_length
 
 
 @dataclass
@@ -84,6 +84,10 @@ def bench_planner(
         raise InvalidInput("rounds", f"{rounds} is less than {LEAST_ROUNDS}", "a median of fewer says little")
     if batch < 1:
         raise InvalidInput("batch", f"{batch} is less than 1", "use a positive number")
+    if batch * rounds > MOST_PROMPTS:
+        raise InvalidInput("rounds", f"{rounds} of batch {batch} are more than {MOST_PROMPTS} in all", "lower one of them")
+    if output is not None:
+        check_output(output)
     SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
     dtype, where = placement(device, dtype)
     policy = load_policy(policy_name, dtype, where)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 
 import ray
 
@@ -16,6 +18,7 @@ def start_ray(address: str | None, cpus: int) -> None:
     only. Raises ClusterError."""
     # Ray starts its workers at niceness 15: any other process of the machine would come before the engines.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    before = signal.getsignal(signal.SIGTERM)
     try:
         host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
         if colon and port.isdecimal():
@@ -27,3 +30,7 @@ def start_ray(address: str | None, cpus: int) -> None:
         where, remedy = (f"the one at {address} cannot be reached", "check the address and that it runs") if address else \
             ("none could be started here", "see its logs in /tmp/ray")
         raise ClusterError(f"ray: {where} ({' '.join(str(error).split())[:300]}); {remedy}") from error
+    finally:
+        # Ray's own handler ends the process at once, without what is still to be put in order.
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)

@@ -138,7 +138,8 @@ def evaluate(
         for task in tasks
     ]
     config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
-    engine = Engine(policy, replace(config, pages=pool_size(requests, policy, config)))
+    longest = max(len(request.prompt_tokens) for request in requests) + max_tokens
+    engine = Engine(policy, replace(config, pages=pool_size(longest, policy, config)))
     scores: dict[str, list[float]] = {task.id: [] for task in tasks}
     made: list[Trajectory] = []
     start = time.perf_counter()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidInput
-from ...files import make_directory, write_atomic, write_json
+from ...files import check_output, write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
 from ...model.conversion.config import ConversionConfig
 from ...model.device import placement
@@ -64,9 +64,10 @@ def evaluate_policy(
         CheckpointError: the policy or its parent cannot be read.
         StorageError: a file could not be written whole.
     """
-    for path in (json_path, card_path):
-        if path is not None:
-            make_directory(Path(path).parent)  # an error here comes before an hour of decoding, not after it
+    outputs = [] if json_path is None else [Path(json_path), Path(json_path).with_suffix(".png")]
+    outputs += [] if card_path is None else [Path(card_path)]
+    for i, path in enumerate(outputs):
+        check_output(path, *outputs[:i])  # now rather than after an hour of decoding
     options, began = options or Options(), time.perf_counter()
     directory = resolve(policy_name)
     dtype, device = placement(options.device, options.dtype)

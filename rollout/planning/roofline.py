@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from transformers import ZayaConfig
 
+from ...errors import DataError
 from ...model.conversion.budget import size
 from ..schedule import Schedule
 from .survival import chain, lasting
@@ -247,11 +248,17 @@ def expected_tokens(schedule: Schedule, survival: Sequence[float], block: int) -
 
 
 def measured_rates(figures: Mapping[str, Any], fallback: Rates) -> Rates:
-    """Rates from the JSON of `blockroll bench gpu`; what it lacks is taken from `fallback`."""
+    """Rates from the JSON of `blockroll bench gpu`; what it lacks is taken from `fallback`. Raises DataError."""
     ceilings, attention = figures.get("ceilings") or {}, figures.get("attention") or {}
+    for name, section in (("ceilings", ceilings), ("attention", attention)):
+        if not isinstance(section, Mapping):
+            raise DataError("measured", f"{name} is no section", "give the file that `blockroll bench gpu` wrote")
     found = {
         "flops": ceilings.get("matmul_flops_per_s"), "bytes": ceilings.get("copy_bytes_per_s"),
         "attention_flops": attention.get("best_flops_per_s"), "attention_bytes": attention.get("best_bytes_per_s"),
         "launch": ceilings.get("seconds_per_launch"),
     }  # fmt: skip
+    for name, value in found.items():
+        if value is not None and not (isinstance(value, int | float) and 0 <= value < 1e30):
+            raise DataError("measured", f"{name} is {value!r:.40}, no rate", "give the file that `blockroll bench gpu` wrote")
     return replace(fallback, **{name: value for name, value in found.items() if value})
