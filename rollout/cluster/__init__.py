@@ -2,8 +2,10 @@
 
 Knows engines and `backend`. Does not know trainers, sockets or ledgers.
 
-`pool`: the cluster. `worker`: one place of it, which serves an `assignment` after the other. `actor`: one engine in a
-process of its own. `ray_start`, `ray_errors`: Ray itself.
+`pool`: the cluster. `spec`: what its engines are started with. `fleet`: its engines, as many as are wanted. `handle`: one of
+them, seen from the pool; `actor`: the same, in a process of its own; `reports`: what travels between the two. `work`: what is to
+be done; `dispatch`: who does it; `suspects`: what engines die of. `weight_commit`: a version for all of them or none.
+`placement`, `ray_start`, `ray_errors`: Ray itself.
 """
 
 from .pool import RayCluster

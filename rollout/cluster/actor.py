@@ -50,7 +50,8 @@ class EngineActor:
         self._report = Report()
         self._epochs: dict[str, int] = {}
         self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
-        self._turns = 0
+        self._turns = self._steps = 0
+        self._alone = False
 
     @ray.method(concurrency_group="control")
     def home(self) -> Home:
@@ -82,8 +83,7 @@ class EngineActor:
         torch.set_num_threads(max(1, int(self._spec.num_cpus)))  # OpenMP's setting belongs to the thread
         reported = 0.0
         while True:
-            works = self._engine.has_work
-            if not works and not self._news():
+            if not self._engine.has_work and not self._news():
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
@@ -91,10 +91,12 @@ class EngineActor:
                 for trajectory in self._engine.step():
                     self._ended(trajectory.request_id, trajectory)
                 self._report_failures()
+                self._steps += 1
             self._turns += 1
             now = time.monotonic()
-            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work):
+            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work or self._alone):
                 self._report.fresh = self._engine.scheduler.fresh
+                self._report.steps = self._steps if self._alone else 0
                 report, self._report, reported = self._report, Report(), now
                 yield report
 
@@ -163,11 +165,12 @@ class EngineActor:
         self._engine.forwards = self._engine.decode_tokens = 0
 
     def _news(self) -> bool:
-        return bool(self._report.completed) or self._report.returned is not None
+        return bool(self._report.completed) or self._report.returned is not None or (self._alone and self._engine.has_work)
 
     def _add(self, parts: Sequence[Part]) -> None:
         for part in parts:
             self._epochs[part.request.id] = part.epoch
+            self._alone, self._steps = part.alone, 0
             try:
                 self._engine.add_samples(part.request, part.numbers, part.client, part.order)
             except RequestError as error:

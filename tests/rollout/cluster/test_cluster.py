@@ -225,6 +225,43 @@ def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
             assert client.status()["missing"] == 0
 
 
+def test_a_short_request_of_a_second_client_is_served_at_once(cluster, tmp_path):
+    settle(cluster)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="first") as first, connect(gateway.address, client_id="second") as second:
+            first.submit(requests("long", 100, tokens=120, samples=8))
+            stream = first.results(timeout=120)
+            next(stream)
+            start = time.monotonic()
+            second.generate([RolloutRequest("short", (1, 2), SamplingParams(max_tokens=1))], timeout=60)
+            assert time.monotonic() - start < 1.0
+            assert first.status()["unique"] < 700
+            first.cancel([f"long{i:02d}" for i in range(100)])
+
+
+def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_their_work(cluster, caplog):
+    settle(cluster)
+    cluster.scale(3)
+    start = time.monotonic()
+    while cluster.engines()[-1].state != "waiting":
+        cluster.poll(0.1)
+        assert time.monotonic() - start < 10.0, cluster.engines()
+    assert cluster.engines()[-1].reason == "Ray has no place for it: 0 of 2 CPU are free and it needs 1"
+    batch = requests("w", 40, tokens=100)
+    cluster.submit(batch, epoch=40)
+    done = collect(cluster, 4)
+    cluster.scale(1)
+    cluster.poll(0.0)
+    while len(cluster.engines()) > 1:
+        done += cluster.poll(0.1)
+        assert [engine.state for engine in cluster.engines()].count("draining") <= 1
+    done += collect(cluster, 80 - len(done))
+    assert len({c.trajectory.key for c in done}) == 80 and not caplog.records
+    cluster.scale(2)
+    cluster.poll(0.0)
+    settle(cluster)
+
+
 @pytest.mark.parametrize(("change", "what"), [
     (lambda a: a.pop("model.norm.weight"), "lacks 1 of the policy's tensors, first 'model.norm.weight'"),
     (lambda a: a.update(extra=a["model.norm.weight"]), "has 1 tensor that the policy has not, first 'extra'"),
