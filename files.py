@@ -4,107 +4,90 @@ Invariants:
 - A file written here appears under its name only when all of it is on disk; after a full disk, a missing permission or
   a kill, the name holds what it held before.
 - A line appended here is whole or absent: what a failed append left behind is cut off again.
+- An output is a regular file at its real path: a symbolic link stays, and what it points to is replaced. A pipe is written to
+  once all is known. A device or a socket is refused.
+- A temporary file is locked while its writer lives. What a killed writer left is removed by the next one of the same output.
 - Whatever the operating system refuses comes out as one `StorageError` that names the path and what to do.
 
-Standard library and `errors` only; any floor above `kernels` may use it.
+Standard library, `errors`, `inputs` and `storage` only; any floor above `kernels` may use it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
+import glob
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, StorageError
+from .errors import StorageError
+from .inputs import kind_of
+from .storage import STEM, lock, lock_of, locked_directory, locked_name, make_directory, storage_error, storing
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+__all__ = [
+    "append_jsonl", "check_directory", "check_output", "locked_directory", "locked_name", "make_directory", "storage_error",
+    "storing", "whole_directory", "whole_file", "write_atomic", "write_json",
+]  # fmt: skip
+
 _HERE, _RENAME_EXCHANGE = -100, 2  # of <fcntl.h> and <linux/fs.h>: relative to the working directory; swap two names
-_JSON_NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
-def storage_error(error: BaseException, path: str | os.PathLike[str] | None = None) -> StorageError | None:
-    """The `StorageError` that says what `error` means for `path`; None when it is not about storage.
-
-    Extension modules (safetensors, torch) report a full disk in the text of their own exceptions, hence the search.
-    """
-    if isinstance(error, StorageError):
-        return error
-    where = os.fspath(path) if path is not None else getattr(error, "filename", None) or "the output"
-    code = error.errno if isinstance(error, OSError) else None
-    if code in _FULL or "No space left on device" in str(error):
-        return StorageError(f"{where}: the disk is full; free some space or write to another disk, then run again")
-    if code in _FORBIDDEN:
-        return StorageError(f"{where}: no permission to write here; change its permissions or write somewhere else")
-    if isinstance(error, OSError) and path is not None:
-        return StorageError(f"{where}: cannot be written ({error.strerror or error}); check the path")
-    return None
-
-
-@contextmanager
-def storing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what the operating system refuses inside the block into a `StorageError` about `path`."""
-    try:
-        yield
-    except Exception as error:
-        explained = storage_error(error, path)
-        if explained is None or explained is error:
-            raise
-        raise explained from error
-
-
-def make_directory(path: str | os.PathLike[str]) -> Path:
-    """Creates `path` and its parents where missing."""
-    with storing(path):
-        os.makedirs(path, exist_ok=True)
-    return Path(path)
-
-
-@contextmanager
-def locked_directory(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a directory for this process until the block ends; the system lets go of it when the process dies.
+def check_output(path: str | os.PathLike[str], *others: str | os.PathLike[str]) -> None:
+    """Refuses an output before the work for it: one that `whole_file` would refuse, or that is one of `others` (inputs, or other
+    outputs). Creates nothing.
 
     Raises:
-        StorageError: another process holds it.
+        StorageError: it cannot be written.
     """
+    target = _real(path)
+    for other in others:
+        one = os.path.realpath(other)
+        if one == os.fspath(target) or (target.exists() and os.path.exists(one) and target.samefile(one)):
+            raise StorageError(f"{os.fspath(path)}: stands for two files of this command; give the output a name of its own")
     with storing(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise StorageError(f"{os.fspath(path)}: another process is writing here; stop it or give another directory") from error
-    try:
-        yield
-    finally:
-        os.close(descriptor)
+        if _pipe(path) is None:
+            _check_writable(target.parent)
+
+
+def check_directory(path: str | os.PathLike[str]) -> None:
+    """Refuses the directory of an output before the work for it, as `check_output` does for a file. Creates nothing."""
+    target = Path(os.path.realpath(path))
+    with storing(path):
+        if (target.exists() or target.is_symlink()) and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a directory")
+        _check_writable(target if target.is_dir() else target.parent)
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path beside `path`; when the block ends well, what was written there becomes `path`.
 
-    The temporary name keeps the suffix, by which some writers choose a format. Parents are created.
+    The temporary name keeps the suffix, by which some writers choose a format. Parents are created. Where `path` is a pipe, what
+    was written goes into it at the end.
 
     Raises:
         StorageError: the file could not be written whole; `path` is as it was before.
     """
-    target = Path(path)
-    make_directory(target.parent)
-    with storing(target):
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a directory")
-        handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=f".part{target.suffix}", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
+    with storing(path):
+        pipe = _pipe(path)
+        if pipe is not None:
+            with os.fdopen(pipe, "wb") as reader, tempfile.TemporaryDirectory() as place:
+                temporary = Path(place) / f"part{Path(path).suffix}"
+                temporary.touch()
+                yield temporary
+                with open(temporary, "rb") as written:
+                    shutil.copyfileobj(written, reader)
+            return
+        target = _real(path)
+        make_directory(target.parent)
+        descriptor, temporary = _temporary(target)
         try:
             yield temporary
             with open(temporary, "rb+") as written:
@@ -114,6 +97,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             _sync_directory(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -135,9 +119,9 @@ def whole_directory(path: str | os.PathLike[str], owned: Callable[[str], bool] =
     target = Path(os.path.realpath(path))
     make_directory(target.parent)
     with storing(target):
-        if target.exists() and not target.is_dir():
+        if (target.exists() or target.is_symlink()) and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "it is a file")
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".part", dir=target.parent))
+        descriptor, staging = _temporary(target, directory=True)
         try:
             os.chmod(staging, 0o777 & ~_umask())
             yield staging
@@ -158,6 +142,7 @@ def whole_directory(path: str | os.PathLike[str], owned: Callable[[str], bool] =
             _sync_directory(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+            os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -184,31 +169,68 @@ def append_jsonl(path: str | os.PathLike[str], value: Any) -> None:
             raise
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for each line that is not blank.
+def _real(path: str | os.PathLike[str]) -> Path:
+    """Where the path leads through symbolic links. Raises StorageError where a link leads back to itself, or to something that
+    is neither a regular file nor a pipe."""
+    with storing(path):
+        target = Path(os.path.realpath(path))
+        try:
+            kind = kind_of(os.stat(path).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            kind = None
+        if kind is not None and kind != "a pipe":
+            raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+        return target
 
-    Raises:
-        DataError: the file cannot be read, or a line is not a JSON object in UTF-8.
-    """
-    name = os.fspath(path)
+
+def _check_writable(folder: Path) -> None:
+    """Raises OSError where nothing can be made in the folder, or in the nearest one above it that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"{folder} is not a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no permission")
+
+
+def _pipe(path: str | os.PathLike[str]) -> int | None:
+    """The writing end of the pipe at `path`; None where it is none. Raises OSError where nobody reads it."""
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; only opening may fail as "cannot be read"
+        if not stat.S_ISFIFO(os.stat(path).st_mode):
+            return None
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise DataError(name, f"cannot be read ({error.strerror})", "check the path and its permissions") from error
-    with file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw)
-            except (ValueError, RecursionError) as error:
-                why = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
-                raise DataError(f"{name} line {number}", f"not valid JSON ({why})",
-                                "write one JSON object per line") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{name} line {number}", f"a JSON {_JSON_NAMES[type(record)]}, not an object",
-                                "write one JSON object per line")
-            yield number, record
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.ENXIO, "it is a pipe that nobody reads") from error
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
+def _temporary(target: Path, directory: bool = False) -> tuple[int, Path]:
+    """A new file or directory beside `target`, locked by the descriptor. Those that no living writer holds are removed."""
+    prefix, suffix = f".{(target.name if directory else target.stem)[:STEM]}-", ".part" + ("" if directory else target.suffix)
+    for stale in target.parent.glob(f"{glob.escape(prefix)}????????{glob.escape(suffix)}"):
+        if (descriptor := lock_of(stale)) is not None:
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+            else:
+                stale.unlink(missing_ok=True)
+            os.close(descriptor)
+    while True:
+        if directory:
+            path = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=prefix, suffix=suffix, dir=target.parent)
+            path = Path(name)
+        # Another writer that sweeps may have taken it before it was locked; then there is none under this name.
+        if lock(descriptor, path):
+            return descriptor, path
+        os.close(descriptor)
 
 
 def _link(old: Path, new: Path) -> None:

@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from .errors import ConfigError, InvalidInput
+from .inputs import read_input
+from .yaml_reader import MAX_FILE, read_yaml
 
 
 class Config(BaseModel):
@@ -41,36 +43,24 @@ def load_yaml(path: str | os.PathLike[str], config: type[ConfigT]) -> ConfigT:
     relative to the file that names it.
 
     Raises:
-        ConfigError: the file is missing or is not YAML; a key is unknown, missing or given twice; or a value is of the
-            wrong type or out of range.
+        ConfigError: the file is missing, is no regular file, is not YAML or is beyond a limit of `yaml_reader`; a key is unknown,
+            missing or given twice; or a value is of the wrong type or out of range.
     """
     name = os.fspath(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            data = yaml.load(file, _Loader)
+        return parse(read_yaml(read_input(path, MAX_FILE), name), config, name)
     except OSError as error:
         raise ConfigError(name, f"cannot be read ({error.strerror})", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(name, f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark  # of the file itself, or of one that it includes
-        where = f"{mark.name} line {mark.line + 1}" if mark else name
-        raise ConfigError(where, _one_line(error.problem or "not YAML"), "correct the YAML there") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(name, f"is not YAML ({_one_line(error)})", "correct the YAML") from error
-    return parse(data, config, name)
 
 
 def whole_text(path: str | os.PathLike[str]) -> str:
     """The YAML at `path` with what it includes in its place; the text as it stands where it includes nothing.
 
     Raises:
-        OSError: it cannot be read. YAMLError: it is not YAML.
+        OSError: it cannot be read. ConfigError: it is not YAML.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        text = file.read()
-        file.seek(0)
-        return text if "!include" not in text else yaml.safe_dump(yaml.load(file, _Loader), sort_keys=False)
+    data = read_input(path, MAX_FILE)
+    return yaml.safe_dump(read_yaml(data, os.fspath(path)), sort_keys=False) if b"!include" in data else data.decode()
 
 
 def parse(data: Any, config: type[ConfigT], name: str) -> ConfigT:
@@ -94,55 +84,6 @@ def parse(data: Any, config: type[ConfigT], name: str) -> ConfigT:
         raise _explain(error, config, name) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain scalars as in YAML 1.2 (`1e-4` is a number, `on` and `2026-01-01` are text), and no key twice."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - as the base class declares it
-    outer: tuple[str, ...] = ()  # the files that include this one
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        node = super().compose_node(parent, index)
-        if node is None or node.tag != "!include":
-            return node
-        if not isinstance(node, yaml.ScalarNode):
-            raise yaml.composer.ComposerError(problem="!include takes the name of a file", problem_mark=node.start_mark)
-        path = os.path.normpath(os.path.join(os.path.dirname(self.name), node.value))
-        files = (*self.outer, os.path.normpath(self.name))
-        if path in files:
-            raise yaml.composer.ComposerError(problem=f"{path} includes itself", problem_mark=node.start_mark)
-        try:
-            with open(path, encoding="utf-8") as file:
-                loader = _Loader(file)
-                loader.outer = files
-                return loader.get_single_node()
-        except OSError as error:
-            problem = f"{path} cannot be included ({error.strerror})"
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=node.start_mark) from error
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"key `{key.value}` is given twice",
-                                                        problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", "true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    ("int", "[-+]?(?:0|[1-9][0-9]*)", [*"-+0123456789"]),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
-    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("merge", "<<", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
 def _explain(error: ValidationError, config: type[BaseModel], name: str) -> ConfigError:
     # A misspelt key is also a missing one: name the misspelling.
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
@@ -153,7 +94,7 @@ def _explain(error: ValidationError, config: type[BaseModel], name: str) -> Conf
     kind, value = first["type"], _shown(first.get("input"))
     if kind == "extra_forbidden":
         known = sorted({field for section in sections for field in section.model_fields})
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        close = difflib.get_close_matches(str(first["loc"][-1])[:100], known, n=1)
         remedy = f"did you mean `{close[0]}`?" if close else f"known keys here: {', '.join(known) or 'none'}"
         return ConfigError(key, f"unknown key in {name}", remedy + more)
     if kind == "missing":

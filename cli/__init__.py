@@ -2,14 +2,19 @@
 
 Invariants:
 - What a user can cause ends as one line on stderr and exit status 2; a full disk too, wherever it is met. What is a
-  bug of ours keeps its traceback and exits with 1. Ctrl-C exits with 130.
+  bug of ours keeps its traceback and exits with 1.
+- Ctrl-C, SIGTERM and SIGHUP end every command alike: what it started is stopped, what it had not finished is removed, one
+  line is printed, and the exit status is 128 + the signal's number.
 - Nothing heavy is imported before a command runs, so `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
@@ -70,15 +75,84 @@ def _root(
     context.obj = log_level
 
 
+LONGEST_LINE = 1000
+"""Characters of an error; some hold a value that a user gave."""
+
+
 def main() -> None:
     """Runs the command line; does not return."""
+    with _stopped_by_signals() as received:
+        try:
+            status = app(standalone_mode=False)
+        except KeyboardInterrupt:
+            status = 130
+        except Exception as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]  # typer brings its own copy of click, or takes click's
+                sys.exit(2)
+            line = _explained(error)
+            if line is None:
+                raise
+            _say(f"error: {line}")
+            sys.exit(2)
+        if status == 130:  # what typer makes of a KeyboardInterrupt
+            number = signal.Signals(received[0] if received else signal.SIGINT)
+            _say(f"stopped by {number.name}")
+            status = 128 + number
+        sys.exit(status)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; yields the numbers of those received. A second one is too late
+    to change anything. A signal that the caller ignores, as nohup does, stays ignored."""
+    received: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        if len(received) == 1:
+            raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, stop)
     try:
-        app()
-    except Exception as error:
-        # An error raised inside a Ray task arrives wrapped, with the task's traceback in its text.
-        cause = getattr(error, "cause", None)
-        known = next((e for e in (error, cause) if isinstance(e, BlockrollError)), None) or storage_error(error)
-        if known is None:
-            raise
-        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
-        sys.exit(2)
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _explained(error: Exception) -> str | None:
+    """What a user is told of an error; None where it is a bug of ours."""
+    # An error raised inside a Ray task arrives wrapped, with the task's traceback in its text.
+    cause = getattr(error, "cause", None)
+    known = next((e for e in (error, cause) if isinstance(e, BlockrollError)), None) or storage_error(error)
+    if known is not None:
+        return str(known)
+    if hasattr(error, "format_message"):  # of the command line itself
+        context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+        given = "" if parameter is None else _given(parameter.opts)
+        return f"{error.format_message().rstrip('.')}{given}; see {context.command_path if context else 'blockroll'} --help"
+    if isinstance(error, MemoryError):
+        return f"memory: there is not enough for this ({error}); lower batch, n or max_tokens, or take a smaller policy"
+    return None
+
+
+def _given(names: list[str]) -> str:
+    """What the command line gives for an option, in brackets; nothing where it is not there."""
+    words = sys.argv[1:]
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word in names and following is not None:
+            return f" ({following!r})"
+        if any(word.startswith(f"{name}=") for name in names):
+            return f" ({word.partition('=')[2]!r})"
+    return ""
+
+
+def _say(text: str) -> None:
+    """One line, whatever the text holds."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST_LINE:  # the field stands at the beginning, the remedy at the end
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(line, file=sys.stderr)

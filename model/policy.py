@@ -19,8 +19,10 @@ from torch import nn
 from transformers import ZayaConfig
 
 from ..kernels.dispatch import takes_triton
+from ..kernels.linear import linear_float32
 from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
+from .arguments import is_whole, require, short
 from .cca import Attention, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
@@ -157,6 +159,7 @@ class Policy(nn.Module):
 
     def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
+        require(isinstance(config, ZayaConfig), "config", f"{short(config)} is no ZayaConfig", "give one, or use load_policy")
         self.config = config
         diffusion: dict[str, Any] = getattr(config, "diffusion", None) or {}
         self.block_size: int = diffusion.get("block_size", 16)
@@ -258,8 +261,12 @@ class Policy(nn.Module):
         return [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head."""
-        return self.lm_head(hidden_RD)
+        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head. float32 where the policy is
+        narrower."""
+        head = self.lm_head
+        if head.weight.dtype.itemsize > 2:
+            return head(hidden_RD)
+        return linear_float32(hidden_RD.to(head.weight.dtype), head.weight, head.bias)
 
     def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""
@@ -280,6 +287,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def add_markov(self, rank: int, generator: torch.Generator) -> None:
         """Give the policy a Markov head that changes no logit until it is trained; one it has is replaced."""
+        require(is_whole(rank) and rank > 0, "rank", f"{short(rank)} is no whole number from 1", "give the rank of the head")
         head = MarkovHead(self.config.vocab_size, rank)
         head.previous.weight.normal_(generator=generator)
         head.next.weight.zero_()

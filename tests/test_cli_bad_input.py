@@ -86,11 +86,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "corrupt index": (write("model.safetensors.index.json", "{}"), "{}/model.safetensors.index.json is corrupt"),
     "config is no JSON": (write("config.json", "{"), "{}/config.json is not JSON"),
     "config is a list": (write("config.json", "[]"), "{}/config.json describes a None model; use a ZAYA checkpoint"),
-    "config of another type": (change_config(hidden_size="big"), "{}/config.json is no ZAYA configuration"),
+    "config of another type": (change_config(hidden_size="big"), "hidden_size in {}/config.json is 'big', no whole number"),
     "config of another size": (change_config(hidden_size=64), "use the config.json that was saved with the weights"),
     "another architecture": (change_config(model_type="llama"), "describes a 'llama' model; use a ZAYA checkpoint"),
     "block size of another type": (change_config(diffusion={"block_size": "x"}), "block_size and mask_token_id as whole"),
-    "corrupt tokenizer": (write("tokenizer.json", "{"), "the tokenizer in {} cannot be read"),
+    "corrupt tokenizer": (write("tokenizer.json", "{"), "{}/tokenizer.json is not JSON"),
 }
 
 

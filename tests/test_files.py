@@ -16,13 +16,13 @@ import pytest
 from blockroll.errors import DataError, StorageError
 from blockroll.files import (
     append_jsonl,
-    read_jsonl,
     storage_error,
     whole_directory,
     whole_file,
     write_atomic,
     write_json,
 )
+from blockroll.inputs import read_jsonl
 
 
 @pytest.fixture

@@ -6,35 +6,63 @@ Invariants: sections are frozen and strict (`settings.Config`); every quantity c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ...errors import ConfigError, DataError
+from ...seeds import MAX_SEED
 from ...settings import Config
+from ..device import NAMES, is_name
 from ..tasks import Task, make_tasks
+
+MAX_PARAMETERS = 2**31
+"""Parameters of a policy trained from nothing: 8.6 GB in float32, before gradients and optimiser states."""
+MAX_DIFFICULTY = 1000
+"""Largest size of an option of a family: tasks of so many terms or digits fit no policy."""
+MAX_POOL = 1 << 20
+"""Records sorted or shuffled together, which are held in memory."""
+MAX_TOKENS = 2**50
+"""Tokens of a stage; a thousand times what the largest models are trained on."""
+MAX_PACK = 2**28
+"""Tokens of a pack."""
 
 
 class Architecture(Config):
     """Dimensions of a ZAYA policy trained from nothing."""
 
-    vocab_size: int = Field(320, ge=260, description="most tokens of the tokenizer")
-    hidden_size: int = Field(192, ge=8)
-    layers: int = Field(6, ge=1)
-    heads: int = Field(6, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    head_dim: int = Field(32, ge=4)
-    experts: int = Field(4, ge=1)
-    expert_size: int = Field(320, ge=8, description="inner width of an expert")
-    router_size: int = Field(48, ge=4)
-    max_position_embeddings: int = Field(512, ge=16, description="longest sequence, tokens")
-    rope_theta: float = Field(10_000.0, gt=0)
+    vocab_size: int = Field(320, ge=260, le=2**20, description="most tokens of the tokenizer")
+    hidden_size: int = Field(192, ge=8, le=2**16)
+    layers: int = Field(6, ge=1, le=1024)
+    heads: int = Field(6, ge=1, le=1024)
+    kv_heads: int = Field(2, ge=1, le=1024)
+    head_dim: int = Field(32, ge=4, le=1024)
+    experts: int = Field(4, ge=1, le=1024)
+    expert_size: int = Field(320, ge=8, le=2**16, description="inner width of an expert")
+    router_size: int = Field(48, ge=4, le=2**14)
+    max_position_embeddings: int = Field(512, ge=16, le=2**24, description="longest sequence, tokens")
+    rope_theta: float = Field(10_000.0, ge=1, le=1e12)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Architecture:
+        if self.heads % self.kv_heads:
+            raise ConfigError("kv_heads", f"{self.kv_heads} does not divide heads, {self.heads}", "use a divisor of heads")
+        if self.head_dim % 4:
+            raise ConfigError("head_dim", f"{self.head_dim} is no multiple of 4", "half of it is rotated, in pairs")
+        inner = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = self.hidden_size * (inner + self.router_size + 3 * self.experts * self.expert_size)
+        parameters = self.vocab_size * self.hidden_size + self.layers * layer
+        if parameters > MAX_PARAMETERS:
+            raise ConfigError("layers", f"{self.layers} of these sizes make about {parameters:.2g} parameters, more than "
+                              f"{MAX_PARAMETERS:.2g}", "lower the sizes, or name a parent")  # fmt: skip
+        return self
 
 
 class Source(Config):
     """Where documents come from."""
 
-    weight: float = Field(1.0, gt=0, description="share of this source's records among those of all sources")
+    weight: float = Field(1.0, ge=1e-6, le=1e6, description="share of this source's records among those of all sources")
 
 
 class Tasks(Source):
@@ -52,6 +80,11 @@ class Tasks(Source):
         make_tasks("train", 0, only=self.families, difficulty=self.difficulty)
         if self.families and (idle := sorted(self.difficulty.keys() - set(self.families))):
             raise ConfigError("difficulty", f"{idle[0]!r} is none of families", "add it there, or leave its difficulty out")
+        for family, options in self.difficulty.items():
+            for name, value in options.items():
+                if not name.isidentifier() or not -MAX_DIFFICULTY <= value <= MAX_DIFFICULTY:
+                    raise ConfigError("difficulty", f"{family} cannot take {name}: {value}",
+                                      f"name an option of the family, with a value of at most {MAX_DIFFICULTY} in size")
         for family in self.difficulty:
             self.make(1, seed=0, only=(family,))  # the data set checks its options when it is asked
         return self
@@ -117,10 +150,10 @@ class Data(Config):
     """Documents, from one source or a mixture."""
 
     sources: tuple[AnySource, ...] = Field((Tasks(),), min_length=1)
-    seed: int = Field(0, ge=0, description="of the order of records")
-    pool: int = Field(2048, ge=1, description="records sorted by length together, so that packs hold little padding")
-    shuffle: int = Field(1024, ge=0, description="records of a file that are shuffled together; parts of so many records "
-                         "come in random order. 0 keeps the order of the files")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the order of records")
+    pool: int = Field(2048, ge=1, le=MAX_POOL, description="records sorted by length together, so that packs hold little padding")
+    shuffle: int = Field(1024, ge=0, le=MAX_POOL, description="records of a file that are shuffled together; parts of so many "
+                         "records come in random order. 0 keeps the order of the files")
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -154,24 +187,25 @@ class Stage(Config):
     `ar` trains clean rows alone; `diffusion` trains the doubled pack: (alpha * L_AR + L_draft) / (1 + alpha).
     """
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w .+-]{0,63}$", description="of its directory: letters, digits and ` ._+-`, at most 64")
     kind: Literal["ar", "diffusion"]
-    tokens: int = Field(ge=1, description="clean tokens to train on")
+    tokens: int = Field(ge=1, le=MAX_TOKENS, description="clean tokens to train on")
     skip: bool = Field(False, description="pass over this stage")
-    repeat: int = Field(1, ge=1, description="times the stage runs, each time on other data; later runs are NAME-2, ...")
-    pack_tokens: int = Field(8192, ge=1, description="most clean tokens of a pack, which one process computes at once")
+    repeat: int = Field(1, ge=1, le=1000, description="times the stage runs, each time on other data; later runs are NAME-2, ...")
+    pack_tokens: int = Field(8192, ge=1, le=MAX_PACK, description="most clean tokens of a pack, which one process computes at "
+                             "once")
     sequence_tokens: int | None = Field(None, ge=2, description="longest document, tokens; none takes pack_tokens")
     too_long: Literal["error", "split", "drop"] = Field(
         "error", description="what becomes of a longer document: an error that names it, several documents, or nothing"
     )
     data: Data | None = Field(None, description="documents of this stage; none takes the run's")
-    packs_per_step: int = Field(1, ge=1, description="packs of one optimiser step, over all processes")
+    packs_per_step: int = Field(1, ge=1, le=2**20, description="packs of one optimiser step, over all processes")
     optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = Field((0.9, 0.98), description="decay per step of the gradient's mean and of its square; "
                                        "sgd takes the first as momentum")
-    epsilon: float = Field(1e-8, gt=0, description="added to the root of the mean square of a gradient")
-    learning_rate: float = Field(2e-3, gt=0)
-    final_learning_rate: float = Field(1e-4, ge=0, description="reached along the schedule at the stage's last token")
+    epsilon: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the mean square of a gradient")
+    learning_rate: float = Field(2e-3, gt=0, le=1)
+    final_learning_rate: float = Field(1e-4, ge=0, le=1, description="reached along the schedule at the stage's last token")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="of the learning rate, over tokens")
     warmup_steps: int = Field(50, ge=0, description="optimiser steps over which the rate rises from zero")
     weight_decay: float = Field(0.05, ge=0, description="per step, times the learning rate; matrices alone decay")
@@ -184,8 +218,8 @@ class Stage(Config):
     draft: DraftLoss = DraftLoss()
     block_length: tuple[int, int] = Field((16, 16), description="shortest and longest mask block")
     random_offset: bool = Field(True, description="the first block of a document has a random length")
-    masked_copies: int = Field(1, ge=1, description="times a document is cut into mask blocks beside its clean rows; with "
-                               "random offsets or lengths each copy is cut elsewhere, and clean rows are paid for once")
+    masked_copies: int = Field(1, ge=1, le=1024, description="times a document is cut into mask blocks beside its clean rows; "
+                               "with random offsets or lengths each copy is cut elsewhere, and clean rows are paid for once")
     markov_rank: int = Field(0, ge=0, le=1024, description="rank of the head that conditions a draft on the token before it "
                              "(arXiv 2607.05147), added where the policy has none; 0 adds none and trains one that is there")
     balance_rate: float = Field(1e-3, ge=0, description="change per step of a balancing bias, in units of router "
@@ -210,6 +244,8 @@ class Stage(Config):
 
     @model_validator(mode="after")
     def _lengths(self) -> Stage:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be two numbers from 0 to below 1")
         low, high = self.block_length
         if not 2 <= low <= high <= 64:
             raise ValueError("block_length must be two numbers with 2 <= shortest <= longest <= 64")
@@ -221,13 +257,23 @@ class Stage(Config):
         return self
 
 
+def _device_name(name: str) -> str:
+    if not is_name(name):
+        raise ValueError(f"it should be {NAMES}")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
 class Launcher(Config):
     """Which processes train. `local` is this one; under torchrun, whatever the kind, the ones that torchrun started."""
 
     kind: Literal["local", "torchrun", "ray"] = "local"
-    workers: int = Field(1, ge=1, description="processes, one per accelerator")
+    workers: int = Field(1, ge=1, le=100_000, description="processes, one per accelerator")
     address: str | None = Field(None, description="ray: address of a running cluster; none starts one on this machine")
-    timeout_s: float = Field(600.0, gt=0, description="seconds a process waits for one that does not answer")
+    timeout_s: float = Field(600.0, ge=1, le=1e6, description="seconds a process waits for one that does not answer")
 
     @model_validator(mode="after")
     def _one_is_local(self) -> Launcher:
@@ -247,14 +293,20 @@ class ConversionConfig(Config):
     block_size: int | None = Field(None, ge=2, le=64, description="mask rows of a block in decoding; none takes the parent's, "
                                    "which is 16 for a parent that was not converted")
     stages: tuple[Stage, ...] = Field(min_length=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     launcher: Launcher = Launcher()
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    evaluation_tasks: int = Field(0, ge=0, description="held-out tasks for the figures of the card")
-    evaluation_samples: int = Field(4, ge=1, description="samples of each; pass@k is measured up to as many")
+    device: DeviceName = Field("auto", description="where it trains and is measured: auto, cpu, cuda or cuda:N; of several "
+                               "processes each has a GPU of its own")
+    dtype: DtypeName | None = Field(None, description="of the policy when it is measured; none takes bfloat16 on a GPU and "
+                                    "float32 on a CPU. `stages.autocast` is that of training")
+    evaluation_tasks: int = Field(0, ge=0, le=100_000, description="held-out tasks for the figures of the card")
+    evaluation_samples: int = Field(4, ge=1, le=65_536, description="samples of each; pass@k is measured up to as many")
 
     @model_validator(mode="after")
     def _names(self) -> ConversionConfig:
+        if Path(self.output).name in ("", ".."):
+            raise ConfigError("output", f"{self.output!r} names no directory of its own", "name one, such as runs/policy")
         names = [stage.name for stage in self.runs]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

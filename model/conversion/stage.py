@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from ...errors import ConfigError, DataError, InvalidInput
-from ...files import append_jsonl, read_jsonl, write_atomic
+from ...files import append_jsonl, write_atomic
+from ...inputs import read_jsonl
 from ...seeds import named_generator
 from ..experts import Router
 from ..layout import TokenLayout, causal, diffusion

@@ -55,6 +55,7 @@ class EngineHandle:
         count, outstanding: samples, and tokens expected of them. clients: samples by client.
         waits: Ray has no place for its process; reason says why.
         fresh: samples of its last report that had not begun. asked: it was asked to give samples back and has not answered.
+        steps: of its last report, those made with the work that it serves alone.
         reserved: it is given nothing but a work that has to be alone. draining: it leaves when it has ended its work.
         restarts: processes that were replaced.
     """
@@ -71,7 +72,7 @@ class EngineHandle:
 
     def _clear(self) -> None:
         self.samples: dict[Work, dict[int, float]] = {}
-        self.count, self.outstanding, self.fresh, self.asked = 0, 0.0, 0, False
+        self.count, self.outstanding, self.fresh, self.steps, self.asked = 0, 0.0, 0, 0, False
         self.clients: Counter[str] = Counter()
         self.home: Home | None = None
         self.device, self.tokens_per_s = "", 0.0
@@ -139,6 +140,7 @@ class EngineHandle:
             if call is self._stream:
                 report: Report = ray.get(next(self._stream))
                 self.fresh, self.asked = report.fresh, self.asked and report.returned is None
+                self.steps = report.steps
                 return report
             answer = ray.get(call)
         except StopIteration:
@@ -180,7 +182,7 @@ class EngineHandle:
             self.outstanding += known[number]
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
-        return Part(work.request, list(numbers), work.epoch, work.client, work.order)
+        return Part(work.request, list(numbers), work.epoch, work.client, work.order, alone=self.reserved)
 
     def ask_back(self, count: int) -> None:
         """Asks for up to `count` samples that have not begun, unless it was asked already."""

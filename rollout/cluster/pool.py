@@ -30,7 +30,7 @@ from .ray_errors import one_line
 from .ray_start import start_ray
 from .reports import Report
 from .spec import EngineSpec, EngineStatus
-from .suspects import SOLO_DEATHS, Suspects
+from .suspects import Suspects
 from .weight_commit import WeightCommit
 from .work import Backlog, Work
 
@@ -274,7 +274,7 @@ class RayCluster:
             self._strategy.again(work, numbers)
         for work in failed:
             self._early.append(Completed(work.epoch, work.request.id, error=(
-                f"request {work.request.id!r}: {SOLO_DEATHS} engines in a row died while they served nothing else ({why}); "
+                f"request {work.request.id!r}: {work.solo_deaths} engines in a row died while they served nothing else ({why}); "
                 "see the logs of Ray, or leave the request out")))
             self._drop([work])
         self._deal()

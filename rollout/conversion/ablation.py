@@ -1,4 +1,5 @@
-"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent. The file sets each variant's budget.
+"""`blockroll ablate`: trains variants of a conversion stage from one parent and compares them. The file sets each variant's
+budget.
 
 Invariants:
 - A cell is a (variant, seed): the base stage with the variant's changes, trained from the parent and decoded by the engine. Its
@@ -14,53 +15,69 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidInput
-from ...files import write_atomic, write_json
+from ...files import check_directory, check_output, locked_directory, make_directory, write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
-from ...model.conversion.config import ConversionConfig, Data, Stage
+from ...model.conversion.config import ConversionConfig, Data, DeviceName, DtypeName, Stage
 from ...model.conversion.train import run as run_stages
+from ...model.device import placement, resolved
 from ...model.tasks import make_tasks
+from ...seeds import MAX_SEED
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
 from ..machine import describe, one_thread
+from ..progress import ItemMeter
 from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
+
+OUTPUTS = (".json", ".md", ".png")
+"""What is written beside the configuration, under its name."""
+MAX_WORKERS = 1024
+"""Processes; more than any machine has cores for."""
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Decoding(Config):
     """How the cells are decoded."""
 
-    tasks: int = Field(200, ge=1, description="held-out tasks, one sample each")
-    seed: int = Field(0, ge=0, description="of the tasks and of the samples")
+    tasks: int = Field(200, ge=1, le=100_000, description="held-out tasks, one sample each")
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the tasks and of the samples")
     levels: tuple[int, ...] = Field(DEFAULT_LEVELS, description="acceptance lengths a fused step proposes for")
-    batch: int = Field(16, ge=1, description="samples decoded at once; tokens per forward do not depend on it")
+    batch: int = Field(16, ge=1, le=65_536, description="samples decoded at once; tokens per forward do not depend on it")
     mix_weight: float = Field(0.5, ge=0, le=1, description="weight of p's logits for `mixed`")
-    max_tokens: int = Field(256, ge=1, description="most tokens per sample")
+    max_tokens: int = Field(256, ge=1, le=2**31, description="most tokens per sample")
+    dtype: DtypeName | None = Field(None, description="of the policies; none takes bfloat16 on a GPU and float32 on a CPU")
+
+    @model_validator(mode="after")
+    def _levels(self) -> Decoding:
+        Schedule("fused", levels=self.levels)
+        return self
 
 
 class AblationConfig(Config):
     """One run of `blockroll ablate`."""
 
-    output: str = Field(description="directory of the cells")
+    output: str = Field(min_length=1, description="directory of the cells")
     parent: str = Field(description="AR policy every cell starts from: a name or directory")
     data: Data = Data()
     block_size: int = Field(16, ge=2, le=64)
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of documents, blocks and new weights")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of documents, blocks and new weights")
     stage: dict[str, Any] = Field(description="the base recipe, a stage of `blockroll convert`")
-    variants: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> fields that differ from the base; the "
-                                                "first variant is what the others are compared with")
+    variants: dict[Annotated[str, Field(min_length=1, max_length=100)], dict[str, Any]] = Field(
+        min_length=1, description="name -> fields that differ from the base; the first is what the others are compared with"
+    )
     decoding: Decoding = Decoding()
+    device: DeviceName = Field("auto", description="where cells are trained and decoded: auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _distinct(self) -> AblationConfig:
@@ -79,6 +96,7 @@ class Cell(Config):
     seed: int
     stage: Stage
     decoding: Decoding
+    device: str = "auto"
 
     def directory(self, output: str) -> Path:
         """Where the cell's policy and figures are kept."""
@@ -105,19 +123,21 @@ def ablate(
         CheckpointError: the parent cannot be read.
         StorageError: something could not be written whole.
     """
-    if workers < 1:
-        raise InvalidInput("workers", f"{workers} is less than 1", "use at least one process")
+    if not 1 <= workers <= MAX_WORKERS:
+        raise InvalidInput("workers", f"{workers} is outside 1..{MAX_WORKERS}", "use as many processes as there are cores")
     path = Path(config_path)
+    for suffix in OUTPUTS:
+        check_output(path.with_suffix(suffix), path)
     config = load_yaml(path, AblationConfig)
     cells = list(cells_of(config, os.fspath(path)))
     resolve(config.parent)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with one_thread(), Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("cells", total=len(cells))
+    check_directory(config.output)
+    output = make_directory(config.output)
+    with locked_directory(output), one_thread(), ItemMeter("cells", len(cells)) as meter:
         for row, fresh in _run_all(cells, config.output, workers):
-            progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")
+            meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:
-                # A long run: show what there is after every cell.
+                # A run may take days, so its table is written after every cell.
                 _write(path, config, _finished(cells, config.output))
                 if on_cell is not None:
                     on_cell(row)
@@ -133,7 +153,7 @@ def cells_of(config: AblationConfig, name: str) -> Iterator[Cell]:
         data = config.data.model_copy(update={"seed": config.data.seed + seed})
         for variant, stage in stages.items():
             yield Cell(variant=variant, parent=config.parent, data=data, block_size=config.block_size, seed=seed,
-                       stage=stage, decoding=config.decoding)
+                       stage=stage, decoding=config.decoding, device=config.device)
 
 
 def run_cell(cell: Cell, output: str) -> dict[str, Any]:
@@ -141,12 +161,15 @@ def run_cell(cell: Cell, output: str) -> dict[str, Any]:
     directory = cell.directory(output)
     conversion = ConversionConfig(
         output=str(directory / "policy"), parent=cell.parent, data=cell.data, block_size=cell.block_size,
-        stages=(cell.stage,), seed=cell.seed, save_dtype="float32",
+        stages=(cell.stage,), seed=cell.seed, save_dtype="float32", device=cell.device,
     )
     last: dict[str, Any] = {}
     policy = run_stages(conversion, last.update)
     assert policy is not None  # only the other processes of a group are left without one
     decoding = cell.decoding
+    dtype, device = placement(cell.device, decoding.dtype)
+    if device.type != "cpu" or dtype != "float32":
+        policy = load_policy(directory / "policy", dtype, device)
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, cell.data.families or None)
     ways = []
     for sampler, temperature in WAYS:
@@ -178,14 +201,31 @@ def _run_all(cells: Sequence[Cell], output: str, workers: int) -> Iterator[tuple
         return
     # Fresh interpreters: threads of torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         futures = [pool.submit(run_cell, cell, output) for cell in missing]
         try:
             for future in as_completed(futures):
                 yield future.result(), True
-        finally:
+        except BaseException:
+            # The pool waits for cells that run, which take minutes.
             for future in futures:
                 future.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _start_worker() -> None:
+    """One thread, and an end when the parent ends, also by SIGKILL: a worker would wait for its next cell for ever."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _figures(cell: Cell, output: str) -> dict[str, Any] | None:
@@ -199,16 +239,19 @@ def _finished(cells: Sequence[Cell], output: str) -> list[dict[str, Any]]:
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    return {**base, **{key: _merged(base.get(key) or {}, value) if isinstance(value, Mapping) else value
-                       for key, value in changes.items()}}  # fmt: skip
+    def changed(old: Any, new: Any) -> Any:
+        return _merged(old if isinstance(old, Mapping) else {}, new) if isinstance(new, Mapping) else new
+
+    return {**base, **{key: changed(base.get(key), value) for key, value in changes.items()}}
 
 
 def _parent(config: AblationConfig) -> dict[str, Any]:
-    """What the parent says of the same tasks."""
+    """The parent's AR loss and pass@1 on the same tasks."""
     path = Path(config.output) / f"parent-{hashlib.blake2b(repr(config.decoding).encode(), digest_size=5).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    parent, decoding = load_policy(config.parent), config.decoding
+    decoding = config.decoding
+    parent = load_policy(config.parent, *placement(config.device, decoding.dtype))
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, config.data.families or None)
     result = evaluate(parent, tasks, sampler="ar", schedule=Schedule("ar"), max_tokens=decoding.max_tokens,
                       batch=decoding.batch, seed=decoding.seed)
@@ -219,7 +262,8 @@ def _parent(config: AblationConfig) -> dict[str, Any]:
 
 
 def _write(path: Path, config: AblationConfig, rows: list[dict[str, Any]]) -> None:
-    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows, machine=describe())
+    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows,
+                  machine=describe(resolved(config.device)))
     write_json(path.with_suffix(".json"), report)
     write_atomic(path.with_suffix(".md"), table(report).encode())
     plot(report, path.with_suffix(".png"))

@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ...files import storing, write_atomic
+from ...files import check_directory, locked_name, storing, write_atomic
 from ...model.conversion.config import ConversionConfig
 from ...model.conversion.train import run as run_stages
 from ...model.conversion.train import stage_directory
@@ -46,8 +46,16 @@ def convert(
     """
     config = load_yaml(config_path, ConversionConfig)
     recipe, output = whole_text(config_path).encode(), Path(config.output)  # as it was when the run began
+    check_directory(output)
     # Of several processes each comes here, but one speaks and writes.
     first = os.environ.get("RANK", "0") == "0"
+    with locked_name(output) if first else nullcontext():
+        return _convert(config, recipe, output, first, on_progress)
+
+
+def _convert(
+    config: ConversionConfig, recipe: bytes, output: Path, first: bool, on_progress: Callable[[dict[str, Any]], None] | None
+) -> Path:
     with TrainingMeter() if first else nullcontext(lambda _: None) as meter:
 
         def report(row: dict[str, Any]) -> None:
@@ -70,7 +78,8 @@ def convert(
         write_atomic(output / "training.jsonl", log.read_bytes())
     if config.evaluation_tasks:
         tasks, samples = config.evaluation_tasks, config.evaluation_samples
-        options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed)
+        options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed,
+                          device=config.device, dtype=config.dtype)
         parent = parent_of(config)
         evaluate_policy(output, options, parent_name=parent, json_path=output / _FIGURES, card_path=output / _CARD)
     return output

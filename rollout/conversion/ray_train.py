@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -43,16 +44,18 @@ def run_on_ray(
         BlockrollError: what a worker was refused; ClusterError where one was lost.
     """
     launcher = config.launcher
-    own = not ray.is_initialized()
+    own, before = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if own:
         ray.init(address=launcher.address, include_dashboard=False, log_to_driver=False, configure_logging=False,
                  num_cpus=None if launcher.address else max(launcher.workers + 1, os.cpu_count() or 1))  # fmt: skip
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)  # Ray's own handler ends the process at once
     output = Path(config.output).absolute()
     scratch = make_directory(output.with_name(f".{output.name}.ray"))
     rows = Queue(actor_options={"num_cpus": 0})
     forwarding = threading.Thread(target=_forward, args=(rows, report), daemon=True)
     forwarding.start()
-    gpu = torch.cuda.is_available()
+    gpu = config.device != "cpu" and torch.cuda.is_available()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config, "folder": os.getcwd(), "rows": rows, "before_export": before_export},

@@ -1,6 +1,6 @@
-"""What `blockroll eval` is asked to measure.
+"""The options of `blockroll eval`.
 
-Invariants: checked whole when it is made, before anything is loaded or decoded.
+Invariants: all options are checked when an `Options` is made, before anything is loaded or decoded.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...errors import InvalidInput
+from ...seeds import MAX_SEED
 from ..engine import EngineConfig
 from ..schedule import DEFAULT_LEVELS, Schedule
 from ..types import SamplerName, SamplingParams
 from .decoding import check_groups
+
+MAX_TASKS = 100_000
+"""Held-out tasks. They are drawn before the first is decoded, about 5,000 a second."""
+MAX_SAMPLES = 65_536
+"""Samples of a task, and samples decoded at once: the engine queues all samples of a task when it takes it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Options:
         block_sizes: compared at the first temperature; all else is at the policy's own.
         batch: samples decoded at once.
         seed: of the tasks and of their samples.
+        device, dtype: where and as what policy and parent run (`model.device.placement`).
     """
 
     tasks: int = 500
@@ -42,13 +49,16 @@ class Options:
     batch: int = 32
     max_tokens: int = 256
     seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tasks", "samples", "batch"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(name, f"{getattr(self, name)} is less than 1", "use a positive number")
-        if self.seed < 0:
-            raise InvalidInput("seed", f"{self.seed} is negative", "use a number >= 0")
+        for name, most in (("tasks", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_SAMPLES)):
+            if not 1 <= getattr(self, name) <= most:
+                problem = "is less than 1" if getattr(self, name) < 1 else f"is more than {most}"
+                raise InvalidInput(name, f"{getattr(self, name)} {problem}", f"use a number from 1 to {most}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidInput("seed", f"{self.seed} is outside 0..2**63-1", "use a 63-bit seed")
         for name in ("temperatures", "mix_weights"):
             if not getattr(self, name):
                 raise InvalidInput(name, "none are given", "give at least one")

@@ -14,7 +14,8 @@ from rich.table import Table
 from transformers import ZayaConfig
 
 from ...errors import DataError, InvalidInput
-from ...files import write_json
+from ...files import check_output, write_json
+from ...inputs import read_input, unreadable
 from ...model.checkpoint import read_config, resolve
 from ..schedule import Schedule
 from .roofline import HARDWARE, Hardware, Rates, Roofline, Step, expected_tokens, geometric_survival, measured_rates
@@ -23,6 +24,8 @@ ZAYA1_8B = "zaya1-8b"
 PUBLISHED_TOKENS_PER_FORWARD = 4.6
 """ZAYA1-8B-Diffusion-Preview's lossless sampler, as its authors state it (mixed logits: 7.7)."""
 
+MAX_MEASURED = 64 << 20
+"""Bytes of a file of measurements; a whole bench writes less than a thousandth."""
 SHOWN = (
     Schedule("ar"), Schedule("two_pass"), Schedule("fused", levels=(0,)), Schedule("fused", levels=(0, 4, 8)),
 )  # fmt: skip
@@ -54,6 +57,8 @@ def plan(
     Raises:
         InvalidInput: unknown hardware, a number out of range. CheckpointError: no such policy.
     """
+    if output is not None:
+        check_output(output, *([] if measured is None else [measured]))
     config = ZayaConfig() if model == ZAYA1_8B else read_config(resolve(model))
     roofline = Roofline.of(config)
     devices = _devices(hardware, measured)
@@ -97,9 +102,11 @@ def _devices(names: Sequence[str], measured: Path | None) -> list[tuple[Hardware
     if measured is None:
         return devices
     try:
-        figures = json.loads(measured.read_text())
+        figures = json.loads(read_input(measured, MAX_MEASURED))
         title = str(figures["machine"]["device"]).lower()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise unreadable(measured, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError("measured", f"{os.fspath(measured)} is no JSON of `blockroll bench gpu` ({error!r})",
                         "give the file that its --json wrote") from error  # fmt: skip
     found = next((name for name in HARDWARE if name in title), None)

@@ -17,6 +17,8 @@ from ...files import make_directory, write_atomic
 from .keys import ClientKeys, CurveKeys, ServerKeys
 
 SERVER, SERVER_PUBLIC, DATA, CONTROL = "server.key", "server.pub", "data.key", "control.key"
+AnyKeys = ClientKeys | str | os.PathLike[str] | None
+"""Keys of a client, or the directory that holds them."""
 
 
 def make_keys(directory: str | os.PathLike[str]) -> Path:
@@ -57,6 +59,11 @@ def load_client_keys(directory: str | os.PathLike[str]) -> ClientKeys:
                            "name the directory of keys that `blockroll up` made") from error
     control = CurveKeys.load(path / CONTROL) if (path / CONTROL).exists() else None
     return ClientKeys(server, CurveKeys.load(path / DATA), control)
+
+
+def client_keys(keys: AnyKeys) -> ClientKeys | None:
+    """The keys, read from their directory where that is given. Raises InvalidInput as `load_client_keys`."""
+    return load_client_keys(keys) if isinstance(keys, str | os.PathLike) else keys
 
 
 def _allowed(path: Path) -> list[str]:

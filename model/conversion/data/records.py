@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import glob
-import json
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import DataError
+from ....inputs import json_object, open_input, read_lines, unreadable
 from ....seeds import named_generator
 
 Record = dict[str, Any]
@@ -67,7 +67,7 @@ class JsonLines(Shard):
         offset = rows = 0
         self._offsets, self._lines, self._size = array("q"), array("q"), size
         with _opened(self.path) as file:
-            for number, line in enumerate(file, start=1):
+            for number, line in read_lines(file, str(self.path)):
                 if not line.isspace():
                     if rows % size == 0:
                         self._offsets.append(offset)
@@ -92,14 +92,7 @@ class JsonLines(Shard):
         return unit
 
     def parse(self, raw: bytes, where: str) -> Record:
-        try:
-            record = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", None) or getattr(error, "reason", None) or str(error)
-            raise DataError(where, f"not valid JSON ({why})", "restore the shard, or correct the line") from error
-        if not isinstance(record, dict):
-            raise DataError(where, f"JSON, but no object: {raw[:40]!r}", "write one JSON object per line")
-        return record
+        return json_object(raw, where)
 
 
 class Parquet(Shard):
@@ -214,9 +207,9 @@ def find(paths: Sequence[str], endings: Sequence[str]) -> list[Path]:
 
 def _opened(path: Path) -> Any:
     try:
-        return open(path, "rb")
+        return open_input(path)
     except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror})", "check the path and its permissions") from error
+        raise unreadable(path, error) from error
 
 
 def _parquet(path: Path) -> Any:

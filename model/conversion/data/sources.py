@@ -205,7 +205,7 @@ def _rollout(record: Record, where: str, tokenizer: PreTrainedTokenizerFast | No
         raise DataError(f"{where} field {'tokens' if prompt else 'prompt_tokens'!r}", "an empty document", "remove the record")
     most = len(tokenizer) if tokenizer is not None else 2**31
     for name, some in (("prompt_tokens", prompt), ("tokens", tokens)):
-        if not all(isinstance(t, int) and 0 <= t < most for t in some):
+        if not all(type(t) is int and 0 <= t < most for t in some):
             raise DataError(f"{where} field {name!r}", f"holds something that is no token id below {most}",
                             "use rollouts of a policy with the same tokenizer")  # fmt: skip
     return Document(array("i", [*prompt, *tokens]), len(prompt))

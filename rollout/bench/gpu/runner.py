@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import InvalidInput
-from ....files import append_jsonl, write_json
+from ....files import append_jsonl, check_output, write_json
 from .report import summarise, text, write_plot
 
 _WEIGHTS = {"ceilings": 1, "compile": 2, "correctness": 1, "kernels": 1.5, "training": 2, "steps": 4}
@@ -37,6 +37,8 @@ _ITEM_SECONDS = 100.0
 _START_SECONDS = 120.0
 """Most seconds until a child announces its first item."""
 _CLOSING_SECONDS = 5.0
+MAX_MINUTES = 10_080
+"""A week."""
 _LOST = 3
 """Exit status of a child whose device is lost."""
 
@@ -104,7 +106,7 @@ def child(section: str, path: Path, deadline: float, dry: bool) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold; NaN and infinities by name."""
+    """The value as JSON can hold it; NaN and infinities as text."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -151,6 +153,10 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
 
     if unknown := set(sections) - set(SECTIONS):
         raise InvalidInput("sections", f"unknown section {min(unknown)!r}", f"use {', '.join(SECTIONS)}")
+    if not 0 < minutes <= MAX_MINUTES:
+        raise InvalidInput("minutes", f"{minutes} is outside 0..{MAX_MINUTES}", "use a number such as 9")
+    check_output(output)
+    check_output(output.with_suffix(".png"), output)
     if not dry and not torch.cuda.is_available():
         raise InvalidInput("device", "torch sees no accelerator here", "run it on one, or give --dry-run")
     start = time.time()
@@ -206,7 +212,7 @@ def _section(section: str, path: Path, deadline: float, dry: bool, collect: Call
 
 
 def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collect: Callable[[], None]) -> str:
-    """Wait for its end, with one; why it was ended, or nothing."""
+    """Wait until the child ends. Returns why it was ended, or an empty text if it ended by itself."""
     before = seen = len(_lines(path))
     since = time.time()
     while process.poll() is None:
@@ -224,7 +230,7 @@ def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collec
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """It, and whatever it started."""
+    """End the child, and every process that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

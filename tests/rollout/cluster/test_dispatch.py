@@ -10,7 +10,7 @@ from blockroll.rollout.backend import Completed
 from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
 from blockroll.rollout.cluster.handle import EngineHandle
 from blockroll.rollout.cluster.spec import EngineSpec
-from blockroll.rollout.cluster.suspects import DEATHS, SOLO_DEATHS, Suspects
+from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
 from blockroll.rollout.cluster.work import Backlog
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
 
@@ -154,6 +154,17 @@ def test_a_request_fails_only_after_it_has_killed_engines_alone():
         blamed = pool.die(at)
     assert (blamed, deaths) == (["r2"], DEATHS + SOLO_DEATHS)
     assert not pool.backlog.works and not any(engine.reserved for engine in pool.engines)
+
+
+def test_a_request_that_dies_alone_at_another_step_every_time_is_not_blamed_soon():
+    pool = Pool()
+    pool.submit(ask("r"))
+    blamed, deaths = [], 0
+    while not blamed:
+        engine = next(engine for engine in pool.engines if engine.count)
+        engine.steps = 10 * deaths
+        blamed, deaths = pool.die(engine), deaths + 1
+    assert deaths == DEATHS + MOST_SOLO_DEATHS
 
 
 def test_while_a_suspect_is_alone_the_other_engines_serve_the_others():

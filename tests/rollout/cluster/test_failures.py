@@ -56,7 +56,9 @@ class Watch:
                 if any(engine.phase == "ready" and engine is not victim for engine in self.cluster._engines):
                     for work, numbers in victim.samples.items():
                         self.homeless.update({(work, number): (now, victim.home.pid) for number in numbers})
-                self.left, self.next = self.left - 1, now + self.rng.uniform(3.0, 9.0)
+                self.left -= 1
+            # Where nobody serves, nobody dies: an engine is not killed at the moment at which it is ready.
+            self.next = now + self.rng.uniform(3.0, 9.0)
 
 
 def serve(cluster, work, watch):

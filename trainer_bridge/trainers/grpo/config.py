@@ -7,8 +7,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ....errors import InvalidInput
+from ....model.arguments import MAX_TEMPERATURE, MIN_TEMPERATURE
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
+from ....seeds import MAX_SEED
 from ....settings import Config
 
 
@@ -16,11 +18,11 @@ class Tasks(Config):
     """Prompts and their verifiers, from reasoning-gym."""
 
     families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
-    prompts_per_step: int = Field(16, ge=1)
-    samples_per_prompt: int = Field(8, ge=2, description="size of a group; its mean reward is the baseline")
+    prompts_per_step: int = Field(16, ge=1, le=65_536)
+    samples_per_prompt: int = Field(8, ge=2, le=65_536, description="size of a group; its mean reward is the baseline")
     dynamic_sampling: bool = Field(True, description="leave groups whose rewards are all equal out of the update: their "
                                    "advantages are zero, so they would only cost time (DAPO, arXiv 2503.14476)")
-    max_generation_batches: int = Field(1, ge=1, description="with dynamic_sampling: most batches of prompts rolled out "
+    max_generation_batches: int = Field(1, ge=1, le=1024, description="with dynamic_sampling: most batches of prompts rolled out "
                                         "per step until prompts_per_step groups have rewards that differ")
 
     @model_validator(mode="after")
@@ -38,8 +40,8 @@ class Rollouts(Config):
 
     sampler: Literal["ar", "lossless", "coupled", "mixed"] = Field("coupled", description="with ar and coupled a run "
         "repeats whatever happens to its engines; see README for all four")
-    temperature: float = Field(1.0, gt=0)
-    max_tokens: int = Field(192, ge=1)
+    temperature: float = Field(1.0, ge=MIN_TEMPERATURE, lt=MAX_TEMPERATURE)
+    max_tokens: int = Field(192, ge=1, le=2**31)
     staleness: Literal[0, 1] = Field(0, description="optimiser steps by which rollouts may lag behind the weights that are "
         "trained. 0: roll out, then train. 1: train on one batch while the engines decode the next one; the loss corrects by "
         "the recorded log-probabilities. A run with 1 does not repeat to the bit: when a version arrives is a matter of time")
@@ -57,10 +59,10 @@ class Loss(Config):
         "(DAPO, arXiv 2503.14476). sequence: mean over samples of each one's mean over tokens (arXiv 2402.03300)")
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0, description="wider above than below (DAPO, arXiv 2503.14476)")
-    importance_cap: float = Field(2.0, ge=1, description="largest weight p / behaviour of a token")
-    kl_weight: float = Field(0.0, ge=0, description="weight of KL(p || p of the starting policy) per token, estimated by "
+    importance_cap: float = Field(2.0, ge=1, le=1e6, description="largest weight p / behaviour of a token")
+    kl_weight: float = Field(0.0, ge=0, le=1e6, description="weight of KL(p || p of the starting policy) per token, estimated by "
         "r - 1 - log r with r = p_start / p (http://joschu.net/blog/kl-approx.html); 0 computes none")
-    draft_weight: float = Field(0.3, ge=0, description="weight of the draft loss; 0 leaves the mask rows untrained")
+    draft_weight: float = Field(0.3, ge=0, le=1e6, description="weight of the draft loss; 0 leaves the mask rows untrained")
     draft_share: float = Field(1.0, gt=0, le=1, description="share of the samples that carry mask rows. The draft loss is "
         "a mean over them, so its weight does not depend on the share; its time does")
     draft: DraftLoss = DraftLoss(ce=0.0, tv=1.0, slot_decay=0.95)
@@ -69,30 +71,30 @@ class Loss(Config):
 class Optimizer(Config):
     """AdamW."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=1)
     warmup_steps: int = Field(2, ge=0, description="steps of linear warm-up; then linear decay to zero at the last step")
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    updates_per_step: int = Field(2, ge=1, description="optimiser steps over one batch of trajectories")
-    pack_rows: int = Field(2048, ge=64, description="clean tokens per forward; bounds memory")
-    threads: int = Field(2, ge=1, description="packs computed at once, each on one core. Sums of gradients follow their "
+    updates_per_step: int = Field(2, ge=1, le=1024, description="optimiser steps over one batch of trajectories")
+    pack_rows: int = Field(2048, ge=64, le=2**28, description="clean tokens per forward; bounds memory")
+    threads: int = Field(2, ge=1, le=1024, description="packs computed at once, each on one core. Sums of gradients follow their "
                          "order, so a run repeats only with the same number")
 
 
 class Evaluation(Config):
     """Held-out tasks: one sample of each at the training temperature and one at temperature 0."""
 
-    tasks: int = Field(400, ge=1)
-    seed: int = Field(0, ge=0)
+    tasks: int = Field(400, ge=1, le=100_000)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     every: int = Field(0, ge=0, description="steps between evaluations; 0 for none but before and after training")
 
 
 class GrpoConfig(Config):
     """One run of `blockroll grpo`."""
 
-    output: str = Field(description="directory of the run")
+    output: str = Field(min_length=1, description="directory of the run")
     policy: str = Field("tiny-reasoner-terse", description="converted policy to start from: a shipped name or a directory")
     steps: int = Field(30, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     tasks: Tasks = Tasks()
     rollouts: Rollouts = Rollouts()
     service: dict[str, Any] | str | None = Field(None, description="the service that makes the rollouts: a section as `blockroll "

@@ -1,0 +1,203 @@
+"""Configuration files of grpo, convert and ablate: read within bounds, and refused before anything is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import Case, File, ForkServer, fifo, folder, link_to, sparse
+
+DIGITS = "9" * 5000
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 10))
+STAGES = "stages: [{name: s, kind: diffusion, tokens: 100}]"
+ABLATION = "output: out\nparent: tiny-reasoner-ar\nstage: {name: s, kind: diffusion, tokens: 100}\n"
+
+
+def grpo(name: str, text: File, *says: str, **others: File) -> Case:
+    files = {"run.yaml": text, **{f"{name}.yaml": file for name, file in others.items()}}
+    return Case(f"grpo: {name}", ("grpo", "run.yaml"), files, says=says)
+
+
+def convert(name: str, text: str, *says: str) -> Case:
+    return Case(f"convert: {name}", ("convert", "run.yaml"), {"run.yaml": text}, says=says)
+
+
+def stage(name: str, fields: str, *says: str) -> Case:
+    text = f"output: out\nparent: tiny-reasoner-ar\nstages: [{{name: s, kind: diffusion, tokens: 100, {fields}}}]\n"
+    return convert(name, text, "stages[0]", *says)
+
+
+def shape(name: str, fields: str, *says: str) -> Case:
+    return convert(name, f"output: out\n{STAGES}\narchitecture: {{{fields}}}\n", "architecture", *says)
+
+
+def data(name: str, fields: str, *says: str) -> Case:
+    return convert(name, f"output: out\nparent: tiny-reasoner-ar\n{STAGES}\ndata: {{{fields}}}\n", "data", *says)
+
+
+def ablate(name: str, text: str, *says: str) -> Case:
+    return Case(f"ablate: {name}", ("ablate", "run.yaml"), {"run.yaml": text}, says=says)
+
+
+CASES = [
+    # What is no regular file, or no YAML.
+    grpo("a pipe", fifo, "run.yaml", "pipe", "check the path"),
+    grpo("a directory", folder, "run.yaml", "directory"),
+    grpo("an endless file", link_to("/dev/zero"), "run.yaml", "device"),
+    grpo("a link to itself", link_to("run.yaml"), "run.yaml", "symbolic links"),
+    grpo("a sparse file of 100 GB", sparse(100 << 30), "run.yaml", "more than 131,072 bytes"),
+    grpo("300 KB of comments", "# comment\n" * 30_000, "run.yaml", "more than 131,072 bytes"),
+    grpo("empty", "", "output", "missing", "add it"),
+    grpo("a list", "- a\n", "run.yaml", "list"),
+    grpo("a word", "word\n", "run.yaml", "str"),
+    grpo("bytes", b"output: \xff\n", "run.yaml", "UTF-8"),
+    grpo("UTF-16", "output: x\n".encode("utf-16"), "run.yaml", "UTF-8"),
+    grpo("NUL bytes", b"output: a\x00b\n", "run.yaml", "not YAML"),
+    grpo("an escaped NUL", 'output: "a\\0b"\n', "run.yaml line 1", "\\u0000"),
+    grpo("half a surrogate pair", 'output: "a\\ud800"\n', "run.yaml line 1", "\\ud800"),
+    grpo("an escape beyond Unicode", 'output: "\\UFFFFFFFF"\n', "run.yaml", "not YAML"),
+    grpo("a version of 5,000 digits", f"%YAML {DIGITS}.1\n---\noutput: x\n", "run.yaml"),
+    grpo("a bracket", "output: [", "run.yaml line"),
+    grpo("a tab", "\toutput: x", "run.yaml line 1"),
+    grpo("two documents", "output: x\n---\noutput: y\n", "run.yaml line 2"),
+    grpo("a key twice", "output: x\noutput: y\n", "line 2", "`output`", "twice"),
+    grpo("a long key twice", f"{'k' * 900}: x\n{'k' * 900}: y\n", "line 2", "kkk", "twice"),
+    grpo("a key that is a list", "? [a]\n: b\n", "line 1", "key"),
+    grpo("an unknown alias", "output: *none\n", "line 1", "none"),
+    grpo("an alias of itself", "output: &a [*a]\n", "run.yaml"),
+    grpo("nine levels of aliases", ALIASES, "20,000 values", "aliases"),
+    grpo("nine levels of merges", MERGES, "20,000 values", "aliases"),
+    grpo("100,000 brackets", "output: " + "[" * 100_000, "run.yaml line 1", "deeper than 32"),
+    grpo("30,000 braces", "output: " + "{a: " * 30_000, "run.yaml line 1", "deeper than 32"),
+    grpo("400 levels of indentation", "".join(f"{' ' * i}a:\n" for i in range(400)), "deeper than 32"),
+    grpo("1,000 dashes", "output:\n  " + "- " * 1000 + "x\n", "deeper than 32"),
+    grpo("60,000 values", "output: [" + "x," * 60_000 + "]\n", "20,000 values"),
+    # Tags.
+    *(grpo(f"{tag} {value}", f"output: x\nsteps: {tag} {value}\n", "run.yaml line 2", value) for tag, value in (
+        ("!!int", "abc"), ("!!int", "0x"), ("!!int", "1:x"), ("!!float", "abc"), ("!!float", "1:x"), ("!!bool", "abc"),
+        ("!!timestamp", "abc"))),
+    grpo("!!python/name", "output: x\nsteps: !!python/name:os.system x\n", "line 2", "python"),
+    grpo("!!python/object/apply", "output: !!python/object/apply:os.system [echo]\n", "line 1", "python"),
+    grpo("a tag of our own", "output: !nonsense x\n", "line 1", "!nonsense"),
+    grpo("!!int of nothing", "output: x\nsteps: !!int ''\n", "line 2", "int"),
+    grpo("!!binary", "output: !!binary aGVsbG8=\n", "run.yaml", "plain data"),
+    grpo("!!binary of no base 64", "output: !!binary '@'\n", "run.yaml"),
+    grpo("!!set", "output: !!set {a, b}\n", "run.yaml", "plain data"),
+    grpo("!!timestamp", "output: !!timestamp 2026-01-01\n", "run.yaml", "plain data"),
+    grpo("!!timestamp of month 99", "output: !!timestamp 2026-99-99\n", "run.yaml line 1"),
+    grpo("!!map of a list", "output: !!map [a]\n", "run.yaml line 1"),
+    grpo("!!str of a list", "output: !!str [a]\n", "run.yaml line 1"),
+    grpo("!!omap of words", "output: !!omap [a]\n", "run.yaml line 1"),
+    grpo("!!float .inf", "output: x\noptimizer: {learning_rate: !!float .inf}\n", "optimizer.learning_rate"),
+    grpo("!!float .nan", "output: x\nloss: {kl_weight: !!float .nan}\n", "loss.kl_weight"),
+    # Numbers.
+    grpo("steps of 5,000 digits", f"output: x\nsteps: {DIGITS}\n", "line 2", "999"),
+    grpo("steps of 4,000 digits", f"output: x\nsteps: {DIGITS[:4000]}\n", "line 2", "2**63"),
+    grpo("steps of 2**63", f"output: x\nsteps: {2**63}\n", "line 2", str(2**63)),
+    grpo("steps is 0", "output: x\nsteps: 0\n", "steps", "0", "greater"),
+    grpo("steps is true", "output: x\nsteps: true\n", "steps", "true", "integer"),
+    grpo("steps is text", "output: x\nsteps: '3'\n", "steps", '"3"', "integer"),
+    grpo("steps is 1e3", "output: x\nsteps: 1e3\n", "steps", "1000.0", "integer"),
+    grpo("seed is negative", "output: x\nseed: -1\n", "seed", "-1"),
+    grpo("a billion prompts", "output: x\ntasks: {prompts_per_step: 1000000000}\n", "tasks.prompts_per_step", "1000000000"),
+    grpo("a billion samples", "output: x\ntasks: {samples_per_prompt: 1000000000}\n", "tasks.samples_per_prompt", "1000000000"),
+    grpo("a billion evaluation tasks", "output: x\nevaluation: {tasks: 1000000000}\n", "evaluation.tasks", "1000000000"),
+    grpo("a million threads", "output: x\noptimizer: {threads: 1000000}\n", "optimizer.threads", "1000000"),
+    grpo("a learning rate of 1e300", "output: x\noptimizer: {learning_rate: 1e300}\n", "optimizer.learning_rate", "1e+300"),
+    grpo("a learning rate of 1e999", "output: x\noptimizer: {learning_rate: 1e999}\n", "optimizer.learning_rate"),
+    grpo("a temperature that vanishes", "output: x\nrollouts: {temperature: 1e-40}\n", "rollouts.temperature", "1e-40"),
+    grpo("a temperature of 1e300", "output: x\nrollouts: {temperature: 1e300}\n", "rollouts.temperature", "1e+300"),
+    grpo("a weight of 1e300", "output: x\nloss: {kl_weight: 1e300}\n", "loss.kl_weight", "1e+300"),
+    # Keys and sections.
+    grpo("an unknown key", "outputt: x\n", "outputt", "did you mean `output`"),
+    grpo("an unknown key of 100,000 letters", f"output: x\n? {'k' * 100_000}\n: 1\n", "kkk"),
+    grpo("a section that is a number", "output: x\nloss: 3\n", "loss", "3", "section"),
+    grpo("a section that is null", "output: x\nloss: null\n", "loss", "null"),
+    grpo("10,000 unknown families", f"output: x\ntasks: {{families: {[f'f{i}' for i in range(10_000)]}}}\n", "tasks.families"),
+    grpo("an empty output", "output: ''\n", "output", '""'),
+    grpo("an output that is a file", "output: run.yaml\n", "run.yaml", "cannot be written"),
+    grpo("an output of 5,000 characters", f"output: {'x' * 5000}\n", "xxx", "cannot be written"),
+    grpo("an output in no directory", "output: /proc/none/run\n", "/proc/none/run", "cannot be written"),
+    grpo("an unknown policy", "output: x\npolicy: nobody\n", "policy", "'nobody'"),
+    grpo("a policy of 5,000 characters", f"output: x\npolicy: {'p' * 5000}\n", "policy", "ppp"),
+    # Includes.
+    grpo("an include that is not there", "output: !include none.yaml\n", "line 1", "none.yaml", "No such file"),
+    grpo("an include that is a pipe", "output: !include part.yaml\n", "line 1", "part.yaml", "pipe", part=fifo),
+    grpo("an include that is endless", "output: !include part.yaml\n", "part.yaml", "device", part=link_to("/dev/zero")),
+    grpo("an include that is a directory", "output: !include part.yaml\n", "part.yaml", "directory", part=folder),
+    grpo("an empty include", "output: !include part.yaml\n", "output", "null", part=""),
+    grpo("an empty include to merge", "<<: !include part.yaml\noutput: x\n", "run.yaml", part="# nothing\n"),
+    grpo("an include of itself", "output: !include run.yaml\n", "run.yaml includes itself"),
+    grpo("an include of bytes", "output: !include part.yaml\n", "part.yaml", "UTF-8", part=b"\xff"),
+    grpo("an include with NUL bytes", "output: !include part.yaml\n", "part.yaml", part=b"a: \x00"),
+    grpo("an include of brackets", "output: !include part.yaml\n", "part.yaml line 1", "deeper", part="[" * 10_000),
+    grpo("an include without a name", "output: !include\n", "line 1", "directory"),
+    grpo("an include of a list", "output: !include [a]\n", "line 1", "!include takes"),
+    grpo("200 includes", "output: [" + "!include part.yaml," * 200 + "]\n", "100 files", part="a: 1\n"),
+    # Conversions.
+    convert("a slash in a stage's name", "output: out\nstages: [{name: a/b, kind: ar, tokens: 1}]\n", "stages[0].name", "a/b"),
+    convert("a stage called ..", "output: out\nstages: [{name: .., kind: ar, tokens: 1}]\n", "stages[0].name", ".."),
+    convert("a stage without a name", "output: out\nstages: [{name: '', kind: ar, tokens: 1}]\n", "stages[0].name"),
+    convert("a stage's name of 5,000",
+            f"output: out\nstages: [{{name: {'n' * 5000}, kind: ar, tokens: 1}}]\n", "stages[0]", "nnn"),
+    convert("a stage's name of two lines", 'output: out\nstages: [{name: "a\\nb", kind: ar, tokens: 1}]\n', "stages[0].name"),
+    convert("no stages", "output: out\nstages: []\n", "stages"),
+    convert("an output that is /", f"output: /\n{STAGES}\n", "output", "'/'"),
+    convert("an output that is ..", f"output: ..\n{STAGES}\n", "output", "'..'"),
+    convert("an empty output", f"output: ''\n{STAGES}\n", "output", "''"),
+    convert("an output that is a file", f"output: run.yaml\nparent: tiny-reasoner-ar\n{STAGES}\n", "run.yaml", "no"),
+    convert("an unknown parent", f"output: out\nparent: nobody\n{STAGES}\n", "policy", "'nobody'"),
+    convert("a mask token beyond the vocabulary",
+            f"output: out\nparent: tiny-reasoner-ar\nmask_token: 99999\n{STAGES}\n", "mask_token", "99999"),
+    stage("a billion repeats", "repeat: 1000000000", "repeat", "1000000000"),
+    stage("a billion masked copies", "masked_copies: 1000000000", "masked_copies", "1000000000"),
+    stage("a pack of 10**15", "pack_tokens: 1000000000000000", "pack_tokens", "1000000000000000"),
+    stage("a learning rate of 1e30", "learning_rate: 1e30", "learning_rate", "1e+30"),
+    stage("an epsilon that vanishes", "epsilon: 1e-40", "epsilon", "1e-40"),
+    stage("betas of 2", "betas: [2.0, 2.0]", "betas"),
+    stage("block lengths of 0", "block_length: [0, 0]", "block_length"),
+    stage("blocks of 10**9", "block_length: [2, 1000000000]", "block_length"),
+    stage("an unknown kind", "autocast: int8", "autocast", "int8"),
+    shape("a vocabulary of 10**18", "vocab_size: 1000000000000000000", "vocab_size", "1000000000000000000"),
+    shape("a billion layers", "layers: 1000000000", "layers", "1000000000"),
+    shape("a thousand wide layers", "layers: 1000, hidden_size: 65536", "layers", "parameters"),
+    shape("a negative size", "hidden_size: -8", "hidden_size", "-8"),
+    shape("heads that do not divide", "heads: 5, kv_heads: 2", "kv_heads", "2", "5"),
+    shape("a head of 6", "head_dim: 6", "head_dim", "6"),
+    shape("a rotary base of 1e300", "rope_theta: 1e300", "rope_theta", "1e+300"),
+    data("a pool of a billion", "pool: 1000000000", "pool", "1000000000"),
+    data("a shuffle of 10**15", "shuffle: 1000000000000000", "shuffle"),
+    data("terms of a billion", "sources: [{kind: tasks, difficulty: {chain_sum: {max_terms: 1000000000}}}]", "max_terms"),
+    data("an option with a comma", "sources: [{kind: tasks, difficulty: {chain_sum: {'a,b': 3}}}]", "difficulty", "a,b"),
+    data("an unknown family", "sources: [{kind: tasks, families: [sums]}]", "families", "sums"),
+    data("an unknown kind", "sources: [{kind: csv, paths: [a]}]", "csv"),
+    data("a weight of 1e300", "sources: [{kind: tasks, weight: 1e300}]", "weight", "1e+300"),
+    convert("a file that is not there", f"output: out\nparent: tiny-reasoner-ar\n{STAGES}\n"
+            "data: {sources: [{kind: jsonl, paths: [none.jsonl]}]}\n", "none.jsonl", "no such file"),
+    # Ablations.
+    ablate("no variants", ABLATION + "variants: {}\n", "variants"),
+    ablate("a variant that is null", ABLATION + "variants: {a: null}\n", "variants.a"),
+    ablate("a change of what is no section", ABLATION.replace("100}", "100, draft: 3}") + "variants: {a: {draft: {tv: x}}}\n",
+           "draft.tv"),
+    ablate("a variant's name of 5,000", ABLATION + f"variants: {{? {'v' * 5000} : {{}}}}\n", "variants"),
+    ablate("a seed of -1", ABLATION + "variants: {a: {}}\nseeds: [-1]\n", "seeds[0]", "-1"),
+    ablate("a seed of 2**63", ABLATION + f"variants: {{a: {{}}}}\nseeds: [{2**63}]\n", str(2**63)),
+    ablate("a seed twice", ABLATION + "variants: {a: {}}\nseeds: [1, 1]\n", "seeds", "twice"),
+    ablate("a level of 99", ABLATION + "variants: {a: {}}\ndecoding: {levels: [99]}\n", "decoding.levels", "99"),
+    ablate("a stage that is a word", "output: out\nparent: p\nstage: x\nvariants: {a: {}}\n", "stage", '"x"'),
+    ablate("an unknown parent", ABLATION.replace("tiny-reasoner-ar", "nobody") + "variants: {a: {}}\n", "'nobody'"),
+    ablate("an output that is a file", ABLATION.replace("out\n", "run.yaml\n") + "variants: {a: {}}\n",
+           "run.yaml", "not a directory"),
+    Case("ablate: a config that would be overwritten", ("ablate", "run.json"), {"run.json": ABLATION + "variants: {a: {}}\n"},
+         says=("run.json", "two files")),
+    Case("ablate: a config called .png", ("ablate", "run.png"), {"run.png": ABLATION + "variants: {a: {}}\n"},
+         says=("run.png", "two files")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_configs(case: Case, edges: ForkServer, tmp_path: Path) -> None:
+    edges.check(case, tmp_path)
