@@ -68,6 +68,10 @@ class Suspects:
         if self._alone is not None and works.get(self._alone.request.id) is not self._alone:
             self._end()
         self._waiting = {work: numbers for work, numbers in self._waiting.items() if works.get(work.request.id) is work}
+        able = [engine for engine in engines if not engine.waits and not engine.draining]
+        if len(able) > 1 and not any(engine.serves and engine is not self._engine for engine in able):
+            self._end()  # nobody else serves, and the others' work comes first
+            return
         if self._alone is not None:
             return
         if not self._waiting:
@@ -75,7 +79,7 @@ class Suspects:
             return
         if self._engine is None or self._engine.draining or self._engine.phase == "lost":
             self._end()
-            able = [engine for engine in engines if engine.phase != "lost" and not engine.draining]
+            able = [engine for engine in able if engine.phase != "lost"]
             if not able:
                 return
             self._engine = min(able, key=lambda engine: (engine.waits, engine.count))
