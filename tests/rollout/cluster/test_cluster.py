@@ -288,13 +288,14 @@ def next_weights(cluster, policy_dir):
 
 def commit_under_way(cluster, arrays, epoch, in_flight):
     """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
-    batch = requests(f"{in_flight}-", 40, tokens=100)
+    settle(cluster)
+    batch = requests(f"{in_flight}-", 40, tokens=100, samples=6)
     cluster.submit(batch, epoch)
     done = collect(cluster, 8)
     cluster.commit_weights(cluster.version + 1, arrays, in_flight=in_flight)
-    done += collect(cluster, 80 - len(done))
+    done += collect(cluster, 240 - len(done))
     got = order_by_id([c.trajectory for c in done])
-    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(6)]
     assert {c.epoch for c in done} == {epoch}
     return got
 
