@@ -83,7 +83,7 @@ def main() -> None:
     """Runs the command line; does not return."""
     with _stopped_by_signals() as received:
         try:
-            status = app(standalone_mode=False)
+            status = app(standalone_mode=False) or 0
         except KeyboardInterrupt:
             status = 130
         except Exception as error:
