@@ -53,6 +53,15 @@ def rotary_embedding(config: ZayaConfig) -> nn.Module:
     return rotary
 
 
+def is_activation(name: str) -> bool:
+    """Whether transformers knows the activation."""
+    if name == "silu":
+        return True
+    from transformers.activations import ACT2FN
+
+    return name in ACT2FN
+
+
 def activation(name: str) -> nn.Module:
     """An activation by transformers' name."""
     if name == "silu":
