@@ -15,7 +15,7 @@ from ..errors import InvalidInput, TransportError
 from ..rollout.params import SamplerName
 from ..rollout.schedule import Schedule
 from ..settings import Config
-from ..trainer_bridge.wire.limits import MAX_ENGINES
+from ..trainer_bridge.wire.limits import MAX_CLIENT_SAMPLES, MAX_ENGINES, MAX_REQUEST_SAMPLES
 from ..trainer_bridge.wire.sockets import check_address, is_local
 
 Device = str
@@ -49,6 +49,7 @@ class Engines(Config):
                                           "is loaded, such as 0.9, or a size, such as 40GB")
     page_size: int = Field(32, ge=1, le=1 << 16, description="positions per page")
     prefill_rows: int = Field(512, ge=1, le=1 << 24, description="most prompt rows of one step")
+    enable_prefix_caching: bool = Field(True, description="a request reuses the K/V of earlier ones that begin alike")
     batch_invariant: bool = Field(False, description="on a GPU: results of a request do not depend on what shares its batch")
 
     @model_validator(mode="after")
@@ -138,6 +139,10 @@ class Delivery(Config):
                                "recognises again")
     lease_seconds: float | None = Field(None, gt=0, description="work of which no sample came for so long is leased again; none: "
                                         "leases do not expire")
+    client_grace_seconds: float | None = Field(600.0, gt=0, description="time a client may be gone before its unfinished work "
+                                               "waits until it is back; none: it goes on")
+    max_request_samples: int = Field(MAX_REQUEST_SAMPLES, ge=1, le=65_536, description="most samples of one request")
+    max_client_samples: int = Field(MAX_CLIENT_SAMPLES, ge=1, le=1 << 40, description="most unfinished samples of one client")
     disk_patience_seconds: float | None = Field(None, gt=0, description="most time the disk may stay full before the service "
                                                 "ends; none: the service waits")
     bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway: tcp://HOST:PORT (port * for any free one) or "

@@ -79,7 +79,9 @@ def serve(config: ServiceConfig, log: str | None = None) -> Iterator[Service]:
         gateway = stack.enter_context(
             Gateway(cluster, delivery.bind, config.ledger, keys=keys, max_in_flight=config.dispatch.max_in_flight,
                     max_ledger_bytes=delivery.max_ledger_bytes, keep_requests=delivery.keep_requests,
-                    lease_seconds=delivery.lease_seconds, disk_patience=delivery.disk_patience_seconds))  # fmt: skip
+                    lease_seconds=delivery.lease_seconds, disk_patience=delivery.disk_patience_seconds,
+                    client_grace=delivery.client_grace_seconds, max_request_samples=delivery.max_request_samples,
+                    max_client_samples=delivery.max_client_samples))  # fmt: skip
         url = stack.enter_context(serving_metrics(config, gateway.address))
         stack.enter_context(following_queue(config, gateway.address))
         runtime.update(state="ready", address=gateway.address, metrics=url)
@@ -123,7 +125,8 @@ def engine_spec(config: ServiceConfig) -> EngineSpec:
     from ..rollout.engine import EngineConfig
 
     engines = config.engines
-    options: dict[str, Any] = {"schedule": config.schedule.schedule(), "repeatable": config.schedule.repeatable}
+    options: dict[str, Any] = {"schedule": config.schedule.schedule(), "repeatable": config.schedule.repeatable,
+                               "enable_prefix_caching": engines.enable_prefix_caching}
     for ours, theirs in (("batch", "max_batch"), ("block_size",) * 2, ("pages",) * 2, ("page_size",) * 2,
                          ("prefill_rows",) * 2, ("kv_memory",) * 2, ("batch_invariant",) * 2):
         if getattr(engines, ours) not in (None, False):
