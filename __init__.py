@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AsyncRolloutClient": "trainer_bridge.client.async_client",
     "Engine": "rollout.engine",
     "EngineConfig": "rollout.engine",
     "RolloutOutput": "rollout.outputs",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .rollout.outputs import RolloutOutput, SampleOutput
     from .rollout.types import RolloutRequest, SamplingParams, Trajectory
     from .trainer_bridge.client import RolloutClient, connect
+    from .trainer_bridge.client.async_client import AsyncRolloutClient
 
 
 def __getattr__(name: str) -> Any:

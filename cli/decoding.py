@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InvalidInput
-from .options import LEVELS, DtypeOption, InputOption, OutputOption, PolicyOption, integers
+from .options import LEVELS, DeviceOption, DtypeOption, InputOption, OutputOption, PolicyOption, integers
 
 
 def ask(
@@ -18,7 +18,8 @@ def ask(
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Other seeds give other samples at a temperature above 0.")] = 0,
     prompt: Annotated[bool, typer.Option("--prompt", help="The text is the whole prompt, not a question.")] = False,
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Print what a policy answers to one question, in the form that the shipped policies were trained on.
 
@@ -26,7 +27,6 @@ def ask(
     Example:
       blockroll ask "47 + 85 - 12"
     """
-    from ..model.checkpoint import load_policy
     from ..model.tasks import question
     from ..rollout.engine import Engine
     from ..rollout.types import SamplingParams
@@ -34,7 +34,7 @@ def ask(
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
         raise InvalidInput("question", f"{text!r:.60} is not UTF-8 text", "check the encoding of the terminal")
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, n=n, seed=seed)
-    engine = Engine(load_policy(policy, dtype=dtype), max_batch=min(n, 32))
+    engine = Engine(policy, device=device, dtype=dtype, max_batch=min(n, 32))
     (output,) = engine.generate([text if prompt else question(text)], params)
     for sample in output.samples:
         print(sample.text)
@@ -75,7 +75,8 @@ def generate(
         int | None, typer.Option(help="Also write the most probable tokens at each token, this many.", show_default=False)
     ] = None,
     batch: Annotated[int, typer.Option(help="Most samples decoded at once.")] = 32,
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Sample completions for the prompts of a file.
 
@@ -99,7 +100,7 @@ def generate(
     )
     offline.generate_file(
         policy, input, output, params=params, schedule=schedule, levels=integers("levels", levels),
-        block_size=block_size, n=n, seed=seed, batch=batch, dtype=dtype,
+        block_size=block_size, n=n, seed=seed, batch=batch, device=device, dtype=dtype,
     )
 
 
@@ -108,7 +109,8 @@ def score(
     input: InputOption,
     output: OutputOption,
     temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 scores at 1.")] = 1.0,
-    dtype: DtypeOption = "float32",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Recompute the log-probabilities of sampled tokens by one causal pass.
 
@@ -121,4 +123,4 @@ def score(
     """
     from ..rollout import offline
 
-    offline.score_file(policy, input, output, temperature=temperature, dtype=dtype)
+    offline.score_file(policy, input, output, temperature=temperature, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import LEVELS, PolicyOption, integers, numbers, words
+from .options import LEVELS, DeviceOption, DtypeOption, PolicyOption, integers, numbers, words
 
 
 def evaluate(
@@ -30,6 +30,8 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Samples decoded at once; tokens per forward do not depend on it.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Another one draws other held-out tasks.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there, a plot beside.")] = None,
     card: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the model card there, Markdown.")] = None,
 ) -> None:
@@ -52,7 +54,7 @@ def evaluate(
         samplers=tuple(words(samplers)),  # type: ignore[arg-type]  # validated by the class
         mix_weights=numbers("mix-weights", mix_weights), temperatures=numbers("temperatures", temperatures),
         levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes), batch=batch,
-        max_tokens=max_tokens, seed=seed,
+        max_tokens=max_tokens, seed=seed, device=device, dtype=dtype,
     )
     report.evaluate_and_show(policy, options, parent_name=parent, json_path=json, card_path=card)
 
@@ -100,6 +102,8 @@ def bench_decode(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 128,
     rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Measure decoding: tokens per second, tokens per forward, and the ratio to autoregressive decoding.
 
@@ -116,7 +120,7 @@ def bench_decode(
 
     benchmark.bench_decode(
         policy, batches=integers("batch", batch), samplers=tuple(words(samplers)), schedule=schedule, peer=peer,
-        output=json, temperature=temperature, max_tokens=max_tokens, rounds=rounds,
+        output=json, temperature=temperature, max_tokens=max_tokens, rounds=rounds, device=device, dtype=dtype,
     )
 
 
@@ -130,6 +134,8 @@ def bench_planner(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the longest request.")] = 128,
     rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
 ) -> None:
     """Measure what the planner chooses against every fixed schedule in hindsight.
 
@@ -143,7 +149,8 @@ def bench_planner(
     from ..rollout.bench import planner as benchmark
 
     benchmark.bench_planner(
-        policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json
+        policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json,
+        device=device, dtype=dtype,
     )
 
 

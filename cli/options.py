@@ -15,7 +15,14 @@ PolicyOption = Annotated[
 ]
 InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="auto: a GPU if there is one; a ROCm GPU is cuda too.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="float32|bfloat16|float16|float64", help="Without it bfloat16 on a GPU and float32 on a CPU.",
+                 show_default=False),
+]
 LEVELS = ",".join(map(str, DEFAULT_LEVELS))
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
 

@@ -4,9 +4,10 @@ Invariants:
 - What is compiled is what host code launches: each op's `cases` run its own host code on `meta` tensors under
   `launch.record`, and the recorded arguments go through Triton's own specialisation (divisibility, and on AMD the
   32-bit pointer range, which a tensor over 2 GiB does not have).
-- A launch fails the check if it does not compile, by spilled vector registers, stack, more shared memory than the device
-  has (the compiler does not look), a matrix product without matrix instructions, or one the host code does not declare.
-- Not in one process with the interpreter: `TRITON_INTERPRET` decides when a kernel is defined.
+- A launch fails the check if it does not compile, spills vector registers, uses stack, or takes more shared memory than the
+  device has (the compiler does not compare). It also fails if its matrix product compiles to no matrix instructions, or if the
+  host code does not declare the product.
+- The check and the interpreter need separate processes: Triton reads `TRITON_INTERPRET` when a kernel is defined.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Job:
-    """Where a launch is found again in another process, and how large its tile of a matrix product is."""
+    """The key by which another process finds a launch, and the rows of its matrix product's tile."""
 
     target: str
     shape: int
@@ -70,7 +71,7 @@ class _Job:
 
 
 class _Driver:
-    """Stands where Triton asks for the active device; nothing is ever launched on it."""
+    """The active device, for Triton's compiler. Nothing is ever launched on it."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
@@ -91,7 +92,7 @@ class _Driver:
 
 @lru_cache(maxsize=64)
 def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
-    """Case name, number within the case, and launch, in an order every process finds again."""
+    """Case name, number within the case, and launch. The order is the same in every process."""
     found: list[tuple[str, int, Launch]] = []
     for case in importlib.import_module(f"{__package__}.{op}.triton").cases(SHAPES[shape]):
         with record(target) as launches:
@@ -101,7 +102,7 @@ def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch]
 
 
 def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
-    """Equal for launches that surely compile to the same code."""
+    """Two launches with equal keys compile to the same code."""
 
     def of(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -156,7 +157,7 @@ def _size(job: _Job) -> tuple[int, bool]:
 
 
 def compile_job(job: _Job) -> Report:
-    """Compile one launch and look at the result."""
+    """Compile one launch and report what it uses."""
     for case, index, each in _launches(job.target, job.shape, job.op):
         if (case, index) == (job.case, job.index):
             report = inspect(each, TARGETS[job.target])
@@ -175,7 +176,7 @@ def inspect(launch: Launch, target: Target) -> Report:
         compiled = launch.kernel.warmup(
             **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
         )
-    except (CompilationError, RuntimeError) as error:  # the second from the passes below Triton's own
+    except (CompilationError, RuntimeError) as error:  # MLIR and LLVM passes raise RuntimeError
         return replace(blank, faults=(f"does not compile: {str(error).strip().splitlines()[-1]}",))
     shared = compiled.metadata.shared
     if target.backend == "hip":
@@ -188,7 +189,7 @@ def inspect(launch: Launch, target: Target) -> Report:
         wanted = "MFMA"
     else:
         registers, stack = _cubin_usage(compiled.asm["cubin"])
-        spills = 0  # a spill of ptxas lies on the stack
+        spills = 0  # ptxas spills to the stack
         instruction = "wgmma.mma_async" if launch.dot_rows >= 64 else "mma"
         dots = len(re.findall(rf"\b{instruction}\S*\.sync", compiled.asm["ptx"]))
         wanted = "wgmma" if launch.dot_rows >= 64 else "mma"

@@ -21,22 +21,22 @@ _F = np.float32
 _ANY_ORDER = frozenset({"reassoc", "contract", "nsz"})
 _LEAST = int(np.float32(-np.inf).view(np.int32)) ^ 0x7FFFFFFF
 FUSED = frozenset({"contract"})
-"""For `compiled`: a product may be rounded together with the sum it goes into. What is written has to leave one way to do it, and
-its loops to end where the processor's vectors do, or always at the same place: then the numbers are the same everywhere."""
+"""For `compiled`: LLVM may fuse a product and a sum into one multiply-add. The numbers are the same on every processor only if
+the source allows one way to fuse, and if its loops end at a multiple of the vector length or always at the same place."""
 
 
 def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function of arrays and numbers.
 
     Args:
-        fastmath: LLVM's names of what may be done with floats beside what is written.
+        fastmath: LLVM's flags for the transformations of float arithmetic that are allowed.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath)}
         try:
             return njit(cache=True, **options)(function)
-        except RuntimeError:  # nowhere to keep it: neither beside the source nor in the user's cache
+        except RuntimeError:  # no writable cache, neither beside the source nor in the user's directory
             return njit(**options)(function)
 
     return decorate
@@ -44,7 +44,8 @@ def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., 
 
 @compiled()
 def copy(source, target):
-    """All of `source` to the beginning of `target`; what numba makes of `target[:] = source` takes a number at a time."""
+    """Copy all of `source` to the beginning of `target`. numba compiles `target[:] = source` to a loop over single numbers; this
+    loop is vectorised."""
     for i in range(source.shape[0]):
         target[i] = source[i]
 
@@ -78,8 +79,8 @@ def squares(x):
 
 @compiled()
 def largest(x, count):
-    """Largest of the first `count` of float32 x, -inf of none; with a NaN among them, any number. Compared as integers of the
-    same order, which is what makes it several at a time."""
+    """Largest of the first `count` of float32 x; -inf if `count` is 0; any number if one of them is NaN. The loop compares
+    integers of the same order, because LLVM vectorises that comparison."""
     bits, top = x.view(np.int32), np.int32(_LEAST)
     for i in range(count):
         b = bits[i]
@@ -90,8 +91,8 @@ def largest(x, count):
 
 @compiled(FUSED)
 def exponentials(x, count):
-    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf); below -87
-    that of -87."""
+    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf). Values
+    below -87 count as -87."""
     bits = x.view(np.int32)
     for i in range(count):
         y = x[i] if x[i] > _F(-87.0) else _F(-87.0)

@@ -1,8 +1,8 @@
 """Which implementation an op takes, and whether a row may depend on its batch.
 
 Invariants:
-- By default accelerator tensors take the Triton kernels, a CPU's the functions that numba compiles where an op has them and numba
-  is there, and everything else the torch reference; where a gradient will be asked for, the reference, which has one.
+- By default tensors on an accelerator take the Triton kernels. Tensors on a CPU take the functions that numba compiles, if the
+  op has them and numba is installed. All other tensors take the torch reference, and so does every call that needs a gradient.
 - The choice is the caller's context, never an argument passed through the network: `with using(...)` around a step.
 - Nothing here imports triton or numba.
 """

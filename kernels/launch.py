@@ -10,10 +10,10 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,13 +93,26 @@ _recording: list[Launch] | None = None
 _architecture: str | None = None
 
 
-@lru_cache(maxsize=1)
+@cache
 def _machine() -> str:
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
-    if torch.cuda.is_available():
-        return "sm_{}{}".format(*torch.cuda.get_device_capability())
-    return "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    # All devices of a process are of one kind, so the current one speaks for them.
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def _units() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def compute_units(table: Mapping[str, int], default: str) -> int:
+    """Compute units (streaming multiprocessors) of the current device, which may be a part of one or a smaller model of the same
+    architecture. `table` gives them by architecture where no device is asked: under `record`, and where there is none."""
+    if _architecture is None and torch.cuda.is_available():
+        return _units()
+    return table.get(architecture(), table[default])
 
 
 def architecture() -> str:
@@ -108,18 +121,19 @@ def architecture() -> str:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """For `tl.dot`: three tf32 products are float32's accuracy on NVIDIA's matrix units; others have float32 units."""
+    """`input_precision` of `tl.dot`. On NVIDIA's matrix units three tf32 products reach float32's accuracy; other devices have
+    float32 matrix units."""
     return "tf32x3" if dtype == torch.float32 and architecture().startswith("sm_") else "ieee"
 
 
 def pipeline(stages: int) -> int:
-    """Stages of a loop's pipeline: two on AMD, where each further one holds another tile in 64 KiB of shared memory."""
+    """Stages of a loop's pipeline: at most two on AMD, because each stage holds another tile in 64 KiB of shared memory."""
     return min(stages, 2) if architecture().startswith("gfx") else stages
 
 
 @contextmanager
 def record(target: str) -> Iterator[list[Launch]]:
-    """Within it, host code decides as on `target` and launches nothing; yields the list of what it would have launched."""
+    """In this context host code decides as on `target` and launches nothing. Yields the list of the launches it would make."""
     global _recording, _architecture
     before = _recording, _architecture
     launches: list[Launch] = []
@@ -139,4 +153,13 @@ def launch(
     if _recording is not None:
         _recording.append(Launch(kernel, grid, arguments, warps, stages, dot_rows))
         return
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    with _on_device_of(arguments):
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+
+
+def _on_device_of(arguments: dict[str, Any]) -> AbstractContextManager[object]:
+    """Makes the tensors' device current where it is not: Triton launches on the current device, wherever the tensors lie."""
+    device = next(each.device for each in arguments.values() if isinstance(each, torch.Tensor))
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)

@@ -63,14 +63,14 @@ class Projection(nn.Module):
             convolution.weight.data = taps_apart(convolution.weight.data)
 
     def _in_place(self) -> bool:
-        """The parameters still lie where `pack` moved them."""
+        """Whether the parameters still lie where `pack` moved them."""
         if self._packed is None:
             return False
         weight, first = self._packed[0], self.q_proj.weight
         return first.data_ptr() == weight.data_ptr() and first.dtype == weight.dtype
 
     def _whole(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """What `pack` made, while the parameters still lie there."""
+        """The joined weight that `pack` made, if the parameters still lie in it."""
         if torch.is_grad_enabled() or not self._in_place():
             return None
         return self._packed

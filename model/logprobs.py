@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import RequestError
+from .arguments import check_temperature, is_list, require, short
 from .backends import Backend
 from .layout import causal
-from .scoring import check_sequences, score
+from .scoring import checked_sequences, score
 from .vocabulary import recomputed, rows_at_once
 
 if TYPE_CHECKING:
@@ -38,27 +39,30 @@ def logprobs(
         RequestError: another number of prompts than samples, an empty prompt, a token outside the vocabulary, or more tokens than
             the policy's maximum.
     """
+    for name, given in (("prompt_tokens", prompt_tokens), ("tokens", tokens)):
+        require(is_list(given), name, f"{short(given)} is no list", "give one list of token ids per sample")
+    check_temperature(temperature)
     if len(prompt_tokens) != len(tokens):
         raise RequestError("tokens", f"{len(tokens)} samples for {len(prompt_tokens)} prompts", "give one prompt per sample")
     pairs = list(zip(prompt_tokens, tokens, strict=True))
     if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in policy.parameters()):
         return [torch.from_numpy(each).to(policy.device) for each in score(policy, pairs, temperature)]
-    check_sequences(policy, pairs)
-    if not pairs:
+    checked = checked_sequences(policy, pairs)
+    if not checked:
         return []
-    texts = [[*prompt, *sample] for prompt, sample in pairs]
+    texts = [[*prompt, *sample] for prompt, sample in checked]
     rows, end = list[int](), 0
-    for text, (prompt, _) in zip(texts, pairs, strict=True):
+    for text, (prompt, _) in zip(texts, checked, strict=True):
         rows += range(end + len(prompt) - 1, end + len(text) - 1)
         end += len(text)
     hidden_TD = policy(causal(texts).to(policy.device))
     index_N = torch.tensor(rows, dtype=torch.int64, device=policy.device)
-    target_N = torch.tensor([token for _, sample in pairs for token in sample], dtype=torch.int64, device=policy.device)
+    target_N = torch.tensor([token for _, sample in checked for token in sample], dtype=torch.int64, device=policy.device)
     at_once = rows_at_once(policy.config.vocab_size, 3, policy.device)
     compute = partial(_logprobs_of, policy, temperature or 1.0)
     parts = [recomputed(compute, hidden_TD[some], target)
              for some, target in zip(index_N.split(at_once), target_N.split(at_once), strict=True)]  # fmt: skip
-    return list(torch.cat(parts).split([len(sample) for _, sample in pairs]))
+    return list(torch.cat(parts).split([len(sample) for _, sample in checked]))
 
 
 def _logprobs_of(policy: Policy, temperature: float, hidden_RD: torch.Tensor, target_R: torch.Tensor) -> torch.Tensor:

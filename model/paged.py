@@ -73,7 +73,7 @@ class PagedPlan:
 
 
 def _without_cache(layout: TokenLayout, hops: int) -> Paging:
-    """Nothing is read and nothing kept."""
+    """The paging of a pass without a cache: nothing is read and nothing is kept."""
     nothing_T = torch.full((layout.rows,), NOTHING)
     tail_SH = torch.zeros(layout.sequences, hops, dtype=torch.int64)
     return Paging(16, torch.zeros(layout.sequences, 1, dtype=torch.int64), tail_SH, nothing_T, nothing_T, False)

@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import ZayaConfig
-from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
+from ..kernels.linear import linear_float32
 from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
+from .arguments import is_whole, require, short
 from .cca import Attention, Projection
 from .experts import MixtureOfExperts, RMSNorm
 from .layout import TokenLayout
 from .linear import Linear
 from .paged import PagedPlan
 from .plan import PlainPlan, Plan
+from .rotary import rotary_embedding
 from .state import SequenceState
 from .vocabulary import recomputed
 
@@ -113,7 +115,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = ZayaRotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.input_hidden_states_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
@@ -157,6 +159,7 @@ class Policy(nn.Module):
 
     def __init__(self, config: ZayaConfig) -> None:
         super().__init__()
+        require(isinstance(config, ZayaConfig), "config", f"{short(config)} is no ZayaConfig", "give one, or use load_policy")
         self.config = config
         diffusion: dict[str, Any] = getattr(config, "diffusion", None) or {}
         self.block_size: int = diffusion.get("block_size", 16)
@@ -258,8 +261,12 @@ class Policy(nn.Module):
         return [*(layer.input_layernorm for layer in layers[1:]), self.model.norm]
 
     def head(self, hidden_RD: torch.Tensor) -> torch.Tensor:
-        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head."""
-        return self.lm_head(hidden_RD)
+        """logits_RV of the given rows: p's of clean rows; of mask rows q's, before the Markov head. float32 where the policy is
+        narrower."""
+        head = self.lm_head
+        if head.weight.dtype.itemsize > 2:
+            return head(hidden_RD)
+        return linear_float32(hidden_RD.to(head.weight.dtype), head.weight, head.bias)
 
     def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""
@@ -280,6 +287,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def add_markov(self, rank: int, generator: torch.Generator) -> None:
         """Give the policy a Markov head that changes no logit until it is trained; one it has is replaced."""
+        require(is_whole(rank) and rank > 0, "rank", f"{short(rank)} is no whole number from 1", "give the rank of the head")
         head = MarkovHead(self.config.vocab_size, rank)
         head.previous.weight.normal_(generator=generator)
         head.next.weight.zero_()

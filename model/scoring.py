@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import Module
 
 from ..errors import RequestError
 from ..kernels.transfer import upload
 from ..kernels.verify import logprobs
+from .arguments import check_temperature, is_list, require, short, token_ids
 from .backends import Backend, choose
 from .layout import causal
 from .packing import packs
@@ -41,30 +43,43 @@ def score(
         sequences: pairs (prompt tokens, completion tokens), each prompt with at least one token.
 
     Raises:
-        RequestError: an empty prompt, a token outside the vocabulary, or more tokens than the policy's maximum.
+        RequestError: an empty prompt, a token outside the vocabulary, more tokens than the policy's maximum, or a temperature
+            that is neither 0 nor in 1e-6..1e4.
     """
-    check_sequences(policy, sequences)
+    sequences = checked_sequences(policy, sequences)
+    check_temperature(temperature)
     backend = choose(policy)
     passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
-    return [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
+    scored = [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
+    for i, scores in enumerate(scored):
+        require(bool(np.isfinite(scores).all()), "logprobs", f"those of sequence {i} are not finite",
+                "use weights, and a dtype, that keep the policy's logits finite")
+    return scored
 
 
-def check_sequences(policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """RequestError where `score` has one."""
+def checked_sequences(
+    policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The sequences as Python numbers. RequestError where `score` has one."""
+    require(isinstance(policy, Module), "policy", f"{short(policy)} is no Policy", "give what load_policy returned")
+    require(is_list(sequences) and all(is_list(pair) and len(pair) == 2 for pair in sequences), "sequences",
+            f"{short(sequences)} is no list of pairs", "give (prompt tokens, completion tokens) of each sequence")
     limit, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
-    for i, (prompt, tokens) in enumerate(sequences):
-        if not len(prompt):
+    checked = [(token_ids(prompt, "prompt_tokens"), token_ids(tokens, "tokens")) for prompt, tokens in sequences]
+    for i, (prompt, tokens) in enumerate(checked):
+        if not prompt:
             raise RequestError("prompt_tokens", f"sequence {i} has an empty prompt", "give at least one token")
         if len(prompt) + len(tokens) > limit:
             raise RequestError("tokens", f"sequence {i} has {len(prompt) + len(tokens)} tokens, more than {limit}",
                                "score it with a policy of a longer context")  # fmt: skip
-        if max((*prompt, *tokens)) >= vocabulary or min((*prompt, *tokens)) < 0:
+        if max((*prompt, *tokens)) >= vocabulary:
             raise RequestError("tokens", f"sequence {i} holds a token outside 0..{vocabulary - 1}",
                                "use the policy's own tokenizer")  # fmt: skip
+    return checked
 
 
 def _score_pack(
-    backend: Backend, vocabulary: int, pack: list[tuple[Sequence[int], Sequence[int]]], temperature: float
+    backend: Backend, vocabulary: int, pack: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float
 ) -> list[np.ndarray]:
     texts = [[*prompt, *tokens] for prompt, tokens in pack]
     counts = [len(tokens) for _, tokens in pack]

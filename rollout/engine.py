@@ -17,11 +17,16 @@ import numpy as np
 import torch
 
 from ..errors import RequestError
+from ..model.arguments import is_whole, require, short
 from ..model.policy import Policy
 from ..model.weights import FittingTensors, fitting_tensors
-from .cache import PagedCache, pages_for
+from .cache import PagedCache
+from .checks import check_config, check_requests
+from .failures import trajectories, unless_failed
 from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
+from .kv_memory import check_kv_memory, pool_pages, schedules_of
 from .outputs import RolloutOutput, as_outputs
+from .placed import placed, where_placed
 from .planning.calibration import AR, calibrated_planner
 from .planning.planner import Planner
 from .planning.step_costs import clock
@@ -45,13 +50,14 @@ class EngineConfig:
         schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
         block_size: mask rows per block, 2..64; None for the policy's own.
         max_batch: most samples decoded at once.
-        pages, page_size: K/V pool; None sizes it for `max_batch` samples of 512 positions (or the model's maximum).
+        pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
         prefill_rows: most prompt rows of one step.
         enable_prefix_caching: a request reuses the K/V of earlier requests whose tokens begin as its own do, page by page. Pages
             that no sample uses are kept within the pool, the least recently used ones are given up first, and none outlives its
             weight version.
         captured: where kernels run, pad decode steps to few shapes, and capture their forward passes in graphs where the device
-            can.
+            can. capture_batches: at these numbers of samples; None for all up to `max_batch`.
+        batch_invariant: on a GPU, a sample's numbers do not depend on what is decoded beside it (`kernels.dispatch.using`).
         repeatable: `auto` chooses by stored step times alone and ignores the times of its own steps. Then the same requests give
             the same samples again on the same machine, with `lossless` and `mixed` too.
     """
@@ -62,16 +68,16 @@ class EngineConfig:
     pages: int | None = None
     page_size: int = 32
     prefill_rows: int = 512
+    kv_memory: float | str | None = None
     enable_prefix_caching: bool = True
     captured: bool = True
+    capture_batches: tuple[int, ...] | None = None
+    batch_invariant: bool = False
     repeatable: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_size is not None and not 2 <= self.block_size <= 64:
-            raise RequestError("block_size", f"{self.block_size} is outside 2..64", "use the policy's own, or 4 to 32")
-        for name in ("max_batch", "page_size", "prefill_rows"):
-            if getattr(self, name) < 1:
-                raise RequestError(name, f"{getattr(self, name)} is less than 1", "use a positive number")
+        check_config(self)
+        check_kv_memory(self.kv_memory, self.pages)
 
 
 class Engine:
@@ -83,6 +89,7 @@ class Engine:
         runner: plans and runs steps.
         forwards, decode_tokens: totals since the start; passes that only prefill are not counted.
         planner: chooses the schedule of each step with `auto`; None where the schedule is fixed.
+        failed: why requests ended without trajectories, by id, since the caller last emptied it (`failures`).
     """
 
     def __init__(
@@ -100,19 +107,20 @@ class Engine:
         """
         self.config = with_options(config or EngineConfig(), options)
         self.policy = policy = policy_of(policy, device, dtype)
-        self._calls = 0
+        self.failed = dict[str, RequestError]()
         if policy.device.type != "cpu":
             policy.pack()
         self.block_size = self.config.block_size or policy.block_size
-        size = self.config.page_size
-        usual = min(512, policy.config.max_position_embeddings)
-        pages = self.config.pages or self.config.max_batch * pages_for(usual, size)
-        self.cache = PagedCache(policy, pages, size, 2 * self.config.max_batch, self.block_size + 1)
+        pages = pool_pages(policy, self.config, self.block_size)
+        self.cache = PagedCache(policy, pages, self.config.page_size, 2 * self.config.max_batch, self.block_size + 1)
         reuses = self.config.enable_prefix_caching
         self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows, reuses)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
-        self.version = self.forwards = self.decode_tokens = self._arrivals = 0
+        self.version = self.forwards = self.decode_tokens = self._arrivals = self._calls = 0
         self.schedule = self.config.schedule.within(self.block_size)
+        with placed(self):
+            every, chosen = range(1, self.config.max_batch + 1), self.config.capture_batches
+            self.runner.capture(schedules_of(self.schedule, self.block_size), every if chosen is None else chosen)
         self._now = clock(policy)
         self.planner: Planner | None = None
         if self.schedule.kind == "auto":
@@ -136,11 +144,8 @@ class Engine:
     def check(self, *requests: RolloutRequest) -> None:
         """Raise RequestError where this engine cannot serve one of the requests, or where an id is not unique among the requests
         and the unfinished ones."""
-        names = set[str]()
+        check_requests(requests, self.scheduler.serves)
         for request in requests:
-            if request.id in names or self.scheduler.serves(request.id):
-                raise RequestError("id", f"two unfinished requests are called {request.id!r}", "give each request its own id")
-            names.add(request.id)
             check_sizes(request, self.policy, self.cache)
             check_params(request, self.policy)
 
@@ -214,20 +219,22 @@ class Engine:
         The engine is empty afterwards, also when `on_finish` raises or Ctrl-C ends the call early.
 
         Raises:
-            RequestError: one of the requests cannot be served (`check`), or the engine holds samples of earlier calls of `add`.
-                No request of the call is queued.
+            RequestError: one of the requests cannot be served (`check`), or the engine holds samples of earlier `add`s: no
+                request of the call is queued. Or a log-probability is not finite: all samples of the call are given up.
         """
         if self.has_work:
             raise RequestError("requests", f"the engine still holds {self.scheduler.pending} samples of earlier requests",
                                "serve them with step(), or end them with abort(), before rollout()")  # fmt: skip
+        check_requests(requests, self.scheduler.serves)
         self.check(*requests)
+        self.failed.clear()
         order = {request.id: i for i, request in enumerate(requests)}
         done = list[Trajectory]()
         try:
             for request in requests:
                 self.add(request)
             while self.has_work:
-                for trajectory in self.step():
+                for trajectory in unless_failed(self.step(), self.failed):
                     done.append(trajectory)
                     if on_finish is not None:
                         on_finish(trajectory)
@@ -236,9 +243,11 @@ class Engine:
             raise
         return sorted(done, key=lambda t: (order[t.request_id], t.sample))
 
-    @torch.inference_mode()
+    @where_placed
     def step(self) -> list[Trajectory]:
-        """One decode step of every running sample; returns the samples that ended."""
+        """One decode step of every running sample; returns the samples that ended. Requests that failed are in `failed`."""
+        if not self.has_work:
+            return []
         start = self._now()
         batch = self.scheduler.next(self.block_size + 1)
         plan = self.runner.plan(self._choose(batch), batch)
@@ -250,8 +259,8 @@ class Engine:
 
     def check_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> FittingTensors:
         """Check the tensors of a weight version. `load_weights` does not check the result a second time."""
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < 2**31:
-            raise RequestError("version", f"{version!r} is no whole number in 0..2**31-1", "count versions from 0")
+        require(is_whole(version) and 0 <= version < 2**31, "version", f"{short(version)} is no whole number in 0..2**31-1",
+                "count versions from 0")
         if isinstance(tensors, FittingTensors):
             return tensors
         return fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
@@ -270,11 +279,10 @@ class Engine:
             RequestError: the tensors do not fit the policy (names, shapes, dtypes, finite numbers), or the version or `in_flight`
                 is out of range.
         """
-        if in_flight not in ("keep", "recompute"):
-            raise RequestError("in_flight", f"unknown value {in_flight!r}", "use keep or recompute")
+        require(in_flight in ("keep", "recompute"), "in_flight", f"unknown value {short(in_flight)}", "use keep or recompute")
         self.policy.load_state_dict(self.check_weights(tensors, version), strict=False)
         self.runner.take_weights()
-        self.version = version
+        self.version = int(version)
         self.scheduler.forget_prompts()
         self.scheduler.recompute(begun=in_flight == "recompute")
 
@@ -294,7 +302,7 @@ class Engine:
         self.runner.forget_samples()
         for sample in ended:
             sample.finish = "abort"
-        return [sample.trajectory() for sample in ended]
+        return trajectories(ended, self.failed, self.cancel)
 
     def _choose(self, batch: SchedulerOutput) -> Schedule:
         """The schedule of a step over these samples. It does not matter where none of them decodes."""
@@ -321,10 +329,10 @@ class Engine:
         """Remove the samples that ended from the scheduler; returns their trajectories."""
         for sample in (ended := [sample for sample in batch.decoding if sample.finish is not None]):
             self.scheduler.retire(sample)
-        return [sample.trajectory() for sample in ended]
+        return trajectories(ended, self.failed, self.cancel)
 
     def _calibrated_planner(self) -> Planner:
-        """A planner that knows this engine's step times."""
+        """A planner that knows this engine's step times. They are measured now where they are not known."""
 
         def run(schedule: Schedule) -> list[Sample]:
             self.schedule = schedule

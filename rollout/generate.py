@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from ..errors import RequestError
+from ..model.arguments import require, short, token_ids
 from ..model.checkpoint import load_policy
+from ..model.device import placement
 from ..model.policy import Policy
 from ..model.tokenizer import encode_prompt
 from .cache import PagedCache
-from .params import require
 from .schedule import Schedule
 from .types import RolloutRequest, SamplingParams
 
@@ -29,18 +30,18 @@ ConfigT = TypeVar("ConfigT")
 
 
 def policy_of(policy: Policy | str | os.PathLike[str], device: str | torch.device | None, dtype: str | None) -> Policy:
-    """The policy itself, or the one of a name or directory, loaded on `device` (by default an accelerator if there is one) as
-    `dtype` (by default bfloat16 there, and float32 on a CPU)."""
+    """The policy itself, or the one of a name or directory, loaded as `model.device.placement` says."""
     if isinstance(policy, Policy):
         require(device is None and dtype is None, "device" if device is not None else "dtype",
                 "given with a policy that is loaded already", "leave it out, or give the policy's name or directory")
         return policy
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return load_policy(policy, dtype or ("float32" if device.type == "cpu" else "bfloat16"), device)
+    return load_policy(policy, *placement(device, dtype))
 
 
 def with_options(config: ConfigT, options: Mapping[str, Any]) -> ConfigT:
     """The engine's configuration with some fields replaced; a schedule may be given by its kind."""
+    require(is_dataclass(config) and not isinstance(config, type), "config", f"{short(config)} is no EngineConfig",
+            "give EngineConfig(...), or its fields as options")
     known = [field.name for field in fields(config)]  # type: ignore[arg-type]
     for name in options:
         require(name in known, name, "the engine has no such option", f"use one of device, dtype, {', '.join(known)}")
@@ -60,12 +61,16 @@ def check_params(request: RolloutRequest, policy: Policy) -> None:
     if params.stop:
         require(policy.tokenizer is not None, "stop", f"request {request.id!r} has stop strings, and the policy has no tokenizer",
                 "use stop_token_ids, or save the tokenizer in the policy's directory")
+    forbidden = set[int]()
     if params.logit_bias:
-        most = max(token for token, _ in cast(tuple[tuple[int, float], ...], params.logit_bias))
+        biases = cast(tuple[tuple[int, float], ...], params.logit_bias)
+        most = max(token for token, _ in biases)
         require(most < vocabulary, "logit_bias", f"request {request.id!r} names token {most} and the vocabulary has {vocabulary}",
                 "use the policy's own tokenizer")
+        forbidden = {token for token, bias in biases if bias == -np.inf}
+        require(len(forbidden) < vocabulary, "logit_bias", f"request {request.id!r} forbids every token", "leave one out")
     if params.min_tokens:
-        require(len(stop_tokens(params, policy).intersection(range(vocabulary))) < vocabulary, "min_tokens",
+        require(len(forbidden.union(stop_tokens(params, policy)).intersection(range(vocabulary))) < vocabulary, "min_tokens",
                 f"request {request.id!r} has no token that does not end it", "leave a token out of stop_token_ids")
 
 
@@ -90,6 +95,8 @@ def as_requests(
     prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None, policy: Policy, name: str
 ) -> tuple[list[RolloutRequest], list[str | None]]:
     """One request per prompt, called `name-0`, `name-1`, ..., and the texts of those prompts that were given as text."""
+    require(_single(prompts) or isinstance(prompts, Sequence | np.ndarray), "prompts", f"{short(prompts)} is no list of prompts",
+            "give texts, lists of token ids, chats or RolloutRequests")
     listed = [prompts] if _single(prompts) else list(cast(Sequence[Prompt], prompts))
     own = [isinstance(prompt, RolloutRequest) for prompt in listed]
     if params is not None and all(own) and own:
@@ -97,6 +104,7 @@ def as_requests(
     if params is None or isinstance(params, SamplingParams):
         each = [params or SamplingParams()] * len(listed)
     else:
+        require(isinstance(params, Sequence), "params", f"{short(params)} is no SamplingParams", "give SamplingParams(...)")
         each = list(params)
         require(len(each) == len(listed), "params", f"{len(each)} for {len(listed)} prompts", "give one, or one per prompt")
     requests, texts = [], list[str | None]()
@@ -105,7 +113,7 @@ def as_requests(
             requests.append(prompt)
             texts.append(None)
             continue
-        require(isinstance(chosen, SamplingParams), "params", f"{chosen!r:.40} is no SamplingParams", "give SamplingParams(...)")
+        require(isinstance(chosen, SamplingParams), "params", f"{short(chosen)} is no SamplingParams", "give SamplingParams(...)")
         text, tokens = _tokens(prompt, policy, f"prompts[{i}]")
         requests.append(RolloutRequest(f"{name}-{i}", tokens, chosen))
         texts.append(text)
@@ -144,8 +152,7 @@ def _tokens(prompt: Any, policy: Policy, field: str) -> tuple[str | None, tuple[
     require(len(prompt) > 0, field, "is empty", "give at least one token")
     if all(map(_is_message, prompt)):
         return None, _chat(prompt, policy, field)
-    require(all(map(_is_token, prompt)), field, "holds something that is no token id", "give whole numbers, or chat messages")
-    return None, tuple(int(token) for token in prompt)
+    return None, token_ids(prompt, field)
 
 
 def _chat(messages: Sequence[Message], policy: Policy, field: str) -> tuple[int, ...]:

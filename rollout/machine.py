@@ -15,13 +15,14 @@ import torch
 import transformers
 
 
-def describe() -> dict[str, Any]:
-    """Processor, cores this process may use, torch threads, versions and date (UTC); nothing that names a host."""
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores this process may use, torch threads, the device that runs the policy (None: the CPU), versions and date
+    (UTC); nothing that names a host."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "device": "cpu",
+        "device": "cpu" if device is None or device.type == "cpu" else torch.cuda.get_device_name(device),
         "versions": {
             "blockroll": version("blockroll"),
             "torch": torch.__version__,

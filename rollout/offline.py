@@ -25,13 +25,16 @@ from typing import Any, TextIO, cast
 from ..errors import InvalidInput
 from ..files import check_output, whole_file
 from ..model.checkpoint import load_policy
+from ..model.device import placement
 from ..model.packing import packs
 from ..model.policy import Policy
 from ..model.scoring import score
 from ..seeds import MAX_SEED, derived_seed
 from .cache import pages_for
 from .engine import Engine, EngineConfig
+from .failures import unless_failed
 from .input_lines import PROMPT_BYTES, SAMPLE_BYTES, InputFile, Line, shown
+from .kv_memory import most_pages
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
 from .types import RolloutRequest, SamplingParams, Trajectory
@@ -56,7 +59,8 @@ def generate_file(
     n: int = 1,
     seed: int = 0,
     batch: int = 32,
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> None:
     """Samples `n` completions for each prompt of `input` and writes one line per sample to `output`.
 
@@ -66,6 +70,7 @@ def generate_file(
         block_size: mask rows of a block; None for the policy's own.
         seed: a line without a seed of its own gets one made from this number and its id.
         batch: most samples decoded at once.
+        device, dtype: where and as what the policy runs (`model.device.placement`).
 
     Raises:
         InvalidInput: an option, or a line of the input, cannot be used.
@@ -78,7 +83,7 @@ def generate_file(
         raise InvalidInput("seed", f"{seed} is outside 0..2**63-1", "use a 63-bit seed")
     config = _engine_config(schedule, tuple(levels), block_size, batch)
     check_output(output, input)
-    policy = load_policy(policy_name, dtype=dtype)
+    policy = load_policy(policy_name, *placement(device, dtype))
     with InputFile(input, policy, PROMPT_BYTES) as file:
         count, longest, first = _check_prompts(file, policy, params, n, seed)
         config = replace(config, max_batch=min(batch, n * count))
@@ -116,7 +121,8 @@ def score_file(
     output: str | os.PathLike[str],
     *,
     temperature: float = 1.0,
-    dtype: str = "float32",
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> None:
     """Writes for each line of `input` the log-probabilities of its `tokens` after its `prompt_tokens`.
 
@@ -124,6 +130,7 @@ def score_file(
 
     Args:
         temperature: logits are divided by it; 0 scores at 1, as a trajectory's `logprobs` do.
+        device, dtype: as of `generate_file`.
 
     Raises:
         InvalidInput: an option, or a line of the input, cannot be used.
@@ -131,7 +138,7 @@ def score_file(
     """
     SamplingParams(temperature=temperature)
     check_output(output, input)
-    policy = load_policy(policy_name, dtype=dtype)
+    policy = load_policy(policy_name, *placement(device, dtype))
     with InputFile(input, policy, SAMPLE_BYTES) as file:
         samples = [_scored(line, policy) for line in file]
     with _whole_text(output) as out, Meter("score", len(samples)) as meter:
@@ -175,9 +182,10 @@ def _engine_config(schedule: str, levels: tuple[int, ...], block_size: int | Non
 
 def pool_size(longest: int, policy: Policy, config: EngineConfig) -> int:
     """Pages for `max_batch` samples of `longest` tokens, prompt included, and their shared prompts, so that none waits for
-    another's."""
+    another's; fewer where memory does not hold them."""
     longest = min(longest, policy.config.max_position_embeddings)
-    return (config.max_batch + 1) * pages_for(longest, config.page_size)
+    wanted = (config.max_batch + 1) * pages_for(longest, config.page_size)
+    return min(wanted, most_pages(policy, config, config.block_size or policy.block_size))
 
 
 def serve(engine: Engine, requests: Iterable[RolloutRequest], ahead: int) -> Iterator[Trajectory]:
@@ -185,7 +193,8 @@ def serve(engine: Engine, requests: Iterable[RolloutRequest], ahead: int) -> Ite
     stops, none.
 
     Raises:
-        RequestError: one of the requests cannot be served. Where they are a list, none of them was.
+        RequestError: one of the requests cannot be served. Where they are a list, none of them was. Or a log-probability is not
+            finite.
     """
     if isinstance(requests, Sequence):
         engine.check(*requests)
@@ -198,7 +207,7 @@ def serve(engine: Engine, requests: Iterable[RolloutRequest], ahead: int) -> Ite
                 held += request.samples
             if not engine.has_work:
                 return
-            for sample in engine.step():
+            for sample in unless_failed(engine.step(), engine.failed):
                 held -= 1
                 yield sample
     except BaseException:

@@ -18,13 +18,13 @@ This module imports neither torch nor Ray.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from ..errors import RequestError
+from ..model.arguments import check_temperature, is_number, is_whole, require, short, token_ids
 from ..seeds import MAX_SEED
 
 SAMPLERS = ("ar", "lossless", "coupled", "mixed")
@@ -34,20 +34,24 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 a float32 (or float64) tensor that the function may change. It is called for drafted tokens too, so it must be a pure function."""
 
 MAX_BIAS = 1e6
-"""Largest size of a logit bias: float32 still tells biased logits apart by 1/16, and no sum with logits overflows."""
+"""Largest size of a finite logit bias: float32 still tells biased logits apart by 1/16, and no sum with logits overflows. A bias
+below -1e6 forbids its token."""
 REPETITION = (1e-3, 1e3)
 """Least and largest repetition penalty: a logit of 1e6 divided or multiplied by it, then divided by a temperature, stays below
 the largest float32."""
-MIN_TEMPERATURE = 1e-6
-"""Least temperature above 0: a logit of 1e9 divided by it stays below the largest float32."""
 MAX_STOP = 256
 """Bytes of the longest stop string."""
-
-
-def require(condition: bool, name: str, problem: str, remedy: str) -> None:
-    """Raise the RequestError of field `name` unless the condition holds."""
-    if not condition:
-        raise RequestError(name, problem, remedy)
+MAX_SAMPLES = 1 << 16
+"""Most samples of one request: each is an object that waits in the engine. The wire carries no more."""
+_WHOLE = {"top_k": (-1, 2**31 - 1), "max_tokens": (1, 2**63 - 1), "n": (1, MAX_SAMPLES), "min_tokens": (0, 2**63 - 1)}
+_NUMBERS = {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": REPETITION, "mix_weight": (0, 1)}
+"""Fields that are whole numbers, and those that are numbers, with the least and the largest."""
+_FLAGS = ("ignore_eos", "routed_experts", "include_stop_str_in_output")
+_REMEDIES = {
+    "top_k": "use 0 or -1 to keep every token", "max_tokens": "ask for at least one token", "n": "ask for at least one sample",
+    "min_tokens": "use 0 for no minimum", "presence_penalty": "use 0 for no penalty", "frequency_penalty": "use 0 for no penalty",
+    "repetition_penalty": "use 1.0 for no penalty", "mix_weight": "1.0 samples from p alone, 0.0 from q alone",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,8 @@ class SamplingParams:
             log-probabilities; the text is cut before the string.
         include_stop_str_in_output: cut the text after the stop string.
         min_tokens: the sample cannot end by a stop token or a stop string before this many tokens, in 0..max_tokens.
-        logit_bias: what is added to the logits of tokens, as {token id: number in -1e6..1e6}; kept as sorted pairs.
+        logit_bias: what is added to the logits of tokens, as {token id: number up to 1e6}; kept as sorted pairs. Anything below
+            -1e6 forbids the token and becomes -inf.
         repetition_penalty: in 1e-3..1e3; positive logits of tokens in the prompt or the sample are divided by it,
             negative ones are multiplied by it.
         presence_penalty: in -2..2; subtracted from the logits of tokens in the sample.
@@ -108,32 +113,36 @@ class SamplingParams:
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
 
     def __post_init__(self) -> None:
-        require(self.sampler in SAMPLERS, "sampler", f"unknown sampler {self.sampler!r}",
-                f"use one of {', '.join(SAMPLERS)}")
-        require(self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < 1e4, "temperature",
-                f"{self.temperature} is neither 0 nor in {MIN_TEMPERATURE}..10000", "use 0 for greedy")
-        require(-1 <= self.top_k < 2**31, "top_k", f"{self.top_k} is outside -1..2**31-1", "use 0 or -1 to keep every token")
-        object.__setattr__(self, "top_k", max(self.top_k, 0))
-        require(0.0 < self.top_p <= 1.0, "top_p", f"{self.top_p} is outside (0, 1]", "use 1.0 to keep every token")
-        require(0.0 <= self.min_p < 1.0, "min_p", f"{self.min_p} is outside [0, 1)", "use 0 to keep every token")
-        require(0.0 <= self.mix_weight <= 1.0, "mix_weight", f"{self.mix_weight} is outside [0, 1]",
-                "1.0 samples from p alone, 0.0 from q alone")
-        require(self.max_tokens >= 1, "max_tokens", f"{self.max_tokens} is less than 1", "ask for at least one token")
-        require(_whole(self.n) and self.n >= 1, "n", f"{self.n!r} is no whole number >= 1", "ask for at least one sample")
-        require(self.seed is None or (_whole(self.seed) and 0 <= self.seed <= MAX_SEED), "seed",
-                f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
-        require(_whole(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, "min_tokens",
-                f"{self.min_tokens!r} is no whole number in 0..max_tokens ({self.max_tokens})", "use 0 for no minimum")
-        require(_number(self.repetition_penalty) and REPETITION[0] <= self.repetition_penalty <= REPETITION[1],
-                "repetition_penalty", f"{self.repetition_penalty!r} is outside {REPETITION[0]}..{REPETITION[1]}",
-                "use 1.0 for no penalty")
-        for name in ("presence_penalty", "frequency_penalty"):
+        # Messages are made only where there is an error: parameters are made for each request that arrives.
+        if self.sampler not in SAMPLERS:
+            raise RequestError("sampler", f"unknown sampler {short(self.sampler)}", f"use one of {', '.join(SAMPLERS)}")
+        check_temperature(self.temperature)
+        for name, (least, most) in _WHOLE.items():
             value = getattr(self, name)
-            require(_number(value) and -2 <= value <= 2, name, f"{value!r} is outside -2..2", "use 0 for no penalty")
+            if not is_whole(value) or not least <= value <= most:
+                raise RequestError(name, f"{short(value)} is no whole number in {least}..{most}", _REMEDIES[name])
+        for name, (low, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not is_number(value) or not low <= value <= high:
+                raise RequestError(name, f"{short(value)} is outside {low}..{high}", _REMEDIES[name])
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(name, f"{short(getattr(self, name))} is neither True nor False", "give one of them")
+        if not is_number(self.top_p) or not 0.0 < self.top_p <= 1.0:
+            raise RequestError("top_p", f"{short(self.top_p)} is outside (0, 1]", "use 1.0 to keep every token")
+        if not is_number(self.min_p) or not 0.0 <= self.min_p < 1.0:
+            raise RequestError("min_p", f"{short(self.min_p)} is outside [0, 1)", "use 0 to keep every token")
+        if self.seed is not None and not (is_whole(self.seed) and 0 <= self.seed <= MAX_SEED):
+            raise RequestError("seed", f"{short(self.seed)} is no whole number in 0..2**63-1",
+                               "use a 63-bit seed, or None for one made of the id")  # fmt: skip
+        if self.min_tokens > self.max_tokens:
+            raise RequestError("min_tokens", f"{self.min_tokens} is no whole number in 0..max_tokens ({self.max_tokens})",
+                               _REMEDIES["min_tokens"])  # fmt: skip
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            require(value is None or (_whole(value) and 0 <= value < 2**15), name, f"{value!r} is no whole number in 0..32767",
-                    "use None to record no alternatives")
+            if value is not None and not (is_whole(value) and 0 <= value < 2**15):
+                raise RequestError(name, f"{short(value)} is no whole number in 0..32767", "use None to record no alternatives")
+        object.__setattr__(self, "top_k", max(self.top_k, 0))
         self._normalise()
 
     def _normalise(self) -> None:
@@ -141,20 +150,23 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
-        if type(self.stop_token_ids) is not tuple:
-            object.__setattr__(self, "stop_token_ids", _tuple("stop_token_ids", self.stop_token_ids, "give a list of token ids"))
+        object.__setattr__(self, "stop_token_ids", token_ids(self.stop_token_ids, "stop_token_ids"))
+        for name in ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if type(value) is not int and value is not None:  # NumPy's
+                object.__setattr__(self, name, int(value))
         if type(self.stop) is not tuple or self.stop:
             stop = (self.stop,) if isinstance(self.stop, str) else _tuple("stop", self.stop, "give text, or a list of texts")
             for text in stop:
                 require(isinstance(text, str) and 0 < len(text.encode(errors="replace")) <= MAX_STOP, "stop",
-                        f"{text!r:.40} is no text of 1 to {MAX_STOP} bytes", "give short texts, or stop_token_ids")
+                        f"{short(text)} is no text of 1 to {MAX_STOP} bytes", "give short texts, or stop_token_ids")
             object.__setattr__(self, "stop", stop)
         if type(self.logit_bias) is not tuple or self.logit_bias:
             object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         if type(self.logits_processors) is not tuple or self.logits_processors:
             processors = _tuple("logits_processors", self.logits_processors, "give a list of functions")
             for processor in processors:
-                require(callable(processor), "logits_processors", f"{processor!r:.40} cannot be called",
+                require(callable(processor), "logits_processors", f"{short(processor)} cannot be called",
                         "give functions f(prefix_tokens, logits) -> logits")
             object.__setattr__(self, "logits_processors", processors)
 
@@ -169,16 +181,9 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def _whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
 def _tuple(name: str, value: Any, remedy: str) -> tuple[Any, ...]:
-    require(isinstance(value, Iterable) and not isinstance(value, bytes), name, f"{value!r:.40} is no list", remedy)
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    require(listed, name, f"{short(value)} is no list", remedy)
     return tuple(value)
 
 
@@ -189,11 +194,10 @@ def _pairs(bias: Any) -> tuple[tuple[int, float], ...]:
     try:
         found = [(token, value) for token, value in pairs]
     except (TypeError, ValueError):
-        raise RequestError("logit_bias", f"{bias!r:.40} is no mapping of token ids to numbers", remedy) from None
+        raise RequestError("logit_bias", f"{short(bias)} is no mapping of token ids to numbers", remedy) from None
     for token, value in found:
-        require(_whole(token) and token >= 0, "logit_bias", f"{token!r:.40} is no token id", remedy)
-        require(_number(value) and abs(value) <= MAX_BIAS, "logit_bias",
-                f"{value!r:.40} of token {token} is outside -{MAX_BIAS:g}..{MAX_BIAS:g}",
-                "use -1000 to ban a token, 1000 to force it")
+        require(is_whole(token) and 0 <= token < 2**31, "logit_bias", f"{short(token)} is no token id", remedy)
+        require(is_number(value) and value <= MAX_BIAS, "logit_bias",
+                f"{short(value)} of token {token} is outside -inf..{MAX_BIAS:g}", "use -inf to forbid a token, 1000 to force it")
     require(len({token for token, _ in found}) == len(found), "logit_bias", "a token is given twice", remedy)
-    return tuple(sorted((int(token), float(value)) for token, value in found))
+    return tuple(sorted((int(token), float(value) if value >= -MAX_BIAS else -math.inf) for token, value in found))

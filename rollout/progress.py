@@ -112,6 +112,36 @@ def sample_meter(title: str, total: int, wanted: bool) -> AbstractContextManager
     return nullcontext(cast(Meter, _NoMeter()))
 
 
+class ItemMeter:
+    """How many items are done, and the name of the last one, over a `with` block.
+
+    Args:
+        total: items expected; None where the first `advance` says it. A bar that knows its total is shown at once.
+    """
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[item]}"),
+                   TimeRemainingColumn()]  # fmt: skip
+        self._bars = _Bars(columns, lambda f: f"{f['completed']}/{f['total']}  {f['item']}".rstrip())
+        self._title, self._total, self._done = title, total, 0
+
+    def __enter__(self) -> ItemMeter:
+        self._bars.start()
+        if self._total is not None:
+            self._bars.update(self._title, self._total, 0, item="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def advance(self, item: str, total: int | None = None) -> None:
+        """One more item."""
+        self._total = total if self._total is None else self._total
+        assert self._total is not None
+        self._done += 1
+        self._bars.update(self._title, self._total, self._done, item=item)
+
+
 class TrainingMeter:
     """The stages of a conversion, one task each: tokens seen, speed, both losses (nats per token) and the mean chance that a
     draft is accepted at temperature 1. Call it with each reported row."""

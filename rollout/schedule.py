@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ..errors import RequestError
+from ..model.arguments import is_list, is_whole, require, short
 
 DEFAULT_LEVELS = (0, 4, 8)
 ScheduleKind = Literal["auto", "ar", "two_pass", "fused"]
@@ -29,14 +29,14 @@ class Schedule:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("auto", "ar", "two_pass", "fused"):
-            raise RequestError("schedule", f"unknown schedule {self.kind!r}", "use auto, ar, two_pass or fused")
-        if self.drafts is not None and not 1 <= self.drafts <= 64:
-            raise RequestError("schedule.drafts", f"{self.drafts} is outside 1..64", "use at most a block's tokens")
-        if self.block is not None and not 2 <= self.block <= 64:
-            raise RequestError("schedule.block", f"{self.block} is outside 2..64", "use at most the block size")
-        if any(not 0 <= level < 64 for level in self.levels):
-            raise RequestError("levels", f"{self.levels} holds a level outside 0..63", "use levels below the block size")
+        require(self.kind in ("auto", "ar", "two_pass", "fused"), "schedule", f"unknown schedule {short(self.kind)}",
+                "use auto, ar, two_pass or fused")
+        require(self.drafts is None or (is_whole(self.drafts) and 1 <= self.drafts <= 64), "schedule.drafts",
+                f"{short(self.drafts)} is outside 1..64", "use at most a block's tokens")
+        require(self.block is None or (is_whole(self.block) and 2 <= self.block <= 64), "schedule.block",
+                f"{short(self.block)} is outside 2..64", "use at most the block size")
+        require(is_list(self.levels) and all(is_whole(level) and 0 <= level < 64 for level in self.levels), "levels",
+                f"{short(self.levels)} holds a level outside 0..63", "use levels below the block size")
         object.__setattr__(self, "levels", tuple(sorted({0, *self.levels})))
 
     def within(self, block_size: int) -> Schedule:

@@ -19,10 +19,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from ..errors import RequestError
+from ..model.arguments import is_whole, short, token_ids
 from ..seeds import MAX_SEED, derived_seed
+from .params import MAX_SAMPLES, SamplingParams
 from .params import SAMPLERS as SAMPLERS
 from .params import SamplerName as SamplerName
-from .params import SamplingParams, require
 from .stop_strings import cut_text
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -48,20 +50,27 @@ class RolloutRequest:
     samples: int = cast(int, None)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompt_tokens", tuple(int(t) for t in self.prompt_tokens))
-        require(bool(self.id), "id", "empty", "name each request; the name survives restarts")
-        require(len(self.prompt_tokens) >= 1, "prompt_tokens", f"request {self.id!r} has no prompt tokens",
-                "give at least one token, for instance the beginning-of-sequence token")
-        require(min(self.prompt_tokens) >= 0, "prompt_tokens", f"request {self.id!r} has a negative token id",
-                "token ids start at 0")
+        if not isinstance(self.id, str) or not self.id:
+            raise RequestError("id", f"{short(self.id)} is no text of at least one character",
+                               "name each request; the name survives restarts")  # fmt: skip
+        if not isinstance(self.params, SamplingParams):
+            raise RequestError("params", f"{short(self.params)} is no SamplingParams", "give SamplingParams(...)")
+        object.__setattr__(self, "prompt_tokens", token_ids(self.prompt_tokens, "prompt_tokens"))
+        if not self.prompt_tokens:
+            raise RequestError("prompt_tokens", f"request {short(self.id)} has no prompt tokens",
+                               "give at least one token, for instance the beginning-of-sequence token")  # fmt: skip
         if self.seed is None:
             object.__setattr__(self, "seed", derived_seed(0, self.id) if self.params.seed is None else self.params.seed)
-        require(isinstance(self.seed, int | np.integer) and 0 <= self.seed <= MAX_SEED, "seed",
-                f"{self.seed!r} is no whole number in 0..2**63-1", "use a 63-bit seed, or None for one made of the id")
+        if not is_whole(self.seed) or not 0 <= self.seed <= MAX_SEED:
+            raise RequestError("seed", f"{short(self.seed)} is no whole number in 0..2**63-1",
+                               "use a 63-bit seed, or None for one made of the id")  # fmt: skip
         object.__setattr__(self, "seed", int(self.seed))
         if self.samples is None:
             object.__setattr__(self, "samples", self.params.n)
-        require(self.samples >= 1, "samples", f"{self.samples} is less than 1", "ask for at least one sample")
+        if not is_whole(self.samples) or not 1 <= self.samples <= MAX_SAMPLES:
+            raise RequestError("samples", f"{short(self.samples)} is no whole number in 1..{MAX_SAMPLES}",
+                               "ask for at least one sample, and for more in several requests")  # fmt: skip
+        object.__setattr__(self, "samples", int(self.samples))
 
 
 class StepTrace(NamedTuple):

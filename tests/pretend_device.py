@@ -1,6 +1,6 @@
 """An accelerator that is not there: tensors that say they are on `cuda:0`, compute on the CPU, and keep the device's rules.
 
-    with PretendDevice() as device:
+    with PretendDevice() as device:  # or PretendDevice(1), which is cuda:1
         policy.to("cuda:0")
         ...
         device.waits
@@ -10,7 +10,8 @@
   the host, which CUDA would take, at the price of a copy.
 - Whatever would make the host wait for the device is noted in `waits`, by name: values read back, sizes that depend on
   values, and copies to the device that are not both pinned and `non_blocking`.
-- Kernels run in Triton's interpreter and refuse tensors of the host.
+- Kernels run in Triton's interpreter and refuse tensors of the host, and tensors of a device that is not the current one
+  (`torch.cuda.device`): Triton launches on the current device.
 
 Built as torch's own FakeTensorMode is, whose place among dispatch modes it takes: that is what lets `device="cuda:0"` through
 on a build without CUDA.
@@ -27,7 +28,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-_AWAY = torch.device("cuda:0")
 _aten = torch.ops.aten
 _MOVES = {"_to_copy", "to", "copy_", "copy", "_copy_from", "lift_fresh", "cpu"}
 _READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "bincount", "unique_dim",
@@ -40,11 +40,11 @@ class Away(torch.Tensor):
     near: torch.Tensor
 
     @staticmethod
-    def __new__(cls, near: torch.Tensor) -> Away:
+    def __new__(cls, near: torch.Tensor, device: torch.device | None = None) -> Away:
         with torch.inference_mode(near.is_inference()):
             away = torch.Tensor._make_wrapper_subclass(
                 cls, near.shape, strides=near.stride(), storage_offset=near.storage_offset(), dtype=near.dtype,
-                device=_AWAY, requires_grad=near.requires_grad,
+                device=device or _entered().device, requires_grad=near.requires_grad,
             )  # fmt: skip
             away.near = near.detach()
         return away
@@ -119,13 +119,19 @@ class Away(torch.Tensor):
 class PretendDevice(TorchDispatchMode):
     """The device, while it is entered.
 
+    Args:
+        index: of the device, of as many as it takes to have one of that index; the one that is current at first is 0.
+        free: bytes that `torch.cuda.mem_get_info` says are free.
+
     Attributes:
+        device: where its tensors are. current: index of the current device.
         waits: what made the host wait for the device so far, in order.
         operations: how many operations were launched on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0, free: int = 1 << 37) -> None:
         super().__init__()
+        self.device, self.current, self._free = torch.device("cuda", index), 0, free
         self._mode_key = torch._C._TorchDispatchModeKey.FAKE
         self.waits: list[str] = []
         self.operations = 0
@@ -140,11 +146,14 @@ class PretendDevice(TorchDispatchMode):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._interpreter = _interpreted(self)
         self._interpreter.__enter__()
+        self._torch = _patched_torch(self)
+        self._torch.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._torch.__exit__(None, None, None)
         self._interpreter.__exit__(None, None, None)
         torch.__future__.set_overwrite_module_params_on_conversion(self._overwrites)
         torch._C._set_only_lift_cpu_tensors(self._lifts)
@@ -175,7 +184,7 @@ class PretendDevice(TorchDispatchMode):
         def sent(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            return known[id(x)] if id(x) in known else Away(x)
+            return known[id(x)] if id(x) in known else Away(x, self.device)
 
         return tree_map(sent, out)
 
@@ -186,7 +195,7 @@ class PretendDevice(TorchDispatchMode):
         if asked is None:
             asked = next((x for x in args if isinstance(x, torch.device)), None)
         if asked is not None:
-            return "away" if torch.device(asked).type == _AWAY.type else "host"
+            return "away" if torch.device(asked).type == "cuda" else "host"
         if name in ("copy_", "_copy_from"):
             return "away" if isinstance(args[0], Away) else "host"
         return "away" if away else "host"
@@ -270,6 +279,8 @@ def _interpreted(mode: PretendDevice) -> Iterator[None]:
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         if any(not isinstance(x, Away) for x in given):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        if mode.current != mode.device.index:
+            raise RuntimeError(f"a kernel over tensors of {mode.device} was launched on cuda:{mode.current}")
         mode.operations += 1
         near_args, near_kwargs = tree_map(_near, (args, kwargs))
         with _disable_current_modes():
@@ -280,3 +291,26 @@ def _interpreted(mode: PretendDevice) -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.run = run
+
+
+@contextmanager
+def _patched_torch(mode: PretendDevice) -> Iterator[None]:
+    """What a build without CUDA lacks: which device is current, and how much of its memory is free."""
+
+    @contextmanager
+    def device(chosen: torch.device | int) -> Iterator[None]:
+        before, mode.current = mode.current, chosen if isinstance(chosen, int) else int(chosen.index or 0)
+        try:
+            yield
+        finally:
+            mode.current = before
+
+    new = {"device": device, "current_device": lambda: mode.current, "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
+    old = {name: getattr(torch.cuda, name) for name in new}
+    for name, value in new.items():
+        setattr(torch.cuda, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(torch.cuda, name, value)

@@ -88,6 +88,13 @@ def generate(policy: Path, folder: Path, records: list[dict[str, Any]], *options
     return read(output)
 
 
+def refused(command: str, policy: Path, folder: Path, text: str) -> bool:
+    """Whether a command exits with 2 and writes nothing when its input file holds `text`."""
+    source, output = folder / "in.jsonl", folder / "out.jsonl"
+    source.write_text(text)
+    return run(command, "--policy", policy, "--input", source, "--output", output) == 2 and not output.exists()
+
+
 PROMPTS: list[dict[str, Any]] = [
     {"id": "b", "prompt": "12 + 30"},
     {"id": "a", "prompt_tokens": [BOS, 20, 30, 40]},
@@ -202,11 +209,9 @@ def test_directory_of_transformers_without_tokenizer(never_converted: Path, tmp_
 def test_bad_lines_of_generate(
     policy: Path, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(text)
-    assert run("generate", "--policy", policy, "--input", source, "--output", output) == 2
+    assert refused("generate", policy, tmp_path, text)
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {source}")
+    assert error.startswith(f"error: {tmp_path / 'in.jsonl'}")
     assert said in error
     assert error.count("\n") == 1
     assert os.listdir(tmp_path) == ["in.jsonl"]
@@ -224,11 +229,8 @@ def test_bad_lines_of_generate(
 def test_bad_lines_of_score(
     policy: Path, tmp_path: Path, text: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text(text)
-    assert run("score", "--policy", policy, "--input", source, "--output", output) == 2
+    assert refused("score", policy, tmp_path, text)
     assert said in capsys.readouterr().err
-    assert not output.exists()
 
 
 def test_text_needs_a_tokenizer(never_converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,7 +87,7 @@ def _forward(
         sum_GX, total_GXD = torch.zeros_like(most_GX), torch.zeros_like(q_GXD)
         for columns, s_GXJ in _scores(q_GXD, k_TGD, tiles, rows, seen):
             higher_GX = torch.maximum(most_GX, s_GXJ.amax(-1))
-            # A row may see nothing of this tile, nor of those before it.
+            # A row may see nothing of this tile and of the tiles before it.
             base_GX = higher_GX.masked_fill(higher_GX == -torch.inf, 0.0)
             p_GXJ = s_GXJ.sub_(base_GX[..., None]).exp_()
             shrink_GX = (most_GX - base_GX).exp_()

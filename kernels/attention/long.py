@@ -27,7 +27,7 @@ class LongPack:
     def of(cls, ranges: RowRanges) -> LongPack:
         """Cut a pack into tiles."""
         if ranges.range_4T.device.type == "cuda":
-            # Importing it takes a second, which decoding on a CPU need not wait for.
+            # FlexAttention takes a second to import, and decoding on a CPU does not use it.
             from .flex import block_mask
 
             return cls(block_mask(ranges))

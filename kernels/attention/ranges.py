@@ -1,6 +1,6 @@
 """RowRanges: which rows of a pack without a cache each row sees, and which pairs of tiles have to be computed.
 
-Invariants: a pair of tiles is left out exactly where no row of the one sees a row of the other, and called whole only where every
+Invariants: a pair of tiles is left out exactly if no row of the one sees a row of the other, and is called whole only if every
 row sees every row. Nothing here grows with T * T, except one entry per pair of tiles.
 
 Legend: T rows, N tiles, I rows of a query tile, J rows of a key tile.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..launch import compute_units
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -23,7 +25,7 @@ class Tile:
     programs: int
 
     def split(self, programs: int, cached: int, rows: int, batch_invariant: bool) -> tuple[int, int]:
-        """Programs that share one tile's keys, and the key blocks of each where that is fixed, else 0.
+        """Programs that share one tile's keys, and the key blocks of each program if that number is fixed, else 0.
 
         Args:
             programs: programs without a split. cached, rows: most cached positions and rows of a sequence.
@@ -43,7 +45,9 @@ _SIZES = {  # m: (n, warps) in 16 bits
     "sm_90": {16: (64, 4), 64: (64, 4), 128: (64, 8)},
 }
 _WIDE = {16: (32, 4), 64: (32, 4)}  # in 32 bits
-_PROGRAMS = {"gfx942": 2 * 304, "gfx950": 2 * 256, "sm_90": 2 * 132}
+_UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
+"""Compute units of MI300X, MI355X and H200."""
+_PROGRAMS_PER_UNIT = 2
 
 
 def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -> Tile:
@@ -57,4 +61,4 @@ def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -
 
     m = 64 if batch_invariant else min(sizes, key=cost)
     n, warps = sizes[m]
-    return Tile(m, n, warps, 2, _PROGRAMS.get(arch, _PROGRAMS["sm_90"]))
+    return Tile(m, n, warps, 2, _PROGRAMS_PER_UNIT * compute_units(_UNITS, "sm_90"))

@@ -1,4 +1,4 @@
-"""EDA router in Triton, in two launches; torch needs some twenty.
+"""EDA router in Triton, in two launches; torch needs about twenty.
 
 Invariants:
 - One program's rows share nothing: a row's choice never depends on the other rows. Under `batch_invariant` the tiles do not
@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..dispatch import batch_invariant
 from ..launch import launch, pipeline, precision
+from ..products import tile_product
 from .reference import RouterWeights
 from .tiles import Tile
 
@@ -26,22 +27,14 @@ def _state_kernel(
     x_TD, state_TP, weight_PD, bias_P, scale_P, out_TP, rows, D: tl.constexpr, P: tl.constexpr, STATE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """down_proj, and what the layer below left: out = W x + b (+ state * scale)."""
+    """down_proj, and the router state of the layer below: out = W x + b (+ state * scale)."""
     dtype = out_TP.dtype.element_ty
     m = tl.program_id(0) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)
     real, ok = m < rows, n < P
     x_at = x_TD + tl.where(real, m, 0).to(tl.int64)[:, None] * D
     w_at = weight_PD + tl.where(ok, n, 0)[None, :] * D
-    acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, D, K):
-        k = start + tl.arange(0, K)
-        if D % K:
-            x = tl.load(x_at + k[None, :], mask=(k < D)[None, :], other=0.0)
-            w = tl.load(w_at + k[:, None], mask=(k < D)[:, None], other=0.0)
-        else:
-            x, w = tl.load(x_at + k[None, :]), tl.load(w_at + k[:, None])
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    acc = tile_product(x_at, w_at, D, M, N, K, PRECISION)
     out = (acc + tl.load(bias_P + n, ok, 0).to(tl.float32)[None, :]).to(dtype)
     at = m.to(tl.int64)[:, None] * P + n[None, :]
     inside = real[:, None] & ok[None, :]

@@ -23,9 +23,9 @@ class Tile(NamedTuple):
 def expert_tiles(rows: int, experts: int, dtype: torch.dtype) -> tuple[Tile, Tile]:
     """Tiles of the gate-and-up product, whose n counts twice, and of the down product.
 
-    Few rows read weights and little else: what counts is that enough programs read at once. Many rows are arithmetic.
-    Under `batch_invariant` there is one choice for every number of rows: with 64, padding is still cheaper than reading
-    the weights.
+    Few rows mostly read weights, so the tiles are small enough that many programs read at once. Many rows are bound by
+    arithmetic. Under `batch_invariant` there is one choice for every number of rows: with 64, padding is still cheaper than
+    reading the weights.
     """
     wide = dtype.itemsize > 2
     if batch_invariant():

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch, precision
+from ..products import tile_product
 from .reference import RouterWeights
 from .router import route
 from .tiles import expert_tiles
@@ -139,15 +140,7 @@ def _down_kernel(
         return
     inner_at = inner_TF + place[:, None] * F
     down_at = down_EDF + expert.to(tl.int64) * (D * F) + tl.where(ok, n, 0)[None, :] * F
-    acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, F, K):
-        k = start + tl.arange(0, K)
-        if F % K:
-            inner = tl.load(inner_at + k[None, :], mask=(k < F)[None, :], other=0.0)
-            down = tl.load(down_at + k[:, None], mask=(k < F)[:, None], other=0.0)
-        else:
-            inner, down = tl.load(inner_at + k[None, :]), tl.load(down_at + k[:, None])
-        acc = tl.dot(inner, down, acc, input_precision=PRECISION)
+    acc = tile_product(inner_at, down_at, F, M, N, K, PRECISION)
     weight = tl.load(weight_T + row).to(tl.float32)
     out = acc.to(inner_TF.dtype.element_ty).to(tl.float32) * weight[:, None]
     tl.store(out_at, out.to(out_TD.dtype.element_ty), inside)

@@ -3,7 +3,8 @@
     out_t = W x_t + b
 
 The library's product is used except under `batch_invariant`: a library chooses its tiles, and with them the order in which a row
-is summed, by the number of rows. `numba.product` with a packed weight has one order of summation on a CPU.
+is summed, by the number of rows. `numba.product` with a packed weight has one order of summation on a CPU. `linear_float32` keeps
+the sums of 16-bit numbers in float32 (`wide`).
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ..dispatch import batch_invariant, takes_triton
+from .wide import linear_float32
 
-__all__ = ["linear"]
+__all__ = ["linear", "linear_float32"]
 
 
 def linear(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:

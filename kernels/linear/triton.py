@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Case, Shape, launch, pipeline, precision
+from ..products import tile_product
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,26 +28,24 @@ def _linear_kernel(
     real, ok = m < rows, n < F
     x_at = x_TD + tl.where(real, m, 0).to(tl.int64)[:, None] * D
     w_at = weight_FD + tl.where(ok, n, 0).to(tl.int64)[None, :] * D
-    acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, D, K):
-        k = start + tl.arange(0, K)
-        if D % K:
-            x = tl.load(x_at + k[None, :], mask=(k < D)[None, :], other=0.0)
-            w = tl.load(w_at + k[:, None], mask=(k < D)[:, None], other=0.0)
-        else:
-            x, w = tl.load(x_at + k[None, :]), tl.load(w_at + k[:, None])
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+    acc = tile_product(x_at, w_at, D, M, N, K, PRECISION)
     if BIAS:
         acc += tl.load(bias_F + n, ok, 0).to(tl.float32)[None, :]
     at = out_TF + m.to(tl.int64)[:, None] * F + n[None, :]
     tl.store(at, acc.to(out_TF.dtype.element_ty), real[:, None] & ok[None, :])
 
 
-def linear(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-    """As `blockroll.kernels.linear.linear`."""
+def linear(
+    x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `blockroll.kernels.linear.linear`.
+
+    Args:
+        dtype: of the result; None for that of `x_TD`.
+    """
     f, d = weight_FD.shape
     flat = x_TD.reshape(-1, d).contiguous()
-    out = torch.empty(len(flat), f, dtype=x_TD.dtype, device=x_TD.device)
+    out = torch.empty(len(flat), f, dtype=dtype or x_TD.dtype, device=x_TD.device)
     k = 64 if x_TD.dtype.itemsize == 2 else 32
     launch(
         _linear_kernel, (triton.cdiv(len(flat), 64), triton.cdiv(f, 64)), warps=4, stages=pipeline(3), dot_rows=64,
@@ -64,4 +63,5 @@ def cases(shape: Shape) -> Iterator[Case]:
 
     d, wide = shape.hidden, shape.heads * shape.head_dim
     for name, rows, out, summed in (("in", 1, wide, d), ("out", 1, d, wide), ("head", 1 << 13, shape.vocab, d)):
-        yield Case(name, partial(linear, empty(rows, summed), empty(out, summed)))
+        dtype = torch.float32 if name == "head" else None
+        yield Case(name, partial(linear, empty(rows, summed), empty(out, summed), dtype=dtype))

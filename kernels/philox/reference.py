@@ -23,8 +23,8 @@ _BLOCK_COUNTERS = 1 << 16  # counters computed at once on a CPU: the working arr
 
 
 class Purpose(IntEnum):
-    """What a number is drawn for: two draws of one position never share a counter. The values are part of the format:
-    changing one changes every trajectory."""
+    """The purpose of a draw: two draws of one position never share a counter. The values are part of the format: changing one
+    changes every trajectory."""
 
     NOISE = 0
     DRAFT = 1

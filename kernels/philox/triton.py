@@ -29,25 +29,28 @@ def uniform_of(seed, position, purpose):
 
 
 @triton.jit
-def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
-    """float64[BLOCK]: the noise of tokens first .. first + BLOCK - 1, first divisible by 4; seed and position scalar int64."""
+def _bits_of(seed, position, purpose, first, BLOCK: tl.constexpr):
+    """uint32[BLOCK]: the random words of tokens first .. first + BLOCK - 1."""
     block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = block * 0
     w0, w1, w2, w3 = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose, block, zero)
-    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+
+
+@triton.jit
+def gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
+    """float64[BLOCK]: the noise of tokens first .. first + BLOCK - 1, first divisible by 4; seed and position scalar int64."""
+    bits = _bits_of(seed, position, purpose, first, BLOCK)
     u = (bits.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -tl.log(-tl.log(u))
 
 
 @triton.jit
 def rough_gumbel_of(seed, position, purpose, first, BLOCK: tl.constexpr):
-    """`gumbel_of` in float32, within 1e-5 of it and several times as fast: what shows which tokens can win at all."""
-    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    zero = block * 0
-    w0, w1, w2, w3 = tl.philox(seed, zero + position.to(tl.uint32), zero + purpose, block, zero)
-    bits = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+    """`gumbel_of` in float32, within 1e-5 of it and several times as fast. It shows which tokens can win."""
+    bits = _bits_of(seed, position, purpose, first, BLOCK)
     u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    # Near 1, where the winners are, float32 knows u too coarsely, but 1 - u exactly; -log(1 - w) by its series.
+    # The winners have u near 1. There float32 is too coarse for u, but exact for w = 1 - u, so -log(1 - w) is summed as a series.
     w = ((bits ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     series = w * (1 + w * (0.5 + w * (0.33333333 + w * (0.25 + w * (0.2 + w * 0.16666667)))))
     return -tl.log(tl.where(w < 0.125, series, -tl.log(u)))
@@ -97,7 +100,7 @@ def gumbel(
 
 
 def cases(shape: Shape) -> Iterator[Case]:
-    """What a verification that keeps its distributions draws: uniform numbers and the noise of its rows."""
+    """The draws of a verification on torch: uniform numbers, and the noise of its rows."""
     for rows in shape.sequences:
         seed, position = (torch.empty(rows, dtype=torch.int64, device="meta") for _ in range(2))
         yield Case(f"uniform {rows}", partial(uniform, seed, position, 0))

@@ -38,6 +38,6 @@ def scale_residual(hidden_TD: torch.Tensor, residual_TD: torch.Tensor, scales: S
 def scale_residual_norm(
     hidden_TD: torch.Tensor, residual_TD: torch.Tensor, scales: Scales, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`scale_residual`, then `rms_norm` of it; in one pass where it runs as a kernel. Returns the new residual_TD and y_TD."""
+    """`scale_residual`, then `rms_norm` of its result. A kernel does both in one pass. Returns the new residual_TD and y_TD."""
     residual_TD = scale_residual(hidden_TD, residual_TD, scales)
     return residual_TD, rms_norm(residual_TD, weight_D, eps)

@@ -53,7 +53,7 @@ def _launch(
     residual: torch.Tensor, hidden: torch.Tensor | None, scales: tuple[torch.Tensor, ...], weight: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """(residual', y), each where asked for. A kernel's pointer that is not used is given the residual."""
+    """(residual', y); None for what is not wanted. The residual is passed for pointers that the kernel does not use."""
     d = residual.shape[-1]
     residual = residual.contiguous()
     dtype, stream, out = residual.dtype, None, None

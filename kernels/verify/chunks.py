@@ -35,7 +35,7 @@ def temperature_of(temperature_S, s):
 
 @triton.jit
 def finite(top):
-    """What to subtract before exp: 0 where nothing is above -inf."""
+    """The number to subtract before exp: `top`, or 0 where `top` is -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -52,7 +52,7 @@ def normaliser(top_C, total_C, at, C: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def find(weight, target, fallback):
-    """First index with weight whose running sum exceeds the target, and the sum before it; the last one with weight where
+    """The first index with weight whose running sum exceeds the target, and the sum before it; the last index with weight where
     rounding leaves none, and `fallback` where nothing has weight."""
     i = tl.arange(0, weight.shape[0])
     end = tl.cumsum(weight, 0)

@@ -27,10 +27,15 @@ _NOISE, _ACCEPT, _RESAMPLE = int(Purpose.NOISE), int(Purpose.ACCEPT), int(Purpos
 
 
 @compiled()
+def _buffers(vocabulary):
+    """Room for one row: its logits over the temperature, its weights and its random words."""
+    return np.empty(vocabulary, _F), np.empty(vocabulary, _F), np.empty(((vocabulary + 3) // 4, 4), np.uint32)
+
+
+@compiled()
 def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, token_SR, logprob_SR, lse_SR):
     sequences, rows, vocabulary = logits_SRV.shape
-    x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
-    words_W4 = np.empty(((vocabulary + 3) // 4, 4), np.uint32)
+    x_V, weight_V, words_W4 = _buffers(vocabulary)
     for s in range(sequences):
         for r in range(rows):
             top, lse = normalise(logits_SRV[s, r], temperature_S[s], excluded, x_V, weight_V)
@@ -43,8 +48,7 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
 def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, position_S, excluded, purpose, markov_from, token_SM,
            lse_SM):  # fmt: skip
     sequences, slots, vocabulary = logits_SMV.shape
-    x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
-    words_W4 = np.empty(((vocabulary + 3) // 4, 4), np.uint32)
+    x_V, weight_V, words_W4 = _buffers(vocabulary)
     for s in range(sequences):
         previous = previous_S[s]
         for k in range(slots):
@@ -63,8 +67,7 @@ def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, posi
 @compiled()
 def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S, token_SR, logprob_SR):
     sequences, rows, vocabulary = p_SRV.shape
-    x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
-    words_W4 = np.empty(((vocabulary + 3) // 4, 4), np.uint32)
+    x_V, weight_V, words_W4 = _buffers(vocabulary)
     for s in range(sequences):
         accepted_S[s] = -1
         for r in range(rows):
@@ -137,7 +140,7 @@ def _logprobs(logits_NV, token_N, temperature_N, logprob_N):
 
 
 def _flat(*tensors: torch.Tensor) -> list[np.ndarray]:
-    """Contiguous arrays: of another layout numba would compile everything once more."""
+    """Contiguous arrays: numba would compile every function again for another layout."""
     return [tensor.contiguous().numpy() for tensor in tensors]
 
 

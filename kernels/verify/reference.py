@@ -101,7 +101,7 @@ def count_accepted(
 
 
 def residual_weights(logp_SV: torch.Tensor, logq_SV: torch.Tensor, drafted_S: torch.Tensor) -> torch.Tensor:
-    """What to draw the token after the accepted drafts from, up to a constant per row.
+    """Weights that the token after the accepted drafts is drawn by, up to a constant per row.
 
     Args:
         drafted_S: bool, whether this row had a draft (which then was rejected); logq_SV is not read where it had none.
@@ -132,7 +132,7 @@ def reject(
     s, r, _ = logp_SRV.shape
     device = logp_SRV.device
     position_SR = anchor_S[:, None] + 1 + torch.arange(r, device=device)
-    # Filled there: a tensor of numbers would be copied up.
+    # `full` fills on the device; a tensor made of host numbers would be copied to it.
     purpose_211 = torch.cat([torch.full((1, 1, 1), p, device=device) for p in (Purpose.ACCEPT, Purpose.RESAMPLE)])
     u_accept_SR, u_resample_SR = uniform(seed_S[:, None], position_SR, purpose_211)
     if r == 1 or logq_SMV is None:

@@ -135,7 +135,7 @@ def _row_chunk(
     temperature, _ = temperature_of(temperature_S, s)
     v = chunk * CHUNK + tl.arange(0, CHUNK)
     p_at = p_SRV + s.to(tl.int64) * p_s_stride + a.to(tl.int64) * p_r_stride
-    # A row without a draft has no q; its reads go to the first row, and count for nothing.
+    # A row without a draft has no q. It reads the first row instead, and the result is not used.
     q_row = tl.where(drafted, a, 0)
     q_at = q_SMV + s.to(tl.int64) * q_s_stride + q_row.to(tl.int64) * q_r_stride
     weight = tl.load(mix_S + s).to(tl.float32) if MIXED else 1.0

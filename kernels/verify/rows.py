@@ -19,7 +19,7 @@ from .reference import Purpose
 _F = np.float32
 _NOISE = int(Purpose.NOISE)
 _DEEPEST = _F(-87.0)
-"""Below it a weight is 0."""
+"""A scaled logit below it has weight 0."""
 
 
 @compiled()
@@ -42,7 +42,7 @@ def normalise(logits_V, temperature, excluded, x_V, weight_V):
 
 @compiled()
 def _argmax(x_V, top):
-    """The first token whose scaled logit is `top`, the largest; any where there is none."""
+    """The first token whose scaled logit is `top`, the largest; any token if none equals it (a row of NaN)."""
     for v in range(x_V.shape[0]):
         if x_V[v] == top:
             return v
@@ -58,8 +58,8 @@ def _noisy(x, word):
 
 @compiled()
 def _gumbel(x_V, weight_V, top, seed, position, words_W4):
-    """argmax(x + g). Noise is computed for the few tokens that can still win: g > d asks for 1 - u < exp(-d). Compared with is
-    twice that, so that rounding loses none."""
+    """argmax(x + g). Noise is computed only for tokens that can still win: g > d implies 1 - u < exp(-d). The comparison allows
+    twice exp(-d), so that rounding excludes no winner."""
     words_V = words_W4.reshape(-1)
     fill_words(seed, position, _NOISE, words_W4)
     first = _argmax(x_V, top)

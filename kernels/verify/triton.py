@@ -50,7 +50,7 @@ def _chunk_kernel(
             seed, position = tl.load(seed_S + s), tl.load(position_S + s) + row % R
             rough = x + rough_gumbel_of(seed, position, PURPOSE, chunk * CHUNK, CHUNK)
             best, score = tl.argmax(rough, 0), tl.max(rough, 0)
-            # All but one token cannot win, unless another comes within what the rough noise and its sum may be off.
+            # Only one token can win, unless another is closer to it than the error of the rough noise and of its sum.
             margin = 1e-4 + 1e-6 * tl.abs(score)
             if tl.sum((rough >= score - margin).to(tl.int32), 0) == 1:
                 x_best = tl.sum(tl.where(v == chunk * CHUNK + best, x, 0.0), 0)
@@ -174,7 +174,7 @@ def cases(shape: Shape) -> Iterator[Case]:
     packs = {"": min(shape.sequences), " large": 1 << 9}
     for name, s in packs.items():
         temperature, seed, lse = empty(s, dtype=torch.float64), empty(s), empty(s, block, dtype=torch.float64)
-        p, q = empty(s, block + 1, v, dtype=shape.dtype), empty(s, block, v, dtype=shape.dtype)
+        p, q = empty(s, block + 1, v, dtype=torch.float32), empty(s, block, v, dtype=torch.float32)
         for sampler in (sample_gumbel, sample_cdf):
             yield Case(
                 f"{sampler.__name__}{name}",

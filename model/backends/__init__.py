@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Hidden states [..., D] to logits [..., V]."""
 
     def refresh(self) -> None:
-        """To be called when the policy's weights have changed."""
+        """Must be called after the policy's weights have changed."""
 
 
 def choose(policy: Policy) -> Backend:
@@ -67,7 +67,8 @@ def choose(policy: Policy) -> Backend:
 
 
 def products(policy: Policy) -> str:
-    """Which library multiplies the clean rows of a policy where it is decoded and scored; it is stated beside figures."""
+    """The library that multiplies the clean rows of a policy in decoding and scoring. Benchmarks state it beside their
+    figures."""
     if not packed.serves(policy):
         return "the library's, equal up to rounding"
     from ...kernels.linear.numba import name

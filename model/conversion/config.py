@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from ...errors import ConfigError, DataError
 from ...seeds import MAX_SEED
 from ...settings import Config
+from ..device import NAMES, is_name
 from ..tasks import Task, make_tasks
 
 MAX_PARAMETERS = 2**31
@@ -256,6 +257,16 @@ class Stage(Config):
         return self
 
 
+def _device_name(name: str) -> str:
+    if not is_name(name):
+        raise ValueError(f"it should be {NAMES}")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
 class Launcher(Config):
     """Which processes train. `local` is this one; under torchrun, whatever the kind, the ones that torchrun started."""
 
@@ -285,6 +296,10 @@ class ConversionConfig(Config):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     launcher: Launcher = Launcher()
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    device: DeviceName = Field("auto", description="where it trains and is measured: auto, cpu, cuda or cuda:N; of several "
+                               "processes each has a GPU of its own")
+    dtype: DtypeName | None = Field(None, description="of the policy when it is measured; none takes bfloat16 on a GPU and "
+                                    "float32 on a CPU. `stages.autocast` is that of training")
     evaluation_tasks: int = Field(0, ge=0, le=100_000, description="held-out tasks for the figures of the card")
     evaluation_samples: int = Field(4, ge=1, le=65_536, description="samples of each; pass@k is measured up to as many")
 

@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ...errors import ClusterError, InvalidInput
+from ..device import resolved
 from ..policy import MarkovHead, Policy
 
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Socket Timeout", "TCPStore")
@@ -68,19 +69,23 @@ class Group:
 
 
 @contextmanager
-def joined(timeout_s: float = 600.0) -> Iterator[Group]:
+def joined(timeout_s: float = 600.0, device_name: str = "auto") -> Iterator[Group]:
     """The group this process belongs to: of `WORLD_SIZE` processes where a launcher set it, else of one.
 
     A process group that exists (Ray Train makes one) is used and left; one made here is closed at the end.
 
     Args:
         timeout_s: how long a collective waits for a process that does not answer, seconds.
+        device_name: as of `model.device.resolved`; `auto` and `cuda` give each process of this machine a GPU of its own.
 
     Raises:
+        InvalidInput: no such device, or fewer GPUs than processes.
         ClusterError: another process of the group was lost.
     """
     own = not dist.is_initialized() and "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
-    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = device_of(device_name, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if own:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
@@ -98,11 +103,24 @@ def joined(timeout_s: float = 600.0) -> Iterator[Group]:
             dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+def device_of(name: str, local_rank: int, processes: int) -> torch.device:
+    """The device of this machine's process number `local_rank`, of `processes` over all machines.
+
+    A process that sees one GPU has that one, whatever its number: launchers such as Ray Train show each process its own.
+
+    Raises:
+        InvalidInput: no such device, or a process without a GPU of its own.
+    """
+    device = resolved(name)
+    if device.type == "cpu" or processes == 1:
+        return device
+    if name not in ("auto", "cuda"):
+        raise InvalidInput("device", f"{name} for {processes} processes", "use cuda, which gives each process a GPU of its own")
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise InvalidInput("launcher.workers", f"process {local_rank} here has no GPU of its own: {visible} are visible",
+                           "start as many processes per machine as it has GPUs")  # fmt: skip
+    return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
 def shard(policy: Policy, group: Group, compute: torch.dtype) -> Policy:

@@ -137,7 +137,7 @@ def run(
     def load(directory: Path | None) -> Policy:
         return starting_policy(config) if directory is None else load_policy(directory)
 
-    with joined(config.launcher.timeout_s) as group:
+    with joined(config.launcher.timeout_s, config.device) as group:
         workers = config.launcher.workers
         if workers > 1 and group.size != workers:
             raise ConfigError("launcher.workers", f"{workers}, but {group.size} process(es) were started",

@@ -53,17 +53,20 @@ def add(total: int, term: int) -> tuple[str, int]:
     return f"{large}{'+' if sign > 0 else '-'}{small}:{columns}={total + term}", total + term
 
 
+class _Expression:
+    """A family whose question is an expression."""
+
+    def question(self, metadata: Metadata) -> str:
+        expression: str = metadata["expression"]
+        return expression.replace(" ", "")
+
+
 @dataclass(frozen=True)
-class ChainSum:
+class ChainSum(_Expression):
     """Sums and differences from left to right, one partial result per step, in columns."""
 
     name: str = "chain_sum"
-    difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=3, max_terms=5, min_digits=2, max_digits=2)
-    )
-
-    def question(self, metadata: Metadata) -> str:
-        return metadata["expression"].replace(" ", "")
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_terms=3, max_terms=5, min_digits=2, max_digits=2))
 
     def steps(self, metadata: Metadata) -> list[str]:
         first, *rest = metadata["expression"].split()
@@ -94,19 +97,14 @@ class Gcd:
 
 
 @dataclass(frozen=True)
-class Products:
+class Products(_Expression):
     """A product by partial products of the second factor's digits, in columns."""
 
     name: str = "products"
-    difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=1, max_digits=3)
-    )
-
-    def question(self, metadata: Metadata) -> str:
-        return metadata["expression"].replace(" ", "")
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_terms=2, max_terms=2, min_digits=1, max_digits=3))
 
     def steps(self, metadata: Metadata) -> list[str]:
-        left, right = metadata["expression"].replace(" ", "").split("*")
+        left, right = self.question(metadata).split("*")
         total, steps = 0, []
         for place, digit in enumerate(reversed(right)):
             part = int(left) * int(digit) * 10**place
@@ -125,9 +123,7 @@ class BaseConversion:
     """A number from one base to another: Horner's rule to decimal, then repeated division."""
 
     name: str = "base_conversion"
-    difficulty: Mapping[str, int] = field(
-        default_factory=lambda: dict(min_base=2, max_base=9, min_value=10, max_value=300)
-    )
+    difficulty: Mapping[str, int] = field(default_factory=lambda: dict(min_base=2, max_base=9, min_value=10, max_value=300))
 
     def question(self, metadata: Metadata) -> str:
         return f"{metadata['source_repr']} base {metadata['source_base']} to {metadata['target_base']}"

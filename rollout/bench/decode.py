@@ -32,6 +32,7 @@ from ...errors import InvalidInput
 from ...files import check_output, write_json
 from ...model.backends import products
 from ...model.checkpoint import load_policy
+from ...model.device import placement
 from ...model.policy import Policy
 from ...model.scoring import score
 from ...model.tasks import make_tasks
@@ -81,6 +82,8 @@ def bench_decode(
     temperature: float = 1.0,
     max_tokens: int = 128,
     rounds: int = 5,
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measures each sampler (`ar` always) and the peer at each batch; prints a table, writes rows to `output` as JSON.
 
@@ -89,6 +92,7 @@ def bench_decode(
         peer: one or several of `PEERS`, separated by commas, or None.
         max_tokens: most tokens per sample, on every side.
         rounds: measured rounds, at least 3, after one that warms up.
+        device, dtype: where and as what the policy runs, on every side (`model.device.placement`).
 
     Returns:
         Rows with `engine`, `sampler`, `schedule`, `levels`, `batch`, `context` (prompt tokens), `temperature`,
@@ -117,14 +121,15 @@ def bench_decode(
     if output is not None:
         check_output(output)
     order = list(dict.fromkeys(["ar", *samplers]))
-    policy = load_policy(policy_name)
+    dtype, where = placement(device, dtype)
+    policy = load_policy(policy_name, dtype, where)
     prompts = prompts_of_one_length(policy, max(batches) * WAVES * (rounds + 1))
-    other = load_transformers(policy_name) if peers else None
+    other = load_transformers(policy_name, policy) if peers else None
 
     rows: list[dict[str, Any]] = []
     steps = len(batches) * (rounds + 1) * (len(order) + len(peers))
     with one_thread(), Meter("bench decode", steps) as meter:
-        machine = describe()
+        machine = describe(where)
         for batch in batches:
             contestants = [
                 _ours(policy, sampler, SCHEDULES["ar" if sampler == "ar" else schedule], batch, temperature, max_tokens)

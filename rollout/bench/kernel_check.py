@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ...errors import InvalidInput
 from ...files import check_output, write_json
 from ...kernels.check import OPS, Report, check
 from ...kernels.shapes import TARGETS
+from ..progress import ItemMeter
 
 MAX_WORKERS = 1024
 """Processes that compile; more than any machine has cores for."""
@@ -49,13 +49,11 @@ def check_kernels(
         raise InvalidInput("triton", "is not installed", "pip install 'triton>=3.6'; no accelerator is needed") from None
 
     console = Console(width=None if sys.stdout.isatty() else 140)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("compiling", total=None)
-
-        def seen(report: Report, total: int) -> None:
-            progress.update(task, advance=1, total=total, description=f"{report.target} {report.kernel}")
-
-        reports = check(targets or tuple(TARGETS), ops or OPS, quick=quick, workers=workers, on_report=seen)
+    with ItemMeter("compiled") as meter:
+        reports = check(
+            targets or tuple(TARGETS), ops or OPS, quick=quick, workers=workers,
+            on_report=lambda report, total: meter.advance(f"{report.target} {report.kernel}", total),
+        )  # fmt: skip
     console.print(_table(reports))
     faulty = [report for report in reports if report.faults]
     versions = f"triton {triton.__version__}, torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""What a user might decode with instead, on the same weights and prompts: transformers, three ways.
+"""Other ways to decode the same weights and prompts: transformers, in three ways.
 
 | peer | what runs |
 |---|---|
@@ -33,16 +33,16 @@ Decode = Callable[[Prompts, int], tuple[int, int]]
 """(prompts, seed) -> tokens and forwards, summed over samples."""
 
 
-def load_transformers(policy_name: str | os.PathLike[str]) -> Any:
-    """The policy as transformers loads it, float32."""
+def load_transformers(policy_name: str | os.PathLike[str], policy: Policy) -> Any:
+    """The policy of a name as transformers loads it, on the device and in the dtype of `policy`."""
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(resolve(policy_name), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(resolve(policy_name), dtype=policy.dtype).to(policy.device).eval()
 
 
 def make_peer(
     peer: str, policy: Policy, model: Any, prompt: tuple[int, ...], batch: int, temperature: float, max_tokens: int
 ) -> tuple[Decode, dict[str, Any]]:
-    """How `peer` decodes, and whether its greedy tokens after `prompt` are ours.
+    """The peer's decoding function, and whether its greedy tokens after `prompt` are ours.
 
     The dictionary holds `greedy_tokens_equal`, or `unsupported` with the peer's own words.
     """
@@ -59,7 +59,7 @@ def make_peer(
         lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS} if peer == "transformers-lookup" else {}
 
         def run(prompts: Prompts, options: dict[str, Any]) -> list[list[int]]:
-            tokens = torch.tensor(prompts)
+            tokens = torch.tensor(prompts, device=policy.device)
             made = []
             for part in tokens.split(1 if lookup else batch):
                 out = model.generate(part, attention_mask=torch.ones_like(part), **shared, **options, **lookup)

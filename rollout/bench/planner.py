@@ -1,4 +1,4 @@
-"""`blockroll bench planner`: what the planner chose, against every fixed schedule in hindsight.
+"""`blockroll bench planner`: compares the planner with every fixed schedule on the same requests.
 
 The workload is a fixed list of requests, all there at the start, that end one after another: the batch falls from its
 largest to 1, and no schedule is best all the way.
@@ -27,6 +27,7 @@ from rich.table import Table
 from ...errors import InvalidInput
 from ...files import check_output, write_json
 from ...model.checkpoint import load_policy
+from ...model.device import placement
 from ...model.policy import Policy
 from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
@@ -60,12 +61,15 @@ def bench_planner(
     max_tokens: int = 128,
     rounds: int = 5,
     output: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Measures the planner and each schedule it may choose; prints two tables, writes `output` as JSON.
 
     Args:
         batch: requests, all running at first.
         max_tokens: of the longest request; the others may make evenly fewer.
+        device, dtype: where and as what the policy runs (`model.device.placement`).
 
     Returns:
         `rows` (by median seconds of a round: `schedule`, `seconds`, `tokens_per_s`, `ratio_to_best`: its speed over that
@@ -85,11 +89,12 @@ def bench_planner(
     if output is not None:
         check_output(output)
     SamplingParams(sampler=sampler, temperature=temperature, max_tokens=max_tokens)  # type: ignore[arg-type]
-    policy = load_policy(policy_name)
+    dtype, where = placement(device, dtype)
+    policy = load_policy(policy_name, dtype, where)
     schedules = candidates(policy.block_size)
     same = True
     with one_thread(), Meter("bench planner", (rounds + 1) * (len(schedules) + 1)) as meter:
-        machine = describe()
+        machine = describe(where)
         contestants = [_Contestant(s.label, Engine(policy, EngineConfig(s, max_batch=batch))) for s in schedules]
         auto = _Contestant("auto", Engine(policy, EngineConfig(Schedule("auto"), max_batch=batch)))
         for number in range(rounds + 1):

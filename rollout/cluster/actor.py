@@ -15,6 +15,7 @@ import queue
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ...model.checkpoint import load_policy
 from ..backend import Completed, InFlightPolicy
 from ..engine import Engine
 from ..types import RolloutRequest, SamplingParams
+from .figures import EngineFigures
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec
 
@@ -47,9 +49,11 @@ class EngineActor:
         self._engine: Engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._report = Report()
+        self._figures = EngineFigures()
         self._epochs: dict[str, int] = {}
         self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
-        self._turns = 0
+        self._turns = self._steps = 0
+        self._alone = False
 
     @ray.method(concurrency_group="control")
     def home(self) -> Home:
@@ -81,18 +85,20 @@ class EngineActor:
         torch.set_num_threads(max(1, int(self._spec.num_cpus)))  # OpenMP's setting belongs to the thread
         reported = 0.0
         while True:
-            works = self._engine.has_work
-            if not works and not self._news():
+            if not self._engine.has_work and not self._news():
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
             if self._engine.has_work:
                 for trajectory in self._engine.step():
                     self._ended(trajectory.request_id, trajectory)
+                self._report_failures()
+                self._steps += 1
             self._turns += 1
             now = time.monotonic()
-            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work):
+            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work or self._alone):
                 self._report.fresh = self._engine.scheduler.fresh
+                self._report.steps = self._steps if self._alone else 0
                 report, self._report, reported = self._report, Report(), now
                 yield report
 
@@ -115,8 +121,8 @@ class EngineActor:
     def heartbeat(self) -> Heartbeat:
         """Figures of this moment."""
         engine = self._engine
-        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.forwards,
-                         engine.decode_tokens, engine.scheduler.preemptions)
+        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.decode_tokens,
+                         self._figures.read(engine))
 
     @ray.method(concurrency_group="weights")
     def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -143,6 +149,7 @@ class EngineActor:
                 if in_flight == "abort":
                     for trajectory in self._engine.abort_begun():
                         self._ended(trajectory.request_id, trajectory)
+                    self._report_failures()
                 self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
             except BaseException as error:
                 taken.set_exception(error)  # raised to who asked for the commit
@@ -155,15 +162,17 @@ class EngineActor:
     def _warm_up(self) -> None:
         """Decodes a little, so that what is compiled or loaded at first use is there when work comes."""
         params = SamplingParams(sampler="coupled", max_tokens=4, ignore_eos=True)
-        self._engine.rollout([RolloutRequest("warm-up", (0, 0), params)])
+        with suppress(RequestError):  # weights whose logits overflow; requests will say so
+            self._engine.rollout([RolloutRequest("warm-up", (0, 0), params)])
         self._engine.forwards = self._engine.decode_tokens = 0
 
     def _news(self) -> bool:
-        return bool(self._report.completed) or self._report.returned is not None
+        return bool(self._report.completed) or self._report.returned is not None or (self._alone and self._engine.has_work)
 
     def _add(self, parts: Sequence[Part]) -> None:
         for part in parts:
             self._epochs[part.request.id] = part.epoch
+            self._alone, self._steps = part.alone, 0
             try:
                 self._engine.add_samples(part.request, part.numbers, part.client, part.order)
             except RequestError as error:
@@ -178,7 +187,14 @@ class EngineActor:
         self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
+        self._figures.note(trajectory.trace)
         self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
+
+    def _report_failures(self) -> None:
+        """Reports the requests that failed while they were decoded."""
+        for name, error in self._engine.failed.items():
+            self._report.completed.append(Completed(self._epochs[name], name, error=str(error)))
+        self._engine.failed.clear()
 
     def _forget_epochs(self) -> None:
         """Forgets the leases of requests that are not here, from time to time."""

@@ -124,13 +124,14 @@ class Continuous:
         return True
 
     def _split(self, work: Work, engines: list[EngineHandle], count: int) -> None:
-        """Gives each sample to the engine with the least outstanding tokens, in runs of numbers."""
+        """Gives each sample to the engine with the least outstanding tokens, in runs of numbers. A prompt that is computed once
+        more has to save as much time as it costs."""
         cost = self._backlog.expected(work.request)
-        load = {engine: engine.outstanding + (0.0 if work in engine.samples else work.prompt_cost) for engine in engines}
+        load = {engine: engine.outstanding + (0.0 if work in engine.samples else 2 * work.prompt_cost) for engine in engines}
         shares = dict.fromkeys(engines, 0)
         for _ in range(count):
             engine = min(load, key=load.__getitem__)
-            load[engine] += cost
+            load[engine] += cost - (0.0 if work in engine.samples or shares[engine] else work.prompt_cost)
             shares[engine] += 1
         for engine, share in shares.items():
             if share:

@@ -55,6 +55,7 @@ class EngineHandle:
         count, outstanding: samples, and tokens expected of them. clients: samples by client.
         waits: Ray has no place for its process; reason says why.
         fresh: samples of its last report that had not begun. asked: it was asked to give samples back and has not answered.
+        steps: of its last report, those made with the work that it serves alone.
         reserved: it is given nothing but a work that has to be alone. draining: it leaves when it has ended its work.
         restarts: processes that were replaced.
     """
@@ -71,7 +72,7 @@ class EngineHandle:
 
     def _clear(self) -> None:
         self.samples: dict[Work, dict[int, float]] = {}
-        self.count, self.outstanding, self.fresh, self.asked = 0, 0.0, 0, False
+        self.count, self.outstanding, self.fresh, self.steps, self.asked = 0, 0.0, 0, 0, False
         self.clients: Counter[str] = Counter()
         self.home: Home | None = None
         self.device, self.tokens_per_s = "", 0.0
@@ -80,6 +81,8 @@ class EngineHandle:
         self._beat: Any = None
         self._beat_at = self._turned_at = self._since = time.monotonic()
         self._last: Heartbeat | None = None
+        self._step_s = 0.0
+        self._figures: dict[str, float] = {}
         self._last_at = 0.0
         self._taking: tuple[int, Any] | None = None
 
@@ -137,6 +140,7 @@ class EngineHandle:
             if call is self._stream:
                 report: Report = ray.get(next(self._stream))
                 self.fresh, self.asked = report.fresh, self.asked and report.returned is None
+                self.steps = report.steps
                 return report
             answer = ray.get(call)
         except StopIteration:
@@ -178,7 +182,7 @@ class EngineHandle:
             self.outstanding += known[number]
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
-        return Part(work.request, list(numbers), work.epoch, work.client, work.order)
+        return Part(work.request, list(numbers), work.epoch, work.client, work.order, alone=self.reserved)
 
     def ask_back(self, count: int) -> None:
         """Asks for up to `count` samples that have not begun, unless it was asked already."""
@@ -230,12 +234,16 @@ class EngineHandle:
                                           "ready": "busy" if self.count else "idle", "lost": "lost"}
         state, home = "draining" if self.draining else states[self.phase], self.home
         return EngineStatus(self.id, home.pid if home else None, home.node if home else "", self.device, state, self.version,
-                            round(self.tokens_per_s, 1), self.reason)
+                            round(self.tokens_per_s, 1), self.reason, self._figures if home else {})
 
     def _note_heartbeat(self, beat: Heartbeat) -> None:
         now, self._beat = time.monotonic(), None
         if self._last is None or not beat.works or beat.turns != self._last.turns:
             self._turned_at = now
         if self._last is not None:
-            self.tokens_per_s = (beat.decode_tokens - self._last.decode_tokens) / max(1e-3, now - self._last_at)
+            seconds, steps = max(1e-3, now - self._last_at), beat.figures["forwards"] - self._last.figures["forwards"]
+            self.tokens_per_s = (beat.decode_tokens - self._last.decode_tokens) / seconds
+            if steps and self._last.works:
+                self._step_s = seconds / steps
         self._last, self._last_at = beat, now
+        self._figures = {**beat.figures, "step_seconds": self._step_s}

@@ -30,7 +30,7 @@ from .ray_errors import one_line
 from .ray_start import start_ray
 from .reports import Report
 from .spec import EngineSpec, EngineStatus
-from .suspects import SOLO_DEATHS, Suspects
+from .suspects import Suspects
 from .weight_commit import WeightCommit
 from .work import Backlog, Work
 
@@ -52,6 +52,7 @@ class RayCluster:
         answer_seconds: how long an engine may take to load, or to take, a weight version, and for one step.
         heartbeat_seconds: how long an engine may be silent before it is replaced.
         max_engines: most engines `scale` will ask for, by which a Ray of its own is sized; None for `engines`.
+        owns_ray: the Ray that this process is connected to serves this pool alone, which shuts it down.
 
     Attributes:
         version: the weight version that serves.
@@ -73,6 +74,7 @@ class RayCluster:
         answer_seconds: float = ANSWER_S,
         heartbeat_seconds: float = HEARTBEAT_S,
         max_engines: int | None = None,
+        owns_ray: bool = False,
     ) -> None:
         if dispatch not in ("continuous", "ordered"):
             raise ClusterError(f"dispatch: unknown value {dispatch!r}; use continuous or ordered")
@@ -94,9 +96,7 @@ class RayCluster:
         if dispatch == "ordered":
             self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
         self._looked = self._read_at = time.monotonic()
-        self._own_ray = not ray.is_initialized()
-        if self._own_ray:
-            start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
+        self._own_ray = owns_ray or start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:
             self._wait_until_loaded()
         except BaseException:
@@ -274,7 +274,7 @@ class RayCluster:
             self._strategy.again(work, numbers)
         for work in failed:
             self._early.append(Completed(work.epoch, work.request.id, error=(
-                f"request {work.request.id!r}: {SOLO_DEATHS} engines in a row died while they served nothing else ({why}); "
+                f"request {work.request.id!r}: {work.solo_deaths} engines in a row died while they served nothing else ({why}); "
                 "see the logs of Ray, or leave the request out")))
             self._drop([work])
         self._deal()

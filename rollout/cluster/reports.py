@@ -18,6 +18,7 @@ class Part:
         epoch: the lease they come back under.
         client: whose request it is.
         order: its place among the pool's requests, the oldest first.
+        alone: it is tried alone, so every step is reported.
     """
 
     request: RolloutRequest
@@ -25,6 +26,7 @@ class Part:
     epoch: int
     client: str
     order: int
+    alone: bool = False
 
 
 @dataclass(slots=True)
@@ -35,11 +37,13 @@ class Report:
         completed: samples that ended, and requests that it refuses.
         returned: samples (request id, number) that it gives back, not begun; None where it was not asked to.
         fresh: samples that have not begun.
+        steps: made since the last part was added, if that one is alone; else 0.
     """
 
     completed: list[Completed] = field(default_factory=list)
     returned: list[tuple[str, int]] | None = None
     fresh: int = 0
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +53,15 @@ class Heartbeat:
     Attributes:
         turns: how often its loop has come round: steps, and what it did between them.
         works: whether it has work.
-        forwards, decode_tokens, preemptions: totals of the engine since its process started.
+        decode_tokens: total of the engine since its process started.
+        figures: see `EngineFigures.read`.
     """
 
     turns: int
     works: bool
     version: int
-    forwards: int
     decode_tokens: int
-    preemptions: int
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Requests with which engines died, and whether one of them is to blame.
 
 An engine's death is the machine's fault until the same request has killed engines alone. After `DEATHS` deaths without a sample
-in between a request is a suspect: it waits for an engine that serves nothing else, one suspect at a time. When `SOLO_DEATHS`
-engines have died in a row while they served it alone, it has failed. A machine that dies often costs a good request time, and
-would have to hit it that often in a row, in the short time that it runs alone, to make it fail.
+in between a request is a suspect: it waits for an engine that serves nothing else, one suspect at a time. Steps repeat: what a
+request does to an engine it does again at the same step, while a machine dies at any step. So when `SOLO_DEATHS` engines in a row
+have died at the same step while they served it alone, or `MOST_SOLO_DEATHS` at any step, it has failed.
 
 What was decoded before a death is decoded again, since resuming would cost more than it saves. With R requests running for s
 seconds each, a death every D seconds loses s/2 seconds of R samples on average, the part s/(2 D) of the work: 0.1 % for samples
@@ -19,8 +19,12 @@ from .dispatch import Dealer
 from .handle import EngineHandle
 from .work import Backlog, Work
 
-DEATHS, SOLO_DEATHS = 3, 3
-"""Deaths in company before a request is tried alone, and alone before it has failed."""
+DEATHS, SOLO_DEATHS, MOST_SOLO_DEATHS = 5, 3, 12
+"""Deaths in company before a request is tried alone, and alone before it has failed, at the same step or at any. Who is tried
+alone waits for an engine: where a machine kills one engine of two every 6 s, a request that takes 2 s meets 3 deaths in 1 case of
+30 that meet any, and 5 in 1 of 600."""
+_SAME = 3
+"""Steps that lie this close are the same one: the reports of the last ones may die with the engine."""
 
 
 class Suspects:
@@ -44,8 +48,8 @@ class Suspects:
             if self._backlog.works.get(work.request.id) is not work:
                 continue
             if engine is self._engine and work is self._alone:
-                work.solo_deaths += 1
-                if work.solo_deaths >= SOLO_DEATHS:
+                self._note_solo_death(work, engine.steps)
+                if work.alike >= SOLO_DEATHS or work.solo_deaths >= MOST_SOLO_DEATHS:
                     failed.append(work)
                     continue
             else:
@@ -55,7 +59,7 @@ class Suspects:
             else:
                 go_on.append((work, numbers))
         if engine is self._engine:
-            self._alone = self._engine = None
+            self._end()
         return go_on, failed
 
     def deal(self, engines: Sequence[EngineHandle]) -> None:
@@ -64,6 +68,10 @@ class Suspects:
         if self._alone is not None and works.get(self._alone.request.id) is not self._alone:
             self._end()
         self._waiting = {work: numbers for work, numbers in self._waiting.items() if works.get(work.request.id) is work}
+        able = [engine for engine in engines if not engine.waits and not engine.draining]
+        if len(able) > 1 and not any(engine.serves and engine is not self._engine for engine in able):
+            self._end()  # nobody else serves, and the others' work comes first
+            return
         if self._alone is not None:
             return
         if not self._waiting:
@@ -71,7 +79,7 @@ class Suspects:
             return
         if self._engine is None or self._engine.draining or self._engine.phase == "lost":
             self._end()
-            able = [engine for engine in engines if engine.phase != "lost" and not engine.draining]
+            able = [engine for engine in able if engine.phase != "lost"]
             if not able:
                 return
             self._engine = min(able, key=lambda engine: (engine.waits, engine.count))
@@ -84,6 +92,12 @@ class Suspects:
             self._backlog.wait(self._alone, numbers)
             self._dealer.give(self._engine, self._alone, len(self._alone.waiting))
             self._dealer.send()
+
+    @staticmethod
+    def _note_solo_death(work: Work, step: int) -> None:
+        same = work.solo_deaths > 0 and abs(step - work.died_at) <= _SAME
+        work.alike, work.died_at = work.alike + 1 if same else 1, step
+        work.solo_deaths += 1
 
     def _end(self) -> None:
         if self._engine is not None:

@@ -29,7 +29,9 @@ class Work:
         order: number of the request, in the order of arrival.
         waiting: numbers of the samples that are with no engine, in order.
         done: numbers of those that have come.
-        deaths: engines that died with it since its last sample; solo_deaths: those of them that served nothing else.
+        deaths: engines that died with it since its last sample.
+        solo_deaths: those of them that served nothing else. alike: the last of these in a row that died at about the same step,
+        `died_at`.
     """
 
     request: RolloutRequest
@@ -40,6 +42,8 @@ class Work:
     done: set[int] = field(default_factory=set)
     deaths: int = 0
     solo_deaths: int = 0
+    alike: int = 0
+    died_at: int = 0
 
     @property
     def left(self) -> int:
@@ -118,7 +122,7 @@ class Backlog:
             if item.trajectory.sample in work.done:
                 return None
             work.done.add(item.trajectory.sample)
-            work.deaths = work.solo_deaths = 0
+            work.deaths = work.solo_deaths = work.alike = 0
             self._lengths.append(len(item.trajectory.tokens))
         if item.trajectory is None or not work.left:
             self.forget(work)

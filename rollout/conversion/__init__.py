@@ -1,4 +1,4 @@
-"""Conversions as commands: train by `model.conversion`, then measure with engines, which only this floor has.
+"""Conversions as commands: `model.conversion` trains, then engines measure. Engines exist only on this floor.
 
 Knows recipes and `evaluation`. Does not know how a stage trains.
 

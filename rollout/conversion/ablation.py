@@ -1,4 +1,5 @@
-"""`blockroll ablate`: what each part of a conversion recipe is worth, from one parent. The file sets each variant's budget.
+"""`blockroll ablate`: trains variants of a conversion stage from one parent and compares them. The file sets each variant's
+budget.
 
 Invariants:
 - A cell is a (variant, seed): the base stage with the variant's changes, trained from the parent and decoded by the engine. Its
@@ -23,19 +24,19 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InvalidInput
 from ...files import check_directory, check_output, locked_directory, make_directory, write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
-from ...model.conversion.config import ConversionConfig, Data, Stage
+from ...model.conversion.config import ConversionConfig, Data, DeviceName, DtypeName, Stage
 from ...model.conversion.train import run as run_stages
+from ...model.device import placement, resolved
 from ...model.tasks import make_tasks
 from ...seeds import MAX_SEED
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
 from ..machine import describe, one_thread
+from ..progress import ItemMeter
 from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
 
@@ -55,6 +56,7 @@ class Decoding(Config):
     batch: int = Field(16, ge=1, le=65_536, description="samples decoded at once; tokens per forward do not depend on it")
     mix_weight: float = Field(0.5, ge=0, le=1, description="weight of p's logits for `mixed`")
     max_tokens: int = Field(256, ge=1, le=2**31, description="most tokens per sample")
+    dtype: DtypeName | None = Field(None, description="of the policies; none takes bfloat16 on a GPU and float32 on a CPU")
 
     @model_validator(mode="after")
     def _levels(self) -> Decoding:
@@ -75,6 +77,7 @@ class AblationConfig(Config):
         min_length=1, description="name -> fields that differ from the base; the first is what the others are compared with"
     )
     decoding: Decoding = Decoding()
+    device: DeviceName = Field("auto", description="where cells are trained and decoded: auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _distinct(self) -> AblationConfig:
@@ -93,6 +96,7 @@ class Cell(Config):
     seed: int
     stage: Stage
     decoding: Decoding
+    device: str = "auto"
 
     def directory(self, output: str) -> Path:
         """Where the cell's policy and figures are kept."""
@@ -128,14 +132,12 @@ def ablate(
     cells = list(cells_of(config, os.fspath(path)))
     resolve(config.parent)
     check_directory(config.output)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     output = make_directory(config.output)
-    with locked_directory(output), one_thread(), Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("cells", total=len(cells))
+    with locked_directory(output), one_thread(), ItemMeter("cells", len(cells)) as meter:
         for row, fresh in _run_all(cells, config.output, workers):
-            progress.update(task, advance=1, description=f"{row['variant']}, seed {row['seed']}")
+            meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:
-                # A long run: show what there is after every cell.
+                # A run may take days, so its table is written after every cell.
                 _write(path, config, _finished(cells, config.output))
                 if on_cell is not None:
                     on_cell(row)
@@ -151,7 +153,7 @@ def cells_of(config: AblationConfig, name: str) -> Iterator[Cell]:
         data = config.data.model_copy(update={"seed": config.data.seed + seed})
         for variant, stage in stages.items():
             yield Cell(variant=variant, parent=config.parent, data=data, block_size=config.block_size, seed=seed,
-                       stage=stage, decoding=config.decoding)
+                       stage=stage, decoding=config.decoding, device=config.device)
 
 
 def run_cell(cell: Cell, output: str) -> dict[str, Any]:
@@ -159,12 +161,15 @@ def run_cell(cell: Cell, output: str) -> dict[str, Any]:
     directory = cell.directory(output)
     conversion = ConversionConfig(
         output=str(directory / "policy"), parent=cell.parent, data=cell.data, block_size=cell.block_size,
-        stages=(cell.stage,), seed=cell.seed, save_dtype="float32",
+        stages=(cell.stage,), seed=cell.seed, save_dtype="float32", device=cell.device,
     )
     last: dict[str, Any] = {}
     policy = run_stages(conversion, last.update)
     assert policy is not None  # only the other processes of a group are left without one
     decoding = cell.decoding
+    dtype, device = placement(cell.device, decoding.dtype)
+    if device.type != "cpu" or dtype != "float32":
+        policy = load_policy(directory / "policy", dtype, device)
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, cell.data.families or None)
     ways = []
     for sampler, temperature in WAYS:
@@ -241,11 +246,12 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _parent(config: AblationConfig) -> dict[str, Any]:
-    """What the parent says of the same tasks."""
+    """The parent's AR loss and pass@1 on the same tasks."""
     path = Path(config.output) / f"parent-{hashlib.blake2b(repr(config.decoding).encode(), digest_size=5).hexdigest()}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    parent, decoding = load_policy(config.parent), config.decoding
+    decoding = config.decoding
+    parent = load_policy(config.parent, *placement(config.device, decoding.dtype))
     tasks = make_tasks("heldout", decoding.tasks, decoding.seed, config.data.families or None)
     result = evaluate(parent, tasks, sampler="ar", schedule=Schedule("ar"), max_tokens=decoding.max_tokens,
                       batch=decoding.batch, seed=decoding.seed)
@@ -256,7 +262,8 @@ def _parent(config: AblationConfig) -> dict[str, Any]:
 
 
 def _write(path: Path, config: AblationConfig, rows: list[dict[str, Any]]) -> None:
-    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows, machine=describe())
+    report = dict(config=config.model_dump(mode="json"), parent=_parent(config), cells=rows,
+                  machine=describe(resolved(config.device)))
     write_json(path.with_suffix(".json"), report)
     write_atomic(path.with_suffix(".md"), table(report).encode())
     plot(report, path.with_suffix(".png"))

@@ -78,7 +78,8 @@ def _convert(
         write_atomic(output / "training.jsonl", log.read_bytes())
     if config.evaluation_tasks:
         tasks, samples = config.evaluation_tasks, config.evaluation_samples
-        options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed)
+        options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed,
+                          device=config.device, dtype=config.dtype)
         parent = parent_of(config)
         evaluate_policy(output, options, parent_name=parent, json_path=output / _FIGURES, card_path=output / _CARD)
     return output

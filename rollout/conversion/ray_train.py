@@ -55,7 +55,7 @@ def run_on_ray(
     rows = Queue(actor_options={"num_cpus": 0})
     forwarding = threading.Thread(target=_forward, args=(rows, report), daemon=True)
     forwarding.start()
-    gpu = torch.cuda.is_available()
+    gpu = config.device != "cpu" and torch.cuda.is_available()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config, "folder": os.getcwd(), "rows": rows, "before_export": before_export},

@@ -1,4 +1,4 @@
-"""What a policy is worth: the one place that measures it, for `blockroll eval`, `convert` and `ablate`.
+"""Measures a policy on held-out tasks, for `blockroll eval`, `convert` and `ablate`. Nothing else measures one.
 
 Knows tasks, engines and the records they leave. Does not know how a policy was trained, beyond the recipe beside it.
 

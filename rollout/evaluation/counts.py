@@ -92,7 +92,8 @@ def acceptance_by_kind(samples: Sequence[Trajectory], kind_of: Callable[[int], K
 
 
 def kinds_of(tokenizer: Any, eos_token_ids: Sequence[int]) -> Callable[[int], Kind]:
-    """What kind a token is, by its text; one that holds several things is the first of newline, digits and letters."""
+    """The kind of a token, by its text. A token that holds several kinds of characters is the first of newline, digits,
+    letters."""
     known: dict[int, Kind] = {token: "eos" for token in eos_token_ids}
 
     def kind_of(token: int) -> Kind:

@@ -229,7 +229,7 @@ def tokenizer_of(policy: Policy, tasks: Sequence[Task]):
 
 
 def check_groups(k: Sequence[int], samples: int) -> None:
-    """InvalidInput where pass@k cannot be had from so many samples of a task."""
+    """Raises InvalidInput if a k is larger than the number of samples of a task."""
     if not k or min(k) < 1:
         raise InvalidInput("k", f"{list(k)} holds no whole number, or one less than 1", "write numbers like 1,2,4")
     if max(k) > samples:

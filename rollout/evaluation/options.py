@@ -1,6 +1,6 @@
-"""What `blockroll eval` is asked to measure.
+"""The options of `blockroll eval`.
 
-Invariants: checked whole when it is made, before anything is loaded or decoded.
+Invariants: all options are checked when an `Options` is made, before anything is loaded or decoded.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Options:
         block_sizes: compared at the first temperature; all else is at the policy's own.
         batch: samples decoded at once.
         seed: of the tasks and of their samples.
+        device, dtype: where and as what policy and parent run (`model.device.placement`).
     """
 
     tasks: int = 500
@@ -48,6 +49,8 @@ class Options:
     batch: int = 32
     max_tokens: int = 256
     seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("tasks", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_SAMPLES)):

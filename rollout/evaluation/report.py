@@ -20,6 +20,7 @@ from ...errors import InvalidInput
 from ...files import check_output, write_atomic, write_json
 from ...model.checkpoint import load_policy, resolve
 from ...model.conversion.config import ConversionConfig
+from ...model.device import placement
 from ...model.policy import Policy
 from ...model.tasks import Task
 from ..machine import describe
@@ -69,7 +70,8 @@ def evaluate_policy(
         check_output(path, *outputs[:i])  # now rather than after an hour of decoding
     options, began = options or Options(), time.perf_counter()
     directory = resolve(policy_name)
-    policy = load_policy(directory)
+    dtype, device = placement(options.device, options.dtype)
+    policy = load_policy(directory, dtype, device)
     parent = None if parent_name is None else _load_parent(parent_name, policy)
     recipes, not_compared = recipes_of(directory)
     tasks = heldout_tasks(recipes, options.tasks, options.seed)
@@ -78,13 +80,13 @@ def evaluate_policy(
         policy=directory.name, parent=None if parent_name is None else resolve(parent_name).name, split="heldout",
         families=sorted({task.family for task in tasks}), tasks=len(tasks), samples=options.samples, k=list(options.groups),
         seed=options.seed, temperatures=list(dict.fromkeys(options.temperatures)), max_tokens=options.max_tokens,
-        batch=options.batch, levels=list(options.levels), block_size=policy.block_size, dtype="float32",
+        batch=options.batch, levels=list(options.levels), block_size=policy.block_size, dtype=dtype,
         disjoint={**asdict(disjoint), "overlap": 0},
     )  # fmt: skip
     estimates = _measure_all(policy, parent, tasks, options, figures)
     figures |= {name: _part(table, 0) for name, table in estimates.items()}
     figures["standard_error"] = {name: _part(table, 1) for name, table in estimates.items()}
-    figures |= {"machine": describe(), "seconds": round(time.perf_counter() - began, 1)}
+    figures |= {"machine": describe(device), "seconds": round(time.perf_counter() - began, 1)}
     if json_path is not None:
         write_json(json_path, figures)
         plot(figures, Path(json_path).with_suffix(".png"))
@@ -100,7 +102,7 @@ def evaluate_and_show(policy_name: str | os.PathLike[str], options: Options, **p
 
 
 def _load_parent(name: str | os.PathLike[str], policy: Policy) -> Policy:
-    parent = load_policy(name)
+    parent = load_policy(name, str(policy.dtype).removeprefix("torch."), policy.device)
     if parent.config.vocab_size != policy.config.vocab_size:
         raise InvalidInput("parent", f"its vocabulary has {parent.config.vocab_size} tokens and the policy's"
                            f" {policy.config.vocab_size}", "name the policy that was converted")  # fmt: skip

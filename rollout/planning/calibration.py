@@ -141,7 +141,7 @@ class _Bench:
         return min(self._policy.config.max_position_embeddings, self._pages // batch * self._page_size)
 
     def fits(self, batch: int, context: int) -> bool:
-        """Whether so many samples of this context can take full steps."""
+        """Whether `batch` samples of this context can take full steps without preemption."""
         return self.longest(batch) >= context + self._room
 
     def time(self, schedules: Sequence[Schedule], batch: int, context: int) -> dict[str, float]:

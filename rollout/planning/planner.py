@@ -1,4 +1,4 @@
-"""The planner: before each step it chooses the schedule that makes the coming tokens soonest.
+"""The planner: before each step it chooses the schedule that makes the next tokens in the least time.
 
 For the next G tokens of each sample a schedule needs
 

@@ -71,27 +71,18 @@ class Hardware:
 
 
 _READS = "paged decode attention reads at about 70 % of peak on AMD and 80-90 % on Hopper"
+_MI300X = f"copies 4.3 TB/s published; products assumed; {_READS}"
+_MI355X = f"assumed, copies as on MI300X; {_READS}"
+_H200 = f"copies 4.3 TB/s and products 790 TFLOP/s measured; attention's products assumed; {_READS}"
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware(
-            "mi300x", 1307.4e12, 5.3e12, "AMD Instinct MI300X data sheet", (0.54, 0.81, 0.42, 0.70),
-            f"copies 4.3 TB/s published; products assumed; {_READS}",
-        ),
-        Hardware(
-            "mi355x", 2516.6e12, 8.0e12, "AMD Instinct MI355X data sheet", (0.60, 0.81, 0.56, 0.70),
-            f"assumed, copies as on MI300X; {_READS}",
-        ),
-        Hardware(
-            "h200", 989.4e12, 4.8e12, "NVIDIA H200 data sheet", (0.80, 0.90, 0.67, 0.85),
-            f"copies 4.3 TB/s and products 790 TFLOP/s measured; attention's products assumed; {_READS}",
-        ),
-        Hardware(
-            "h100", 989.4e12, 3.35e12, "NVIDIA H100 SXM data sheet", (0.80, 0.90, 0.67, 0.85),
-            f"as H200; {_READS}",
-        ),
+        Hardware("mi300x", 1307.4e12, 5.3e12, "AMD Instinct MI300X data sheet", (0.54, 0.81, 0.42, 0.70), _MI300X),
+        Hardware("mi355x", 2516.6e12, 8.0e12, "AMD Instinct MI355X data sheet", (0.60, 0.81, 0.56, 0.70), _MI355X),
+        Hardware("h200", 989.4e12, 4.8e12, "NVIDIA H200 data sheet", (0.80, 0.90, 0.67, 0.85), _H200),
+        Hardware("h100", 989.4e12, 3.35e12, "NVIDIA H100 SXM data sheet", (0.80, 0.90, 0.67, 0.85), f"as H200; {_READS}"),
     )
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -195,8 +186,8 @@ class Roofline:
                 parts[name] += work
         weights = 2 * config.hidden_size * config.vocab_size
         for rows in heads:
-            # Logits are written once, and read once for the normaliser and once for the draw.
-            logits = 3 * 2 * batch * rows * config.vocab_size
+            # Logits are float32. They are written once, and read once for the normaliser and once for the draw.
+            logits = 3 * 4 * batch * rows * config.vocab_size
             parts["head"] += Work(weights + logits, weights * batch * rows)
         touched = sum(experts_touched(config.num_experts, batch * rows) for rows in passes) / len(passes)
         kernels = len(passes) * config.num_hidden_layers * KERNELS_PER_LAYER

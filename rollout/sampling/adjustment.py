@@ -38,7 +38,7 @@ class Prefix(NamedTuple):
 
 
 class Before(NamedTuple):
-    """What the tokens before a row amount to.
+    """Summary of the tokens before a row.
 
     Attributes:
         left_S: int64, tokens still to come before a sample may end.
@@ -73,7 +73,7 @@ class Adjustment:
         self._repetition_S1, self._presence_S1, self._frequency_S1 = columns
 
     def start(self, vocabulary: int, there_S: torch.Tensor | None = None) -> Before:
-        """Before the next token. `there_S` (bool): the samples that have a row for it; None: all."""
+        """The state before the next token. `there_S` (bool): the samples that have a row for it; None: all."""
         if self._vocabulary != vocabulary:
             self._make(vocabulary)
         before = self._committed
@@ -83,7 +83,7 @@ class Adjustment:
         return before._replace(tokens={s: tokens for s, tokens in before.tokens.items() if there[s]})
 
     def after(self, before: Before, token_S: torch.Tensor) -> Before:
-        """One token further; -1: this sample has no more rows."""
+        """The state after one more token per sample; -1: this sample has no more rows."""
         there_S, count_SV, tokens = token_S >= 0, before.count_SV, before.tokens
         if count_SV is not None:
             count_SV = count_SV.scatter_add(1, token_S.clamp(min=0)[:, None], there_S.to(torch.int32)[:, None])
@@ -119,7 +119,7 @@ class Adjustment:
         return torch.stack(rows, 1)
 
     def commit(self, token_SR: torch.Tensor) -> None:
-        """Take the tokens that a verification commits; -1 past them."""
+        """Count the tokens that a verification commits; -1 past them."""
         before = self._committed
         for token_S in token_SR.unbind(1):
             before = self.after(before._replace(tokens={}), token_S)
@@ -154,7 +154,7 @@ class Adjustment:
 
 
 def _checked(found: object, like_V: torch.Tensor) -> torch.Tensor:
-    """What a processor returned, where it can be sampled from."""
+    """The logits that a processor returned; RequestError if no token can be drawn from them."""
     remedy = "return a tensor of the logits' shape with at least one finite number, none of them NaN or +inf"
     if not isinstance(found, torch.Tensor) or found.shape != like_V.shape:
         given = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__

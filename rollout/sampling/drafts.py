@@ -1,4 +1,4 @@
-"""What the samplers work on: a batch's seeds and parameters, drafts waiting for verification, and the verdict on them.
+"""Data of the samplers: a batch's seeds and parameters, drafts that wait for verification, and the verdict on them.
 
 Invariants:
 - Rows of one batch may differ in sampler and parameters. Rows that are computed alike form a group, and a row takes the

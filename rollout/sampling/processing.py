@@ -61,11 +61,11 @@ def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: 
     before = prob.cumsum(-1) - prob
     keep = keep & ((before < top_p) | (top_p >= 1))
     keep &= value >= value[..., :1] + min_p.log().to(value.dtype)
-    # Each cut keeps a prefix of the ranking, so how many survive says which ones: no need to know who stands where.
+    # Each cut keeps a prefix of the ranking. So the number of tokens kept determines which ones; their order is not needed.
     count = keep.sum(-1, keepdim=True)
     edge = value.gather(-1, (count - 1).clamp(min=0))
     keep = scaled >= edge
-    # Rare, and worth a look on a CPU; to look at an accelerator would be to wait for it.
+    # Ties at the edge are rare, so a CPU checks for them. The check would make the host wait for an accelerator.
     if scaled.device.type != "cpu" or bool((keep.sum(-1, keepdim=True) > count).any()):
         tied = scaled == edge
         room = count - (scaled > edge).sum(-1, keepdim=True)

@@ -14,8 +14,8 @@ Invariants:
 | `lossless` | drafts from q; accepted with min(1, p/q), else the residual: distributed as p |
 | `mixed` | as `lossless`, with m = softmax of the mixed logits in place of p; m = p in rows without a draft |
 
-Rows without cut-offs take the kernels where there are any (`kernels`); this is the plain path, and every cut-off's.
-At temperature 0 every sampler accepts while the draft is the most probable token of its target.
+Rows without cut-offs and adjustments take the kernels if the device has any (`kernels`). All other rows are computed here in
+torch. At temperature 0 every sampler accepts while the draft is the most probable token of its target.
 
 Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V = vocabulary, G = rows of a group.
 """
@@ -205,9 +205,9 @@ def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts
     for group in rows.groups:
         i = group.index_G
         assert i is not None
-        # Padding is not worth the noise of a whole row each where the host can tell that a group has no drafts.
+        # If the host knows that a group has no drafts, its padding rows are dropped: each would cost the noise of a whole row.
         rejects = group.sampler in ("lossless", "mixed") and not group.greedy
-        # What q there is may be the neighbours', of a kind that this group does not read.
+        # The q in `drafts` may belong to other groups, in a form that this group does not read.
         known = (drafts.q_lse_SM if kernels.serves(group, p_logits_SRV) else drafts.logq_SMV) is not None
         width = 1 if group.sampler == "ar" or (rejects and not known) else r
         part_drafts = drafts.select(i).narrow(width - 1)

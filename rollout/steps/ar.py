@@ -18,6 +18,7 @@ class ArPlanBuilder:
 
     def __init__(self, mask_token: int) -> None:
         self._full = DecodeRows([mask_token], 0, (), 0)
+        self.passes: tuple[DecodeRows, ...] = (self._full,)
 
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples."""

@@ -26,6 +26,7 @@ class FusedPlanBuilder:
         self._drafts, self._block, self._level_L = schedule.drafts, schedule.block, np.array(schedule.levels)
         offsets = tuple(level + 1 for level in schedule.levels)
         self._full = DecodeRows([mask_token] * (1 + schedule.drafts), 0, offsets, schedule.block)
+        self.passes: tuple[DecodeRows, ...] = (self._full,)
 
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples. Of each sample's waiting drafts the first ones are verified, as many as the schedule

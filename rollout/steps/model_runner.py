@@ -11,6 +11,7 @@ decode rows, V vocabulary, N rows that hold drafts, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ from ...model.policy import Policy, Routing
 from ..cache import BlockTable, PagedCache
 from .plan import ForwardRequest
 from .recurring import bucket
-from .shapes import Fill, ShapeCache
+from .shapes import Fill, ShapeCache, captured_sizes, power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,17 @@ class ModelRunner:
         """Must be called after the policy's weights have changed. Graphs read the weights where they lie."""
         self.backend.refresh()
         self.markov = self.backend.markov
+
+    def capture(self, passes: Sequence[DecodeRows], batches: Sequence[int], pages: int | None = None) -> None:
+        """Capture passes of so many sequences.
+
+        Args:
+            pages: of each sequence; None: sequences reach any length that the policy and the cache allow.
+        """
+        if self._captured and self.backend.recurs:
+            most = min(self._cache.pages_for(self._policy.config.max_position_embeddings), self._cache.total_pages)
+            sizes = captured_sizes(batches, most) if pages is None else [(bucket(n), power_of_two(pages)) for n in batches]
+            self.shapes.capture(passes, sizes)
 
     def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None) -> ForwardOutput:
         """One forward pass.

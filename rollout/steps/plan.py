@@ -153,7 +153,13 @@ class StepPlan:
 
 
 class PlanBuilder(Protocol):
-    """Plans the steps of one schedule."""
+    """Plans the steps of one schedule.
+
+    Attributes:
+        passes: decode rows of a sequence that leaves nothing out, of each forward pass (`ForwardRequest.full`).
+    """
+
+    passes: tuple[DecodeRows, ...]
 
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples."""

@@ -139,10 +139,22 @@ class StepRunner:
         Args:
             schedule: with sizes (`Schedule.within`).
         """
+        return self._builder(schedule).plan(batch)
+
+    def capture(self, schedules: Sequence[Schedule], batches: Sequence[int], pages: int | None = None) -> None:
+        """Capture the forward passes of these schedules, with sizes, at these batches, where passes are captured.
+
+        Args:
+            pages: of each sample; None: samples reach any length that the policy and the cache allow.
+        """
+        passes = [rows for schedule in schedules for rows in self._builder(schedule).passes]
+        self.model.capture(passes, batches, pages)
+
+    def _builder(self, schedule: Schedule) -> PlanBuilder:
         builder = self._builders.get(schedule)
         if builder is None:
             builder = self._builders[schedule] = plan_builder(schedule, self._policy.mask_token_id)
-        return builder.plan(batch)
+        return builder
 
     def forward(self, plan: StepPlan) -> StepForward | None:
         """Run the plan's forward passes; None where no sample decodes. `two_pass` draws its drafts between the two passes."""

@@ -1,7 +1,9 @@
-"""Forward passes that run again and again: their inputs keep their place, and a graph is captured once a shape is frequent.
+"""Forward passes that run again and again: their inputs keep their place, and graphs of them are captured when an engine starts.
 
 Invariants:
-- Graphs are few, and their memory is bounded. A pass that finds no room for a graph runs eagerly and gives the same.
+- Nothing is captured while requests are served. A pass without a graph runs in a larger one that has one, else eagerly, and gives
+  the same.
+- Graphs are few, and their memory is bounded. A shape whose capture fails runs eagerly.
 - The inputs of a shape lie in one place, which every pass fills again: that is where its graph reads them.
 
 Legend: S sequences, T rows, D hidden size, L layers.
@@ -10,12 +12,13 @@ Legend: S sequences, T rows, D hidden size, L layers.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from ...kernels.dispatch import batch_invariant
-from ...kernels.graphs import Captured, GraphBudget
+from ...kernels.graphs import Captured, GraphBudget, GraphPool, can_capture, without_garbage_collection
 from ...model.backends import Backend
 from ...model.layout import DecodeRows
 from ...model.policy import Policy, Routing
@@ -24,16 +27,35 @@ from .recurring import RecurringInputs, bucket
 
 Fill = Callable[[torch.Tensor], object]
 """Writes the tokens that the host does not know into token_T on the device."""
-_OFTEN = 3
-"""A shape is captured at its third pass."""
 _MOST_SHAPES = 128
-"""Shapes whose inputs and graphs are kept."""
-_GRAPH_SHARE = 32
+"""Shapes without a graph whose inputs are kept."""
+_MOST_GRAPHS = 512
+"""A capture takes about a tenth of a second, so these take less than a minute."""
+GRAPH_SHARE = 32
 """Graphs take at most 1/32 of the device's memory."""
-_LATELY = 2000
-"""A graph that was not replayed in this many passes gives its room to another one. All other graphs stay: shapes that take turns
-would capture again and again, and a capture takes as long as hundreds of steps."""
+_PADDING = 2
+"""A pass may run in a graph of at most this many times its sequences; with more it is faster eagerly."""
+_NARROWEST, _WIDER = 8, 4
+"""Pages per sequence of the narrowest graphs, and how much wider the next ones are. A wide table of pages costs a pass little."""
 _log = logging.getLogger(__name__)
+
+
+def captured_sizes(batches: Sequence[int], most_pages: int) -> list[tuple[int, int]]:
+    """(sequences, columns of the table of pages) of the passes that are captured, narrow ones first.
+
+    Args:
+        batches: sequences of a pass, each rounded up to a `bucket`. most_pages: of a sequence.
+    """
+    sequences = sorted({bucket(count) for count in batches}, reverse=True)
+    widths, widest = [_NARROWEST], power_of_two(most_pages)
+    while widths[-1] < widest:
+        widths.append(min(widths[-1] * _WIDER, widest))
+    return [(count, width) for width in widths for count in sequences]
+
+
+def power_of_two(count: int) -> int:
+    """The smallest power of two that is not below `count`; at least 1."""
+    return 1 << (max(count, 1) - 1).bit_length()
 
 
 class _Shape:
@@ -41,63 +63,90 @@ class _Shape:
 
     Attributes:
         inputs: made on the host by each pass. copy: the same on the device.
-        captured: the graph, once there is one. last: number of the latest pass of this shape.
+        captured: the graph; None where the passes run eagerly.
     """
 
-    def __init__(self, policy: Policy, backend: Backend, inputs: RecurringInputs, records: bool) -> None:
-        self._backend, self.inputs, self._records = backend, inputs, records
+    def __init__(self, policy: Policy, backend: Backend, inputs: RecurringInputs) -> None:
+        self._backend, self.inputs = backend, inputs
         self.copy = inputs.pinned_copy(policy.device)
         self.captured: Captured | None = None
-        self.last = self._passes = 0
         self._hidden_TD: torch.Tensor | None = None
         self._expert_TL: torch.Tensor | None = None
 
-    def forward(self) -> None:
-        """Run the backend on the inputs as they are."""
+    def forward(self, records: bool = True) -> None:
+        """Run the backend on the inputs as they are. A graph always records the experts, so that it serves every batch."""
         layout, plan = self.copy.tree
-        routing = Routing([], []) if self._records else None
+        routing = Routing([], []) if records else None
         self._hidden_TD = self._backend.forward(layout, plan, self.inputs.view, routing)
         self._expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
 
-    def run(self, capture: Callable[[Callable[[], None]], Captured | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_TD, and the experts where they are recorded.
-
-        Args:
-            capture: gives a graph of a call, or None where there may be no graph.
-        """
-        self._passes += 1
-        if self.captured is None and self._passes >= _OFTEN:
-            self.captured = capture(self.forward)
+    def run(self, records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_TD, and the experts where they are wanted."""
         if self.captured is None:
-            self.forward()
+            self.forward(records)
         else:
             self.captured.graph.replay()
-        hidden_TD, expert_TL = self._hidden_TD, self._expert_TL
+        hidden_TD, expert_TL = self._hidden_TD, self._expert_TL if records else None
         assert hidden_TD is not None
         if self.captured is None:
-            self._hidden_TD = self._expert_TL = None  # frees the memory when the step is over
+            self.forget()
         elif expert_TL is not None:
             expert_TL = expert_TL.clone()  # read after the next graph has run, which may write over this memory
         return hidden_TD, expert_TL
 
+    def forget(self) -> None:
+        """Free the results: the memory is the step's, or that of a capture that failed."""
+        self._hidden_TD = self._expert_TL = None
+
 
 class ShapeCache:
-    """The shapes of one policy over one cache. The shape that was used longest ago makes room for a new one."""
+    """The shapes of one policy over one cache. Of those without a graph, the one used longest ago makes room for another.
+
+    Attributes:
+        budget: of the graphs.
+    """
 
     def __init__(self, policy: Policy, backend: Backend, cache: PagedCache) -> None:
         self._policy, self._backend, self._cache = policy, backend, cache
-        self._graphs = torch.cuda.is_available() and policy.device.type == "cuda"
-        self._memory = torch.cuda.graph_pool_handle() if self._graphs else None
-        total = torch.cuda.get_device_properties(policy.device).total_memory if self._graphs else 0
-        self._budget, self._warned = GraphBudget(_MOST_SHAPES, total // _GRAPH_SHARE), False
-        self._shapes: dict[Hashable, _Shape] = {}
-        self._passes = 0
+        self._graphs = can_capture(policy.device)
+        total = torch.cuda.mem_get_info(policy.device)[1] if self._graphs else 0
+        self.budget = GraphBudget(_MOST_GRAPHS, total // GRAPH_SHARE)
+        self._pool: GraphPool | None = None
+        self._captured: dict[Hashable, dict[tuple[int, int], _Shape]] = {}
+        self._serving: dict[Hashable, _Shape | None] = {}
+        self._eager: dict[Hashable, _Shape] = {}
+
+    def capture(self, passes: Sequence[DecodeRows], sizes: Sequence[tuple[int, int]]) -> None:
+        """Capture passes, as many as the budget has room for, and log them. Does nothing where the device has no graphs.
+
+        Args:
+            passes: what each sequence runs; the most important ones first. sizes: as of `captured_sizes`.
+        """
+        if not self._graphs:
+            return
+        self._pool = self._pool or GraphPool()
+        # The first passes count most, but the largest are captured first: their memory then serves the others.
+        wanted = {(_key(rows), *size): (rows, *size) for size in sizes for rows in passes}
+        chosen = sorted(list(wanted.values())[: self.budget.most - self.budget.graphs], key=_rows_of, reverse=True)
+        start, before, failed = time.perf_counter(), self.budget.graphs, 0
+        with without_garbage_collection():
+            for rows, sequences, width in chosen:
+                if not self.budget.has_room:
+                    break
+                failed += not self._capture(rows, sequences, width, self._pool)
+        _log.log(
+            logging.INFO if self.budget.graphs - before == len(wanted) else logging.WARNING,
+            "captured %d of %d shapes of decode steps in %.1f s (%d failed): graphs take %d MB of at most %d MB; other "
+            "shapes run in larger ones or eagerly", self.budget.graphs - before, len(wanted), time.perf_counter() - start, failed,
+            self.budget.bytes >> 20, self.budget.most_bytes >> 20,
+        )  # fmt: skip
 
     def run(
         self, rows: DecodeRows, tables: Sequence[BlockTable], starts: Sequence[int], first: Sequence[int] | None,
         fill: Fill | None, records: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-        """One pass in which every sequence runs `rows`. Sequences are padded to a `bucket`, the table of pages to a power of two.
+        """One pass in which every sequence runs `rows`. Sequences are padded to a `bucket`, the table of pages to a power of two;
+        both further where only a larger pass has a graph.
 
         Args:
             tables: pages of each sequence. starts: position of its first row. first: token of that row; None where only the
@@ -105,40 +154,60 @@ class ShapeCache:
             fill: writes drafts into their rows. records: the experts are wanted.
         Returns: hidden_TD, and expert_TL where experts are wanted.
         """
-        sequences, width = bucket(len(tables)), 1 << (max(1, *(len(table.pages) for table in tables)) - 1).bit_length()
-        key = len(rows.clean), rows.proposals, rows.block_length, sequences, width, batch_invariant(), records
-        shape = self._shapes.pop(key, None)
-        if shape is None:
-            if len(self._shapes) >= _MOST_SHAPES:
-                self._drop_graph(self._shapes.pop(next(iter(self._shapes))))
-            inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
-            shape = _Shape(self._policy, self._backend, inputs, records)
-        self._shapes[key] = shape
-        self._passes += 1
-        shape.last = self._passes
+        sequences, width = bucket(len(tables)), power_of_two(max(len(table.pages) for table in tables))
+        key = _key(rows)
+        shape = self._with_graph(key, sequences, width) or self._without_graph(key, rows, sequences, width)
         shape.inputs.at(tables, starts, first)
         shape.copy.send()
         if fill is not None:
             fill(shape.copy.tree[0].token_T)
-        return shape.run(self._capture)
+        return shape.run(records)
 
-    def _capture(self, forward: Callable[[], None]) -> Captured | None:
-        """A graph of the forward; None where the device has no graphs, or where no graph is idle and the budget is spent."""
-        if not self._graphs:
+    def _with_graph(self, key: Hashable, sequences: int, width: int) -> _Shape | None:
+        """The smallest shape with a graph that takes the pass; None where there is none."""
+        known, whole = self._captured.get(key), (key, sequences, width)
+        if known is None:
             return None
-        budget = self._budget
-        idle = (shape for shape in self._shapes.values() if shape.captured and self._passes - shape.last > _LATELY)
-        while not budget.has_room and (shape := next(idle, None)) is not None:
-            self._drop_graph(shape)
-        if budget.has_room:
-            return budget.capture(forward, self._memory)
-        if not self._warned:
-            _log.warning("%d captured graphs take %d MB, which is the bound: other shapes of steps run without a graph",
-                         budget.graphs, budget.bytes >> 20)  # fmt: skip
-            self._warned = True
-        return None
+        if whole not in self._serving:
+            larger = [size for size in known if sequences <= size[0] <= _PADDING * sequences and width <= size[1]]
+            self._serving[whole] = known[min(larger)] if larger else None
+        return self._serving[whole]
 
-    def _drop_graph(self, shape: _Shape) -> None:
-        if shape.captured is not None:
-            self._budget.drop(shape.captured)
-            shape.captured = None
+    def _without_graph(self, key: Hashable, rows: DecodeRows, sequences: int, width: int) -> _Shape:
+        whole = key, sequences, width
+        shape = self._eager.pop(whole, None)
+        if shape is None:
+            if len(self._eager) >= _MOST_SHAPES:
+                self._eager.pop(next(iter(self._eager)))
+            shape = self._new(rows, sequences, width)
+        self._eager[whole] = shape
+        return shape
+
+    def _new(self, rows: DecodeRows, sequences: int, width: int) -> _Shape:
+        inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
+        return _Shape(self._policy, self._backend, inputs)
+
+    def _capture(self, rows: DecodeRows, sequences: int, width: int, pool: GraphPool) -> bool:
+        """Capture one shape over padding alone, which writes nothing into the cache; whether that succeeded."""
+        shape = self._new(rows, sequences, width)
+        shape.inputs.at([], [], None)
+        shape.copy.send()
+        try:
+            shape.captured = self.budget.capture(shape.forward, pool)
+        except RuntimeError as error:  # torch's, of the capture or of memory; an eager pass raises what is wrong with the pass
+            shape.forget()
+            _log.warning("%d sequences of %s over %d pages run without a graph: %s", sequences, _key(rows), width,
+                         " ".join(str(error).split())[:300])  # fmt: skip
+            return False
+        self._captured.setdefault(_key(rows), {})[sequences, width] = shape
+        self._serving.clear()
+        return True
+
+
+def _key(rows: DecodeRows) -> Hashable:
+    return len(rows.clean), rows.proposals, rows.block_length, batch_invariant()
+
+
+def _rows_of(shape: tuple[DecodeRows, int, int]) -> tuple[int, int]:
+    rows, sequences, width = shape
+    return sequences * (len(rows.clean) + len(rows.proposals) * rows.block_length), width

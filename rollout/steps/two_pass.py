@@ -26,6 +26,7 @@ class TwoPassPlanBuilder:
         self._drafts = schedule.drafts
         self._first = DecodeRows([mask_token], 0, (1,), schedule.drafts)
         self._second = DecodeRows([mask_token] * schedule.drafts, 0, (), 0)
+        self.passes: tuple[DecodeRows, ...] = (self._first, self._second)
 
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -63,3 +64,14 @@ def test_installed_files_import_from_outside_the_tree(wheel: zipfile.ZipFile, tm
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).parent == tmp_path / "blockroll"
+
+
+def test_an_image_keeps_its_torch_and_triton() -> None:
+    """ROCm's Triton has another name on PyPI: nothing that a user of an image installs may ask for `triton`, or for a torch that
+    is newer than an image's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for wanted in (project["dependencies"], extras["checks"], extras["data"]):
+        assert not [each for each in wanted if each.startswith("triton")]
+    assert "torch>=2.9,<3" in project["dependencies"]
+    assert extras["test"] == ["blockroll[checks,triton]"]

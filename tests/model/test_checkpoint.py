@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, ZayaConfig
 
 import blockroll
 from blockroll.errors import StorageError
-from blockroll.model import checkpoint
+from blockroll.model import checkpoint, tensor_files
 from blockroll.model.checkpoint import save_policy
+from blockroll.model.policy import Policy
 
 
 def test_saving_over_a_policy_replaces_all_of_it_and_nothing_else(make_policy, tmp_path):
@@ -59,3 +66,88 @@ def test_half_precision_keeps_the_buffers_whole(make_policy, tmp_path):
         assert mine.dtype == torch.float32, name
         if "inv_freq" in name:
             assert torch.equal(mine, theirs), name
+
+
+def same(one: Policy, other: Policy) -> bool:
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_shards_and_one_file_hold_the_same_policy(make_policy, tmp_path, tied):
+    policy = make_policy(torch.float32, tie_word_embeddings=tied)
+    most = 20_000
+    path = save_policy(policy, tmp_path / "policy", max_shard_bytes=most)
+    shards = sorted(path.glob("*.safetensors"))
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    sizes = {shard.name: {name: x.nbytes for name, x in load_file(shard).items()} for shard in shards}
+    assert all(sum(tensors.values()) <= most or len(tensors) == 1 for tensors in sizes.values())
+    assert index["weight_map"] == {name: shard for shard, tensors in sizes.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(sum(tensors.values()) for tensors in sizes.values())
+    assert same(blockroll.load_policy(path), policy)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert torch.equal(theirs.model.layers[2].mlp.experts.down_proj, policy.model.layers[2].mlp.experts.down_proj)
+    save_policy(policy, path)
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert same(blockroll.load_policy(path), policy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_are_cast_once_whatever_their_size(make_policy, tmp_path, monkeypatch, stored, dtype):
+    """Tensors of one number, of a part of a piece, and of several pieces."""
+    monkeypatch.setattr(tensor_files, "PIECE", 100)
+    policy = make_policy(stored, tie_word_embeddings=True)
+    loaded = blockroll.load_policy(save_policy(policy, tmp_path / "policy"), dtype)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    kind = getattr(torch, dtype)
+    for (name, mine), (_, theirs) in zip(loaded.named_parameters(), policy.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs.to(kind)), name
+    assert not any(parameter.requires_grad for parameter in loaded.parameters()) and not loaded.training
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import blockroll
+from blockroll.model.checkpoint import load_policy
+
+def kilobytes(file, name):
+    return next(int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(name))
+
+idle = kilobytes("/proc/self/status", "VmRSS:")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+policy = load_policy(sys.argv[1], "float32")
+size = sum(parameter.nbytes for parameter in policy.parameters()) // 1024
+print(size, idle, kilobytes("/proc/self/status", "VmHWM:"), flush=True)
+sys.stdin.readline()
+print(kilobytes("/proc/self/smaps_rollup", "Pss:"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize(("dtype", "shard"), [("float32", 5 * 10**9), ("float32", 3 * 10**8), ("bfloat16", 5 * 10**9)])
+def test_loading_takes_the_memory_of_the_policy(tmp_path, dtype, shard):
+    """A policy of 2 GB in float32. One process takes at most 1.25 times its size, Python and torch included; four take at
+    most 4.1 times its size beside those."""
+    config = ZayaConfig(vocab_size=32_000, num_hidden_layers=12, hidden_size=1024, moe_intermediate_size=1024, num_experts=12,
+                        head_dim=128, router_hidden_size=64, max_position_embeddings=4096)  # fmt: skip
+    with torch.device("meta"):
+        policy = Policy(config)
+    checkpoint._place(policy, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for tensor in policy.state_dict().values():
+            tensor.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(tensor.numel()))
+    directory = save_policy(policy, tmp_path / "policy", dtype, shard)
+    del policy
+    command = [sys.executable, "-c", LOAD, str(directory)]
+    engines = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    read = [list(map(int, engine.stdout.readline().split())) for engine in engines]
+    shared = [int(engine.communicate("\n")[0]) for engine in engines]
+    size = read[0][0]
+    assert size > 1.9 * 1024**2
+    print([f"{peak / size:.3f}, {(peak - idle) / size:.3f} beside {idle >> 10} MiB" for _, idle, peak in read])
+    print(f"{sum(shared) / size:.3f} of shared pages counted once")
+    assert all(peak <= 1.25 * size for _, _, peak in read)
+    assert sum(peak - idle for _, idle, peak in read) <= 4.1 * size

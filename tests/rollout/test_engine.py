@@ -7,8 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from engine_cases import CUTS, MODES, SCHEDULES, cut_requests, prompt, tokens_of_ar
 
 from blockroll.errors import RequestError
+from blockroll.kernels.dispatch import batch_invariant, using
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.model.policy import Routing
@@ -18,38 +20,13 @@ from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.sampling import processing
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps.model_runner import ModelRunner
 from blockroll.rollout.types import RolloutRequest, SamplingParams
-
-SCHEDULES = [
-    Schedule("ar"),
-    Schedule("two_pass"),
-    Schedule("two_pass", drafts=3),
-    Schedule("fused"),
-    Schedule("fused", levels=(0,)),
-    Schedule("fused", levels=(0, 2, 7)),
-    Schedule("fused", drafts=5, levels=(0, 1, 3)),
-]
-MODES = {
-    "alone": dict(max_batch=1),
-    "batch": dict(max_batch=7, prefill_rows=5),
-    "preempted": dict(max_batch=8, pages=9, page_size=8),
-}
-CUTS = [dict(), dict(top_p=0.8), dict(top_k=5), dict(top_k=9, top_p=0.9, min_p=0.02)]
-
-
-def prompt(i):
-    draw = torch.Generator().manual_seed(i)
-    return tuple(torch.randint(4, 40, (1 + (i * 5) % 23,), generator=draw).tolist())
 
 
 def requests(sampler, count=12, **params):
     """Groups of two; cut-offs change from request to request."""
-    return [
-        RolloutRequest(
-            f"r{i:02d}", prompt(i), SamplingParams(sampler=sampler, max_tokens=22, **CUTS[i % 4], **params), i, 2
-        )
-        for i in range(count)
-    ]
+    return cut_requests(sampler, count, 2, **params)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +37,7 @@ def policy(make_policy):
 
 @pytest.fixture(scope="module")
 def reference(policy):
-    engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
-    return {t: [s.tokens for s in engine.rollout(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
+    return tokens_of_ar(policy, lambda temperature: requests("ar", temperature=temperature))
 
 
 def test_the_reference_is_worth_comparing_with(reference):
@@ -75,9 +51,12 @@ def test_the_reference_is_worth_comparing_with(reference):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("block_size", [4, 8, 16])
 def test_coupled_gives_the_tokens_of_ar(policy, reference, block_size, mode):
-    """24 (prompt, seed) pairs times 3 modes, 3 block sizes, schedules and temperatures in turn."""
+    """24 (prompt, seed) pairs, temperatures in turn. A batch runs every schedule with every block size. The other modes run a
+    third of the schedules with each."""
     for number, schedule in enumerate(SCHEDULES):
-        temperature = (0.0, 0.7, 1.0)[(number + block_size) % 3]
+        if mode != "batch" and number % 3 != {4: 0, 8: 1, 16: 2}[block_size]:
+            continue
+        temperature = (0.0, 0.7, 1.0)[(number // 3 + block_size) % 3]
         engine = Engine(policy, EngineConfig(schedule, block_size=block_size, **MODES[mode]))
         tokens = [s.tokens for s in engine.rollout(requests("coupled", temperature=temperature))]
         assert tokens == reference[temperature], (schedule, temperature)
@@ -278,3 +257,21 @@ def test_minus_one_keeps_every_token_as_in_other_engines(policy):
     ]
     assert samples[0].tokens == samples[1].tokens
     assert samples[0].support_logmass is None
+
+
+def test_batch_invariance_is_a_setting(monkeypatch) -> None:
+    """In force within steps and nowhere else; a caller's own choice stays."""
+    real, seen = ModelRunner.run, []
+
+    def noted(self, *arguments):
+        seen.append(batch_invariant())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ModelRunner, "run", noted)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    for setting, around, expected in ((False, None, False), (True, None, True), (False, True, True)):
+        seen.clear()
+        with using(batch_invariant=around):
+            engine = Engine("tiny-reasoner", device="cpu", schedule="ar", batch_invariant=setting)
+            engine.generate([[3, 4]], params)
+        assert {*seen} == {expected} and not batch_invariant()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import itertools
-import weakref
+import types
 from collections import defaultdict
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -202,38 +200,67 @@ def test_one_request_that_records_experts_leaves_the_batch_captured(policy, monk
         np.testing.assert_array_equal(mine.routed_experts, its.routed_experts)
 
 
-class Graph:
-    """A graph of the host: it runs its call again."""
+class Pool:
+    """Graphs of a pretended device: they run their call again. Every so many captures fail."""
 
-    alive: ClassVar = weakref.WeakSet()
+    failing = 0
 
-    def __init__(self, call):
-        call()
-        self.replay = call
-        self.alive.add(self)
+    def __init__(self):
+        self.captures, self.replays = 0, 0
+
+    def capture(self, call):
+        self.captures += 1
+        if self.failing and self.captures % self.failing == 0:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def replay():
+            self.replays += 1
+            call()
+
+        return types.SimpleNamespace(replay=replay)
 
 
-def test_graphs_are_bounded(policy, monkeypatch, caplog):
-    """By number and by memory; what finds no room runs eagerly and gives the same; a graph that is idle gives way."""
-    free = itertools.count(10**9, -1000)
-    monkeypatch.setattr(graphs, "capture", lambda call, pool=None: Graph(call))
-    monkeypatch.setattr(graphs, "free_memory", lambda: next(free))
-    monkeypatch.setattr(shapes, "_OFTEN", 1)
-    asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + i, ignore_eos=True)) for i in range(3)]
-    sizes = dict(block_size=4, page_size=8, pages=64)
+def test_graphs_are_captured_when_an_engine_starts(policy, monkeypatch, caplog):
+    """Within a bound of memory. A step without a graph of its own runs in a larger one, else eagerly, and gives the same; so does
+    one whose capture failed. Nothing is captured later."""
+    asked = [
+        RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=1 + 2 * i, ignore_eos=True, routed_experts=i == 1))
+        for i in range(2)
+    ]
+    sizes = dict(block_size=4, page_size=8, pages=64, max_batch=4)
     with using("triton"):
-        expected = [sample.tokens for sample in Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)]
-        for most, most_bytes, lately in ((2, 10**9, 100), (100, 1500, 0)):
-            Graph.alive.clear()
-            monkeypatch.setattr(shapes, "_LATELY", lately)
-            engine = Engine(policy, EngineConfig(Schedule("ar"), **sizes))
-            inner = engine.runner.model.shapes
-            inner._graphs, inner._memory = True, None
-            inner._budget = graphs.GraphBudget(most, most_bytes)
-            assert [sample.tokens for sample in engine.rollout(asked)] == expected
-            gc.collect()
-            assert len(inner._shapes) == 3
-            assert len(Graph.alive) == 2
-            assert (inner._budget.graphs, inner._budget.bytes) == (2, 2000)
-            assert caplog.text.count("captured graphs take") == (lately > 0)
+        expected = Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)
+        monkeypatch.setattr(shapes, "can_capture", lambda device: True)
+        monkeypatch.setattr(shapes, "GraphPool", Pool)
+        # Steps of two, one and one sequences; graphs of 4, 2 and 1 over 32 and 8 pages.
+        for most_bytes, failing, captured, replayed in ((10**9, 0, 6, 3), (1500, 0, 2, 1), (10**9, 2, 3, 3)):
+            free = itertools.count(10**9, -1000)
+            monkeypatch.setattr(graphs, "free_memory", lambda free=free: next(free))
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None, most=most_bytes: (0, most * shapes.GRAPH_SHARE))
+            monkeypatch.setattr(Pool, "failing", failing)
             caplog.clear()
+            with caplog.at_level("INFO"):
+                engine = Engine(policy, EngineConfig(Schedule("ar"), **sizes))
+            known, pool = engine.runner.model.shapes, engine.runner.model.shapes._pool
+            captures = pool.captures
+            assert (known.budget.graphs, known.budget.bytes) == (captured, 1000 * captured)
+            assert f"captured {captured} of 6 shapes of decode steps" in caplog.text
+            assert caplog.text.count("run without a graph: operation not permitted") == (3 if failing else 0)
+            got = engine.rollout(asked)
+            assert [sample.tokens for sample in got] == [sample.tokens for sample in expected]
+            np.testing.assert_array_equal(got[1].routed_experts, expected[1].routed_experts)
+            assert (pool.captures, pool.replays) == (captures, replayed)
+
+
+def test_no_other_device_is_launched_on(policy):
+    """A policy on cuda:1, where cuda:0 is torch's current device."""
+    asked = requests(["coupled", "lossless"], max_tokens=2)
+    expected, _ = generate(policy, SCHEDULES[2], asked)
+    scores = score(policy, [((3, 4), (5, 6))])
+    away = copy.deepcopy(policy)
+    with PretendDevice(1) as device:
+        away.to("cuda:1")
+        got, _ = generate(away, SCHEDULES[2], asked)
+        assert device.current == 0
+        np.testing.assert_allclose(score(away, [((3, 4), (5, 6))])[0], scores[0], atol=1e-4)
+    compare(got, expected, 1e-4)

@@ -101,7 +101,8 @@ def test_chats_go_through_the_tokenizer_s_template(policy, engine):
 
 
 def test_one_refused_prompt_refuses_the_call(engine):
-    for bad, text in (("", "is empty; give some text"), ([], "is empty; give at least one"), ([1, "a"], "holds something that"),
+    for bad, text in (("", "is empty; give some text"), ([], "is empty; give at least one"),
+                      ([1, "a"], "'a' at place 1 is no token id"),
                       (3.5, "is a float; give text"), ({"text": "a"}, "has the keys text; give one of prompt")):  # fmt: skip
         with pytest.raises(RequestError, match=r"^prompts\[1\]: " + text):
             engine.generate([TEXT, bad])
@@ -123,7 +124,7 @@ def test_an_engine_of_a_name_and_options(policy):
     for options, text in (
         (dict(batch=3), "batch: the engine has no such option; use one of device, dtype, schedule"),
         (dict(device="cpu"), "device: given with a policy that is loaded already"),
-        (dict(max_batch=0), "max_batch: 0 is less than 1"),
+        (dict(max_batch=0), "max_batch: 0 is no whole number"),
         (dict(schedule="fast"), "schedule: unknown schedule 'fast'"),
     ):
         with pytest.raises(RequestError, match=f"^{text}"):

@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engine_cases import CUTS, cut_requests, prompt, tokens_of_ar
+from enumeration import BROKEN, GOOD, TEMPERATURE, Enumeration, p_value, small_policy
 
 from blockroll.model.layout import CLEAN, causal, diffusion
 from blockroll.rollout.engine import Engine, EngineConfig
@@ -16,10 +18,7 @@ from blockroll.rollout.sampling import sampler as sampler_module
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
-VOCABULARY, PROMPT, LENGTH, TEMPERATURE = 5, (4, 3, 1), 3, 0.8
 FUSED, TWO_PASS = Schedule("fused", levels=(0, 1)), Schedule("two_pass")
-# Pearson's statistic per degree of freedom: mean 1, standard deviation about 0.13 for 125 outcomes.
-GOOD, BROKEN = 1.6, 3.0
 
 
 def with_markov(policy, rank=4, strength=1.0):
@@ -30,10 +29,7 @@ def with_markov(policy, rank=4, strength=1.0):
 
 @pytest.fixture(scope="module")
 def small(make_policy):
-    return with_markov(make_policy(
-        torch.float32, seed=3, sharpness=0.5, vocab_size=VOCABULARY, num_hidden_layers=1, layer_types=None,
-        sliding_window=None, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, moe_intermediate_size=16,
-    ))  # fmt: skip
+    return Enumeration(with_markov(small_policy(make_policy)))
 
 
 @pytest.fixture(scope="module")
@@ -42,87 +38,18 @@ def policy(make_policy):
     return with_markov(make_policy(sharpness=0.6), strength=0.5)
 
 
-def outcomes_of(policy, sampler, count, schedule, more=1):
-    """Counts of the 5 ** 3 outcomes. `more` tokens are asked for, so that the third may come from a draft too."""
-    params = SamplingParams(sampler=sampler, temperature=TEMPERATURE, max_tokens=LENGTH + more, ignore_eos=True)
-    engine = Engine(policy, EngineConfig(schedule, block_size=4, max_batch=2048, pages=5000, page_size=8))
-    weights = VOCABULARY ** np.arange(LENGTH)[::-1]
-    outcomes, drafted = np.zeros(VOCABULARY**LENGTH, dtype=np.int64), 0
-    for i in range(-(-count // 4096)):
-        for done in engine.rollout([RolloutRequest(f"{i}", PROMPT, params, seed=i, samples=4096)]):
-            outcomes[int(np.dot(done.tokens[:LENGTH], weights))] += 1
-            drafted += int(done.from_draft[:LENGTH].sum())
-    assert drafted > 0.15 * count, "drafts must take part"
-    return outcomes
-
-
-@torch.no_grad()
-def exact(policy, mix_weight=1.0):
-    """Probability of each outcome when position i is drawn from m_i = softmax of the mixed logits of p and q; p for weight 1.
-
-    Under `two_pass` a drafted token comes from the block that opened after the last rejection, so the sum runs over where
-    the first rejection of each outcome fell. q of a slot is the one given the token before it.
-    """
-
-    def mask_rows(prefix):
-        layout, _ = diffusion([list(prefix)], [[(len(prefix), 4)]], policy.mask_token_id)
-        return policy(layout)[layout.block_T != CLEAN]
-
-    totals = np.zeros(VOCABULARY**LENGTH)
-
-    def walk(prefix, start, hidden_BD, mass):
-        made = prefix[len(PROMPT) :]
-        if len(made) == LENGTH:
-            totals[int(np.dot(made, VOCABULARY ** np.arange(LENGTH)[::-1]))] += mass
-            return
-        slot = len(prefix) - start
-        q = policy.draft_head(hidden_BD[slot : slot + 1], torch.tensor(prefix[-1:]))[0].double()
-        q[policy.mask_token_id] = -torch.inf
-        p = policy.head(policy(causal([list(prefix)]))[-1]).double()
-        m = p if mix_weight == 1 else mix_weight * p + (1 - mix_weight) * q
-        q, m = (q / TEMPERATURE).softmax(-1), (m / TEMPERATURE).softmax(-1)
-        for token in range(VOCABULARY):
-            accepted = torch.minimum(q[token], m[token]).item()
-            rejected = m[token].item() - accepted
-            longer = (*prefix, token)
-            if accepted:
-                walk(longer, start, hidden_BD, mass * accepted)
-            if rejected:
-                walk(longer, len(longer), mask_rows(longer), mass * rejected)
-
-    walk(PROMPT, len(PROMPT), mask_rows(PROMPT), 1.0)
-    return totals
-
-
-def chi_square(outcomes, probabilities):
-    """Pearson's statistic per degree of freedom; outcomes expected fewer than 10 times are pooled."""
-    expected = probabilities * outcomes.sum()
-    rare = expected < 10
-    observed = np.append(outcomes[~rare], outcomes[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    keep = expected > 0
-    return float((((observed - expected)[keep]) ** 2 / expected[keep]).sum() / (keep.sum() - 1))
-
-
-COUNTS = pytest.mark.parametrize("count", [12_288, pytest.param(200_000, marks=pytest.mark.slow)])
+COUNTS = pytest.mark.parametrize("count", [8192, pytest.param(200_000, marks=pytest.mark.slow)])
+PARAMS = {sampler: SamplingParams(sampler, temperature=TEMPERATURE) for sampler in ("lossless", "mixed")}
 
 
 @pytest.mark.parametrize("schedule", [FUSED, TWO_PASS], ids=lambda s: s.kind)
+@pytest.mark.parametrize("sampler", PARAMS)
 @COUNTS
-def test_lossless_is_p(small, schedule, count):
-    probabilities = exact(small)
-    assert probabilities.sum() == pytest.approx(1.0)
-    assert chi_square(outcomes_of(small, "lossless", count, schedule), probabilities) < GOOD
-
-
-@COUNTS
-def test_mixed_is_its_own_distribution(small, count):
-    probabilities = exact(small, mix_weight=0.5)
-    assert probabilities.sum() == pytest.approx(1.0)
-    # The last blocks of `two_pass` are as short as the tokens that are left; with 4 more all of these are whole.
-    outcomes = outcomes_of(small, "mixed", count, TWO_PASS, more=4)
-    assert chi_square(outcomes, probabilities) < GOOD
-    assert chi_square(outcomes, exact(small)) > BROKEN
+def test_lossless_is_p_and_mixed_its_own_distribution(small, sampler, schedule, count):
+    outcomes = small.sampled(PARAMS[sampler], schedule, count)
+    assert p_value(outcomes, small.exact(PARAMS[sampler], schedule)) > GOOD
+    if sampler == "mixed":
+        assert p_value(outcomes, small.exact(PARAMS["lossless"], schedule)) < BROKEN
 
 
 def test_the_check_sees_a_q_that_is_not_conditional(small, monkeypatch):
@@ -135,28 +62,17 @@ def test_the_check_sees_a_q_that_is_not_conditional(small, monkeypatch):
         return replace(plain, token_SM=made.token_SM)
 
     monkeypatch.setattr(sampler_module, "_draft_group", blind)
-    assert chi_square(outcomes_of(small, "lossless", 8192, FUSED), exact(small)) > BROKEN
+    outcomes = small.sampled(PARAMS["lossless"], FUSED, 8192)
+    assert p_value(outcomes, small.exact(PARAMS["lossless"], FUSED)) < BROKEN
 
 
-CUTS = [dict(), dict(top_p=0.8), dict(top_k=5), dict(top_k=9, top_p=0.9, min_p=0.02)]
-
-
-def prompt(i):
-    draw = torch.Generator().manual_seed(i)
-    return tuple(torch.randint(4, 40, (1 + (i * 5) % 23,), generator=draw).tolist())
-
-
-def requests(sampler, count=8, **params):
-    return [
-        RolloutRequest(f"r{i:02d}", prompt(i), SamplingParams(sampler=sampler, max_tokens=22, **CUTS[i % 4], **params), i)
-        for i in range(count)
-    ]
+def requests(sampler, **params):
+    return cut_requests(sampler, 8, **params)
 
 
 @pytest.fixture(scope="module")
 def reference(policy):
-    engine = Engine(policy, EngineConfig(Schedule("ar"), max_batch=1))
-    return {t: [s.tokens for s in engine.rollout(requests("ar", temperature=t))] for t in (0.0, 0.7, 1.0)}
+    return tokens_of_ar(policy, lambda temperature: requests("ar", temperature=temperature))
 
 
 @pytest.mark.parametrize("mode", [dict(max_batch=5), dict(max_batch=8, pages=9, page_size=8)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from blockroll.rollout import progress
-from blockroll.rollout.progress import Meter, TrainingMeter, _short, sample_meter
+from blockroll.rollout.progress import ItemMeter, Meter, TrainingMeter, _short, sample_meter
 
 
 @pytest.mark.parametrize(("count", "text"), [
@@ -35,6 +35,24 @@ def test_where_there_is_no_terminal_plain_lines_are_written_at_intervals(
         now[0] += 11
         training(dict(stage="convert", tokens=1, of=2, tokens_per_s=3, ar_loss=1, draft_loss=0))
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["ar", "convert"]
+
+
+def test_items_are_lines_in_a_file_and_a_bar_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    for total, expected in ((3, ["cells: 2/3  mix, seed 0", "cells: 3/3  mix, seed 1"]), (None, ["cells: 2/3  mix, seed 0"])):
+        with ItemMeter("cells", total) as meter:
+            for seed in range(len(expected) + 1):
+                now[0] += 6
+                meter.advance(f"mix, seed {seed - 1}", 3)
+        assert capsys.readouterr().err.splitlines() == expected
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with ItemMeter("cells", 3):
+        pass
+    shown = capsys.readouterr().err
+    assert "0/3" in shown and "\x1b" in shown
 
 
 def test_a_bar_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers.generation import StopStringCriteria
 
 import blockroll
 from blockroll.model.tokenizer import train_tokenizer
@@ -71,6 +73,26 @@ def test_against_whole_texts(tokenizer):
         assert cut_text(tokenizer, kept, stop, included=True) == cut + (stop or "")
         found += stop is not None
     assert found > 200
+
+
+@pytest.mark.parametrize("sampler", ["lossless", "mixed", "coupled"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.kind}{len(s.levels)}")
+def test_a_sample_ends_where_transformers_criterion_ends_it(policy, schedule, sampler):
+    """Under one schedule a seed gives the same tokens with stop strings as without, up to the end."""
+    prompt = tuple(policy.tokenizer.encode("Q:47+85-12+33\nS:", add_special_tokens=False))
+    params = SamplingParams(sampler, max_tokens=40, seed=2)
+    engine = Engine(policy, EngineConfig(schedule, block_size=8, max_batch=4))
+    (free,) = engine.rollout([RolloutRequest("a", prompt, params)])
+    text, ends = free.text(policy.tokenizer), set()
+    for start in range(1, len(text) - 3, 7):
+        stops = [text[start : start + 3], "never"]
+        ended = StopStringCriteria(policy.tokenizer, stops)
+        expected = next(n for n in range(1, 41) if ended(torch.tensor([free.tokens[:n]]), None).any())
+        (sample,) = engine.rollout([RolloutRequest("a", prompt, replace(params, stop=stops))])
+        assert sample.tokens == free.tokens[:expected]
+        assert sample.logprobs.tobytes() == free.logprobs[:expected].tobytes()
+        ends.add(expected)
+    assert len(ends) > 2
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{s.kind}{len(s.levels)}")

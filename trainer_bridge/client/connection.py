@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
+from socket import socketpair
 
 import zmq
 
@@ -74,6 +76,9 @@ class Connection:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._socket: ClientSocket | None = None
         self._early: list[list[memoryview]] = []
+        self._waker, self._woken = socketpair()
+        self._waker.setblocking(False)
+        self._woken.setblocking(False)
         self._opened = self._pinged = self._heard = 0.0
         self.restart_timeout()
 
@@ -136,6 +141,24 @@ class Connection:
                 if isinstance(last, Refused) and not last.about:
                     raise refusal(last)
             raise SessionLost
+
+    def wait(self, seconds: float) -> None:
+        """Waits until a message has arrived or `wake` is called. It changes nothing, so other threads may do so meanwhile."""
+        if self._socket is not None and not self._early:
+            self._socket.poll(seconds, self._woken.fileno())
+        with suppress(BlockingIOError):
+            self._woken.recv(4096)
+
+    def wake(self) -> None:
+        """Ends a `wait` of another thread. Any thread may call it, at any time."""
+        with suppress(OSError):
+            self._waker.send(b"!")
+
+    def close(self) -> None:
+        """Drops the session and frees the connection for good. No thread may be in `wait`."""
+        self.drop()
+        self._waker.close()
+        self._woken.close()
 
     def receive(self, wait: float) -> list[Message]:
         """The messages that have arrived in this session; waits at most `wait` seconds for the first."""

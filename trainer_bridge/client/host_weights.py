@@ -17,7 +17,10 @@ import numpy as np
 
 from ...errors import InvalidInput
 from ..wire.limits import MAX_CHUNK, MAX_NDIM
-from ..wire.manifest import WEIGHT_DTYPES, Manifest, TensorSpec, flat_bytes, new_digest
+from ..wire.manifest import WEIGHT_DTYPES, Manifest, TensorSpec, finite_mask, flat_bytes, new_digest
+
+_LOOK = 1 << 20
+"""Numbers checked at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class HostWeights:
                 raise InvalidInput("tensors", f"name {name!r}", "use the policy's parameter names")
             found.append((name, *host_array(name, tensor)))
         return cls(tuple(found))
+
+    def check_finite(self) -> None:
+        """Raises InvalidInput for a number that is NaN or infinite."""
+        for name, dtype, array in self.tensors:
+            if "float" in dtype:
+                _check_finite(name, dtype, array)
 
     def manifest(self, version: int, parent: int) -> Manifest:
         """The manifest of these tensors, in their order."""
@@ -76,6 +85,16 @@ def host_array(name: str, tensor: Any) -> tuple[str, np.ndarray]:
     else:
         raise InvalidInput(f"tensors[{name!r}]", f"a {type(tensor).__name__}", "give NumPy arrays or torch tensors")
     return dtype, array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _check_finite(name: str, dtype: str, array: np.ndarray) -> None:
+    """Looks at _LOOK numbers at a time, which bounds the memory it takes."""
+    flat = array.reshape(-1)
+    for start in range(0, len(flat), _LOOK):
+        finite = finite_mask(flat[start:start + _LOOK], dtype)
+        if not finite.all():
+            place = [int(i) for i in np.unravel_index(start + int(finite.argmin()), array.shape)]
+            raise InvalidInput(f"tensors[{name!r}]", f"not finite at {place}", "push finite numbers; nothing was sent")
 
 
 def _check(name: str, dtype: str, axes: int) -> None:

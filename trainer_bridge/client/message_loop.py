@@ -11,6 +11,7 @@ not count.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -45,79 +46,122 @@ Keys = tuple[tuple[str, int], ...]
 
 
 class MessageLoop:
-    """Sends what is to be sent and enters what arrives into `pending`. One thread at a time."""
+    """Sends what is to be sent and enters what arrives into `pending`.
+
+    Attributes:
+        lock: guards the loop and `pending`; every method is called with it held. Of the calls that wait, one leads: it
+            exchanges messages for all of them, and gives up the lock while it waits for the socket.
+        closed: the client is closed; calls that wait end.
+    """
 
     def __init__(self, connection: Connection, pending: PendingRequests) -> None:
         self.connection, self.pending = connection, pending
+        self.lock = threading.Condition(threading.Lock())
         self._acks: deque[tuple[str, int]] = deque()
         self._unconfirmed_acks: dict[int, Keys] = {}
         self._cancels: dict[int, tuple[str, tuple[str, ...]]] = {}
         self._cancels_sent: set[int] = set()
         self._cursor = self._received = self._granted = self._number = self._session = 0
-        self._status: tuple[int, Figures] = (0, {})
-        self._status_wanted = self._status_session = 0
+        self._wanted: dict[int, int] = {}
+        self._figures: dict[int, Figures] = {}
         self._last_delivery = 0.0
-        self._refusal: BlockrollError | None = None
+        self._refusals: dict[str, BlockrollError] = {}
+        self._awaited: list[str] = []
+        self._leading = False
+        self.closed = False
 
     @property
     def acknowledging(self) -> bool:
         """Whether an acknowledgement is not confirmed yet."""
         return bool(self._acks or self._unconfirmed_acks)
 
-    @property
-    def cancelling(self) -> bool:
-        """Whether a cancellation is not confirmed yet."""
-        return bool(self._cancels)
-
-    def run_until(self, done: Callable[[], bool], timeout: float | None = None, *, reopen: bool = True) -> None:
+    def run_until(self, done: Callable[[], bool], timeout: float | None = None, *, batch: str = "",
+                  reopen: bool = True) -> None:
         """Exchanges messages until `done()`, which has no effects; opens a new session whenever one is lost, if
-        `reopen`.
+        `reopen`. The caller holds `lock`, which is free while this call waits.
 
         Raises TransportError when the gateway is silent too long or nothing is delivered for `timeout` seconds, and
-        what the gateway refused.
+        what the gateway refused: of the batch `batch`, or of a batch no other call waits for.
         """
-        self._last_delivery, wait = time.monotonic(), 0.0
-        while True:
-            try:
-                if not self.connection.is_open:
-                    if not reopen:
-                        return
-                    self._open()
-                self._exchange(wait)
-                if self._refusal is None and done():
+        start, wait = time.monotonic(), 0.0
+        self._awaited.append(batch)
+        try:
+            self.connection.wake()
+            while True:
+                if self.closed:
+                    raise TransportError("this client is closed; connect again with the same client_id")
+                if self._leading:
+                    self.lock.wait(wait)
+                elif not self._lead(wait, reopen):
+                    return
+                self._raise_refusal(batch)
+                if self.connection.is_open and done():
                     return
                 wait = _WAIT_S if timeout is None else min(_WAIT_S, timeout)
-            except SessionLost:
-                _log.info("the session with %s is lost", self.connection.address)
-                self.connection.drop()
-            if self._refusal is not None:
-                error, self._refusal = self._refusal, None
-                raise error
-            if timeout is not None and time.monotonic() - self._last_delivery > timeout:
-                notice = self.connection.notice or "the gateway answers and reports no trouble"
-                raise TransportError(f"no trajectory for {timeout:g} s, {self.pending.missing} samples are outstanding "
-                                     f"({notice}); wait longer, or see status()")
+                if timeout is not None and time.monotonic() - max(start, self._last_delivery) > timeout:
+                    notice = self.connection.notice or "the gateway answers and reports no trouble"
+                    raise TransportError(f"no trajectory for {timeout:g} s, {self.pending.missing} samples are outstanding "
+                                         f"({notice}); wait longer, or see status()")
+        finally:
+            self._awaited.remove(batch)
+
+    def stop(self) -> None:
+        """Ends every other call; from now on each raises TransportError. The caller holds `lock`."""
+        self.closed = True
+        while self._leading:
+            self.connection.wake()
+            self.lock.wait(_WAIT_S)
+        self.closed = False
+
+    def _lead(self, wait: float, reopen: bool) -> bool:
+        """One exchange, by the one thread that uses the connection meanwhile; False where no session may be opened."""
+        self._leading = True
+        try:
+            if not self.connection.is_open:
+                if not reopen:
+                    return False
+                self._open()
+            self._exchange(wait)
+        except SessionLost:
+            _log.info("the session with %s is lost", self.connection.address)
+            self.connection.drop()
+        finally:
+            self._leading = False
+            self.lock.notify_all()
+        return True
+
+    def _raise_refusal(self, batch: str) -> None:
+        for name in self._refusals:
+            if name == batch or name not in self._awaited:
+                raise self._refusals.pop(name)
 
     def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
         """Acknowledges these (request id, sample) with the next exchange."""
         self._acks.extend(keys)
 
-    def cancel(self, request_ids: Sequence[str], why: str) -> None:
-        """Cancels these requests with the next exchange."""
+    def cancel(self, request_ids: Sequence[str], why: str) -> list[int]:
+        """Cancels these requests with the next exchange; returns the numbers of the messages (`confirmed`)."""
+        numbers = []
         for start in range(0, len(request_ids), MAX_CANCELS):
             self._number += 1
+            numbers.append(self._number)
             self._cancels[self._number] = (why, tuple(request_ids[start:start + MAX_CANCELS]))
+        return numbers
+
+    def confirmed(self, numbers: Sequence[int]) -> bool:
+        """Whether the gateway has confirmed these cancellations."""
+        return self._cancels.keys().isdisjoint(numbers)
 
     def status(self) -> Figures:
         """Asks the gateway for its figures."""
         self._number += 1
-        number = self._status_wanted = self._number
-        self._status_session = 0
+        number = self._number
+        self._wanted[number] = 0
         try:
-            self.run_until(lambda: self._status[0] == number)
+            self.run_until(lambda: number in self._figures)
+            return self._figures.pop(number)
         finally:
-            self._status_wanted = 0
-        return self._status[1]
+            del self._wanted[number]
 
     def _open(self) -> None:
         for keys in reversed(self._unconfirmed_acks.values()):
@@ -136,7 +180,13 @@ class MessageLoop:
     def _exchange(self, wait: float) -> None:
         self._flush()
         try:
-            for message in self.connection.receive(wait):
+            if wait:
+                self.lock.release()
+                try:
+                    self.connection.wait(wait)
+                finally:
+                    self.lock.acquire()
+            for message in self.connection.receive(0.0):
                 self._handle(message)
         except BaseException:
             # Messages that arrived and were not handled end with this session. The next session brings them again.
@@ -162,9 +212,9 @@ class MessageLoop:
         if granted - self._granted >= WINDOW // 8:
             self._granted = granted
             self.connection.send(Credit(granted))
-        if self._status_wanted and self._status_session != self._session:
-            self._status_session = self._session
-            self.connection.send(StatusRequest(self._status_wanted))
+        for number in [n for n, session in self._wanted.items() if session != self._session]:
+            self._wanted[number] = self._session
+            self.connection.send(StatusRequest(number))
 
     def _handle(self, message: Message) -> None:
         if isinstance(message, Delivery):
@@ -184,7 +234,8 @@ class MessageLoop:
             self._cancels.pop(message.number, None)
             self._cancels_sent.discard(message.number)
         elif isinstance(message, Status):
-            self._status = (message.number, dict(message.figures))
+            if message.number in self._wanted:
+                self._figures[message.number] = dict(message.figures)
         elif isinstance(message, Refused) and message.about in self.pending.batches:
             self.pending.abandon(message.about)
-            self._refusal = refusal(message)
+            self._refusals[message.about] = refusal(message)

@@ -24,8 +24,9 @@ from .pending_request import PendingRequest, State, Submission
 
 PART_BYTES = 4 << 20
 """Bytes of request records in one message, unless a single record is larger."""
-MAX_UNCONFIRMED_PARTS = 4
-"""Parts of a batch that may be sent before the gateway has confirmed them."""
+MAX_UNCONFIRMED_PARTS = 16
+"""Parts of a batch that may be sent before the gateway has confirmed them. The gateway records what has come of them with
+one write to disk."""
 
 
 @dataclass(slots=True)
@@ -71,6 +72,7 @@ class PendingRequests:
     Attributes:
         inbox: what arrived and was not taken; `inbox_bytes` is what it takes of the credit window.
         requests, batches: by request id, by batch name.
+        claims: by request id, where its answers go instead of the inbox.
         cancelled: ids of requests that the caller has cancelled and that are not acknowledged.
         outstanding: submitted requests for which samples or a failure are to come.
         requested, unique, duplicates, failed: samples; see RolloutClient.delivery.
@@ -80,6 +82,7 @@ class PendingRequests:
         self.inbox: deque[Arrival | RequestRefused] = deque()
         self.requests: dict[str, PendingRequest] = {}
         self.batches: dict[str, Batch] = {}
+        self.claims: dict[str, deque[Arrival | RequestRefused]] = {}
         self.cancelled: set[str] = set()
         self.inbox_bytes = self.outstanding = self.requested = self.unique = self.duplicates = self.failed = 0
 
@@ -182,8 +185,10 @@ class PendingRequests:
             return
         # Samples nobody counts on were not counted as requested: those of another life, and those that were to fail.
         self.requested += pending.submission is None or failed
-        self.inbox_bytes += len(blob)
-        self.inbox.append(Arrival(request_id, sample, blob, len(blob)))
+        # The window counts what nobody takes. A caller that waits for other requests takes what comes before them.
+        size = len(blob) if not self.claims else 0
+        self.inbox_bytes += size
+        self.claims.get(request_id, self.inbox).append(Arrival(request_id, sample, blob, size))
         self._settle(pending, was_outstanding)
 
     def fail(self, request_id: str, why: str) -> None:
@@ -192,7 +197,7 @@ class PendingRequests:
         was_outstanding = pending.outstanding
         if pending.fail():
             self.failed += max(0, pending.missing)
-            self.inbox.append(RequestRefused(request_id, why))
+            self.claims.get(request_id, self.inbox).append(RequestRefused(request_id, why))
             self._settle(pending, was_outstanding)
 
     def abandon(self, name: str) -> None:
@@ -211,6 +216,33 @@ class PendingRequests:
         self.inbox_bytes -= item.size
         return replace(item, size=0)
 
+    def take_back(self, item: Arrival) -> None:
+        """An item that was handed out was not, after all: it is the first of the inbox again."""
+        self._request(item.request_id).take_back(item.sample)
+        self.unique -= 1
+        self.put_back([item])
+
+    def claim(self, request_ids: Iterable[str], items: deque[Arrival | RequestRefused]) -> None:
+        """Answers of these requests go to `items` until `unclaim`. Those in the inbox go there now."""
+        for request_id in request_ids:
+            if request_id in self.claims:
+                raise RequestError("id", f"{request_id!r} is being collected by another call", "collect each request once")
+        self.claims.update(dict.fromkeys(request_ids, items))
+        self.free_window()
+        for item in [self.inbox.popleft() for _ in range(len(self.inbox))]:
+            self.claims.get(item.request_id, self.inbox).append(item)
+
+    def unclaim(self, request_ids: Iterable[str]) -> None:
+        """Ends `claim`."""
+        for request_id in request_ids:
+            del self.claims[request_id]
+
+    def free_window(self) -> None:
+        """What is in the inbox takes nothing of the credit window any more."""
+        if self.inbox_bytes:
+            self.inbox_bytes = 0
+            self.inbox = deque(replace(item, size=0) if isinstance(item, Arrival) else item for item in self.inbox)
+
     def put_back(self, items: Sequence[Arrival | RequestRefused]) -> None:
         """Puts items that were taken in front of the inbox, in their order."""
         self.inbox.extendleft(reversed(items))
@@ -227,7 +259,7 @@ class PendingRequests:
 
     def hand_out(self, request_id: str, sample: int) -> None:
         """A sample, or the failure, is given to the caller."""
-        self._request(request_id).handed_out.add(sample)
+        self._request(request_id).hand_out(sample)
         self.unique += sample != FAILURE
 
     def count_acks(self, keys: Iterable[tuple[str, int]], by: int) -> None:

@@ -10,33 +10,52 @@ Invariants:
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from ...errors import InvalidInput, RequestError, TransportError
-from ...rollout.backend import IN_FLIGHT_POLICIES
-from ...rollout.types import RolloutRequest, Trajectory, order_by_id
+from ...errors import RequestError, TransportError
+from ...rollout.types import RolloutRequest, Trajectory
+from ..wire.key_files import AnyKeys, client_keys
 from ..wire.keys import ClientKeys
-from ..wire.messages import Shutdown, Stopping
 from ..wire.records import FAILURE
-from .collector import Collector
-from .connection import Connection, RequestRefused, SessionLost
+from .arguments import (
+    OnError,
+    check_connection,
+    check_on_error,
+    check_push,
+    check_seconds,
+    done_list,
+    id_list,
+    request_list,
+)
+from .connection import Connection, RequestRefused
+from .control_session import ControlSession
+from .generate import collect, joined, refusals, served
+from .handed_out import HandedOut, keys_of
 from .message_loop import Figures, MessageLoop
-from .pending_requests import PendingRequests
-from .weight_pusher import WeightPusher
+from .pending_requests import Arrival, PendingRequests
 
-OnError = Literal["raise", "skip"]
+CANCELLED = "cancelled by its client"
+STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+"""Set to end a call that waits, which raises CallStopped."""
 _CLOSE_S = 5.0
 """Seconds `close` waits for the gateway to confirm the last acknowledgements."""
 
 
-class RolloutClient:
-    """A trainer's connection to a gateway; made by `connect`. One thread at a time. A context manager.
+class CallStopped(Exception):
+    """A call that waits was ended by its STOP. Never leaves the bridge."""
 
-    Acknowledgement: with ack="auto" the trajectories that were handed out are acknowledged at the caller's next call of
+
+class RolloutClient:
+    """A trainer's connection to a gateway; made by `connect`. A context manager. Several threads may call it at the
+    same time, for instance one that submits and one that takes results.
+
+    Acknowledgement: with ack="auto" the trajectories that a thread was handed are acknowledged at the thread's next call of
     `submit`, `generate` or `push_weights`, at the next item of `results`, and on leaving the context without an
     exception; the client does not wait for the gateway's confirmation. With ack="manual" only `acknowledge` does it,
     for a trainer that first writes its own checkpoint. After a crash, connect with the same client_id and submit the
@@ -49,24 +68,20 @@ class RolloutClient:
 
     def __init__(self, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,
                  timeout: float = 30.0, ack: Literal["auto", "manual"] = "auto") -> None:
+        check_connection(address, client_id, keys, timeout, ack)
         self.client_id = client_id or f"client-{uuid.uuid4().hex[:12]}"
-        if ack not in ("auto", "manual"):
-            raise InvalidInput("ack", f"unknown mode {ack!r}", "use 'auto' or 'manual'")
-        if len(self.client_id.encode("utf-8", "replace")) > 100 or not self.client_id.isprintable():
-            raise InvalidInput("client_id", f"{self.client_id[:120]!r} is too long or not printable",
-                               "use at most 100 bytes of printable text")
-        self.address, self._keys, self._timeout, self._auto = address, keys, timeout, ack == "auto"
-        self._handed: list[tuple[str, int]] = []
-        self._control: Connection | None = None
-        self._pusher: WeightPusher | None = None
+        self.address, self._timeout, self._auto = address, float(timeout), ack == "auto"
+        self._handed = HandedOut()
+        self._control = ControlSession(address, self.client_id, keys, self._timeout)
         self._closed = False
-        self._connection = Connection(address, self.client_id, keys=keys, control=False, timeout=timeout)
+        self._connection = Connection(address, self.client_id, keys=keys, control=False, timeout=self._timeout)
         self._pending = PendingRequests()
         self._loop = MessageLoop(self._connection, self._pending)
         try:
-            self._loop.run_until(lambda: True)
+            with self._loop.lock:
+                self._loop.run_until(lambda: True)
         except BaseException:
-            self._connection.drop()
+            self._connection.close()
             raise
 
     @property
@@ -89,9 +104,11 @@ class RolloutClient:
         RequestError for an id that was used with other content or answered before, StorageError when the gateway cannot
         record.
         """
-        self._enter()
-        name = self._pending.submit(list(requests))
-        self._loop.run_until(lambda: self._pending.recorded(name))
+        batch = request_list(requests)
+        with self._loop.lock:
+            self._enter()
+            name = self._pending.submit(batch)
+            self._run_until(lambda: self._pending.recorded(name), batch=name)
 
     def results(self, timeout: float | None = None, *, on_error: OnError = "raise") -> Iterator[Trajectory]:
         """Each trajectory of the submitted requests once, as it arrives; ends when nothing is outstanding.
@@ -99,68 +116,85 @@ class RolloutClient:
         Raises TransportError when none arrives for `timeout` seconds (None: as long as the gateway answers), and
         RequestRefused for a request that cannot be served, unless on_error is "skip"; call again to go on after either.
         """
+        check_seconds("timeout", timeout)
+        check_on_error(on_error)
+        return self._results(timeout, on_error)
+
+    def _results(self, timeout: float | None, on_error: OnError) -> Iterator[Trajectory]:
+        while (found := self.take(timeout, on_error)) is not None:
+            yield found[1]
+
+    def take(self, timeout: float | None, on_error: OnError) -> tuple[Arrival, Trajectory] | None:
+        """The next item of `results`, and how it arrived; None at the end."""
         pending = self._pending
-        while True:
-            self._enter()
-            self._loop.run_until(lambda: bool(pending.inbox) or not pending.outstanding, timeout)
-            if not pending.inbox:
-                return
-            item = pending.take()
-            if isinstance(item, RequestRefused):
+        with self._loop.lock:
+            while True:
+                self._enter()
+                self._run_until(lambda: bool(pending.inbox) or not pending.outstanding, timeout)
+                if not pending.inbox:
+                    return None
+                item = pending.take()
+                if not isinstance(item, RequestRefused):
+                    trajectory = item.open()
+                    self._hand_out(*trajectory.key)
+                    return item, trajectory
                 self._hand_out(item.request_id, FAILURE)
                 if on_error == "raise" and item.request_id not in pending.cancelled:
                     raise item
                 self._skip([item.request_id])
-                continue
-            trajectory = item.open()
-            self._hand_out(*trajectory.key)
-            yield trajectory
+
+    def forget_handed(self, trajectories: Iterable[Trajectory]) -> None:
+        """These did not reach the caller: they are not acknowledged, and come again to the next life of the client."""
+        with self._loop.lock:
+            self._handed.remove({trajectory.key for trajectory in trajectories})
+
+    def wake(self) -> None:
+        """Calls that wait look at their STOP."""
+        self._connection.wake()
+
+    def give_back(self, item: Arrival) -> None:
+        """Undoes `take`: the item is the next one again."""
+        with self._loop.lock:
+            self._handed.remove({(item.request_id, item.sample)})
+            self._pending.take_back(item)
 
     def generate(self, requests: Iterable[RolloutRequest], timeout: float | None = None, *,
-                 on_error: OnError = "raise") -> list[Trajectory]:
+                 on_error: OnError = "raise", deadline_seconds: float | None = None) -> list[Trajectory]:
         """Submits one batch and waits for all its samples, ordered by (id, sample) whatever order they arrived in.
 
         Requests that were submitted before are not submitted again. When requests cannot be served, raises the
         RequestRefused of the first one, with the rest in its `others`, once all samples of the call have come;
         `results` then yields the trajectories of the served requests. With on_error="skip" those are returned.
-        `timeout` as in `results`.
+        `timeout` as in `results`. Requests that are unfinished after `deadline_seconds` are cancelled, and refused with
+        that reason; `results` yields the samples of them that had finished.
         """
-        self._enter()
-        pending, batch = self._pending, list(requests)
+        batch = request_list(requests)
+        check_seconds("timeout", timeout)
+        check_seconds("deadline_seconds", deadline_seconds)
+        check_on_error(on_error)
         wanted = {r.id for r in batch}
         if len(wanted) != len(batch):
             raise RequestError("id", "two requests of one call share an id", "give each request its own")
-        pending.submit(batch)
-        for name in wanted:
-            if pending.requests[name].handed_out:
-                raise RequestError("id", f"{name!r} was handed out in part by results()", "go on with results()")
-        collector = Collector(pending, wanted)
-        try:
-            while True:
-                self._loop.run_until(lambda: bool(pending.inbox) or pending.complete(wanted), timeout)
-                collector.drain()
-                if pending.complete(wanted):
-                    break
-        except BaseException:
-            collector.put_back()
-            raise
-        found, refused, others = collector.found, collector.refused, collector.others
-        for name in wanted:
-            if count := pending.requests[name].acknowledged_before:
-                refused.setdefault(name, RequestRefused(
-                    name, f"{count} samples were acknowledged in an earlier life of this client"))
-        for name in refused:
-            self._hand_out(name, FAILURE)
-        served = [] if refused and on_error == "raise" else [p for p in found if p[0].request_id not in refused]
-        if len(served) < len(found):
-            others += [item for item, _ in found if not served or item.request_id in refused]
-        pending.put_back(others)
+        with self._loop.lock:
+            self._enter()
+            return self._generate(batch, wanted, timeout, on_error, deadline_seconds)
+
+    def _generate(self, batch: list[RolloutRequest], wanted: set[str], timeout: float | None, on_error: OnError,
+                  deadline_s: float | None) -> list[Trajectory]:
+        pending = self._pending
+        name = pending.submit(batch)
+        for request_id in wanted:
+            if pending.requests[request_id].handed_out:
+                raise RequestError("id", f"{request_id!r} was handed out in part by results()", "go on with results()")
+        collector = collect(pending, wanted, deadline_s, self._loop.cancel,
+                            lambda done: self._run_until(done, timeout, batch=name))
+        refused = refusals(collector, pending, wanted)
+        for request_id in refused:
+            self._hand_out(request_id, FAILURE)
+        trajectories = served(collector, pending, refused, on_error)
         if refused and on_error == "raise":
-            first, *rest = (refused[name] for name in sorted(refused))
-            first.others = tuple(rest)
-            raise first
+            raise joined(refused)
         self._skip(refused)
-        trajectories = order_by_id([trajectory for _, trajectory in served])
         for trajectory in trajectories:
             self._hand_out(*trajectory.key)
         return trajectories
@@ -172,12 +206,13 @@ class RolloutClient:
         "cancelled by its client"; `results` passes over it. The samples that had finished are delivered. Ids that are
         unknown, or of requests that are finished, are ignored. A cancelled id cannot be submitted again.
         """
-        self._begin()
-        names = list(dict.fromkeys(request_ids))
-        self._pending.cancelled.update(names)
-        self._loop.run_until(lambda: not any(self._pending.unconfirmed(name) for name in names))
-        self._loop.cancel(names, "cancelled by its client")
-        self._loop.run_until(lambda: not self._loop.cancelling)
+        names = id_list(request_ids)
+        with self._loop.lock:
+            self._begin()
+            self._pending.cancelled.update(name for name in names if name in self._pending.requests)
+            self._run_until(lambda: not any(self._pending.unconfirmed(name) for name in names))
+            numbers = self._loop.cancel(names, CANCELLED)
+            self._run_until(lambda: self._loop.confirmed(numbers))
 
     def acknowledge(self, done: Iterable[Trajectory | RequestRefused | RolloutRequest]) -> None:
         """With ack="manual": the trainer has these for good; they are never delivered again. Waits until that is
@@ -187,25 +222,15 @@ class RolloutClient:
             samples and its refusal, whether this life of the client was handed them or not. Samples that are not in the
             ledger yet cannot be acknowledged, and are delivered.
         """
-        self._begin()
-        handed = dict.fromkeys(self._handed)
-        keys: dict[tuple[str, int], None] = {}
-        whole: set[str] = set()
-        for item in done:
-            if isinstance(item, RolloutRequest):
-                known = self._pending.requests.get(item.id)
-                samples = range(item.samples) if known is None or known.submission is None else known.arrived
-                keys.update(((item.id, i), None) for i in samples)
-                keys[item.id, FAILURE] = None
-                whole.add(item.id)
-            elif isinstance(item, RequestRefused):
-                keys.update((k, None) for r in (item, *item.others) if (k := (r.request_id, FAILURE)) in handed)
-            elif item.key in handed:
-                keys[item.key] = None
-        self._loop.acknowledge(list(keys))
-        self._handed = [k for k in self._handed if k not in keys]
-        self._loop.run_until(lambda: not self._loop.acknowledging)
-        self._pending.forget(whole)
+        items = done_list(done, (Trajectory, RequestRefused, RolloutRequest))
+        with self._loop.lock:
+            self._begin()
+            handed = set(self._handed.all())
+            found, whole = keys_of(items, handed, self._pending)
+            self._loop.acknowledge(list(found))
+            self._handed.remove(found)
+            self._run_until(lambda: not self._loop.acknowledging)
+            self._pending.forget(whole)
 
     def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
                      in_flight: str = "finish") -> int:
@@ -222,62 +247,51 @@ class RolloutClient:
         Raises TransportError (wrong tensors, version or digest; no control key; no gateway), ClusterError (the engines
         could not take it) or StorageError (the gateway's disk is full): the old version then serves.
         """
-        if type(version) is not int or version < 1:
-            raise InvalidInput("version", f"{version!r} is not a positive integer", "count versions from 1")
-        if in_flight not in IN_FLIGHT_POLICIES:
-            raise InvalidInput("in_flight", f"unknown policy {in_flight!r}", f"use one of {', '.join(IN_FLIGHT_POLICIES)}")
-        self._enter()
-        self._loop.run_until(lambda: not self._loop.acknowledging)
-        if self._pusher is None:
-            self._pusher = WeightPusher(self._control_connection())
-        serving = self._pusher.push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
-        self._connection.version = serving
+        check_push(version, tensors, allow_gap, in_flight)
+        with self._loop.lock:
+            self._enter()
+            self._run_until(lambda: not self._loop.acknowledging)
+        serving = self._control.push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
+        with self._loop.lock:
+            self._connection.version = max(serving, self._connection.version)
         return serving
 
     def status(self) -> Figures:
         """Figures of the gateway: `version`, `in_flight`, `requested`, `unique`, `duplicates`, `missing`, `failed`,
         `acknowledged`, `stale`, `sessions`, `malformed`, `notice`, and the engines' own as `engine.NAME`."""
-        self._begin()
-        return self._loop.status()
+        with self._loop.lock:
+            self._begin()
+            return self._loop.status()
 
     def shutdown_gateway(self) -> None:
         """Stops the gateway; returns when the gateway has said that it stops. Its ledger keeps what is not
         acknowledged."""
-        self._begin()
-        control = self._control_connection()
-        while True:
-            try:
-                if not control.is_open:
-                    control.open()
-                control.send(Shutdown())
-                while not any(isinstance(message, Stopping) for message in control.receive(0.2)):
-                    pass
-                # The gateway waits until the sessions it has told are closed.
-                control.drop()
-                return
-            except SessionLost:
-                control.drop()
+        with self._loop.lock:
+            self._begin()
+        self._control.shutdown()
 
     def close(self, *, acknowledge: bool = True) -> None:
         """Acknowledges what was handed out (ack="auto") and closes the sockets; safe to call twice.
 
         Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life.
         """
-        if self._closed:
-            return
-        self._closed = True
         loop = self._loop
-        try:
-            if acknowledge and self._auto:
-                loop.acknowledge(self._handed)
-            if acknowledge and loop.acknowledging:
-                end = time.monotonic() + _CLOSE_S
-                self._connection.restart_timeout()
-                loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
-        finally:
-            self._connection.drop()
-            if self._control is not None:
-                self._control.drop()
+        with loop.lock:
+            if self._closed:
+                return
+            self._closed = True
+            loop.stop()
+            try:
+                if acknowledge and self._auto:
+                    loop.acknowledge(self._handed.all())
+                if acknowledge and loop.acknowledging:
+                    end = time.monotonic() + _CLOSE_S
+                    self._connection.restart_timeout()
+                    loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
+            finally:
+                loop.closed = True
+                self._connection.close()
+        self._control.close()
 
     def __enter__(self) -> Self:
         return self
@@ -290,34 +304,36 @@ class RolloutClient:
         """The caller is back, so what it was handed before is acknowledged (ack="auto")."""
         self._begin()
         if self._auto:
-            self._loop.acknowledge(self._handed)
-            self._handed = []
+            self._loop.acknowledge(self._handed.pop())
 
     def _begin(self) -> None:
         if self._closed:
             raise TransportError("this client is closed; connect again with the same client_id")
         self._connection.restart_timeout()
 
+    def _run_until(self, done: Callable[[], bool], timeout: float | None = None, *, batch: str = "") -> None:
+        """The loop's, which ends with CallStopped when the caller's STOP is set."""
+        stop = STOP.get()
+        if stop is None:
+            self._loop.run_until(done, timeout, batch=batch)
+            return
+        self._loop.run_until(lambda: stop.is_set() or done(), timeout, batch=batch)
+        if stop.is_set() and not done():
+            raise CallStopped
+
     def _hand_out(self, request_id: str, sample: int) -> None:
         self._pending.hand_out(request_id, sample)
-        self._handed.append((request_id, sample))
+        self._handed.add((request_id, sample))
 
     def _skip(self, names: Iterable[str]) -> None:
         """Acknowledges refusals that the caller is not told of and cannot acknowledge itself."""
         if not self._auto:
             keys = {(name, FAILURE) for name in names}
             self._loop.acknowledge(sorted(keys))
-            self._handed = [k for k in self._handed if k not in keys]
-
-    def _control_connection(self) -> Connection:
-        """The control connection, which counts its timeout from now."""
-        if self._control is None:
-            self._control = Connection(self.address, self.client_id, keys=self._keys, control=True, timeout=self._timeout)
-        self._control.restart_timeout()
-        return self._control
+            self._handed.remove(keys)
 
 
-def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
+def connect(address: str, *, client_id: str | None = None, keys: AnyKeys = None, timeout: float = 30.0,
             ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
     """Connects to a gateway; returns when it has answered.
 
@@ -325,10 +341,10 @@ def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | No
         address: the gateway's `address`, `tcp://HOST:PORT` or `ipc://PATH`; beyond loopback only with `keys`.
         client_id: the trainer's stable name: unfinished work belongs to it and survives both sides' restarts. A random
             one by default, which cannot be resumed. One live connection per client_id.
-        keys: the gateway's public key, this client's pair, and a pair for control sessions, which push weights.
+        keys: the gateway's public key, this client's pair, and one for control sessions; or the directory of these.
         timeout: seconds without a message from the gateway after which waiting ends with TransportError.
         ack: when trajectories are acknowledged; see RolloutClient.
 
     Raises TransportError when the gateway cannot be reached, does not admit the key, or speaks another protocol.
     """
-    return RolloutClient(address, client_id=client_id, keys=keys, timeout=timeout, ack=ack)
+    return RolloutClient(address, client_id=client_id, keys=client_keys(keys), timeout=timeout, ack=ack)

@@ -36,6 +36,7 @@ class WeightPusher:
     def push(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool, in_flight: str) -> int:
         """Pushes and commits a version; returns the version that serves. See RolloutClient.push_weights."""
         weights = HostWeights.copy_of(tensors)
+        weights.check_finite()
         manifest = weights.manifest(version, ANY_PARENT if allow_gap else version - 1).encode()
         self._connection.restart_timeout()
         while True:

@@ -34,12 +34,16 @@ from ...rollout.backend import Completed, RolloutBackend
 from ...rollout.types import RolloutRequest
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
-from ..wire.limits import TO_GATEWAY
+from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES, TO_GATEWAY
+from .absent_clients import GRACE_S, AbsentClients
 from .backend_driver import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
 from .gateway_status import GatewayStatus
 from .kept_versions import KeptVersions
-from .ledger import KEEP, Ledger
+from .ledger import Ledger
 from .message_router import MessageRouter
+from .operations import Operations
+from .options import check_options
+from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
 from .weight_receiver import WeightReceiver
@@ -66,16 +70,26 @@ class Gateway:
         work is leased again under a new epoch. Give more than the longest sample takes; loading an engine does not
         count. None: leases do not expire. push_idle_seconds: a weight push without a chunk for so long may be replaced
         by another client's push. disk_patience: seconds the ledger may be unwritable before the gateway ends; None for
-        ever.
+        ever. client_grace: seconds a client may be gone before its unfinished work is paused until it is back; None for
+        ever. max_request_samples, max_client_samples: most samples of one request, and unfinished ones of one client.
     """
 
     def __init__(self, cluster: RolloutBackend, address: str, ledger_path: str | Path, *,
                  keys: ServerKeys | None = None, max_in_flight: int = 4096, max_ledger_bytes: int | None = None,
                  keep_requests: int = KEEP, lease_seconds: float | None = None, push_idle_seconds: float = 60.0,
-                 disk_patience: float | None = None) -> None:
+                 disk_patience: float | None = None, client_grace: float | None = GRACE_S,
+                 max_request_samples: int = MAX_REQUEST_SAMPLES, max_client_samples: int = MAX_CLIENT_SAMPLES) -> None:
+        check_options(
+            cluster, address, ledger_path, keys,
+            {"max_in_flight": (max_in_flight, 1, False), "max_ledger_bytes": (max_ledger_bytes, 1, True),
+             "keep_requests": (keep_requests, 0, False), "max_request_samples": (max_request_samples, 1, False),
+             "max_client_samples": (max_client_samples, 1, False)},
+            {"lease_seconds": (lease_seconds, True), "push_idle_seconds": (push_idle_seconds, False),
+             "disk_patience": (disk_patience, True), "client_grace": (client_grace, True)})
         self._cluster, self._bind, self._path, self._keys = cluster, address, ledger_path, keys
         self._max_in_flight, self._max_bytes, self._keep = max_in_flight, max_ledger_bytes, keep_requests
-        self._lease_seconds, self._push_idle = lease_seconds, push_idle_seconds
+        self._lease_seconds, self._push_idle, self._grace = lease_seconds, push_idle_seconds, client_grace
+        self._max_samples = {"max_request_samples": max_request_samples, "max_client_samples": max_client_samples}
         self._retries = StorageRetries(disk_patience)
         self._unrecorded: list[Completed] = []
         self._leases: dict[int, float] = {}
@@ -90,7 +104,7 @@ class Gateway:
         expected = dict(self._cluster.expected_weights())
         policies = tuple(getattr(self._cluster, "in_flight_policies", ("finish",)))
         with ExitStack() as undo:
-            self._ledger = Ledger(self._path, max_bytes=self._max_bytes, keep=self._keep)
+            self._ledger = Ledger(self._path, max_bytes=self._max_bytes, keep=self._keep, **self._max_samples)
             undo.callback(self._ledger.close)
             self._socket = GatewaySocket(self._bind, self._keys, TO_GATEWAY)
             undo.callback(self._socket.close, 0.0)
@@ -107,7 +121,9 @@ class Gateway:
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing)
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status)
+            self._operations = Operations(sessions, self._driver)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations)
+            self._absent = AbsentClients(sessions, self._ledger, self._driver, self._grace)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
             self._thread = thread
@@ -199,6 +215,7 @@ class Gateway:
 
     def _round(self) -> bool:
         """Does everything there is to do, once; whether something waits for a peer with no room or for the disk."""
+        self._ledger.check()
         with suppress(BlockingIOError):
             self._wake_in.recv(4096)
         for _ in range(BURST):
@@ -206,11 +223,13 @@ class Gateway:
             if inbound is None:
                 break
             self._router.receive(inbound)
+        self._router.record_parts()
         now = time.monotonic()
         waiting = self._collect(now)
         self._expire(now)
+        self._absent.check(now)
         self._dispatch(now)
-        self._stopping = self._stopping or self._router.shutdown
+        self._stopping = self._stopping or self._router.shutdown or self._drained
         try:
             waiting |= self._router.work(now)
             self._retries.worked("send")
@@ -257,7 +276,8 @@ class Gateway:
     def _dispatch(self, now: float) -> None:
         """Ends revoked leases, then leases queued batches while there is room."""
         weights = self._weights
-        if self._unrecorded or weights.undecided or weights.missing or not self._retries.due("dispatch", now):
+        if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
+                or not self._retries.due("dispatch", now)):
             return
         try:
             for epoch in sorted(self._revoked):
@@ -281,6 +301,12 @@ class Gateway:
         room = self._max_in_flight - self._driver.in_flight
         leased = self._ledger.lease(room, self._driver.in_flight == 0) if room > 0 else None
         return leased and (*leased, [""] * len(leased[1]))
+
+    @property
+    def _drained(self) -> bool:
+        """Whether a drain was asked for and has ended: no engine holds work, and every output is in the ledger."""
+        return (self._operations.draining and not self._driver.in_flight and not self._unrecorded
+                and not self._weights.undecided and self._driver.events.empty())
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""

@@ -21,44 +21,45 @@ def queued_clients(file: LedgerFile) -> list[str]:
         "FROM found WHERE found.client IS NOT NULL) SELECT client FROM found WHERE client IS NOT NULL")]  # fmt: skip
 
 
-def in_turn(file: LedgerFile, most: int, in_flight: Mapping[str, int], columns: str) -> list[tuple[str, tuple[Any, ...]]]:
-    """(client, row) of the requests to lease: always the oldest of the client with the fewest samples in flight.
+def in_turn(file: LedgerFile, most: int, in_flight: Mapping[str, int]) -> list[tuple[str, tuple[Any, ...]]]:
+    """Client and row (id, samples, digest, payload) of each request to lease: always the oldest of the client with the fewest
+    samples in flight.
 
     With `most` samples in flight only clients go on that have less than their share of them, so at most twice as many
     are; and one request more, where a client has none in flight.
 
     Args:
         in_flight: samples in flight, by client.
-        columns: what a row holds; the first is the number of samples.
     """
     flight = dict(in_flight)
-    waiting = {client: _Queue(file, client, columns) for client in queued_clients(file)}
+    waiting = {client: _Queue(file, client) for client in queued_clients(file)}
     share = most // max(1, len(flight.keys() | waiting.keys()))
     total, found = sum(flight.values()), list[tuple[str, tuple[Any, ...]]]()
     while waiting and len(found) < MOST:
         client = min(waiting, key=lambda client: flight.get(client, 0))
         row = next(waiting[client], None)
         has = flight.get(client, 0)
-        if row is None or (has and total + row[0] > most and has + row[0] > share):
+        samples = row[1] if row is not None and isinstance(row[1], int) else 0  # a damaged row is found when it is read
+        if row is None or (has and total + samples > most and has + samples > share):
             del waiting[client]
             continue
         found.append((client, row))
-        flight[client], total = has + row[0], total + row[0]
+        flight[client], total = has + samples, total + samples
     return found
 
 
 class _Queue(Iterator[tuple[Any, ...]]):
     """The queued requests of a client, oldest first, read a few at a time."""
 
-    def __init__(self, file: LedgerFile, client: str, columns: str) -> None:
-        self._file, self._client, self._columns = file, client, columns
+    def __init__(self, file: LedgerFile, client: str) -> None:
+        self._file, self._client = file, client
         self._rows: deque[tuple[Any, ...]] = deque()
         self._after = -1
 
     def __next__(self) -> tuple[Any, ...]:
         if not self._rows:
             self._rows.extend(self._file.run(
-                f"SELECT seq, {self._columns} FROM requests WHERE state={QUEUED} AND client=? AND {OPEN} AND seq>? "
+                f"SELECT seq, id, samples, digest, payload FROM requests WHERE state={QUEUED} AND client=? AND {OPEN} AND seq>? "
                 "ORDER BY seq LIMIT 32", (self._client, self._after)))  # fmt: skip
             if not self._rows:
                 raise StopIteration

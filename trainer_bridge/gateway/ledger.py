@@ -8,66 +8,35 @@ Invariants:
 - Work is leased under an epoch, and epochs only grow. An output under another epoch than its request's is refused.
 - Opening a ledger ends every lease, so the work that a killed gateway left unfinished is dispatched again.
 - The greatest version recorded is the one that serves, or that the service waits for after a restart.
+- Work of a client that is gone is PAUSED: nobody leases it until `resume`.
+- A damaged row fails its own request, with a reason that names the row (`damage`).
+- A client's unfinished samples, and the samples of one request, are bounded; more are refused by name.
 - A write that fails (full disk) changes nothing and raises StorageError.
 
-Retention. An acknowledged payload is freed at once. When all of a request is acknowledged, the request is settled: its
-trajectories are deleted, and one row of about 300 bytes with its index stays (id, owner, digest, number of samples), by
-which the request is recognised when it is submitted again; a failed request keeps its reason too, which is the answer
-then. The `keep` newest settled requests stay, 60 MB for 200,000; older ones are deleted, a few with each
-acknowledgement. So the file is bounded by them, by open work and by what clients did not acknowledge. Most of a row is
-the request id, so keeping ids and digests alone would save little. A settled request that was deleted is a new request
-when it is submitted again, and its work is done again. Counters are kept apart from the rows.
+What is kept of answered requests: `retention`. What is counted: `ledger_counters`.
 
 One process holds a ledger at a time. One thread at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ...errors import RequestError, TransportError
+import numpy as np
+
+from ...errors import TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest
-from ..wire.records import FAILURE, decode_request, encode_trajectory, request_digest
+from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
+from ..wire.records import FAILURE, encode_trajectory
+from .batch_parts import Part, Receipt, record_part
+from .damage import Pending, fail_damaged, read_pending, read_request
 from .leasing import in_turn
-from .ledger_file import COUNTERS, DONE, FAILED, LEASED, OPEN, QUEUED, SETTLED, STAGED, UNACKED, LedgerFile
-
-KEEP, KEEP_VERSIONS = 200_000, 1024
-_PURGE = 256
-"""Most settled requests deleted with one acknowledgement."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A recorded trajectory that is not acknowledged, or a failure, whose sample is -1 and whose payload is the
-    reason."""
-
-    seq: int
-    request_id: str
-    sample: int
-    payload: bytes
-
-
-@dataclass(slots=True)
-class Counters:
-    """Samples over the ledger's whole life. `duplicates`, `stale`: outputs that were dropped. `kept`: settled requests
-    it holds."""
-
-    requested: int = 0
-    unique: int = 0
-    failed: int = 0
-    acknowledged: int = 0
-    duplicates: int = 0
-    stale: int = 0
-    kept: int = 0
-
-    @property
-    def missing(self) -> int:
-        """Requested samples that have neither arrived nor failed."""
-        return self.requested - self.unique - self.failed
+from .ledger_counters import Counters, Totals
+from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
+from .retention import KEEP, KEEP_VERSIONS, fail, purge, settle
 
 
 class Ledger:
@@ -77,11 +46,15 @@ class Ledger:
         path: the file; its folder must exist.
         max_bytes: refuse to grow beyond this (StorageError); None for as much as the disk holds.
         keep: settled requests that are remembered.
+        max_request_samples, max_client_samples: most samples of one request, and unfinished ones of one client.
     """
 
-    def __init__(self, path: str | Path, *, max_bytes: int | None = None, keep: int = KEEP) -> None:
+    def __init__(self, path: str | Path, *, max_bytes: int | None = None, keep: int = KEEP,
+                 max_request_samples: int = MAX_REQUEST_SAMPLES, max_client_samples: int = MAX_CLIENT_SAMPLES) -> None:
         self._file, self._keep = LedgerFile(path, max_bytes), keep
+        self._most = (max_request_samples, max_client_samples)
         self.path = self._file.path
+        self._news: set[str] = set()
         try:
             with self._file.transaction():
                 self._file.run(f"UPDATE requests SET state=? WHERE state=? AND {OPEN}", (QUEUED, LEASED))
@@ -89,11 +62,27 @@ class Ledger:
                 self._file.run(f"DELETE FROM requests WHERE state=? AND {OPEN}", (STAGED,))
                 self.ledger_id: str = self._file.meta("ledger")
                 self._epoch: int = self._file.meta("epoch")
-                totals = self._file.run("SELECT * FROM counters WHERE id=1").fetchone()
-                self.counters = Counters(*totals[1:])
+                self._inherited: int = self._file.value("SELECT COALESCE(MAX(seq), 0) FROM trajectories")
+                self._totals = Totals(self._file)
+                self._paused = {row[0] for row in self._file.run(f"SELECT client FROM requests WHERE state=? AND {OPEN}",
+                                                                 (PAUSED,))}
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def counters(self) -> Counters:
+        """Samples over the ledger's whole life."""
+        return self._totals.counters
+
+    def check(self) -> None:
+        """Raises StorageError when the file was deleted or replaced."""
+        self._file.check()
+
+    def take_news(self) -> set[str]:
+        """The clients of which requests failed here since the last call, because their rows are damaged."""
+        news, self._news = self._news, set()
+        return news
 
     def claim(self, client: str, key: str) -> None:
         """Binds a client id to the public key that used it first. Raises TransportError for another key."""
@@ -104,37 +93,15 @@ class Ledger:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
 
     def record_requests(self, client: str, batch: str, part: int, requests: Sequence[tuple[RolloutRequest, bytes]],
-                        final: bool) -> tuple[list[int], list[tuple[int, str]]]:
-        """Records part of a batch: (request, its record) in order; after the final part the batch is queued.
+                        final: bool) -> Receipt:
+        """Records part of a batch: (request, its record) in order; after the final part the batch is queued."""
+        return self.record_parts([Part(client, batch, part, requests, final)])[0]
 
-        Returns, per request, how many of its samples were acknowledged before, and the refused ones as (index, why).
-        """
-        acked, refused, run = [], [], self._file.run
-        with self._counting() as new:
-            for i, (request, payload) in enumerate(requests):
-                digest, place = request_digest(payload), (part << 16) + i
-                row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
-                acked.append(0)
-                if row is None:
-                    run("INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
-                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        (request.id, client, batch, place, digest, request.samples, STAGED, payload))
-                elif row[0] != client or row[1] != digest:
-                    what = "belongs to another client" if row[0] != client else "was already used with other content"
-                    why = RequestError("id", f"{request.id!r} {what}", "give each new request a new id")
-                    refused.append((i, str(why)))
-                elif row[2] == STAGED:
-                    run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
-                else:
-                    acked[i] = row[3]
-                    if row[2] == FAILED:
-                        self._repeat_failure(client, request.id, new)
-            if final:
-                staged = f"state=? AND client=? AND batch=? AND {OPEN}"
-                new.requested += self._file.value(
-                    f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
-                run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
-        return acked, refused
+    def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
+        """Records parts of batches in one transaction, all or none; returns what to tell the client of each."""
+        with self._totals.changing() as new:
+            unfinished = self._totals.unfinished
+            return [record_part(self._file, part, self._most, unfinished[part.client], new) for part in parts]
 
     def lease(self, room: int, force: bool = False) -> tuple[int, list[RolloutRequest]] | None:
         """Leases the oldest queued batch under a new epoch.
@@ -147,17 +114,11 @@ class Ledger:
                        (QUEUED,)).fetchone()
             if head is None:
                 return None
-            rows = run("SELECT id, payload, samples FROM requests WHERE state=? AND client=? AND batch=? AND "
-                       f"{OPEN} ORDER BY place", (QUEUED, *head)).fetchall()
-        if not force and sum(r[2] for r in rows) > room:
-            return None
-        epoch = self._epoch + 1
-        with self._file.transaction():
-            run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
-            for row in rows:
-                run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[0]))
-        self._epoch = epoch
-        return epoch, [decode_request(r[1]) for r in rows]
+            queued = f"FROM requests WHERE state=? AND client=? AND batch=? AND {OPEN}"
+            if not force and self._file.value(f"SELECT SUM(samples) {queued}", QUEUED, *head) > room:
+                return None
+            rows = run(f"SELECT id, samples, digest, payload {queued} ORDER BY place", (QUEUED, *head)).fetchall()
+        return self._leased([(head[0], row) for row in rows])[:2]
 
     def lease_in_turn(self, most: int, in_flight: Mapping[str, int]) -> tuple[int, list[RolloutRequest], list[str]] | None:
         """Leases queued requests of clients in turn (`leasing.in_turn`) under a new epoch, and says whose each is. None when
@@ -166,16 +127,25 @@ class Ledger:
         Args: most: samples that may be in flight. in_flight: those that are, by client.
         """
         with self._file.guard():
-            found = in_turn(self._file, most, in_flight, "samples, id, payload")
-        if not found:
-            return None
+            found = in_turn(self._file, most, in_flight)
+        return self._leased(found) if found else None
+
+    def _leased(self, found: Sequence[tuple[str, tuple[Any, ...]]]) -> tuple[int, list[RolloutRequest], list[str]]:
+        """Leases rows (id, samples, digest, payload) of clients under a new epoch. Those that are damaged fail."""
         epoch = self._epoch + 1
         with self._file.transaction():
             self._file.run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
             for _, row in found:
-                self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[1]))
+                self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[0]))
         self._epoch = epoch
-        return epoch, [decode_request(row[2]) for _, row in found], [client for client, _ in found]
+        read = [(client, row[0], read_request(*row)) for client, row in found]
+        if damaged := [(client, request_id, why) for client, request_id, why in read if isinstance(why, str)]:
+            with self._totals.changing() as new:
+                for client, request_id, why in damaged:
+                    fail_damaged(self._file, request_id, client, why, new)
+                    self._news.add(client)
+        whole = [(client, request) for client, _, request in read if not isinstance(request, str)]
+        return epoch, [request for _, request in whole], [client for client, _ in whole]
 
     def release(self, epoch: int) -> None:
         """Queues the unfinished work of a lease again. From the next lease on, outputs of this one are refused."""
@@ -190,7 +160,7 @@ class Ledger:
         """
         clients: set[str] = set()
         outputs, run = [_payload(item) for item in completed], self._file.run
-        with self._counting() as new:
+        with self._totals.changing() as new:
             for item, (place, payload) in zip(completed, outputs, strict=True):
                 row = run("SELECT client, samples, state, epoch, recorded, settled FROM requests WHERE id=?",
                           (item.request_id,)).fetchone()
@@ -207,10 +177,10 @@ class Ledger:
                     continue
                 clients.add(client)
                 if place == FAILURE:
-                    new.failed += samples - recorded
-                    self._fail(item.request_id, client, payload)
+                    fail(self._file, item.request_id, client, samples - recorded, payload, new)
                     continue
                 recorded, new.unique = recorded + 1, new.unique + 1
+                new.unfinished[client] -= 1
                 run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
                     (*key, client, payload))
                 if recorded < samples:
@@ -222,7 +192,7 @@ class Ledger:
     def cancel(self, client: str, request_ids: Sequence[str], why: str) -> list[str]:
         """Fails the unfinished ones of these requests of a client; returns the ids of those that were leased."""
         leased, reason = list[str](), why.encode("utf-8", "replace")[:1000]
-        with self._counting() as new:
+        with self._totals.changing() as new:
             for request_id in request_ids:
                 row = self._file.run(f"SELECT state, samples, recorded FROM requests WHERE id=? AND client=? AND {OPEN}",
                                      (request_id, client)).fetchone()
@@ -233,26 +203,54 @@ class Ledger:
                     new.requested += samples
                 elif state == LEASED:
                     leased.append(request_id)
-                new.failed += samples - recorded
-                self._fail(request_id, client, reason)
+                fail(self._file, request_id, client, samples - recorded, reason, new)
         return leased
 
+    def clients_at_work(self) -> set[str]:
+        """The clients with unfinished samples that are not paused, or with an unfinished submission."""
+        return set(self._totals.unfinished) - self._paused
+
+    def pause(self, client: str) -> list[str]:
+        """Nobody leases a client's unfinished work from now on; returns the ids of requests that were leased. A batch that
+        the client had not finished submitting is forgotten."""
+        run = self._file.run
+        with self._totals.changing() as new:
+            gone = f"state=? AND client=? AND {OPEN}"
+            new.unfinished[client] -= self._file.value(
+                f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {gone}", STAGED, client)
+            run(f"DELETE FROM requests WHERE {gone}", (STAGED, client))
+            leased = [row[0] for row in run(f"SELECT id FROM requests WHERE {gone}", (LEASED, client))]
+            for state in (QUEUED, LEASED):
+                run(f"UPDATE requests SET state=? WHERE {gone}", (PAUSED, state, client))
+        self._paused.add(client)
+        return leased
+
+    def resume(self, client: str) -> None:
+        """The client is back: its paused work is queued again."""
+        if client in self._paused:
+            with self._file.transaction():
+                self._file.run(f"UPDATE requests SET state=? WHERE state=? AND client=? AND {OPEN}", (QUEUED, PAUSED, client))
+            self._paused.remove(client)
+
     def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
-        """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`."""
-        found: list[Pending] = []
+        """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`.
+
+        A trajectory that was recorded before this ledger was opened is decoded; one that is damaged fails its request,
+        and the failure takes its place.
+        """
         with self._file.guard():
-            for row in self._file.run("SELECT seq, request_id, sample, payload FROM trajectories WHERE client=? AND "
-                                      f"{UNACKED} AND seq>? ORDER BY seq", (client, after)):
-                found.append(Pending(*row))
-                max_bytes -= len(found[-1].payload)
-                if max_bytes <= 0:
-                    break
-        return found
+            found, damaged = read_pending(self._file, client, after, max_bytes, self._inherited)
+        if not damaged:
+            return found
+        with self._totals.changing() as new:
+            for request_id, why in damaged.items():
+                fail_damaged(self._file, request_id, client, why, new)
+        return self.pending(client, after, max_bytes)
 
     def acknowledge(self, client: str, keys: Sequence[tuple[str, int]]) -> int:
         """Frees the payloads of these (request id, sample); returns how many were not acknowledged before."""
         total, run, touched = 0, self._file.run, set()
-        with self._counting() as new:
+        with self._totals.changing() as new:
             for request_id, sample in keys:
                 fresh = run(f"UPDATE trajectories SET acked=1, payload=NULL WHERE request_id=? AND sample=? AND client=? "
                             f"AND {UNACKED}", (request_id, sample, client)).rowcount
@@ -263,8 +261,8 @@ class Ledger:
                         new.acknowledged += 1
                         run("UPDATE requests SET acked=acked+1 WHERE id=?", (request_id,))
             for request_id in touched:
-                self._settle(request_id, new)
-            self._purge(new)
+                settle(self._file, request_id, new)
+            purge(self._file, self.counters.kept + new.kept - self._keep, new)
         self._file.give_back()
         return total
 
@@ -294,52 +292,15 @@ class Ledger:
     def close(self) -> None:
         self._file.close()
 
-    def _fail(self, request_id: str, client: str, reason: bytes) -> None:
-        """The request fails. It keeps the reason, which is the answer to every later submission."""
-        self._file.run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
-                       (request_id, FAILURE, client, reason))
-        self._file.run("UPDATE requests SET state=?, payload=? WHERE id=?", (FAILED, reason, request_id))
-
-    def _settle(self, request_id: str, new: Counters) -> None:
-        """Deletes the trajectories of a request of which everything is acknowledged."""
-        run = self._file.run
-        if run(f"SELECT 1 FROM trajectories WHERE request_id=? AND {UNACKED}", (request_id,)).fetchone():
-            return
-        if run("UPDATE requests SET settled=1 WHERE id=? AND state>=? AND settled=0", (request_id, DONE)).rowcount:
-            run("DELETE FROM trajectories WHERE request_id=?", (request_id,))
-            new.kept += 1
-
-    def _purge(self, new: Counters) -> None:
-        """Deletes the oldest settled requests beyond `keep`, a few at a time."""
-        if (over := min(self.counters.kept + new.kept - self._keep, _PURGE)) > 0:
-            new.kept -= self._file.run(f"DELETE FROM requests WHERE seq IN (SELECT seq FROM requests WHERE {SETTLED} "
-                                       "ORDER BY seq LIMIT ?)", (over,)).rowcount
-
-    def _repeat_failure(self, client: str, request_id: str, new: Counters) -> None:
-        """Gives a failure a new place in the client's queue, so that a new submission is answered again."""
-        run = self._file.run
-        run("DELETE FROM trajectories WHERE request_id=? AND sample=?", (request_id, FAILURE))
-        run("INSERT INTO trajectories (request_id, sample, client, payload) "
-            "SELECT id, ?, ?, payload FROM requests WHERE id=?", (FAILURE, client, request_id))
-        new.kept -= run("UPDATE requests SET settled=0 WHERE id=? AND settled=1", (request_id,)).rowcount
-
-    @contextmanager
-    def _counting(self) -> Iterator[Counters]:
-        """A transaction. What the block adds to the yielded counters is added to the ledger's."""
-        new = Counters()
-        with self._file.transaction():
-            yield new
-            if any(astuple(new)):
-                changes = ", ".join(f"[{name}]=[{name}]+?" for name in COUNTERS)
-                self._file.run(f"UPDATE counters SET {changes} WHERE id=1", astuple(new))
-        for name in COUNTERS:
-            setattr(self.counters, name, getattr(self.counters, name) + getattr(new, name))
-
 
 def _payload(item: Completed) -> tuple[int, bytes]:
-    """Sample number and payload of an output; a trajectory that cannot travel is the failure of its request."""
+    """Sample number and payload of an output; a trajectory that cannot travel, or that holds a
+    log-probability that is not finite, is the failure of its request."""
     if item.trajectory is not None:
         try:
+            for name in ("logprobs", "behavior_logprobs"):
+                if not np.isfinite(getattr(item.trajectory, name)).all():
+                    raise TransportError(f"sample {item.trajectory.sample}: {name} holds a number that is not finite")
             return item.trajectory.sample, encode_trajectory(item.trajectory)
         except TransportError as error:
             return FAILURE, str(error).encode()[:1000]

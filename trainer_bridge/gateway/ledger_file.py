@@ -3,6 +3,8 @@
 Invariants:
 - One process holds the file at a time. The lock ends with its process.
 - A transaction is on disk when it ends, or it has changed nothing and raises StorageError.
+- What a transaction recorded is in the file that has the ledger's name: after each one, and in `check`, a file that was
+  deleted or replaced raises StorageError.
 - Every statement finds its rows by an index. Partial indices hold open work alone, so they stay small however many
   requests were answered. SQLite uses a partial index only in a statement that repeats its condition (`OPEN`, `SETTLED`,
   `UNACKED`).
@@ -11,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,7 +23,7 @@ from typing import Any
 
 from ...errors import StorageError
 
-STAGED, QUEUED, LEASED, DONE, FAILED = range(5)
+PAUSED, STAGED, QUEUED, LEASED, DONE, FAILED = range(-1, 5)
 OPEN, SETTLED, UNACKED = "state<3", "settled=1", "acked=0"
 COUNTERS = ("requested", "unique", "failed", "acknowledged", "duplicates", "stale", "kept")
 
@@ -60,6 +63,8 @@ class LedgerFile:
 
     def __init__(self, path: str | Path, max_bytes: int | None) -> None:
         self.path = Path(path)
+        self._log = self.path.with_name(self.path.name + "-wal")
+        self._files: dict[Path, tuple[int, int]] = {}
         try:
             self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0.5)
         except sqlite3.Error as error:
@@ -93,6 +98,24 @@ class LedgerFile:
                                    "finish it with the version that wrote it, or name a new file")
             run(_INDEX_OF_TURNS)
 
+        self.check()
+
+    def check(self) -> None:
+        """Raises StorageError when the file, or its write-ahead log, is no longer the one that was opened."""
+        for path in (self.path, self._log):
+            try:
+                found = os.stat(path)
+            except FileNotFoundError:
+                if path not in self._files:
+                    continue
+                what = "was deleted"
+            else:
+                if self._files.setdefault(path, (found.st_dev, found.st_ino)) == (found.st_dev, found.st_ino):
+                    continue
+                what = "was replaced by another file"
+            raise StorageError(f"ledger {self.path}: {path.name} {what} while the gateway ran; what was not delivered is lost. "
+                               "Start the gateway again, with a copy of the ledger or a new one")
+
     def run(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         """Executes one statement."""
         return self._db.execute(statement, values)
@@ -117,6 +140,8 @@ class LedgerFile:
                 if self._db.in_transaction:
                     self.run("ROLLBACK")
                 raise
+        if self._files:
+            self.check()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

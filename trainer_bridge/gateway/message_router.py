@@ -25,6 +25,8 @@ from ..wire.messages import (
     Cancelled,
     Credit,
     Delivery,
+    Drain,
+    EnginesRequest,
     Failure,
     Hello,
     Message,
@@ -36,6 +38,7 @@ from ..wire.messages import (
     PushCommit,
     Refused,
     Reset,
+    Scale,
     Shutdown,
     Status,
     StatusRequest,
@@ -47,14 +50,18 @@ from ..wire.messages import (
 )
 from ..wire.records import FAILURE, decode_request
 from .backend_driver import BackendDriver
+from .batch_parts import Part
 from .gateway_status import GatewayStatus
 from .ledger import Ledger
+from .operations import Operations
 from .sessions import MAX_SESSIONS, Session, Sessions
 from .weight_receiver import WeightReceiver
 
 _log = logging.getLogger(__package__)
 MAX_ACKS_WAITING = 64
 """Ack messages of one session that may wait for the disk."""
+MAX_PART_BYTES = 16 << 20
+"""Bytes of request records that may wait for one transaction."""
 PROBE_S, RETRY_S = 5.0, 0.5
 """Seconds between two Pongs to idle clients, and before the disk is tried again."""
 
@@ -66,16 +73,20 @@ class MessageRouter:
         driver: ends the samples of requests that are cancelled.
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
+        operations: answers operators.
 
     Attributes:
         shutdown: a control session asked the gateway to stop.
     """
 
     def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, weights: WeightReceiver,
-                 status: GatewayStatus) -> None:
+                 status: GatewayStatus, operations: Operations) -> None:
+        self._operations = operations
         self._sessions, self._ledger, self._driver = sessions, ledger, driver
         self._weights, self._status = weights, status
         self._probed = self._retry = 0.0
+        self._parts: list[tuple[Session, Part]] = []
+        self._part_bytes = 0
         self.shutdown = False
 
     @property
@@ -91,6 +102,9 @@ class MessageRouter:
             self._status.malformed += 1
             self._refuse(inbound.peer, str(error))
             return
+        if not isinstance(message, Submit):
+            # A message counts after all that came before it.
+            self.record_parts()
         if isinstance(message, Hello):
             self._hello(inbound, message)
             return
@@ -117,6 +131,7 @@ class MessageRouter:
                 if not session.outbox:
                     self._ping(session, Ping())
         waiting = False
+        self.mark(self._ledger.take_news())
         for session in self._sessions:
             if session.acks and now >= self._retry:
                 self._record_acks(session)
@@ -146,6 +161,7 @@ class MessageRouter:
         if not hello.control:
             try:
                 self._ledger.claim(hello.client, inbound.key)
+                self._ledger.resume(hello.client)
             except TransportError as error:
                 self._refuse(inbound.peer, str(error))
                 return
@@ -177,6 +193,14 @@ class MessageRouter:
     def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
         self._weights.handle(session.peer, session.client, message)
 
+    def _operate(self, session: Session, message: EnginesRequest | Scale | Drain) -> None:
+        if isinstance(message, EnginesRequest):
+            self._operations.engines(session, message)
+        elif isinstance(message, Scale):
+            self._operations.scale(session, message)
+        else:
+            self._operations.drain(session, message)
+
     def _shutdown(self, session: Session, message: Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)
         self.shutdown = session.asked_to_stop = True
@@ -187,20 +211,33 @@ class MessageRouter:
     def _submit(self, session: Session, message: Submit) -> None:
         try:
             requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
-            acked, refused = self._ledger.record_requests(
-                session.client, message.batch, message.index, requests, message.final)
         except TransportError as error:
             self._status.malformed += 1
             self._sessions.reply(session.peer, Refused(message.batch, "transport", clip(str(error))))
+            return
+        self._parts.append((session, Part(session.client, message.batch, message.index, requests, message.final)))
+        self._part_bytes += sum(len(record) for _, record in requests)
+        if self._part_bytes > MAX_PART_BYTES:
+            self.record_parts()
+
+    def record_parts(self) -> None:
+        """Records the parts of batches that have come, in one transaction, and confirms them."""
+        if not self._parts:
+            return
+        parts, self._parts, self._part_bytes = self._parts, [], 0
+        try:
+            receipts = self._ledger.record_parts([part for _, part in parts])
         except StorageError as error:
-            _log.warning("a batch of client %s is refused: %s", session.client, error)
-            self._sessions.reply(session.peer, Refused(message.batch, "storage", clip(str(error))))
-        else:
+            for session, part in parts:
+                _log.warning("a batch of client %s is refused: %s", session.client, error)
+                self._sessions.reply(session.peer, Refused(part.batch, "storage", clip(str(error))))
+            return
+        for (session, part), (acked, refused) in zip(parts, receipts, strict=True):
             for place, why in refused:
-                _log.info("request %s of client %s is refused: %s", requests[place][0].id, session.client, why)
-            self.mark([session.client])
-            self._sessions.reply(session.peer, Submitted(message.batch, message.index, tuple(acked),
+                _log.info("request %s of client %s is refused: %s", part.requests[place][0].id, session.client, why)
+            self._sessions.reply(session.peer, Submitted(part.batch, part.index, tuple(acked),
                                                          tuple((i, clip(why)) for i, why in refused)))
+        self.mark({session.client for session, _ in parts})
 
     def _cancel(self, session: Session, message: Cancel) -> None:
         try:
@@ -266,4 +303,5 @@ _DATA: _Acts = _ANY | {
     Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
-    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown}
+    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown, EnginesRequest: MessageRouter._operate,
+    Scale: MessageRouter._operate, Drain: MessageRouter._operate}

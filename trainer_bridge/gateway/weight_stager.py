@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import TransportError
 from ..wire.codec import Buffer, refuse
-from ..wire.manifest import Manifest, TensorSpec, flat_bytes, new_digest, storage_dtype
+from ..wire.manifest import Manifest, TensorSpec, finite_mask, flat_bytes, new_digest, storage_dtype
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 """A policy that ties its head to its embedding has one tensor under these two names; a `state_dict()` lists both."""
@@ -118,7 +118,7 @@ class WeightStager:
         """Checks the numbers whose last byte is within start..end-1."""
         flat = self._arrays[self._index].reshape(-1)
         first = start // flat.itemsize
-        finite = _finite(flat[first:end // flat.itemsize], spec.dtype)
+        finite = finite_mask(flat[first:end // flat.itemsize], spec.dtype)
         if not finite.all():
             place = tuple(int(i) for i in np.unravel_index(first + int(finite.argmin()), spec.shape))
             raise TransportError(f"weight version {self.manifest.version}: {spec.name!r} is not finite at {list(place)}; "
@@ -129,11 +129,3 @@ class WeightStager:
         if self._hash.digest() != spec.digest:
             raise TransportError(f"weight version {self.manifest.version}: the bytes of {spec.name!r} do not have the "
                                  "digest of the manifest; push the version again")
-
-
-def _finite(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Which numbers are neither NaN nor infinite. bfloat16 numbers are checked by their bits."""
-    if dtype == "bfloat16":
-        finite: np.ndarray = (array & 0x7F80) != 0x7F80
-        return finite
-    return np.isfinite(array)

@@ -53,6 +53,11 @@ class ClientSocket:
                     return False
                 self._socket.poll(int(min(left, 0.1) * 1000) + 1, zmq.POLLOUT)
 
+    def poll(self, wait: float, wake: int) -> None:
+        """Waits at most `wait` seconds until a message, an event or a byte on the file descriptor `wake` has arrived."""
+        self._poller.register(wake, zmq.POLLIN)
+        self._poller.poll(int(wait * 1000))
+
     def receive(self, wait: float) -> list[list[memoryview]]:
         """The messages that have arrived; waits at most `wait` seconds for the first."""
         self._poller.poll(int(wait * 1000))

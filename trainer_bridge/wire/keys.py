@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,9 @@ class ClientKeys:
 
     def __post_init__(self) -> None:
         _check_key("server", self.server)
+        _check_pair("data", self.data)
+        if self.control is not None:
+            _check_pair("control", self.control)
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,26 @@ class ServerKeys:
     control: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", frozenset(self.data))
-        object.__setattr__(self, "control", frozenset(self.control))
-        for key in self.data | self.control:
-            _check_key("allowed key", key)
+        _check_pair("own", self.own)
+        for name in ("data", "control"):
+            keys = getattr(self, name)
+            if isinstance(keys, str | bytes) or not isinstance(keys, Collection):
+                raise InvalidInput(name, f"a {type(keys).__name__}, not a set of public keys",
+                                   "list the public keys of the clients that are admitted")
+            for key in keys:
+                _check_key(name, key)
+            object.__setattr__(self, name, frozenset(keys))
         if self.data & self.control:
             raise InvalidInput("control", "a key is listed for data and for control", "use separate keys")
 
     def callback(self, domain: str, key: bytes) -> bool:
         """Whether this public key (Z85) is listed. pyzmq calls it at each handshake."""
         return key.decode("ascii", "replace") in self.data | self.control
+
+
+def _check_pair(name: str, value: object) -> None:
+    if not isinstance(value, CurveKeys):
+        raise InvalidInput(name, f"a {type(value).__name__}, not CurveKeys", "make pairs with CurveKeys.generate()")
 
 
 def _check_key(name: str, value: str) -> None:

@@ -19,6 +19,11 @@ MAX_FIGURE_TEXT = 256
 """Text that is the value of a figure."""
 MAX_SAMPLES = 1 << 16
 """Samples of one request."""
+MAX_REQUEST_SAMPLES = 1 << 14
+"""Samples of one request that a gateway takes by default: a request is handed out whole, so this bounds what the engines
+hold beyond `max_in_flight`."""
+MAX_CLIENT_SAMPLES = 1 << 20
+"""Unfinished samples of one client that a gateway takes by default: 100,000 requests of ten samples."""
 MAX_TOKENS = 1 << 20
 """Tokens of one prompt, or of one trajectory."""
 MAX_PARTS = 1 << 20
@@ -40,6 +45,10 @@ MAX_CANCELS = 128
 """Requests of one Cancel."""
 MAX_STATS = 512
 """Figures of one Status."""
+MAX_ENGINES = 1 << 16
+"""Engines of one service."""
+MAX_ENGINE_ROWS, MAX_ENGINE_FIGURES, MAX_ENGINE_FIGURE = 32, 48, 32
+"""Engines of one Engines message, figures of one engine, and the name of one; all of the longest fill a header."""
 
 MAX_FRAMES = 1 + MAX_PER_SUBMIT
 """Frames of one message."""

@@ -92,6 +92,14 @@ class Manifest:
         return hashlib.blake2b(Manifest(self.version, ANY_PARENT, self.tensors).encode(), digest_size=DIGEST).digest()
 
 
+def finite_mask(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Which numbers are neither NaN nor infinite. bfloat16 numbers are checked by their bits."""
+    if dtype == "bfloat16":
+        finite: np.ndarray = (array & 0x7F80) != 0x7F80
+        return finite
+    return np.isfinite(array)
+
+
 def storage_dtype(dtype: str) -> np.dtype[Any]:
     """The NumPy dtype a tensor's bytes are kept in."""
     return np.dtype("uint16" if dtype == "bfloat16" else dtype)

@@ -76,7 +76,8 @@ def encode_request(request: RolloutRequest) -> bytes:
     values = [getattr(request.params, name) for name in PARAMS]
     try:
         header = _REQUEST_FIELDS.pack([request.id, request.seed, request.samples, *values], "request")
-        return write_record(_REQUEST, header, [_ids(request.prompt_tokens), _ids(request.params.stop_token_ids)])
+        ids = {"prompt_tokens": request.prompt_tokens, "stop_token_ids": request.params.stop_token_ids}
+        return write_record(_REQUEST, header, [_ids(values, name) for name, values in ids.items()])
     except (TransportError, OverflowError, TypeError) as error:
         raise RequestError(f"request {request.id[:MAX_ID]!r}", str(error),
                            "keep within the limits of a message") from None
@@ -104,12 +105,12 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     """The record of a trajectory. Raises TransportError for one whose arrays do not fit its tokens."""
     arrays = {name: getattr(trajectory, name) for name in ARRAYS}
     _check(arrays, len(trajectory.prompt_tokens), len(trajectory.tokens))
-    trace = np.array(trajectory.trace, np.int64).reshape(-1, len(_TRACE))
+    trace = _ids(trajectory.trace, "trace", 2).reshape(-1, len(_TRACE))
     header = _TRAJECTORY_FIELDS.pack(
         [trajectory.request_id, trajectory.sample, trajectory.finish_reason, trajectory.forwards, *_stop_reason(trajectory)],
         "trajectory")
     record = write_record(_TRAJECTORY, header, [
-        _ids(trajectory.prompt_tokens), _ids(trajectory.tokens), _narrow(trace), *arrays.values()])
+        _ids(trajectory.prompt_tokens, "prompt_tokens"), _ids(trajectory.tokens, "tokens"), trace, *arrays.values()])
     if len(record) > MAX_TRAJECTORY:
         raise refuse("trajectory", f"{len(record)} bytes, at most {MAX_TRAJECTORY} travel")
     return record
@@ -150,9 +151,17 @@ def _check(arrays: dict[str, np.ndarray | None], prompt: int, tokens: int) -> No
                                f"{' or '.join(dtypes)}, are expected")
 
 
-def _ids(values: Any) -> np.ndarray:
-    array = np.asarray(values, np.int64).reshape(-1)
-    return _narrow(array)
+def _ids(values: Any, where: str, axes: int = 1) -> np.ndarray:
+    """Whole numbers as an array. A float is refused, never cut."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise refuse(where, "not a list of whole numbers") from None
+    if array.size and (array.dtype.kind not in "iu" or array.ndim != axes):
+        raise refuse(where, f"{array.dtype} of {array.ndim} axes where whole numbers of 64 bits are expected")
+    if array.size and array.dtype == np.uint64 and array.max() >= 2**63:
+        raise refuse(where, "a number of more than 63 bits")
+    return _narrow(array.astype(np.int64, copy=False))
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from ...policy import Policy
 
 MOST_PARAMETERS = 2**26
-"""Of a larger policy, matrix products take most of the time, and a second copy would need too much memory."""
+"""Most parameters of a policy that this backend serves. In a larger policy matrix products take most of the time, and a second
+copy of the weights would need too much memory."""
 
 
 def serves(policy: Policy) -> bool:

@@ -23,7 +23,7 @@ from .plan import PackedPlan
 LANES = 8
 _F = np.float32
 _MOST_SCORES = 2**16
-"""Of mask rows at once: so many lie in a processor's second cache."""
+"""Most scores of mask rows that are computed at once: they fit into a processor's second-level cache."""
 
 
 @compiled()
@@ -171,7 +171,7 @@ class Attention:
         self._shape = (0, 0, 0)
 
     def prepare(self, plan: PackedPlan) -> None:
-        """Have room for packs of this plan."""
+        """Allocate the working memory for packs of this plan."""
         shape = sequences, width, masks = len(plan.start_S), -(-(plan.longest + LANES) // WIDTH) * WIDTH, plan.masks
         if shape == self._shape:
             return

@@ -211,7 +211,7 @@ class PackedBackend:
 
 
 def _nothing(work: _Work) -> list[np.ndarray]:
-    """Pools that nothing is read from or kept in."""
+    """Pools for passes without a cache: nothing is read from them or kept in them."""
     return [work.k, work.v, work.projected, work.projected]
 
 

@@ -6,7 +6,7 @@ is the same without the command line's own dependencies: it needs torch, triton,
 plot, and pydantic for the training steps. Sections, in this order:
 
     ceilings      copy bandwidth, matrix products and launches of this device, in this run
-    compile       what the others would compile one after another, with every core of the host
+    compile       what the others would compile one after another, with several processes
     correctness   every op against its reference on this device; captured against eager, one batch against another
     kernels       time of each kernel at ZAYA1-8B's sizes, as fractions of the ceilings
     training      a conversion's step over 131072 tokens against a plain autoregressive one

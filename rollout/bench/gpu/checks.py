@@ -21,7 +21,6 @@ from ....kernels import attention, cca, experts, philox, residual, verify
 from ....kernels.cca import CCAInputs, Pools
 from ....kernels.dispatch import using
 from ....kernels.experts import RouterWeights
-from ....kernels.graphs import capture
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
 from ...cache import BlockTable
@@ -30,6 +29,7 @@ from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
 from .parts import FilledCache, ForwardPass, force_experts, layers, random_policy
 from .sizes import Sizes
+from .timing import graph_pool
 
 Check = Callable[[Sizes, torch.device], dict[str, Any]]
 _FLOAT32, _BFLOAT16 = 1e-4, 1e-2
@@ -37,7 +37,7 @@ _FLOAT32, _BFLOAT16 = 1e-4, 1e-2
 
 @contextmanager
 def _poisoned() -> Iterator[None]:
-    """Fresh tensors hold NaN, or the largest integer: torch fills them where it is asked to be deterministic."""
+    """In this context fresh tensors hold NaN, or the largest integer: torch fills them in its deterministic mode."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -68,7 +68,7 @@ def _wide(arguments: Any) -> Any:
 
 
 def _both(op: Any, function: str, arguments: Any) -> tuple[Any, Any]:
-    """What an op and its reference, in float32, make of the arguments."""
+    """The results of an op, and of its reference in float32, for the same arguments."""
     return getattr(op, function)(*arguments), getattr(op.reference, function)(*_wide(arguments))
 
 
@@ -235,7 +235,7 @@ def check_verify(sizes: Sizes, device: torch.device) -> dict[str, Any]:
         same = got.token_SR == expected.token_SR
         other[name] = float((~same).float().mean())
         errors[name] = _error(got.logprob_SR[same], expected.logprob_SR[same])
-    # A sum in another order may move a draw at the edge between two tokens.
+    # A sum in another order may change a draw that falls between two tokens.
     verdict = _verdict(errors)
     return verdict | {"other_tokens": other, "ok": verdict["ok"] and max(other.values()) <= 0.05}
 
@@ -288,7 +288,7 @@ def check_captured(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     run()
     if device.type != "cuda":
         return {"ok": True, "captured": False}
-    graph = capture(run)
+    graph = graph_pool().capture(run)
     captured = out[0]
     step.layout.token_T.copy_(torch.randint_like(step.layout.token_T, policy.mask_token_id))
     graph.replay()

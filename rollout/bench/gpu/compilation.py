@@ -1,7 +1,8 @@
-"""Kernels compiled ahead with every core of the host, for sections that would compile them one after another: Triton keeps
+"""Kernels compiled ahead with several processes, for sections that would compile them one after another: Triton keeps
 what it has compiled on disk, by its contents.
 
-Invariants: nothing is judged here. What does not compile, or fails its check, does so again where it counts.
+Invariants: nothing is judged here. A kernel that does not compile, or fails its check, does so again in the section that
+reports it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ from ....kernels.shapes import TARGETS
 from .checks import CHECKS, checked
 from .sizes import DEVICE, DRY
 
+_MOST_COMPILERS = 16
+"""Each imports torch and holds about a gigabyte; a usual node has hundreds of cores, and a few hundred variants to compile."""
+
+
+def compilers() -> int:
+    """Processes that compile: one for each core this process may use, within the bound."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_COMPILERS)
+
 
 def compile_kernels() -> dict[str, Any]:
     """Every variant that the engine launches at ZAYA1-8B's sizes on this device."""
     start, target = time.time(), architecture()
-    reports = check(targets=(target,), workers=os.cpu_count() or 1) if target in TARGETS else []
+    reports = check(targets=(target,), workers=compilers()) if target in TARGETS else []
     faults = [f"{r.op}, {r.case}, {r.shape}: {', '.join(r.faults)}" for r in reports if r.faults]
     return {"target": target, "variants": len(reports), "faults": faults, "seconds": time.time() - start}
 
@@ -34,7 +44,7 @@ def compile_kernels() -> dict[str, Any]:
 def compile_checks(dry: bool) -> dict[str, Any]:
     """What the checks launch, float32 among it: all of them are run at once, and their results thrown away."""
     start, names = time.time(), list(CHECKS)[:1] if dry else list(CHECKS)
-    with ProcessPoolExecutor(min(len(names), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(names), compilers()), mp_context=get_context("spawn")) as pool:
         wait([pool.submit(_discarded, name, dry) for name in names])
     return {"checks": len(names), "seconds": time.time() - start}
 

@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ....kernels.attention import paged_attend
 from ....kernels.cca import CCAInputs, cca
@@ -179,14 +178,14 @@ class KernelBench:
         """The vocabulary head on one block of rows per sequence."""
         rows, weight = batch * self.policy.block_size, self.policy.lm_head.weight
         x = self._randn(rows, self.config.hidden_size)
-        row = timed(lambda: F.linear(x, weight), self.sizes, self.device)
-        moved = self.sizes.dtype.itemsize * (weight.numel() + rows * sum(weight.shape))
+        row = timed(lambda: self.policy.head(x), self.sizes, self.device)
+        moved = self.sizes.dtype.itemsize * (weight.numel() + x.numel()) + 4 * rows * len(weight)
         return row | {"bytes": moved, "flops": 2 * rows * weight.numel(), "kind": "head", "batch": batch, "rows": rows}
 
     def verify(self, batch: int) -> dict[str, Any]:
         """Verification of a block of drafts, and the draw of the next ones; AR's draw beside it."""
         drafts, vocab, device = self.policy.block_size - 1, self.config.vocab_size, self.device
-        p, q = self._randn(batch, drafts + 1, vocab), self._randn(batch, drafts, vocab)
+        p, q = self._randn(batch, drafts + 1, vocab).float(), self._randn(batch, drafts, vocab).float()
         temperature = torch.ones(batch, dtype=torch.float64, device=device)
         seed, anchor = torch.arange(batch, device=device), torch.full((batch,), 1000, device=device)
         count = torch.full((batch,), drafts, device=device)
@@ -202,5 +201,5 @@ class KernelBench:
         rows = {}
         for name, (call, read) in parts.items():
             row = timed(call, self.sizes, device)
-            rows[name] = row | {"bytes": self.sizes.dtype.itemsize * read, "flops": 0.0}
+            rows[name] = row | {"bytes": p.itemsize * read, "flops": 0.0}
         return {"kind": "verify", "batch": batch, "parts": rows}

@@ -1,9 +1,9 @@
-"""What is measured: a policy with random weights, a filled cache, and forwards over it.
+"""The parts that the bench measures: a policy with random weights, a filled cache, and forward passes over it.
 
 Invariants:
 - The policy, its layouts and plans, the cache and the kernels are the engine's own. A forward asks nothing of the host, so it
   can be captured.
-- The choice of experts is forced, uniformly: random routers send alike rows to one expert.
+- Experts are drawn uniformly, whatever the router chose: a random router sends similar rows to one expert.
 
 Legend: S sequences, T rows, D hidden.
 """

@@ -1,4 +1,4 @@
-"""What the bench's rows say: fractions of the ceilings, tokens per second under a forced acceptance, tables and a plot.
+"""Summarises the bench's rows: fractions of the ceilings, tokens per second under a forced acceptance, tables and a plot.
 
 Invariants: nothing is measured here; the summary can be made again from the rows. Tokens per second are of the engine's steps
 by the clock, the host's part included: counted while measured (`measured`), or a curve's tokens over the same seconds (`forced`).

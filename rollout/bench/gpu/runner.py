@@ -106,7 +106,7 @@ def child(section: str, path: Path, deadline: float, dry: bool) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold; NaN and infinities by name."""
+    """The value as JSON can hold it; NaN and infinities as text."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -212,7 +212,7 @@ def _section(section: str, path: Path, deadline: float, dry: bool, collect: Call
 
 
 def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collect: Callable[[], None]) -> str:
-    """Wait for its end, with one; why it was ended, or nothing."""
+    """Wait until the child ends. Returns why it was ended, or an empty text if it ended by itself."""
     before = seen = len(_lines(path))
     since = time.time()
     while process.poll() is None:
@@ -230,7 +230,7 @@ def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, collec
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """It, and whatever it started."""
+    """End the child, and every process that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -25,6 +25,7 @@ from ....kernels.transfer import upload
 from ....model.policy import Policy
 from ...cache import PagedCache, pages_for
 from ...engine import Engine, EngineConfig
+from ...placed import placed
 from ...sampling.drafts import Drafts, SamplerRows, Verdict
 from ...schedule import Schedule
 from ...steps.plan import StepPlan
@@ -78,7 +79,9 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * pages_for(context + tokens, page_size)
-    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size))
+    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, capture_batches=()))
+    with placed(engine):
+        engine.runner.capture([schedule], [batch], pages_for(context + tokens, page_size))
     fill(engine.cache)
     _shuffle(engine.cache)
     draw = torch.Generator().manual_seed(0)

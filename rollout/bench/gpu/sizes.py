@@ -1,4 +1,4 @@
-"""What the bench runs on: a ZAYA1-8B on a device, or a few numbers through Triton's interpreter."""
+"""Sizes of the bench: those of ZAYA1-8B on a device, and very small ones for Triton's interpreter."""
 
 from __future__ import annotations
 

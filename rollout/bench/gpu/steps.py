@@ -26,7 +26,7 @@ _RESERVE = 24 << 30
 _SPLIT = (1, 16, 64)
 """Batches whose forwards are also timed alone."""
 _WARM = 5
-"""Steps before the first that counts, on a device: an engine captures a shape at its third meeting."""
+"""Steps before the first that counts, on a device: the first ones compile what only a whole step runs."""
 
 
 class StepBench:
@@ -63,7 +63,7 @@ class StepBench:
         policy, schedule = self.policy, schedule.within(self._block)
         away = self.device.type == "cuda"
         warm, count = _WARM if away else 1, max(self.sizes.steps, self.sizes.sample_steps // batch)
-        # Never the last ones: drafts and pages dwindle towards a sample's end.
+        # The last steps are left out: towards a sample's end fewer drafts are verified.
         tokens = (warm + count) * ((schedule.drafts or 0) + 1) + 2 * (policy.block_size + 1)
         if away:
             gc.collect()  # the engine before this one, and its graphs

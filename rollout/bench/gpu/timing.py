@@ -1,24 +1,33 @@
 """Time on a device, and the ceilings that times are held against.
 
 Invariants:
-- A time is the median over repeats of a captured graph, by device events. On a CPU it is the clock, as it is of an engine's
-  steps (`running`).
+- A time is the median over repeats of a captured graph, by device events; of the call itself where it cannot be captured, and the
+  row says so. On a CPU it is the clock, as it is of an engine's steps (`running`).
 - Inputs are random: zeros run faster than data.
 """
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
-from ....kernels.graphs import capture
+from ....kernels.graphs import GraphPool
 from .sizes import Sizes
 
 Call = Callable[[], object]
+_log = logging.getLogger(__name__)
+
+
+@cache
+def graph_pool() -> GraphPool:
+    """The memory of every graph of this process, which are replayed one after another."""
+    return GraphPool()
 
 
 def timed(call: Call, sizes: Sizes, device: torch.device) -> dict[str, Any]:
@@ -27,7 +36,11 @@ def timed(call: Call, sizes: Sizes, device: torch.device) -> dict[str, Any]:
         return _figures([_clock(call) for _ in range(sizes.repeats)], False)
     call()
     torch.cuda.synchronize()
-    run: Call = capture(call).replay
+    run, captured = call, False
+    try:
+        run, captured = graph_pool().capture(call).replay, True
+    except RuntimeError as error:  # torch's, of the capture; the call itself ran above
+        _log.warning("timed without a graph: %s", " ".join(str(error).split())[:300])
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -40,7 +53,7 @@ def timed(call: Call, sizes: Sizes, device: torch.device) -> dict[str, Any]:
         run()
         end.record()
     torch.cuda.synchronize()
-    return _figures([begin.elapsed_time(end) / 1e3 for begin, end in events], True)
+    return _figures([begin.elapsed_time(end) / 1e3 for begin, end in events], captured)
 
 
 def _clock(call: Call) -> float:

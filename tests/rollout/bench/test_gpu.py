@@ -21,7 +21,7 @@ from blockroll.errors import InvalidInput
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.launch import record
 from blockroll.model.policy import Policy
-from blockroll.rollout.bench.gpu import checks, runner
+from blockroll.rollout.bench.gpu import checks, compilation, runner
 from blockroll.rollout.bench.gpu.kernels import KernelBench
 from blockroll.rollout.bench.gpu.parts import FilledCache, passes
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
@@ -288,3 +288,14 @@ del sys.modules["pydantic"]
 import blockroll.rollout.bench.gpu.training
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compilers_are_few_on_a_large_node(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 384)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(384)), raising=False)
+    assert compilation.compilers() == 16
+    asked = []
+    monkeypatch.setattr(compilation, "check", lambda targets, workers: asked.append(workers) or [])
+    monkeypatch.setattr(compilation, "architecture", lambda: "gfx942")
+    compilation.compile_kernels()
+    assert asked == [16]

@@ -73,6 +73,22 @@ def test_refused_request_is_reported_and_others_go_on(cluster):
     assert sum(c.trajectory is not None for c in done) == 4
 
 
+def test_requests_of_weights_that_overflow_fail_by_name(cluster, policy_dir):
+    """A version of finite numbers whose logits overflow: no trajectory comes, each request fails, and a later version serves."""
+    good = {name: tensor.numpy() for name, tensor in blockroll.load_policy(policy_dir).state_dict().items()}
+    good.pop("lm_head.weight")
+    norm, embedding, version = "model.norm.weight", "model.embed_tokens.weight", cluster.version
+    bad = good | {norm: np.full_like(good[norm], 3e38), embedding: good[embedding] * 1e3}
+    cluster.commit_weights(version + 1, bad)
+    cluster.submit(requests("overflow", 4), epoch=5)
+    failed = [completed for completed in collect(cluster, 4) if completed.trajectory is None]
+    assert {completed.request_id for completed in failed} == {f"overflow{i:02d}" for i in range(4)}
+    assert all(completed.error.startswith("logprobs: ") for completed in failed)
+    cluster.commit_weights(version + 2, good)
+    cluster.submit(requests("after-overflow", 2), epoch=6)
+    assert all(completed.trajectory is not None for completed in collect(cluster, 4))
+
+
 def test_a_cancelled_request_ends_and_may_come_again(cluster):
     long = [RolloutRequest(f"cancel-{i}", (4, 5), SamplingParams(max_tokens=400, ignore_eos=True), samples=8) for i in range(4)]
     cluster.submit([*long, *requests("cancel-not", 2)], epoch=4)
@@ -209,6 +225,43 @@ def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
             assert client.status()["missing"] == 0
 
 
+def test_a_short_request_of_a_second_client_is_served_at_once(cluster, tmp_path):
+    settle(cluster)
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
+        with connect(gateway.address, client_id="first") as first, connect(gateway.address, client_id="second") as second:
+            first.submit(requests("long", 100, tokens=120, samples=8))
+            stream = first.results(timeout=120)
+            next(stream)
+            start = time.monotonic()
+            second.generate([RolloutRequest("short", (1, 2), SamplingParams(max_tokens=1))], timeout=60)
+            assert time.monotonic() - start < 1.0
+            assert first.status()["unique"] < 700
+            first.cancel([f"long{i:02d}" for i in range(100)])
+
+
+def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_their_work(cluster, caplog):
+    settle(cluster)
+    cluster.scale(3)
+    start = time.monotonic()
+    while cluster.engines()[-1].state != "waiting":
+        cluster.poll(0.1)
+        assert time.monotonic() - start < 10.0, cluster.engines()
+    assert cluster.engines()[-1].reason == "Ray has no place for it: 0 of 2 CPU are free and it needs 1"
+    batch = requests("w", 40, tokens=100)
+    cluster.submit(batch, epoch=40)
+    done = collect(cluster, 4)
+    cluster.scale(1)
+    cluster.poll(0.0)
+    while len(cluster.engines()) > 1:
+        done += cluster.poll(0.1)
+        assert [engine.state for engine in cluster.engines()].count("draining") <= 1
+    done += collect(cluster, 80 - len(done))
+    assert len({c.trajectory.key for c in done}) == 80 and not caplog.records
+    cluster.scale(2)
+    cluster.poll(0.0)
+    settle(cluster)
+
+
 @pytest.mark.parametrize(("change", "what"), [
     (lambda a: a.pop("model.norm.weight"), "lacks 1 of the policy's tensors, first 'model.norm.weight'"),
     (lambda a: a.update(extra=a["model.norm.weight"]), "has 1 tensor that the policy has not, first 'extra'"),
@@ -235,13 +288,14 @@ def next_weights(cluster, policy_dir):
 
 def commit_under_way(cluster, arrays, epoch, in_flight):
     """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
-    batch = requests(f"{in_flight}-", 40, tokens=100)
+    settle(cluster)
+    batch = requests(f"{in_flight}-", 40, tokens=100, samples=6)
     cluster.submit(batch, epoch)
     done = collect(cluster, 8)
     cluster.commit_weights(cluster.version + 1, arrays, in_flight=in_flight)
-    done += collect(cluster, 80 - len(done))
+    done += collect(cluster, 240 - len(done))
     got = order_by_id([c.trajectory for c in done])
-    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(6)]
     assert {c.epoch for c in done} == {epoch}
     return got
 

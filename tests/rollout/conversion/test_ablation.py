@@ -44,10 +44,12 @@ def recipe(parent, tmp_path):
     return path
 
 
-def test_every_cell_is_run_once(recipe):
+def test_every_cell_is_run_once(recipe, capsys):
     ran = []
     written = ablate(recipe, on_cell=lambda row: ran.append((row["variant"], row["seed"])))
     assert ran == [("published", 0), ("mix", 0), ("published", 1), ("mix", 1)]
+    shown = capsys.readouterr().err  # stderr is no terminal: lines, and no bar
+    assert shown.endswith("cells: 4/4  mix, seed 1\n") and "\u2501" not in shown
     first = json.loads(written.read_text())
     assert [(row["variant"], row["seed"]) for row in first["cells"]] == ran
     mix = first["cells"][1]

@@ -38,16 +38,16 @@ def test_a_request_that_failed_after_part_of_it_was_acknowledged_leaves_nothing_
 
 def test_parts_are_sent_within_their_window_and_once() -> None:
     pending = PendingRequests()
-    name = pending.submit([request(f"r{i:03}") for i in range(200)])
+    name = pending.submit([request(f"r{i:03}") for i in range(584)])
     parts = list(pending.parts())
-    assert [(p.index, p.final, len(p.requests)) for p in parts] == [(i, False, 32) for i in range(4)]
+    assert [(p.index, p.final, len(p.requests)) for p in parts] == [(i, False, 32) for i in range(16)]
     assert list(pending.parts()) == []
-    for i in range(4):
+    for i in range(16):
         pending.receipt(Submitted(name, i, (0,) * 32, ()))
-    assert [(p.index, p.final, len(p.requests)) for p in pending.parts()] == [(4, False, 32), (5, False, 32), (6, True, 8)]
+    assert [(p.index, p.final, len(p.requests)) for p in pending.parts()] == [(16, False, 32), (17, False, 32), (18, True, 8)]
     assert not pending.recorded(name)
     pending.restart()
-    assert [p.index for p in pending.parts()] == [0, 1, 2, 3]
+    assert [p.index for p in pending.parts()] == list(range(16))
     with pytest.raises(TransportError, match="nobody sent it"):
         pending.receipt(Submitted(name, 2, (0,) * 32, ()))
 
@@ -64,12 +64,17 @@ def test_a_collector_takes_its_own_and_puts_everything_back() -> None:
     collector = Collector(pending, {"mine", "bad"})
     collector.drain()
     assert [t.key for _, t in collector.found] == [("mine", 1), ("mine", 0)]
-    assert list(collector.refused) == ["bad"] and [item.request_id for item in collector.others] == ["other"]
-    assert pending.inbox_bytes == 0 and not pending.inbox
+    assert list(collector.refused) == ["bad"] and [item.request_id for item in pending.inbox] == ["other"]
     arrives(pending, request("late"), 0)
+    assert pending.inbox_bytes == 0
+    with pytest.raises(RequestError, match="collected by another call"):
+        Collector(pending, {"mine"})
+    collector.release()
     collector.put_back()
-    assert [item.request_id for item in pending.inbox] == ["other", "bad", "mine", "mine", "late"]
-    assert isinstance(pending.inbox[1], RequestRefused)
+    assert [item.request_id for item in pending.inbox] == ["bad", "mine", "mine", "other", "late"]
+    assert isinstance(pending.inbox[0], RequestRefused)
+    arrives(pending, request("later"), 0)
+    assert pending.inbox_bytes > 0
 
 
 def test_counts_of_a_whole_life() -> None:

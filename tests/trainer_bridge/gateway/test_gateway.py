@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -140,8 +141,9 @@ def test_trouble_with_an_acknowledgement_ends_with_its_session(serve: Serve, mon
     gone = connect(gateway.address, ack="manual")
     found = gone.generate([request("a")])
     gateway._ledger._file.run("PRAGMA query_only=1")
-    gone._loop.acknowledge([t.key for t in found])
-    gone._loop.run_until(lambda: gateway._router.ack_error is not None)
+    with gone._loop.lock:
+        gone._loop.acknowledge([t.key for t in found])
+        gone._loop.run_until(lambda: gateway._router.ack_error is not None)
     gone.close(acknowledge=False)
     until(lambda: len(gateway._router._sessions) == 0)
     gateway._ledger._file.run("PRAGMA query_only=0")
@@ -243,3 +245,40 @@ def test_a_disk_that_is_full_is_logged_once_until_there_is_room(serve: Serve, ca
         assert len(list(client.results(timeout=10))) == 1
         until(lambda: "can record again" in caplog.text)
     assert caplog.text.count("cannot record, trying again") == 1
+
+
+@pytest.mark.parametrize("work", ["record", "dispatch", "acknowledge"])
+def test_trouble_is_forgotten_once_the_disk_works_though_every_client_is_gone(
+        serve: Serve, monkeypatch: pytest.MonkeyPatch, work: str) -> None:
+    """A full disk stops one kind of work; the client goes for good; then there is room, for longer than the patience."""
+    monkeypatch.setattr(message_router, "PROBE_S", 0.1)
+    backend = ToyBackend(rate=0.0)
+    gateway = serve(backend, disk_patience=1.5, max_in_flight=2)
+    client = connect(gateway.address, client_id="gone", ack="manual")
+    client.submit([request("a", 2)])
+    client.submit([request("b", 2)])
+    until(lambda: len(backend.batches) == 1)
+    if work == "acknowledge":
+        backend.rate = 1e9
+        found = list(client.results(timeout=10))
+    gateway._ledger._file.run("PRAGMA query_only=1")
+    with contextlib.suppress(StorageError, TransportError):
+        if work == "acknowledge":
+            with client._loop.lock:
+                client._loop.acknowledge([t.key for t in found])
+                client._loop.run_until(lambda: gateway._router.ack_error is not None)
+        elif work == "dispatch":
+            gateway._revoked.add(1)
+            gateway._wake()
+        else:
+            backend.rate = 1e9
+    until(lambda: bool(gateway._retries.notices()))
+    client.close(acknowledge=False)
+    until(lambda: len([s for s in gateway._router._sessions if not s.control]) == 0)
+    gateway._ledger._file.run("PRAGMA query_only=0")
+    until(lambda: not gateway._retries.notices())
+    gateway._ledger._file.run("PRAGMA query_only=1")
+    time.sleep(0.3)
+    gateway._ledger._file.run("PRAGMA query_only=0")
+    assert not gateway.wait(2.0)
+    assert not gateway._retries.notices()

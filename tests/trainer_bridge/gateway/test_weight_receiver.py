@@ -77,12 +77,17 @@ def test_what_does_not_fit_leaves_the_old_version(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("embed.weight", np.nan), ("scale", np.inf), ("half", -np.inf)])
-def test_weights_that_are_not_finite_leave_the_old_version(serve: Serve, name: str, value: float) -> None:
+def test_weights_that_are_not_finite_leave_the_old_version(
+        serve: Serve, monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    """Refused before they travel, and by the gateway where they travel all the same."""
     backend = ToyBackend()
     with connect(serve(backend).address) as client:
         client.push_weights(1, weights(1))
         bad = {k: np.array(v) for k, v in weights(2).items()}
         bad[name][(0,) * bad[name].ndim] = value
+        with pytest.raises(InvalidInput, match=rf"tensors\['{name}'\]: not finite at \[.*nothing was sent"):
+            client.push_weights(2, bad)
+        monkeypatch.setattr(HostWeights, "check_finite", lambda self: None)
         with pytest.raises(TransportError, match=f"{name!r} is not finite"):
             client.push_weights(2, bad)
         assert client.status()["version"] == backend.version == 1

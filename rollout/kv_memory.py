@@ -1,0 +1,229 @@
+"""How many pages the K/V pool has: from the memory that is free when the policy is loaded, less what a step needs beside it.
+
+What is set aside, in bytes, for max_batch B, V vocabulary entries, L layers, hidden size D, H query and G key heads of size d,
+C = (H + G) d, F expert features, i bytes of the policy's dtype, and the largest step of the schedule: R verify or drafted rows of
+a sequence, T rows of all (prefill_rows, and every row of B sequences):
+
+    logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
+    activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
+    attention     partial sums of keys that programs share: 4 (d + 1) * H * T * splits; as many as fill the device, or one
+                  per 1024 keys with batch_invariant
+    tails         2 B slots of the convolutions' past, in every layer
+    graphs        1/32 of the device, where passes are captured
+    libraries     512 MB: workspaces of two streams, compiled kernels
+
+Invariants: nothing is allocated before the pool is known to fit. One line in the log says what was decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ..errors import RequestError
+from ..model.policy import Policy
+from .cache import pages_for
+from .planning.planner import candidates
+from .planning.step_costs import rows
+from .schedule import Schedule
+from .steps.shapes import GRAPH_SHARE
+
+DEFAULT_SHARE = 0.9
+"""Of what is free on a GPU; the rest is for what torch's allocator cannot use between blocks."""
+_DEFAULT_POSITIONS = 512
+"""Of each sample of a full batch, on a CPU."""
+_LOGIT_COPIES = 16
+"""float32 values per row and token; measured, see the tests."""
+_LIBRARIES = 512 << 20
+_UNITS = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+_SPLIT_KEYS, _SPLIT_ROWS = 1024, 2 * 304 * 256
+"""Keys of a split under `batch_invariant`; otherwise most rows of all splits: two programs of 256 rows on each of 304 compute
+units fill the largest device."""
+_log = logging.getLogger(__name__)
+
+
+class PoolConfig(Protocol):
+    """The fields of EngineConfig that a pool depends on."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def max_batch(self) -> int: ...
+    @property
+    def pages(self) -> int | None: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def prefill_rows(self) -> int: ...
+    @property
+    def captured(self) -> bool: ...
+    @property
+    def batch_invariant(self) -> bool: ...
+    @property
+    def kv_memory(self) -> float | str | None: ...
+
+
+def check_kv_memory(kv_memory: float | str | None, pages: int | None) -> None:
+    """Raise RequestError where the two do not say how large a pool is."""
+    if pages is not None and pages < 1:
+        raise RequestError("pages", f"{pages} is less than 1", "use a positive number, or leave it out")
+    remedy = 'use a fraction of what is free, such as 0.9, or a size, such as "20GB"'
+    if isinstance(kv_memory, str):
+        if _SIZE.fullmatch(kv_memory) is None or not _bytes_of(kv_memory):
+            raise RequestError("kv_memory", f"{kv_memory!r} is no size of memory", remedy)
+    elif kv_memory is not None and (isinstance(kv_memory, bool) or not 0 < kv_memory <= 1):
+        raise RequestError("kv_memory", f"{kv_memory!r} is outside 0..1", remedy)
+    if kv_memory is not None and pages is not None:
+        raise RequestError("kv_memory", f"{kv_memory!r} is given beside {pages} pages", "give one of kv_memory and pages")
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a pool may take.
+
+    Attributes:
+        free: bytes that are free with the policy loaded. aside: bytes that are set aside, by what for.
+        page: bytes of a page in all layers.
+    """
+
+    free: int
+    aside: Mapping[str, int]
+    page: int
+
+    @classmethod
+    def of(cls, policy: Policy, config: PoolConfig, block_size: int) -> Room:
+        """Beside a loaded policy."""
+        free, total = memory(policy.device)
+        return cls(free, set_aside(policy, config, block_size, total), page_bytes(policy, config.page_size))
+
+    @property
+    def usable(self) -> int:
+        """Bytes for the pool and what lies beside it unused."""
+        return max(self.free - sum(self.aside.values()), 0)
+
+    def pages(self, share: float) -> int:
+        """Pages that fit into this share of what is usable."""
+        return int(share * self.usable) // self.page
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.aside.items() if size >= 5 * 10**6)
+        return f"of {_gb(self.free)} that are free, {_gb(sum(self.aside.values()))} are set aside ({parts or 'little'})"
+
+
+def pool_pages(policy: Policy, config: PoolConfig, block_size: int) -> int:
+    """Pages of the pool: those of `pages`, or of `kv_memory`; by default 0.9 of what is free on a GPU, and 512 positions for each
+    of `max_batch` samples on a CPU.
+
+    Raises:
+        RequestError: they do not fit, or none does.
+    """
+    room, size = Room.of(policy, config, block_size), config.page_size
+    wanted, asked = config.kv_memory, config.pages
+    if wanted is None and asked is None and policy.device.type != "cpu":
+        wanted = DEFAULT_SHARE
+    if isinstance(wanted, str):
+        pages, field, value = _bytes_of(wanted) // room.page, "kv_memory", repr(wanted)
+    elif wanted is not None:
+        pages, field, value = room.pages(wanted), "kv_memory", f"{wanted:g} of what is left"
+    elif asked is not None:
+        pages, field, value = asked, "pages", f"{asked} of {size} positions, {_gb(asked * room.page)}"
+    else:
+        longest = min(_DEFAULT_POSITIONS, policy.config.max_position_embeddings)
+        pages, field = config.max_batch * pages_for(longest, size), "max_batch"
+        value = f"{config.max_batch} samples of {longest} positions, {_gb(pages * room.page)} of K/V"
+    if pages * room.page > room.usable:
+        raise RequestError(field, f"{value}, and {room}", f"use at most {room.pages(1.0)} pages ({_gb(room.usable)}), or lower "
+                           "max_batch and prefill_rows")  # fmt: skip
+    least = pages_for(block_size + 2, size)
+    if pages < least and field == "kv_memory":
+        raise RequestError(field, f"{value} is {pages} pages, and a sample needs {least}: {room}",
+                           "raise it, lower max_batch and prefill_rows, or use a device with more memory")  # fmt: skip
+    _log.info("K/V pool on %s: %d pages of %d = %d tokens, %s; %s", policy.device, pages, size, pages * size,
+              _gb(pages * room.page), room)  # fmt: skip
+    return pages
+
+
+def most_pages(policy: Policy, config: PoolConfig, block_size: int) -> int:
+    """Pages that the default share of what is free holds: where more would be welcome, but are not needed."""
+    return max(Room.of(policy, config, block_size).pages(DEFAULT_SHARE), 1)
+
+
+def schedules_of(schedule: Schedule, block_size: int) -> tuple[Schedule, ...]:
+    """The schedules, with sizes, that an engine of this schedule runs."""
+    return candidates(block_size) if schedule.kind == "auto" else (schedule.within(block_size),)
+
+
+def page_bytes(policy: Policy, page_size: int) -> int:
+    """Keys and values of one page in all layers."""
+    config = policy.config
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * page_size * policy.dtype.itemsize
+
+
+def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory: int) -> dict[str, int]:
+    """Bytes that a step needs beside weights and pool, by what for; the formulas stand above.
+
+    Args:
+        device_memory: all bytes of the device.
+    """
+    z, item, batch = policy.config, policy.dtype.itemsize, config.max_batch
+    known = schedules_of(config.schedule, block_size)
+    row = max(map(rows, known))
+    step = config.prefill_rows + batch * row
+    logit_rows = batch * max(max((s.drafts or 0) + 1, s.block or 1) for s in known)
+    channels = (z.num_attention_heads + z.num_key_value_heads) * z.head_dim
+    each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
+    each += 8 * z.router_hidden_size + z.num_hidden_layers * (8 + 4 * (z.num_experts + 1))
+    away = policy.device.type != "cpu"
+    split_rows = step * pages_for(z.max_position_embeddings, _SPLIT_KEYS) if config.batch_invariant else max(step, _SPLIT_ROWS)
+    ring = block_size + 1 + policy.hops
+    tail = channels + z.num_key_value_heads * z.head_dim // 2
+    return {
+        "logits": _LOGIT_COPIES * 4 * logit_rows * z.vocab_size,
+        "activations": step * each,
+        "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
+        "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
+        "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
+        "libraries": _LIBRARIES if away else 0,
+    }
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process may still take there, and all bytes of the device. What torch holds but does not use is free."""
+    if device.type != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if (known := _number("/proc/meminfo", r"MemAvailable:\s+(\d+) kB")) is not None:
+        free = known * 1024  # what the system would give up counts too
+    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}", r"(\d+)\s*") for name in ("max", "current"))
+    if limit is not None and used is not None:
+        cached = _number("/sys/fs/cgroup/memory.stat", r"(?s).*^inactive_file (\d+)$") or 0
+        free = min(free, max(limit - used + cached, 0))
+    return free, total
+
+
+def _number(path: str, pattern: str) -> int | None:
+    try:
+        found = re.search(pattern, Path(path).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1])
+
+
+def _bytes_of(size: str) -> int:
+    found = _SIZE.fullmatch(size)
+    assert found is not None, "checked before"
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"

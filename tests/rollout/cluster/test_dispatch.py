@@ -1,0 +1,245 @@
+"""Dealing of work: real engine handles whose processes are not there; what would be sent to them is written down."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from blockroll.rollout.backend import Completed
+from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
+from blockroll.rollout.cluster.handle import EngineHandle
+from blockroll.rollout.cluster.spec import EngineSpec
+from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
+from blockroll.rollout.cluster.work import Backlog
+from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
+
+
+class Journal:
+    """Takes what is sent to an engine's process."""
+
+    def __init__(self):
+        self.added, self.asked = [], []
+        self.add = SimpleNamespace(remote=self.added.append)
+        self.give_back = SimpleNamespace(remote=self.asked.append)
+
+
+class Pool:
+    """Engines, a backlog and a way to deal."""
+
+    def __init__(self, engines=2, ordered=False, max_batch=4):
+        self.backlog = Backlog()
+        self.dealer = Dealer(self.backlog, max_batch)
+        self.suspects = Suspects(self.dealer)
+        self.strategy = Ordered(self.dealer, lambda: engines) if ordered else Continuous(self.dealer)
+        self.engines = [EngineHandle(i, EngineSpec("none"), 600.0, 6.0) for i in range(engines)]
+        for engine in self.engines:
+            self.ready(engine)
+
+    @staticmethod
+    def ready(engine):
+        engine.phase, engine.actor = "ready", Journal()
+
+    def deal(self):
+        self.suspects.deal(self.engines)
+        self.strategy.deal(self.engines)
+
+    def submit(self, *requests, client="a"):
+        self.strategy.submit(self.backlog.add(requests, 1, [client] * len(requests)))
+        self.deal()
+
+    def finish(self, engine, request_id, number, tokens=10):
+        """The engine hands out a sample."""
+        nothing = [0.0] * tokens
+        sample = Trajectory(request_id, number, (1,), [5] * tokens, *[nothing] * 4, "length", tokens)
+        work = self.backlog.take(Completed(1, request_id, sample))
+        self.dealer.take_back(engine, work, number)
+
+    def die(self, engine):
+        """The engine's process dies, and the next is ready at once. What has failed, by name."""
+        go_on, failed = self.suspects.note_death(engine)
+        self.ready(engine)
+        for work, numbers in go_on:
+            self.strategy.again(work, numbers)
+        for work in failed:
+            self.backlog.forget(work)
+        self.deal()
+        return [work.request.id for work in failed]
+
+    def held(self):
+        return [{work.request.id: sorted(numbers) for work, numbers in engine.samples.items()} for engine in self.engines]
+
+
+def ask(name, samples=1, tokens=100, prompt=4):
+    return RolloutRequest(name, (1,) * prompt, SamplingParams(max_tokens=tokens), samples=samples)
+
+
+def test_work_goes_where_the_least_is_outstanding():
+    pool = Pool()
+    pool.submit(ask("long"), ask("short", tokens=10), ask("next", tokens=10))
+    assert pool.held() == [{"long": [0]}, {"short": [0], "next": [0]}]
+
+
+def test_an_engine_is_topped_up_to_half_a_batch_more_and_the_rest_waits():
+    pool = Pool()
+    pool.submit(*[ask(f"r{i}") for i in range(40)])
+    assert [engine.count for engine in pool.engines] == [6, 6]
+    pool.finish(pool.engines[0], "r0", 0)
+    pool.deal()
+    assert [engine.count for engine in pool.engines] == [6, 6] and pool.backlog.waiting == 27
+
+
+def test_a_group_stays_together_and_the_last_one_is_split():
+    pool = Pool()
+    pool.submit(*[ask(f"g{i}", samples=4) for i in range(4)])
+    assert pool.held()[0]["g0"] == [0, 1, 2, 3] and pool.held()[1]["g1"] == [0, 1, 2, 3]
+    alone = Pool()
+    alone.submit(ask("g", samples=4))
+    assert [len(held["g"]) for held in alone.held()] == [2, 2]
+
+
+def test_a_group_is_not_split_for_less_than_its_prompt_costs():
+    pool = Pool()
+    pool.submit(ask("g", samples=3, tokens=2, prompt=1000))
+    assert sorted(len(held.get("g", [])) for held in pool.held()) == [0, 3]
+
+
+def test_clients_take_turns_and_one_below_its_share_finds_room_where_others_filled_it():
+    pool = Pool(engines=1)
+    pool.submit(*[ask(f"a{i}") for i in range(30)])
+    pool.submit(ask("b", tokens=1), client="b")
+    assert pool.held()[0].keys() >= {"b"} and pool.engines[0].count == 7
+    pool.submit(*[ask(f"b{i}") for i in range(30)], client="b")
+    assert pool.engines[0].clients["b"] <= 3
+
+
+def test_samples_that_have_not_begun_are_asked_back_for_an_idle_engine():
+    pool = Pool()
+    pool.engines[1].phase = "loading"
+    pool.submit(*[ask(f"r{i}") for i in range(6)])
+    assert pool.engines[0].count == 6
+    pool.engines[1].phase = "ready"
+    pool.deal()
+    pool.deal()
+    assert pool.engines[0].actor.asked == [2]
+
+
+def test_what_a_dead_engine_had_goes_to_the_others_at_once_and_first():
+    pool = Pool()
+    pool.submit(*[ask(f"r{i}") for i in range(40)])
+    had = pool.held()[0].keys()
+    pool.engines[0].phase = "lost"
+    go_on, failed = pool.suspects.note_death(pool.engines[0])
+    for work, numbers in go_on:
+        pool.strategy.again(work, numbers)
+    pool.deal()
+    assert not failed and had <= pool.held()[1].keys() and pool.engines[1].count == 12
+    assert sorted(part.order for parts in pool.engines[1].actor.added[1:] for part in parts) == sorted(
+        int(name[1:]) for name in had)
+
+
+def test_a_request_fails_only_after_it_has_killed_engines_alone():
+    pool = Pool()
+    pool.submit(*[ask(f"r{i}") for i in range(4)])
+    deaths, blamed = 0, []
+    while not blamed and deaths < 20:
+        at = next((engine for engine, held in zip(pool.engines, pool.held()) if "r2" in held), None)
+        if at is None:  # it waits for an engine that serves nothing else
+            for engine, held in zip(pool.engines, pool.held()):
+                for name in held:
+                    pool.finish(engine, name, 0)
+            pool.deal()
+            continue
+        deaths += 1
+        blamed = pool.die(at)
+    assert (blamed, deaths) == (["r2"], DEATHS + SOLO_DEATHS)
+    assert not pool.backlog.works and not any(engine.reserved for engine in pool.engines)
+
+
+def test_a_request_that_dies_alone_at_another_step_every_time_is_not_blamed_soon():
+    pool = Pool()
+    pool.submit(ask("r"))
+    blamed, deaths = [], 0
+    while not blamed:
+        engine = next(engine for engine in pool.engines if engine.count)
+        engine.steps = 10 * deaths
+        blamed, deaths = pool.die(engine), deaths + 1
+    assert deaths == DEATHS + MOST_SOLO_DEATHS
+
+
+def test_while_a_suspect_is_alone_the_other_engines_serve_the_others():
+    pool = Pool()
+    pool.submit(ask("bad"))
+    for _ in range(DEATHS):
+        pool.die(next(engine for engine in pool.engines if engine.count))
+    pool.submit(*[ask(f"r{i}") for i in range(4)])
+    alone, other = sorted(pool.engines, key=lambda engine: not engine.reserved)
+    assert [work.request.id for work in alone.samples] == ["bad"] and other.count == 4
+    pool.finish(alone, "bad", 0)
+    pool.deal()
+    assert not alone.reserved
+
+
+def test_where_nobody_else_serves_the_reserved_engine_serves_all():
+    pool = Pool()
+    pool.submit(ask("bad"))
+    for _ in range(DEATHS):
+        pool.die(next(engine for engine in pool.engines if engine.count))
+    alone, other = sorted(pool.engines, key=lambda engine: not engine.reserved)
+    pool.submit(*[ask(f"r{i}") for i in range(3)])
+    other.phase = "lost"
+    for work, numbers in pool.suspects.note_death(other)[0]:
+        pool.strategy.again(work, numbers)
+    pool.deal()
+    assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
+
+
+def test_a_sample_that_comes_clears_a_request():
+    pool = Pool()
+    pool.submit(ask("g", samples=12))
+    for _ in range(DEATHS - 1):
+        pool.die(pool.engines[0])
+    work = pool.backlog.works["g"]
+    assert work.deaths == DEATHS - 1
+    engine = next(engine for engine in pool.engines if engine.count)
+    pool.finish(engine, "g", next(iter(engine.samples[work])))
+    assert work.deaths == 0
+
+
+def test_ordered_serves_shares_of_a_batch_one_at_a_time():
+    pool = Pool(ordered=True)
+    pool.submit(*[ask(f"r{i}", samples=3) for i in range(5)])
+    pool.submit(ask("next"))
+    assert pool.held() == [{f"r{i}": [0, 1, 2] for i in (0, 2, 4)}, {f"r{i}": [0, 1, 2] for i in (1, 3)}]
+    for name in ("r1", "r3"):
+        for number in range(3):
+            pool.finish(pool.engines[1], name, number)
+    pool.deal()
+    assert pool.held()[1] == {"next": [0]}
+
+
+def test_ordered_gives_what_a_dead_engine_had_to_the_next_free_one_whole():
+    pool = Pool(ordered=True)
+    pool.submit(*[ask(f"r{i}") for i in range(6)])
+    pool.finish(pool.engines[0], "r2", 0)
+    pool.die(pool.engines[0])
+    assert pool.held()[0] == {"r0": [0], "r4": [0]}
+    assert [part.request.id for part in pool.engines[0].actor.added[0]] == ["r0", "r4"]
+
+
+def test_an_output_under_another_lease_or_twice_is_not_wanted():
+    backlog = Backlog()
+    [work] = backlog.add([ask("r", samples=2)], 7, None)
+    sample = Trajectory("r", 0, (1,), [5], *[[0.0]] * 4, "length", 1)
+    assert backlog.take(Completed(6, "r", sample)) is None
+    assert backlog.take(Completed(7, "r", sample)) is work
+    assert backlog.take(Completed(7, "r", sample)) is None
+    assert backlog.take(Completed(7, "other", sample)) is None
+
+
+@pytest.mark.parametrize(("change", "what"), [({"device": "gpu"}, "device"), ({"device": "cuda"}, "num_gpus"),
+                                              ({"num_cpus": -1}, "num_cpus"), ({"placement": "here"}, "placement"),
+                                              ({"resources": {"MI300X": float("nan")}}, "MI300X")])
+def test_a_spec_that_cannot_be_is_refused_by_name(change, what):
+    with pytest.raises(ValueError, match=rf"^{what}: "):
+        EngineSpec("tiny-reasoner", **change)

@@ -1,0 +1,73 @@
+"""Which trajectories a client's callers were handed and have not acknowledged.
+
+A caller is a thread, or what CALLER says (a task of asyncio). What one caller was handed is acknowledged at its own next
+call, since another caller's call says nothing about it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container, Hashable, Iterable
+from contextvars import ContextVar
+
+from ...rollout.types import RolloutRequest, Trajectory
+from ..wire.records import FAILURE
+from .connection import RequestRefused
+from .pending_requests import PendingRequests
+
+Key = tuple[str, int]
+CALLER: ContextVar[Hashable] = ContextVar("caller", default=None)
+"""Who calls; None for the thread."""
+
+
+class HandedOut:
+    """(request id, sample) of each, by caller. The user holds the lock of the message loop."""
+
+    def __init__(self) -> None:
+        self._keys: dict[Hashable, list[Key]] = {}
+        self._thread = threading.local()
+
+    def add(self, key: Key) -> None:
+        """The caller is handed this."""
+        self._keys.setdefault(self._caller(), []).append(key)
+
+    def pop(self) -> list[Key]:
+        """What the caller was handed. It is forgotten here."""
+        return self._keys.pop(self._caller(), [])
+
+    def all(self) -> list[Key]:
+        """What every caller was handed."""
+        return [key for keys in self._keys.values() for key in keys]
+
+    def remove(self, keys: Container[Key]) -> None:
+        """Forgets these, whoever was handed them."""
+        for caller, handed in list(self._keys.items()):
+            if left := [key for key in handed if key not in keys]:
+                self._keys[caller] = left
+            else:
+                del self._keys[caller]
+
+    def _caller(self) -> Hashable:
+        # A thread is known by an object of its own, since the numbers of threads are used again.
+        if not hasattr(self._thread, "caller"):
+            self._thread.caller = object()
+        return CALLER.get() or self._thread.caller
+
+
+def keys_of(items: Iterable[Trajectory | RequestRefused | RolloutRequest], handed: Container[Key],
+            pending: PendingRequests) -> tuple[dict[Key, None], set[str]]:
+    """What is acknowledged with these items, in order, and the ids of the requests that are acknowledged whole."""
+    found: dict[Key, None] = {}
+    whole: set[str] = set()
+    for item in items:
+        if isinstance(item, RolloutRequest):
+            known = pending.requests.get(item.id)
+            samples = range(item.samples) if known is None or known.submission is None else known.arrived
+            found.update(((item.id, i), None) for i in samples)
+            found[item.id, FAILURE] = None
+            whole.add(item.id)
+        elif isinstance(item, RequestRefused):
+            found.update((k, None) for r in (item, *item.others) if (k := (r.request_id, FAILURE)) in handed)
+        elif item.key in handed:
+            found[item.key] = None
+    return found, whole
