@@ -61,7 +61,7 @@ def test_a_fraction_or_a_size(policy, free, caplog, wanted, share):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (dict(pages=10**9), "pages: 1000000000 of 32 positions, 12288.0 GB, and of 0.10 GB that are free, "),
+        (dict(pages=10**9), "pages: 1000000000 of 32 positions, 13632.0 GB, and of 0.10 GB that are free, "),
         (dict(kv_memory="20GB"), "kv_memory: '20GB', and of 0.10 GB .* use at most [0-9]+ pages"),
         (dict(kv_memory=1e-9), r"kv_memory: 1e-09 of what is left is 0 pages, and a sample needs 1: .* lower max_batch"),
         (dict(max_batch=5000), "max_batch: 5000 samples of 160 positions, .* set aside .logits .* lower max_batch and prefill"),
@@ -87,7 +87,7 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
     with PretendDevice(free=GB):
         config = EngineConfig(max_batch=1, prefill_rows=8, captured=False)
         aside = sum(kv_memory.set_aside(away.to("cuda:0"), config, 16, 2 * GB).values())
-        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == int(0.9 * (GB - aside)) // (32 * 384)
+        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == int(0.9 * (GB - aside)) // kv_memory.page_bytes(policy, 32)
         captured = kv_memory.set_aside(away, EngineConfig(), 16, 64 * GB)
         assert (captured["graphs"], captured["libraries"]) == (2 * GB, 512 << 20)
 
