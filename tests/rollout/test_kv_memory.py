@@ -87,7 +87,8 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
     with PretendDevice(free=GB):
         config = EngineConfig(max_batch=1, prefill_rows=8, captured=False)
         aside = sum(kv_memory.set_aside(away.to("cuda:0"), config, 16, 2 * GB).values())
-        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == int(0.9 * (GB - aside)) // kv_memory.page_bytes(policy, 32)
+        most = int(0.9 * (GB - aside)) // kv_memory.page_bytes(policy, 32)
+        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == most
         captured = kv_memory.set_aside(away, EngineConfig(), 16, 64 * GB)
         assert (captured["graphs"], captured["libraries"]) == (2 * GB, 512 << 20)
 
