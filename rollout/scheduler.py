@@ -89,6 +89,7 @@ class Scheduler:
         if group is None:
             group = self._groups[sample.request.id] = SampleGroup(sample.arrival, sample.client)
             self._clients[sample.client] += 1
+        sample.client = group.client  # a request is one client's, whoever adds its later samples
         group.unfinished += 1
         self._wait(sample)
 
@@ -208,15 +209,16 @@ class Scheduler:
 
     def recompute(self, begun: bool = True) -> None:
         """Make running samples prefill again. Must be called when the weights change, so that no sample without a generated token
-        keeps, or shares with its siblings, K/V of the old weights.
+        keeps, or shares with its siblings, K/V of the old weights. A sample that has no K/V yet gets a new block table in any
+        case: its old one dates from before the weights.
 
         Args:
             begun: also the samples that have a generated token.
         """
         for sample in self.running:
-            if not (begun or is_fresh(sample)):
-                continue
             assert sample.block_table is not None
+            if not (begun or is_fresh(sample) or not sample.block_table.length):
+                continue
             self.cache.release(sample.block_table)
             sample.block_table = self.cache.open()
             sample.own_drafts()

@@ -188,7 +188,8 @@ CONNECT: dict[str, tuple[dict[str, Any], str]] = {
     "client_id of bytes": ({"client_id": b"me"}, "client_id: bytes"),
     "client_id on two lines": ({"client_id": "a\nb"}, "not printable"),
     "client_id of 101 bytes": ({"client_id": "x" * 101}, "too long"),
-    "keys of text": ({"keys": "secret"}, "keys: str"),
+    "keys of a directory that is not there": ({"keys": "secret"}, "keys: secret"),
+    "keys of a number": ({"keys": 5}, "keys: int"),
     "ack of None": ({"ack": None}, "ack: unknown mode"),
 }
 

@@ -92,3 +92,15 @@ def test_samples_are_given_back_only_before_they_begin_and_may_come_again(policy
     anew = {t.sample: t.tokens for t in Engine(policy, config).rollout([ask("r", samples=6)])}
     assert found == {number: anew[number] for number in (0, 1, 2, 4, 5)}
     assert engine.scheduler.give_back(3) == [] and not engine.scheduler.serves("r")
+
+
+@pytest.mark.timeout(60)
+def test_a_request_stays_with_its_client(policy):
+    """Whoever adds its later samples: a sample of another client in a group would be preempted and admitted for ever."""
+    engine = Engine(policy, max_batch=4, schedule="fused")
+    first, second = ask("a", samples=8), ask("b", samples=8)
+    engine.add_samples(first, range(4), "one")
+    engine.add_samples(second, range(8), "two")
+    engine.step()
+    engine.add_samples(first, range(4, 8), "two")
+    assert len(serve(engine, {})) == 16

@@ -266,3 +266,19 @@ def test_a_page_whose_beginning_was_evicted_is_found_again():
     index.put_away(2)
     index.put_away(1)
     assert [index.evict(), index.evict()] == [2, 1] and index.find([5, 6], 2) == []
+
+
+def test_a_version_that_comes_before_a_sample_is_prefilled_again(policy):
+    """Samples whose K/V was given up for one version have none when the next one comes."""
+    engine = Engine(load_policy("tiny-reasoner"), max_batch=8, prefill_rows=8)
+    weights = {name: tensor.clone() for name, tensor in engine.policy.state_dict().items()}
+    params = SamplingParams("coupled", max_tokens=40, ignore_eos=True)
+    for i in range(4):
+        engine.add(RolloutRequest(f"r{i}", tokens(20, i), params, i))
+    done = [sample for _ in range(8) for sample in engine.step()]
+    engine.load_weights(weights, 1, "recompute")
+    engine.step()  # prefills 8 rows of the oldest
+    engine.load_weights(weights, 2, "keep")
+    while engine.has_work:
+        done += engine.step()
+    assert sorted(sample.request_id for sample in done) == ["r0", "r1", "r2", "r3"] and whole(engine.cache)
