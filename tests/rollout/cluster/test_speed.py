@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
+import subprocess
+import sys
 import time
 
 import pytest
 
 from blockroll.rollout.cluster import EngineSpec, RayCluster
-from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.engine import EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
@@ -24,35 +25,36 @@ def batch(name, count, tokens=lambda i: 200, sampler="coupled"):
         sampler=sampler, max_tokens=tokens(i), ignore_eos=True), seed=i) for i in range(count)]
 
 
-def bare(pipe):
-    """A process with an engine; told a number of requests, it serves them and tells the seconds."""
-    import torch
-
-    torch.set_num_threads(1)
-    engine = Engine(POLICY, CONFIG)
-    while (count := pipe.recv()) is not None:
-        work = batch("bare", count)
-        start = time.perf_counter()
-        engine.rollout(work)
-        pipe.send(time.perf_counter() - start)
+BARE = """
+import sys, time, torch
+from blockroll.rollout.engine import EngineConfig
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+torch.set_num_threads(1)
+engine = Engine("tiny-reasoner", EngineConfig(max_batch=32))
+for line in sys.stdin:
+    params = SamplingParams(sampler="coupled", max_tokens=200, ignore_eos=True)
+    work = [RolloutRequest(f"bare-{i}", (1, 5 + i % 30, 9, 4), params, seed=i) for i in range(int(line))]
+    start = time.perf_counter()
+    engine.rollout(work)
+    print(time.perf_counter() - start, flush=True)
+"""
+"""A process with an engine; told a number of requests, it serves them and tells the seconds."""
 
 
 @pytest.mark.parametrize(("engines", "least"), [(1, 0.95), (2, 0.90)])
 def test_through_gateway_and_cluster_nearly_as_fast_as_the_bare_engine(tmp_path, engines, least, capsys):
-    context, count = multiprocessing.get_context("spawn"), 192
-    pipes = []
-    for _ in range(engines):
-        near, far = context.Pipe()
-        context.Process(target=bare, args=(far,), daemon=True).start()
-        pipes.append(near)
+    count = 192
+    processes = [subprocess.Popen([sys.executable, "-c", BARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                 for _ in range(engines)]
     cluster = RayCluster(EngineSpec(POLICY, CONFIG, device="cpu"), engines=engines)
     ratios = []
     try:
         with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
             for turn in range(ROUNDS + 1):
-                for pipe in pipes:
-                    pipe.send(count)
-                alone = max(pipe.recv() for pipe in pipes)
+                for process in processes:
+                    process.stdin.write(f"{count}\n")
+                    process.stdin.flush()
+                alone = max(float(process.stdout.readline()) for process in processes)
                 work = batch(f"r{turn}", count * engines)
                 start = time.perf_counter()
                 client.generate(work, timeout=600)
@@ -61,8 +63,9 @@ def test_through_gateway_and_cluster_nearly_as_fast_as_the_bare_engine(tmp_path,
                     ratios.append(alone / through)
     finally:
         cluster.close()
-        for pipe in pipes:
-            pipe.send(None)
+        for process in processes:
+            process.stdin.close()
+            process.wait(60)
     with capsys.disabled():
         print(f"\n{engines} engines: {statistics.median(ratios):.3f} of the bare engine's tokens/s "
               f"({', '.join(f'{ratio:.3f}' for ratio in ratios)})")
