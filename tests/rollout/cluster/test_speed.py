@@ -27,7 +27,7 @@ def batch(name, count, tokens=lambda i: 200, sampler="coupled"):
 
 BARE = """
 import sys, time, torch
-from blockroll.rollout.engine import EngineConfig
+from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 torch.set_num_threads(1)
 engine = Engine("tiny-reasoner", EngineConfig(max_batch=32))
