@@ -164,7 +164,7 @@ class RayCluster:
             if taken:
                 self.version, self._weights = version, reference
             for engine, error in errors.items():
-                if error is None:
+                if error is None and engine.phase == "ready":  # else it has died since, and its next process takes the version
                     engine.version = version
                 elif engine.phase == "ready":
                     # It may have taken part of the version. Its next process starts from what the pool serves.
