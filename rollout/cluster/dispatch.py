@@ -72,7 +72,7 @@ class Continuous:
     """A request joins an engine between two steps, where the least is outstanding.
 
     - An engine is given its batch and half as many samples more, so that it never waits for the pool; the rest waits here. What
-      was with an engine that died goes to the others at once, whatever they have.
+      was with an engine that died goes to the others at once, to those with places where it fits, else whatever they have.
     - Clients take turns. One that has less than its share of an engine finds room there also when others have filled it.
     - A group goes to one engine, where its prompt is computed once. When everything that waits can begin at once, a group is
       split: each sample goes where the least is outstanding, the prompt counted where it is not known.
@@ -101,7 +101,10 @@ class Continuous:
         while self._urgent:
             work = self._urgent.popleft()
             if work.waiting:
-                self._split(work, ready, len(work.waiting))
+                # Not to an engine that `_level` asked for samples: they would go to and fro.
+                free = [engine for engine in ready if engine.count < self._dealer.max_batch]
+                fits = len(work.waiting) <= sum(self._dealer.max_batch - engine.count for engine in free)
+                self._split(work, free if fits else ready, len(work.waiting))
         passed = set[str]()
         while (work_ := self._backlog.next(passed)) is not None:
             if not self._place(work_, ready):

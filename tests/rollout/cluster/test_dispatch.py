@@ -130,6 +130,24 @@ def test_samples_that_have_not_begun_are_asked_back_for_an_idle_engine():
     assert pool.engines[0].actor.asked == [2]
 
 
+def test_samples_that_moved_to_an_engine_with_places_stay_there():
+    """The engine with places has few samples, long ones: more tokens are outstanding there than at the other."""
+    pool, moves = Pool(), 0
+    pool.engines[0].phase = "loading"
+    pool.submit(*[ask(f"long{i}") for i in range(2)])
+    pool.engines[0].phase, pool.engines[1].phase = "ready", "loading"
+    pool.submit(*[ask(f"short{i}", tokens=1) for i in range(6)])
+    pool.engines[1].phase = "ready"
+    pool.deal()
+    for engine in pool.engines * 5:
+        if engine.asked:
+            engine.asked, moves = False, moves + 1
+            youngest = list(engine.samples)[-engine.actor.asked[-1] :]
+            pool.give_back(engine, *[(work.request.id, 0) for work in youngest])
+            pool.deal()
+    assert ([engine.count for engine in pool.engines], moves) == ([4, 4], 1)
+
+
 def test_what_a_dead_engine_had_goes_to_the_others_at_once_and_first():
     pool = Pool()
     pool.submit(*[ask(f"r{i}") for i in range(40)])
