@@ -6,12 +6,15 @@ Both are asked to `deal` after everything that happened: they take waiting sampl
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from .handle import EngineHandle
 from .reports import Part
 from .work import Backlog, Work
+
+Samples = Sequence[tuple[Work, Sequence[int]]]
+"""Works, and the numbers of their samples."""
 
 
 class Dealer:
@@ -56,8 +59,8 @@ class Strategy(Protocol):
         """Takes a batch."""
         ...
 
-    def again(self, work: Work, numbers: Iterable[int]) -> None:
-        """Takes samples that an engine gave back, or had when it died: they come before what has not begun."""
+    def again(self, samples: Samples) -> None:
+        """Takes the samples that an engine gave back in one report, or had when it died: they come before what has not begun."""
         ...
 
     def deal(self, engines: Sequence[EngineHandle]) -> None:
@@ -69,7 +72,7 @@ class Continuous:
     """A request joins an engine between two steps, where the least is outstanding.
 
     - An engine is given its batch and half as many samples more, so that it never waits for the pool; the rest waits here. What
-      was with an engine that died goes to the others at once, whatever they have.
+      was with an engine that died goes to the others at once, to those with places where it fits, else whatever they have.
     - Clients take turns. One that has less than its share of an engine finds room there also when others have filled it.
     - A group goes to one engine, where its prompt is computed once. When everything that waits can begin at once, a group is
       split: each sample goes where the least is outstanding, the prompt counted where it is not known.
@@ -85,9 +88,11 @@ class Continuous:
         for work in works:
             self._backlog.wait(work, range(work.request.samples))
 
-    def again(self, work: Work, numbers: Iterable[int]) -> None:
-        self._backlog.wait(work, numbers, first=True)
-        self._urgent.append(work)
+    def again(self, samples: Samples) -> None:
+        oldest_first = sorted(samples, key=lambda part: part[0].order)
+        for work, numbers in reversed(oldest_first):
+            self._backlog.wait(work, numbers, first=True)
+        self._urgent += [work for work, _ in oldest_first]
 
     def deal(self, engines: Sequence[EngineHandle]) -> None:
         ready = [engine for engine in engines if engine.serves and not engine.reserved]
@@ -96,7 +101,10 @@ class Continuous:
         while self._urgent:
             work = self._urgent.popleft()
             if work.waiting:
-                self._split(work, ready, len(work.waiting))
+                # Not to an engine that `_level` asked for samples: they would go to and fro.
+                free = [engine for engine in ready if engine.count < self._dealer.max_batch]
+                fits = len(work.waiting) <= sum(self._dealer.max_batch - engine.count for engine in free)
+                self._split(work, free if fits else ready, len(work.waiting))
         passed = set[str]()
         while (work_ := self._backlog.next(passed)) is not None:
             if not self._place(work_, ready):
@@ -149,8 +157,8 @@ class Continuous:
 class Ordered:
     """A batch is dealt by its order alone: of n engines, share i holds requests i, i + n, i + 2n and so on. An engine serves one
     share at a time, whole, in its order, and takes the next share when it has ended one. So what is computed together does not
-    depend on how fast an engine is, and a run repeats with `lossless` and `mixed` too. What was with an engine that died is a
-    share of its own, and is next.
+    depend on how fast an engine is, and a run repeats with `lossless` and `mixed` too. What was with an engine that died, or was
+    given back in one report, is a share of its own, and is next.
 
     Args:
         wanted: how many engines there should be.
@@ -158,26 +166,26 @@ class Ordered:
 
     def __init__(self, dealer: Dealer, wanted: Callable[[], int]) -> None:
         self._dealer, self._backlog, self._wanted = dealer, dealer.backlog, wanted
-        self._shares: deque[list[tuple[Work, list[int]]]] = deque()
+        self._shares: deque[list[Work]] = deque()
 
     def submit(self, works: Sequence[Work]) -> None:
         count = max(1, self._wanted())
         for i in range(count):
-            if share := [(work, list(range(work.request.samples))) for work in works[i::count]]:
+            if share := list(works[i::count]):
                 self._shares.append(share)
-                for work, numbers in share:
-                    self._backlog.wait(work, numbers)
+                for work in share:
+                    self._backlog.wait(work, range(work.request.samples))
 
-    def again(self, work: Work, numbers: Iterable[int]) -> None:
-        self._backlog.wait(work, numbers)
-        if not self._shares or not any(other.deaths for other, _ in self._shares[0]):
-            self._shares.appendleft([])
-        self._shares[0].append((work, list(numbers)))
+    def again(self, samples: Samples) -> None:
+        for work, numbers in samples:
+            self._backlog.wait(work, numbers)
+        if samples:
+            self._shares.appendleft(sorted((work for work, _ in samples), key=lambda work: work.order))
 
     def deal(self, engines: Sequence[EngineHandle]) -> None:
         for engine in engines:
             while engine.serves and not engine.reserved and not engine.count and self._shares:
-                for work, _ in self._shares.popleft():
+                for work in self._shares.popleft():
                     if work.waiting:
                         self._dealer.give(engine, work, len(work.waiting))
         self._dealer.send()

@@ -10,6 +10,7 @@ placing: its process was asked for and has not answered. loading: the process lo
 version. ready: it serves. lost: it has no process; the next one is started after a pause. An engine in any state may be draining.
 
 Invariants:
+- An engine that is ready has a process.
 - What a process that was given up still says is not read.
 - An engine without heartbeat is given up: while it has work its turns must move too, but one turn may take as long as loading
   does, since it may compile.
@@ -102,10 +103,10 @@ class EngineHandle:
 
     def lose(self, why: str) -> None:
         """Ends the process. What it had stays in `samples` until the next start."""
-        self.stop()
         self._failures = 0 if self.phase == "ready" else self._failures + 1
+        self.stop()
         pause = 0.0 if not self._failures else min(MOST_PAUSE_S, 2.0 ** (self._failures - 1))
-        self.phase, self.reason, self._resume_at = "lost", why, time.monotonic() + pause
+        self.reason, self._resume_at = why, time.monotonic() + pause
         self.restarts += 1
         self.reserved = False
 
@@ -114,6 +115,7 @@ class EngineHandle:
         if self.actor is not None:
             ray.kill(self.actor)
         self.actor = self._call = self._stream = self._beat = None
+        self.phase = "lost"
 
     @property
     def may_start(self) -> bool:

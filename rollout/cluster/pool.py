@@ -164,7 +164,7 @@ class RayCluster:
             if taken:
                 self.version, self._weights = version, reference
             for engine, error in errors.items():
-                if error is None:
+                if error is None and engine.phase == "ready":  # else it has died since, and its next process takes the version
                     engine.version = version
                 elif engine.phase == "ready":
                     # It may have taken part of the version. Its next process starts from what the pool serves.
@@ -259,10 +259,12 @@ class RayCluster:
                 self._dealer.take_back(engine, work, item.trajectory.sample)
             else:
                 self._drop([work])
+        returned: dict[Work, list[int]] = {}
         for name, number in report.returned or ():
             work = self._backlog.works.get(name)
             if work is not None and self._dealer.take_back(engine, work, number):
-                self._strategy.again(work, [number])
+                returned.setdefault(work, []).append(number)
+        self._strategy.again(list(returned.items()))
 
     def _lose(self, engine: EngineHandle, why: str) -> None:
         """Gives up an engine's process. What it had is dealt again, or has failed."""
@@ -270,8 +272,7 @@ class RayCluster:
         self._restarts += 1
         engine.lose(why)
         go_on, failed = self._suspects.note_death(engine)
-        for work, numbers in go_on:
-            self._strategy.again(work, numbers)
+        self._strategy.again(go_on)
         for work in failed:
             self._early.append(Completed(work.epoch, work.request.id, error=(
                 f"request {work.request.id!r}: {work.solo_deaths} engines in a row died while they served nothing else ({why}); "

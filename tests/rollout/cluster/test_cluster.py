@@ -17,6 +17,7 @@ from blockroll.errors import ClusterError, InvalidInput
 from blockroll.model.scoring import score
 from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.cluster.handle import EngineHandle
+from blockroll.rollout.cluster.weight_commit import WeightCommit
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
 from blockroll.trainer_bridge.client import connect
@@ -165,6 +166,26 @@ def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(clus
     got = [c.trajectory for c in collect(cluster, 8)]
     assert {int(v) for t in got for v in t.versions} == {old + 1}
     assert largest_error(policy, got, old + 1) < 1e-4
+
+
+def test_an_engine_that_dies_after_it_took_a_version_is_given_it_again(cluster, next_weights, monkeypatch):
+    """It dies, and its next process has loaded the old version, while the commit waits for the others."""
+    settle(cluster)
+    take, engine, version = WeightCommit.take, cluster._engines[0], cluster.version + 1
+
+    def dies_afterwards(commit, *how):
+        errors = take(commit, *how)
+        cluster._lose(engine, "it died")
+        while not engine.loaded:
+            cluster._pump(0.1)
+        assert engine.version == version - 1
+        return errors
+
+    monkeypatch.setattr(WeightCommit, "take", dies_afterwards)
+    cluster.commit_weights(version, next_weights[0], "keep")
+    settle(cluster)
+    assert [status.version for status in cluster.engines()] == [version, version]
+    assert [beat.version for beat in ray.get([e.actor.heartbeat.remote() for e in cluster._engines])] == [version, version]
 
 
 def keep_proxies_out(stop):

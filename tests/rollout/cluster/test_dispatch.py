@@ -9,6 +9,8 @@ import pytest
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
 from blockroll.rollout.cluster.handle import EngineHandle
+from blockroll.rollout.cluster.pool import RayCluster
+from blockroll.rollout.cluster.reports import Report
 from blockroll.rollout.cluster.spec import EngineSpec
 from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
 from blockroll.rollout.cluster.work import Backlog
@@ -59,12 +61,16 @@ class Pool:
         """The engine's process dies, and the next is ready at once. What has failed, by name."""
         go_on, failed = self.suspects.note_death(engine)
         self.ready(engine)
-        for work, numbers in go_on:
-            self.strategy.again(work, numbers)
+        self.strategy.again(go_on)
         for work in failed:
             self.backlog.forget(work)
         self.deal()
         return [work.request.id for work in failed]
+
+    def give_back(self, engine, *samples):
+        """The engine gives samples back, in one report; the pool takes it."""
+        pool = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy)
+        RayCluster._take(pool, engine, Report(returned=list(samples)))
 
     def held(self):
         return [{work.request.id: sorted(numbers) for work, numbers in engine.samples.items()} for engine in self.engines]
@@ -124,14 +130,31 @@ def test_samples_that_have_not_begun_are_asked_back_for_an_idle_engine():
     assert pool.engines[0].actor.asked == [2]
 
 
+def test_samples_that_moved_to_an_engine_with_places_stay_there():
+    """The engine with places has few samples, long ones: more tokens are outstanding there than at the other."""
+    pool, moves = Pool(), 0
+    pool.engines[0].phase = "loading"
+    pool.submit(*[ask(f"long{i}") for i in range(2)])
+    pool.engines[0].phase, pool.engines[1].phase = "ready", "loading"
+    pool.submit(*[ask(f"short{i}", tokens=1) for i in range(6)])
+    pool.engines[1].phase = "ready"
+    pool.deal()
+    for engine in pool.engines * 5:
+        if engine.asked:
+            engine.asked, moves = False, moves + 1
+            youngest = list(engine.samples)[-engine.actor.asked[-1] :]
+            pool.give_back(engine, *[(work.request.id, 0) for work in youngest])
+            pool.deal()
+    assert ([engine.count for engine in pool.engines], moves) == ([4, 4], 1)
+
+
 def test_what_a_dead_engine_had_goes_to_the_others_at_once_and_first():
     pool = Pool()
     pool.submit(*[ask(f"r{i}") for i in range(40)])
     had = pool.held()[0].keys()
     pool.engines[0].phase = "lost"
     go_on, failed = pool.suspects.note_death(pool.engines[0])
-    for work, numbers in go_on:
-        pool.strategy.again(work, numbers)
+    pool.strategy.again(go_on)
     pool.deal()
     assert not failed and had <= pool.held()[1].keys() and pool.engines[1].count == 12
     assert sorted(part.order for parts in pool.engines[1].actor.added[1:] for part in parts) == sorted(
@@ -188,8 +211,7 @@ def test_where_nobody_else_serves_the_reserved_engine_serves_all():
     alone, other = sorted(pool.engines, key=lambda engine: not engine.reserved)
     pool.submit(*[ask(f"r{i}") for i in range(3)])
     other.phase = "lost"
-    for work, numbers in pool.suspects.note_death(other)[0]:
-        pool.strategy.again(work, numbers)
+    pool.strategy.again(pool.suspects.note_death(other)[0])
     pool.deal()
     assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
 
@@ -225,6 +247,19 @@ def test_ordered_gives_what_a_dead_engine_had_to_the_next_free_one_whole():
     pool.die(pool.engines[0])
     assert pool.held()[0] == {"r0": [0], "r4": [0]}
     assert [part.request.id for part in pool.engines[0].actor.added[0]] == ["r0", "r4"]
+
+
+def test_ordered_serves_what_an_engine_gave_back_as_one_share_in_its_order():
+    pool = Pool(ordered=True)
+    pool.submit(*[ask(f"r{i}", samples=2) for i in range(8)])
+    pool.engines[1].draining = True
+    pool.give_back(pool.engines[1], ("r7", 1), ("r7", 0), ("r5", 1), ("r5", 0), ("r3", 1))  # the youngest first, as engines do
+    for i in range(0, 8, 2):
+        for number in range(2):
+            pool.finish(pool.engines[0], f"r{i}", number)
+    pool.deal()
+    assert [(part.request.id, part.numbers) for part in pool.engines[0].actor.added[-1]] == [
+        ("r3", [1]), ("r5", [0, 1]), ("r7", [0, 1])]
 
 
 def test_an_output_under_another_lease_or_twice_is_not_wanted():
