@@ -30,6 +30,7 @@ from .actor import EngineActor
 from .ray_errors import one_line
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec, EngineState, EngineStatus
+from .weight_transport import Ticket
 from .work import Work
 
 _log = logging.getLogger(__package__)
@@ -84,10 +85,10 @@ class EngineHandle:
         self._last_at = 0.0
         self._taking: tuple[int, Any] | None = None
 
-    def start(self, version: int, weights: Any) -> None:
+    def start(self, version: int, weights: Ticket | None) -> None:
         """Asks Ray for a process that will serve this weight version.
 
-        Args: weights: reference to its arrays; None for those of the policy's directory.
+        Args: weights: ticket to its tensors; None for those of the policy's directory.
         """
         spec = self._spec
         self._clear()
@@ -161,7 +162,7 @@ class EngineHandle:
                 self.version = answer
         return None
 
-    def take_version(self, version: int, weights: Any) -> None:
+    def take_version(self, version: int, weights: Ticket | None) -> None:
         """A process that has loaded takes the weight version that the pool serves by now."""
         self._taking, self._since = (version, weights), time.monotonic()
         self._call = self.actor.stage.remote(version, weights)

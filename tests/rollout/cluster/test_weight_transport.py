@@ -1,0 +1,115 @@
+"""Weight versions through each transport: the same tokens, all engines or none, and only what has changed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import blockroll
+from blockroll.errors import ClusterError
+from blockroll.rollout.cluster import EngineSpec, RayCluster
+from blockroll.rollout.cluster.transports import transport_of
+from blockroll.rollout.cluster.weight_transport import TRANSPORTS
+from blockroll.rollout.engine import EngineConfig
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def started(policy_dir):
+    cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=2)
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def cluster(started, request):
+    settle(started)
+    started._transport = transport_of(request.param, 60.0)
+    return started
+
+
+@pytest.fixture(scope="module")
+def arrays(policy_dir):
+    state = blockroll.load_policy(policy_dir).state_dict()
+    del state["lm_head.weight"]  # tied to the embedding
+    return {name: tensor.numpy().copy() for name, tensor in state.items()}
+
+
+def settle(cluster, seconds=90.0):
+    end = time.monotonic() + seconds
+    while {engine.phase for engine in cluster._engines} != {"ready"}:
+        assert time.monotonic() < end, cluster.engines()
+        cluster.poll(0.1)
+
+
+def serve(cluster, name, version, count=4, seconds=60.0):
+    """Tokens and log-probabilities by sample; every token is of the version, and every engine serves it."""
+    params = SamplingParams(sampler="coupled", max_tokens=12, ignore_eos=True)
+    requests = [RolloutRequest(f"{name}-{version}-{i}", (1, 5 + i, 9), params, seed=i, samples=2) for i in range(count)]
+    cluster.submit(requests, epoch=version + 100)
+    done, end = [], time.monotonic() + seconds
+    while len(done) < 2 * count:
+        assert time.monotonic() < end
+        done += [item.trajectory for item in cluster.poll(0.2)]
+    assert {int(v) for t in done for v in t.versions} == {version}
+    assert {engine.version for engine in cluster.engines()} == {version}
+    return {(t.request_id.rpartition("-")[2], t.sample): (t.tokens, t.logprobs.tobytes()) for t in done}
+
+
+_seen: dict[str, object] = {}
+
+
+def test_the_transports_give_the_same_tokens_and_only_what_has_changed_travels(cluster, arrays):
+    version = cluster.version + 1
+    first = {name: array * np.float32(1.25) for name, array in arrays.items()}
+    cluster.commit_weights(version, first)
+    whole = serve(cluster, "whole", version)
+    changed = {"model.norm.weight", "model.embed_tokens.weight"}
+    second = {name: array * np.float32(0.5) if name in changed else np.full_like(array, np.nan) for name, array in first.items()}
+    cluster.commit_weights(version + 1, second, changed=changed)  # what has not changed is not looked at
+    delta = serve(cluster, "delta", version + 1)
+    cluster.commit_weights(version + 2, second, changed=())
+    assert serve(cluster, "none", version + 2) == delta
+    truth = {name: second[name] if name in changed else array for name, array in first.items()}
+    cluster.commit_weights(version + 3, truth)
+    assert serve(cluster, "truth", version + 3) == delta != whole
+    assert _seen.setdefault("whole", whole) == whole
+    assert _seen.setdefault("delta", delta) == delta
+
+
+def test_a_version_that_an_engine_refuses_leaves_the_old_one(cluster, arrays):
+    version = cluster.version + 1
+    cluster.commit_weights(version, arrays)
+    before = serve(cluster, "before", version)
+    for wrong in ({"model.norm.weight": np.zeros(3, np.float32)}, {"model.norm.weight": arrays["model.norm.weight"] * np.nan}):
+        with pytest.raises(ClusterError, match="the old one serves"):
+            cluster.commit_weights(version + 1, {**arrays, **wrong})
+    with pytest.raises(ClusterError, match="lacks 1 of"):
+        cluster.commit_weights(version + 1, {name: array for name, array in arrays.items() if name != "model.norm.weight"})
+    assert cluster.version == version
+    assert serve(cluster, "after", version) == before
+
+
+def test_an_engine_killed_while_it_stages(cluster, arrays):
+    """The others take the version, and so does its next process."""
+    version = cluster.version + 1
+    first = {name: array * np.float32(1.5) for name, array in arrays.items()}
+    cluster.commit_weights(version, first)
+    truth = serve(cluster, "truth", version)
+    victim = cluster._engines[0]
+    os.kill(victim.home.pid, signal.SIGSTOP)
+    killer = threading.Timer(0.7, os.kill, (victim.home.pid, signal.SIGKILL))
+    killer.start()
+    begin = time.monotonic()
+    cluster.commit_weights(version + 1, first)
+    assert time.monotonic() - begin < 15
+    killer.join()
+    assert cluster.version == version + 1
+    assert serve(cluster, "others", version + 1, count=4) == truth
+    settle(cluster)
+    assert serve(cluster, "both", version + 1) == truth
