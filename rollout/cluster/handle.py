@@ -84,6 +84,7 @@ class EngineHandle:
         self._last: Heartbeat | None = None
         self._last_at = 0.0
         self._taking: tuple[int, Any] | None = None
+        self._weights: Ticket | None = None  # keeps alive what the process reads
 
     def start(self, version: int, weights: Ticket | None) -> None:
         """Asks Ray for a process that will serve this weight version.
@@ -92,6 +93,7 @@ class EngineHandle:
         """
         spec = self._spec
         self._clear()
+        self._weights = weights
         options: dict[str, Any] = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources),
                                    "scheduling_strategy": "SPREAD" if spec.placement == "spread" else "DEFAULT"}
         if spec.env:
@@ -169,7 +171,7 @@ class EngineHandle:
 
     def serve(self) -> None:
         """Makes a process that has loaded ready for work."""
-        self.phase, self.reason, self._failures = "ready", "", 0
+        self.phase, self.reason, self._failures, self._weights, self._taking = "ready", "", 0, None, None
         self._beat_at = self._turned_at = time.monotonic()
 
     def send(self, work: Work, numbers: Sequence[int], cost: float) -> Part:

@@ -70,10 +70,13 @@ class Place:
 
 
 class SharedTicket:
-    """Places of tensors."""
+    """Places of tensors. In the pool's process it keeps their memory."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
-        self._places = dict(places)
+    def __init__(self, places: Mapping[str, Place], arrays: Arrays | None = None) -> None:
+        self._places, self._arrays = dict(places), arrays
+
+    def __reduce__(self) -> tuple[type[SharedTicket], tuple[Mapping[str, Place]]]:
+        return SharedTicket, (self._places,)
 
     def read(self) -> Arrays:
         """The arrays, which lie in the pool's memory. Raises ClusterError where that is on another host."""
@@ -166,4 +169,4 @@ def _ticket(arrays: Arrays) -> SharedTicket:
         start = np.frombuffer(piece, np.uint8).__array_interface__["data"][0]
         offset = array.__array_interface__["data"][0] - start
         places[name] = Place(piece.path, piece.mark, offset, array.dtype.name, array.shape)
-    return SharedTicket(places)
+    return SharedTicket(places, arrays)

@@ -13,5 +13,6 @@ EXAMPLES: list[messages.Message] = [
     messages.Cancel(6, "why", ("r", "s")), messages.Cancelled(6),
     messages.Acked(5), messages.StatusRequest(1), messages.Status(1, (("a", 1), ("b", 0.5), ("c", "x"))),
     messages.PushBegin("p", "finish", (b"m",)), messages.PushChunk("p", 1, 2, (b"d",)), messages.PushCommit("p"),
-    messages.PushAbort("p"), messages.PushState("p", 3, True, 4), messages.Shutdown(), messages.Stopping(),
+    messages.PushAbort("p"), messages.PushNeeds("p", (b"\1\0",)), messages.PushState("p", 3, True, 4),
+    messages.Shutdown(), messages.Stopping(),
 ]

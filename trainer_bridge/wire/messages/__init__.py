@@ -27,7 +27,7 @@ from .requests import (
     Submitted,
 )
 from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welcome
-from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushState
+from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState
 
 __all__ = [
     "KINDS",
@@ -47,6 +47,7 @@ __all__ = [
     "PushBegin",
     "PushChunk",
     "PushCommit",
+    "PushNeeds",
     "PushState",
     "Refused",
     "Reset",
