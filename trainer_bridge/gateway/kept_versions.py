@@ -48,7 +48,7 @@ def _places(manifest: Manifest) -> tuple[list[int], int]:
     """Where each tensor of a file begins, and where the file ends."""
     places, end = [], _LENGTH.size + len(manifest.encode())
     for spec in manifest.tensors:
-        places.append(-(-end // _ALIGN) * _ALIGN)
+        places.append(-(-end // _ALIGN) * _ALIGN if spec.size else end)
         end = places[-1] + spec.size
     return places, end
 
