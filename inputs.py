@@ -118,7 +118,8 @@ def json_object(raw: bytes, where: str) -> dict[str, Any]:
         DataError: it is no object; or holds NaN, an infinity, half a surrogate pair or a number of thousands of digits.
     """
     try:
-        record = json.loads(raw, parse_constant=_no_constant)
+        # The parser itself would take half of a surrogate pair from bytes, and other encodings.
+        record = json.loads(raw.decode("utf-8-sig"), parse_constant=_no_constant)
         if b"\\u" in raw:  # escapes alone can name half of a surrogate pair
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:

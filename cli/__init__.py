@@ -20,7 +20,8 @@ import typer
 
 from ..errors import BlockrollError
 from ..files import storage_error
-from . import decoding, measuring, training
+from ..service import logs
+from . import decoding, measuring, service, training
 
 app = typer.Typer(
     name="blockroll",
@@ -35,6 +36,8 @@ app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kernels, name="kernels")
 
+for _command in (service.up, service.status, service.scale, service.down, service.logs, service.doctor):
+    app.command()(_command)
 app.command("grpo")(training.grpo)
 app.command("convert")(training.convert)
 app.command("ablate")(training.ablate)
@@ -59,11 +62,17 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="debug|info|warning|error", help="Log lines of at least this level go to standard "
+                                 "error; without it warnings, and for `up` what its configuration says.")
+    ] = None,
 ) -> None:
-    pass
+    logs.configure(log_level or "warning")
+    context.obj = log_level
 
 
 LONGEST_LINE = 1000
@@ -74,7 +83,7 @@ def main() -> None:
     """Runs the command line; does not return."""
     with _stopped_by_signals() as received:
         try:
-            status = app(standalone_mode=False)
+            status = app(standalone_mode=False) or 0
         except KeyboardInterrupt:
             status = 130
         except Exception as error:

@@ -13,21 +13,31 @@ def grpo(
     config: ConfigArgument,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the output directory.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="The gateway of a service that is up; the run starts none.")
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(metavar="DIR", help="With --address: the directory of that service's keys.")
+    ] = None,
 ) -> None:
-    """Train a policy with GRPO on rollouts of this machine.
+    """Train a policy with GRPO.
 
-    Starts a cluster of engines and a trainer that talks to it over the bridge; writes metrics.jsonl, summary.json
-    and report.png to the run's directory. A run that was killed goes on with --resume, to the same trajectories.
+    Starts a rollout service, or uses the one at --address, and a trainer that talks to it over the bridge; writes
+    metrics.jsonl, summary.json and report.png to the run's directory. A run that was killed goes on with --resume, to the
+    same trajectories.
 
     \b
     Example:
       blockroll grpo configs/grpo/quickstart.yaml
       blockroll grpo configs/grpo/quickstart.yaml --resume
+      blockroll grpo configs/grpo/quickstart.yaml --address tcp://127.0.0.1:5555
     """
-    from ..service.lifecycle import serve
+    from functools import partial
+
+    from ..service.of_run import service_of
     from ..trainer_bridge.trainers.grpo import run
 
-    run.run(config, serve, resume, overwrite)
+    run.run(config, partial(service_of, address=address, keys=keys), resume, overwrite)
 
 
 def convert(config: ConfigArgument) -> None:

@@ -9,6 +9,7 @@ Knows tensors, tokens and files. Does not know requests, sampling, Ray or socket
 | `visibility` | `Visibility`: the layout's rule, worked out once for every backend |
 | `policy`, `cca`, `experts`, `linear` | the network |
 | `plan`, `paged` | plans of a layout: for torch, and for kernels on pages |
+| `rotary` | rotary embeddings and activations |
 | `state` | what a plan needs of a cache |
 | `backends` | the ways to run the network; one is chosen when a policy is placed |
 | `scoring`, `vocabulary`, `packing` | log-probabilities of given tokens; bounds on logits; packs of bounded size |

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..errors import CheckpointError, InvalidInput, StorageError
 from ..files import whole_directory
@@ -28,6 +27,7 @@ from .arguments import is_whole, short
 from .config import read_config
 from .device import resolved
 from .policy import Policy
+from .rotary import rotary_embedding
 from .tensor_files import MAX_SHARD_BYTES, StoredTensor, stored_tensors, write_shards
 from .tokenizer_files import read_tokenizer
 from .weights import DTYPES, EMBEDDING, HEAD, Comparison
@@ -107,7 +107,7 @@ def _place(policy: Policy, dtype: torch.dtype, device: torch.device) -> None:
             setattr(module, name, placed[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, dtype=wide, device=device))
-    policy.model.rotary_emb = ZayaRotaryEmbedding(policy.config).to(device=device, dtype=wide)
+    policy.model.rotary_emb = rotary_embedding(policy.config).to(device=device, dtype=wide)
 
 
 @torch.no_grad()

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 from transformers import ZayaConfig
-from transformers.activations import ACT2FN
-from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 from transformers.utils import logging
 
 from ..errors import CheckpointError
 from .arguments import is_number, is_whole, short
+from .rotary import is_activation, rotary_embedding
 
 MAX_CONFIG_BYTES = 1 << 20
 """Largest config.json. That of ZAYA1-8B has 2 kB, and a layer adds 20 bytes."""
@@ -146,7 +145,7 @@ class _Checks:
                       "a kind that is not supported", f"use {', '.join(_ROPES)}")
             factor = rope.get("factor", 1.0)
             self.need(is_number(factor) and 1 <= factor < math.inf, f"{name}.factor", factor, "no number from 1", remedy)
-        self.need(raw.get("hidden_act") is None or (isinstance(raw["hidden_act"], str) and raw["hidden_act"] in ACT2FN),
+        self.need(raw.get("hidden_act") is None or (isinstance(raw["hidden_act"], str) and is_activation(raw["hidden_act"])),
                   "hidden_act", raw.get("hidden_act"), "an activation that transformers does not know", remedy)
 
     def architecture(self, config: ZayaConfig) -> None:
@@ -191,7 +190,7 @@ class _Checks:
                       "restore the file")
         try:
             with quiet_transformers():
-                rotary = ZayaRotaryEmbedding(config)
+                rotary = rotary_embedding(config)
         except Exception as error:  # transformers raises KeyError, TypeError, ZeroDivisionError, ... for lacking values
             raise CheckpointError("policy", f"rope_parameters in {self._path} make no rotary embedding ({_one_line(error)})",
                                   "restore the file") from error  # fmt: skip

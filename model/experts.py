@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
 from ..kernels.experts import RouterWeights, route, route_top1
 from ..kernels.residual import rms_norm
+from .rotary import activation
 
 
 class RMSNorm(nn.Module):
@@ -69,7 +69,7 @@ class Experts(nn.Module):
         shape = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(shape[0], 2 * shape[1], shape[2]))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation(config.hidden_act)
 
     def forward(self, x_TD: torch.Tensor, expert_T: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
         return route_top1(x_TD, expert_T, weight_T, self.gate_up_proj, self.down_proj, self.activation)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import ZayaConfig
-from transformers.models.zaya.modeling_zaya import ZayaRotaryEmbedding
 
 from ..kernels.dispatch import takes_triton
 from ..kernels.linear import linear_float32
@@ -30,6 +29,7 @@ from .layout import TokenLayout
 from .linear import Linear
 from .paged import PagedPlan
 from .plan import PlainPlan, Plan
+from .rotary import rotary_embedding
 from .state import SequenceState
 from .vocabulary import recomputed
 
@@ -115,7 +115,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = ZayaRotaryEmbedding(config)
+        self.rotary_emb = rotary_embedding(config)
         self.input_hidden_states_scale = nn.Parameter(torch.ones(config.hidden_size))
         self.input_hidden_states_bias = nn.Parameter(torch.zeros(config.hidden_size))
 

@@ -27,7 +27,7 @@ def check_config(config: EngineConfig) -> None:
         value = getattr(config, name)
         require((is_whole(value) and 1 <= value <= MOST) or (name == "pages" and value is None), name,
                 f"{short(value)} is no whole number in 1..{MOST}", "use a positive number")
-    for name in ("captured", "repeatable"):
+    for name in ("enable_prefix_caching", "captured", "batch_invariant", "repeatable"):
         require(isinstance(getattr(config, name), bool), name, f"{short(getattr(config, name))} is neither True nor False",
                 "give one of them")
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from transformers import ZayaConfig
 
 from ..errors import RequestError
 from ..model.policy import Policy
@@ -91,7 +92,7 @@ class Room:
 
     Attributes:
         free: bytes that are free with the policy loaded. aside: bytes that are set aside, by what for.
-        page: bytes of a page in all layers.
+        page: bytes of a page in all layers, the tail that lies with it included.
     """
 
     free: int
@@ -162,9 +163,18 @@ def schedules_of(schedule: Schedule, block_size: int) -> tuple[Schedule, ...]:
 
 
 def page_bytes(policy: Policy, page_size: int) -> int:
-    """Keys and values of one page in all layers."""
+    """One page in all layers: its keys and values, and the tail of the convolutions that lies with it (`PagedCache`)."""
     config = policy.config
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * page_size * policy.dtype.itemsize
+    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * page_size
+    tail = min(policy.hops, page_size) * _tail_row(config)
+    return config.num_hidden_layers * (keys_and_values + tail) * policy.dtype.itemsize
+
+
+def _tail_row(config: ZayaConfig) -> int:
+    """Numbers that the convolutions keep of one position in one layer."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    row: int = (heads + groups) * config.head_dim + groups * config.head_dim // 2
+    return row
 
 
 def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory: int) -> dict[str, int]:
@@ -184,12 +194,11 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     away = policy.device.type != "cpu"
     split_rows = step * pages_for(z.max_position_embeddings, _SPLIT_KEYS) if config.batch_invariant else max(step, _SPLIT_ROWS)
     ring = block_size + 1 + policy.hops
-    tail = channels + z.num_key_value_heads * z.head_dim // 2
     return {
         "logits": _LOGIT_COPIES * 4 * logit_rows * z.vocab_size,
         "activations": step * each,
         "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
-        "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
+        "tails": 2 * batch * ring * _tail_row(z) * z.num_hidden_layers * item,
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
         "libraries": _LIBRARIES if away else 0,
     }

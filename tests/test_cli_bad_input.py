@@ -114,12 +114,14 @@ def test_broken_checkpoint(what: str, fails: Callable[..., str], tmp_path: Path)
     ("text", "said"),
     [
         ("outptu: x", "outptu: unknown key in {}; did you mean `output`?"),
-        ("output: x\nrollouts: {actor: 2}", "rollouts.actor: unknown key in {}; did you mean `actors`?"),
+        ("output: x\nrollouts: {stalenes: 1}", "rollouts.stalenes: unknown key in {}; did you mean `staleness`?"),
         ("output: x\nsteps: many", 'steps: "many" in {} cannot be used; it should be a valid integer'),
         ("output: x\nsteps: 1.5", "steps: 1.5 in {} cannot be used"),
         ("output: x\nrollouts: {sampler: best}", "rollouts.sampler: \"best\" in {} cannot be used; it should be 'ar', "),
         ("output: x\nrollouts: {in_flight: later}", 'rollouts.in_flight: "later" in {} cannot be used; it should be'),
-        ("output: x\nrollouts: {levels: [99]}", "rollouts.levels: (99,) holds a level outside 0..63 in {}; use levels"),
+        ("output: x\nservice: {schedule: {levels: [99]}}", "service.schedule.levels: (99,) holds a level outside 0..63 in the "),
+        ("output: x\nservice: {engine: {}}", "service.engine: unknown key in the section service; did you mean `engines`?"),
+        ("output: x\nservice: {policy: y}", "service.policy: is given; leave it out: the run says it"),
         ("output: x\ntasks: {families: [sums]}", "tasks.families: unknown ['sums'] in {}; use some of "),
         ("output: x\npolicy: nobody", "policy: 'nobody' is no directory with a config.json; give one, or a shipped name"),
         ("output: [", "{} line 2: "),
@@ -147,7 +149,7 @@ def test_prompt_longer_than_the_maximum(fails: Callable[..., str], tmp_path: Pat
 
 def test_ray_that_is_not_there(fails: Callable[..., str], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text(f"output: {tmp_path / 'run'}\nrollouts: {{ray_address: '127.0.0.1:9'}}\n")
+    config.write_text(f"output: {tmp_path / 'run'}\nservice: {{ray: {{address: '127.0.0.1:9'}}}}\n")
     done = subprocess.run([*COMMAND, "grpo", str(config)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ray: the one at 127.0.0.1:9 cannot be reached")
@@ -159,7 +161,8 @@ output: {output}
 policy: {policy}
 steps: 40
 tasks: {{prompts_per_step: 8, samples_per_prompt: 4}}
-rollouts: {{actors: 1, max_tokens: 48, batch: 32}}
+rollouts: {{max_tokens: 48}}
+service: {{engines: {{count: 1}}}}
 evaluation: {{tasks: 4}}
 """
 

@@ -116,7 +116,7 @@ def test_another_seed_draws_other_tasks(directory: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tasks", "0"], "tasks: 0 is less than 1; use a positive number"),
+        (["--tasks", "0"], "tasks: 0 is less than 1; use a number from 1 to 100000"),
         (["--samples", "0"], "samples: 0 is less than 1"),
         (["--batch", "0"], "batch: 0 is less than 1"),
         (["--samples", "4", "--k", "1,8"], "k: 8 is more than the 4 sample(s) of a task; lower it, or raise `samples`"),
@@ -124,14 +124,14 @@ def test_another_seed_draws_other_tasks(directory: Path, tmp_path: Path, monkeyp
         (["--k", ","], "k: [] holds"),
         (["--k", "x"], "k: 'x' is not a list of whole numbers"),
         (["--samplers", "ar,best"], "sampler: unknown sampler 'best'; use one of ar, lossless, coupled, mixed"),
-        (["--mix-weights", "2"], "mix_weight: 2.0 is outside [0, 1]"),
+        (["--mix-weights", "2"], "mix_weight: 2.0 is outside 0..1"),
         (["--mix-weights", "half"], "mix-weights: 'half' is not a list of numbers"),
         (["--mix-weights", ""], "mix_weights: none are given"),
         (["--temperatures", "-1"], "temperature: -1.0 is neither 0 nor in"),
         (["--temperatures", ""], "temperatures: none are given"),
         (["--levels", "0,99"], "levels: (0, 99) holds a level outside 0..63"),
         (["--block-sizes", "1,8"], "block_size: 1 is outside 2..64"),
-        (["--seed", "-1"], "seed: -1 is negative"),
+        (["--seed", "-1"], "seed: -1 is outside 0..2**63-1"),
         (["--tasks", "3", "--parent", "nowhere"], "policy: 'nowhere' is no"),
     ],
 )

@@ -117,7 +117,7 @@ def test_interrupt_exits_with_130(failing: list[BaseException], monkeypatch: pyt
         (["--top-p", "0"], "top_p: 0.0 is outside (0, 1]; use 1.0 to keep every token"),
         (["--schedule", "best"], "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused"),
         (["--policy", "nobody"], "policy: 'nobody' is no directory with a config.json"),
-        (["--top-k", "-2"], "top_k: -2 is outside -1..2**31-1; use 0 or -1 to keep every token"),
+        (["--top-k", "-2"], "top_k: -2 is no whole number in -1..2147483647; use 0 or -1 to keep every token"),
         (["--n", "0"], "n: 0 is less than 1"),
         (["--batch", "0"], "batch: 0 is less than 1"),
         (["--block-size", "1"], "block_size: 1 is outside 2..64"),

@@ -53,7 +53,7 @@ def test_a_shipped_policy_a_curve_and_measured_rates(monkeypatch: pytest.MonkeyP
     (["--tpf", "40"], "error: tpf: 40.0 is outside 1..17"),
     (["--survival", "0.5,0.9"], "error: survival: [0.5, 0.9] is no falling curve"),
     (["--survival", "much"], "error: survival: 'much' is not a list of numbers"),
-    (["--measured", "absent.json"], "error: measured: absent.json is no JSON"),
+    (["--measured", "absent.json"], "error: absent.json: cannot be read (No such file"),
 ])  # fmt: skip
 def test_one_line_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], line: str

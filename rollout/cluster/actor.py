@@ -29,6 +29,7 @@ from ..backend import Completed, InFlightPolicy
 from ..engine import Engine
 from ..staged_weights import StagedWeights
 from ..types import RolloutRequest, SamplingParams
+from .figures import EngineFigures
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec
 from .weight_transport import Ticket
@@ -51,6 +52,7 @@ class EngineActor:
         self._engine: Engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._report = Report()
+        self._figures = EngineFigures()
         self._epochs: dict[str, int] = {}
         self._staged: dict[int, StagedWeights] = {}
         self._turns = self._steps = 0
@@ -122,8 +124,8 @@ class EngineActor:
     def heartbeat(self) -> Heartbeat:
         """Figures of this moment."""
         engine = self._engine
-        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.forwards,
-                         engine.decode_tokens, engine.scheduler.preemptions)
+        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.decode_tokens,
+                         self._figures.read(engine))
 
     @ray.method(concurrency_group="weights")
     def stage(self, version: int, weights: Ticket | None, changed: Collection[str] | None = None) -> None:
@@ -195,6 +197,7 @@ class EngineActor:
         self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
+        self._figures.note(trajectory.trace)
         self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
 
     def _report_failures(self) -> None:

@@ -82,6 +82,8 @@ class EngineHandle:
         self._beat: Any = None
         self._beat_at = self._turned_at = self._since = time.monotonic()
         self._last: Heartbeat | None = None
+        self._step_s = 0.0
+        self._figures: dict[str, float] = {}
         self._last_at = 0.0
         self._taking: tuple[int, Any] | None = None
         self._weights: Ticket | None = None  # keeps alive what the process reads
@@ -235,12 +237,16 @@ class EngineHandle:
                                           "ready": "busy" if self.count else "idle", "lost": "lost"}
         state, home = "draining" if self.draining else states[self.phase], self.home
         return EngineStatus(self.id, home.pid if home else None, home.node if home else "", self.device, state, self.version,
-                            round(self.tokens_per_s, 1), self.reason)
+                            round(self.tokens_per_s, 1), self.reason, self._figures if home else {})
 
     def _note_heartbeat(self, beat: Heartbeat) -> None:
         now, self._beat = time.monotonic(), None
         if self._last is None or not beat.works or beat.turns != self._last.turns:
             self._turned_at = now
         if self._last is not None:
-            self.tokens_per_s = (beat.decode_tokens - self._last.decode_tokens) / max(1e-3, now - self._last_at)
+            seconds, steps = max(1e-3, now - self._last_at), beat.figures["forwards"] - self._last.figures["forwards"]
+            self.tokens_per_s = (beat.decode_tokens - self._last.decode_tokens) / seconds
+            if steps and self._last.works:
+                self._step_s = seconds / steps
         self._last, self._last_at = beat, now
+        self._figures = {**beat.figures, "step_seconds": self._step_s}

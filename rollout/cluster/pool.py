@@ -55,6 +55,7 @@ class RayCluster:
         heartbeat_seconds: how long an engine may be silent before it is replaced.
         max_engines: most engines `scale` will ask for, by which a Ray of its own is sized; None for `engines`.
         weight_transport: how weight versions come into the engines; see `rollout.cluster.weight_transport`.
+        owns_ray: the Ray that this process is connected to serves this pool alone, which shuts it down.
 
     Attributes:
         version: the weight version that serves.
@@ -78,6 +79,7 @@ class RayCluster:
         heartbeat_seconds: float = HEARTBEAT_S,
         max_engines: int | None = None,
         weight_transport: Transport = "ray",
+        owns_ray: bool = False,
     ) -> None:
         if dispatch not in ("continuous", "ordered"):
             raise ClusterError(f"dispatch: unknown value {dispatch!r}; use continuous or ordered")
@@ -99,9 +101,7 @@ class RayCluster:
         if dispatch == "ordered":
             self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
         self._looked = self._read_at = time.monotonic()
-        self._own_ray = not ray.is_initialized()
-        if self._own_ray:
-            start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
+        self._own_ray = owns_ray or start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:
             self._wait_until_loaded()
         except BaseException:

@@ -13,9 +13,11 @@ import ray
 from ...errors import ClusterError
 
 
-def start_ray(address: str | None, cpus: int) -> None:
-    """Connects to the Ray at `address`; None starts one here that counts so many CPUs. Ray's own logger prints errors
-    only. Raises ClusterError."""
+def start_ray(address: str | None, cpus: int) -> bool:
+    """Connects to the Ray at `address`; None starts one here that counts so many CPUs. False, and nothing is done, in a
+    process that is connected. Ray's own logger prints errors only. Raises ClusterError."""
+    if ray.is_initialized():
+        return False
     # Ray starts its workers at niceness 15: any other process of the machine would come before the engines.
     os.environ.setdefault("RAY_worker_niceness", "0")
     before = signal.getsignal(signal.SIGTERM)
@@ -34,3 +36,4 @@ def start_ray(address: str | None, cpus: int) -> None:
         # Ray's own handler ends the process at once, without what is still to be put in order.
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+    return True

@@ -53,15 +53,15 @@ class Heartbeat:
     Attributes:
         turns: how often its loop has come round: steps, and what it did between them.
         works: whether it has work.
-        forwards, decode_tokens, preemptions: totals of the engine since its process started.
+        decode_tokens: total of the engine since its process started.
+        figures: see `EngineFigures.read`.
     """
 
     turns: int
     works: bool
     version: int
-    forwards: int
     decode_tokens: int
-    preemptions: int
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,8 @@ class EngineStatus:
         version: weight version it serves.
         tokens_per_s: tokens it committed per second, lately.
         reason: why it waits, or what happened to its last process.
+        figures: of its process at the last heartbeat (`EngineFigures.read`), and `step_seconds`, the mean duration of a
+            forward pass between the last two heartbeats.
     """
 
     id: int
@@ -82,3 +84,4 @@ class EngineStatus:
     version: int
     tokens_per_s: float
     reason: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)

@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 WARM = (
-    "numpy", "torch", "transformers", "blockroll.cli", "blockroll.rollout.offline", "blockroll.rollout.evaluation.report",
-    "blockroll.rollout.conversion.convert", "blockroll.rollout.conversion.ablation", "blockroll.rollout.bench.decode",
-    "blockroll.rollout.bench.planner", "blockroll.rollout.bench.gpu.runner", "blockroll.rollout.planning.plan",
-    "blockroll.trainer_bridge.client", "blockroll.trainer_bridge.trainers.grpo.run", "blockroll.service.lifecycle",
+    "numpy", "torch", "torch._dynamo", "transformers", "blockroll.cli", "blockroll.rollout.offline",
+    "blockroll.rollout.evaluation.report", "blockroll.rollout.conversion.convert", "blockroll.rollout.conversion.ablation",
+    "blockroll.rollout.bench.decode", "blockroll.rollout.bench.planner", "blockroll.rollout.bench.gpu.runner",
+    "blockroll.rollout.planning.plan", "blockroll.trainer_bridge.client", "blockroll.trainer_bridge.trainers.grpo.run",
+    "blockroll.service.lifecycle",
 )  # fmt: skip
 TICK_S = 0.02
 LEFT_S = 2.0

@@ -17,6 +17,8 @@ A table of cases is one test, so that a test session starts few servers:
         edges.check(case, tmp_path)
 
 A case of the library or the bridge gives `program` instead of `argv`: `program="blockroll.connect('x', timeout=nan)"`.
+No case names a device or a file of the machine as an output: code at fault, run by root, would replace it.
+
 Programs see `blockroll`, `np`, `torch`, `inf` and `nan`. Modules that a table needs beside `WARM` are imported by its programs.
 """
 

@@ -86,6 +86,8 @@ CASES = [
             "line 2", "id:", '"7"', "earlier"),
     line("lone surrogate in a prompt", '{"id": "b", "prompt": "\\ud800"}', "surrogate", "\\ud800"),
     line("lone surrogate in an id", '{"id": "\\udc00", "prompt_tokens": [1]}', "surrogate", "\\udc00"),
+    line("lone surrogate as bytes", b'{"id": "\xed\xa0\x80", "prompt_tokens": [1]}', "not valid JSON", "continuation byte"),
+    line("UTF-16", GOOD.encode("utf-16"), "not valid JSON"),
     line("lone surrogate in a key", '{"id": "b", "prompt_tokens": [1], "\\udfff": 1}', "surrogate"),
     line("seed is negative", '{"id": "b", "prompt_tokens": [1], "seed": -1}', "seed:", "-1"),
     line("seed of 2**63", '{"id": "b", "prompt_tokens": [1], "seed": 9223372036854775808}', "seed:", "9223372036854775808"),

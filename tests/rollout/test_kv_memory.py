@@ -42,16 +42,18 @@ def test_by_default_on_a_cpu_a_full_batch_of_short_samples(policy, free):
 
 @pytest.mark.parametrize("wanted, share", [(0.5, 0.5), (1.0, 1.0), ("20MB", None), ("1.5 MiB", None)])
 def test_a_fraction_or_a_size(policy, free, caplog, wanted, share):
-    """keys and values of 3 layers, 2 heads of 8 numbers: 384 bytes a position."""
+    """keys and values of 3 layers, 2 heads of 8 numbers: 384 bytes a position; and a page's tail."""
     free(GB // 10)
     config = EngineConfig(max_batch=2, prefill_rows=32, page_size=16, kv_memory=wanted)
     aside = kv_memory.set_aside(policy, config, 16, 0)
     with caplog.at_level("INFO"):
         got = Engine(policy, config).cache
     size = {"20MB": 20 * 10**6, "1.5 MiB": 3 * 2**19}.get(wanted) or share * (GB // 10 - sum(aside.values()))
-    assert got.total_pages == int(size) // (16 * 384)
+    page = kv_memory.page_bytes(policy, 16)
+    assert got.total_pages == int(size) // page
     assert got.k.nbytes + got.v.nbytes == got.total_pages * 16 * 384
-    assert got.x.nbytes + got.delayed.nbytes == aside["tails"]
+    pools = (got.k, got.v, got.x, got.delayed)
+    assert sum(pool.nbytes for pool in pools) == got.total_pages * page + aside["tails"]
     (line,) = [record.getMessage() for record in caplog.records if "K/V pool" in record.getMessage()]
     assert f"{got.total_pages} pages of 16 = {got.total_pages * 16} tokens" in line and "of 0.10 GB that are free" in line
 
@@ -59,7 +61,7 @@ def test_a_fraction_or_a_size(policy, free, caplog, wanted, share):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (dict(pages=10**9), "pages: 1000000000 of 32 positions, 12288.0 GB, and of 0.10 GB that are free, "),
+        (dict(pages=10**9), "pages: 1000000000 of 32 positions, 13632.0 GB, and of 0.10 GB that are free, "),
         (dict(kv_memory="20GB"), "kv_memory: '20GB', and of 0.10 GB .* use at most [0-9]+ pages"),
         (dict(kv_memory=1e-9), r"kv_memory: 1e-09 of what is left is 0 pages, and a sample needs 1: .* lower max_batch"),
         (dict(max_batch=5000), "max_batch: 5000 samples of 160 positions, .* set aside .logits .* lower max_batch and prefill"),
@@ -67,7 +69,7 @@ def test_a_fraction_or_a_size(policy, free, caplog, wanted, share):
         (dict(kv_memory=1.5), "kv_memory: 1.5 is outside 0..1; use a fraction"), (dict(kv_memory=0.0), "outside 0..1"),
         (dict(kv_memory=float("nan")), "outside 0..1"), (dict(kv_memory=True), "outside 0..1"),
         (dict(kv_memory="much"), "kv_memory: 'much' is no size of memory"), (dict(kv_memory="0GB"), "no size of memory"),
-        (dict(kv_memory=0.5, pages=3), "kv_memory: 0.5 is given beside 3 pages"), (dict(pages=0), "pages: 0 is less than 1"),
+        (dict(kv_memory=0.5, pages=3), "kv_memory: 0.5 is given beside 3 pages"), (dict(pages=0), "pages: 0 is no whole number"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_it_is_allocated(policy, free, monkeypatch, config, said):
@@ -85,7 +87,8 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
     with PretendDevice(free=GB):
         config = EngineConfig(max_batch=1, prefill_rows=8, captured=False)
         aside = sum(kv_memory.set_aside(away.to("cuda:0"), config, 16, 2 * GB).values())
-        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == int(0.9 * (GB - aside)) // (32 * 384)
+        most = int(0.9 * (GB - aside)) // kv_memory.page_bytes(policy, 32)
+        assert pages(away, max_batch=1, prefill_rows=8, captured=False) == most
         captured = kv_memory.set_aside(away, EngineConfig(), 16, 64 * GB)
         assert (captured["graphs"], captured["libraries"]) == (2 * GB, 512 << 20)
 
@@ -93,11 +96,10 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
 def test_a_file_of_long_prompts_takes_the_pages_there_are(policy, free):
     """More would be welcome: then no sample would wait for another's pages."""
     config = EngineConfig(max_batch=8, page_size=16)
-    requests = [RolloutRequest("a", (3, 4), SamplingParams(max_tokens=150))]
     free(GB)
-    assert pool_size(requests, policy, config) == 9 * 10
-    free(sum(kv_memory.set_aside(policy, config, 16, 0).values()) + 40 * 16 * 384)
-    assert pool_size(requests, policy, config) == 36
+    assert pool_size(152, policy, config) == 9 * 10
+    free(sum(kv_memory.set_aside(policy, config, 16, 0).values()) + 40 * kv_memory.page_bytes(policy, 16))
+    assert pool_size(152, policy, config) == 36
 
 
 @pytest.mark.parametrize(

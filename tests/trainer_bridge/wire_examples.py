@@ -15,4 +15,7 @@ EXAMPLES: list[messages.Message] = [
     messages.PushBegin("p", "finish", (b"m",)), messages.PushChunk("p", 1, 2, (b"d",)), messages.PushCommit("p"),
     messages.PushAbort("p"), messages.PushNeeds("p", (b"\1\0",)), messages.PushState("p", 3, True, 4),
     messages.Shutdown(), messages.Stopping(),
+    messages.EnginesRequest(1, 128), messages.Scale(2, 3), messages.Scaled(2, "no room"), messages.Drain(),
+    messages.Engines(1, 2, ((0, 17, "10.0.0.1", "cuda:0", "busy", 3, 12.5, "", (("queue", 2.0),)),
+                            (1, None, "", "", "waiting", 0, 0.0, "no GPU", ()))),
 ]

@@ -7,10 +7,12 @@ torch, Ray nor an engine.
 checks what a caller gives. `message_loop` exchanges messages over a `connection`; `pending_requests` knows what was
 submitted and what arrived, each as a `pending_request`; `collector` gathers one call's answers, `generate` orders them;
 `handed_out` knows what waits for an acknowledgement. `control_session`: `weight_pusher` sends `host_weights`.
+`service_control`: what operators ask of a running service.
 """
 
 from ..wire.keys import ClientKeys, CurveKeys
 from .connection import RequestRefused
 from .rollout_client import RolloutClient, connect
+from .service_control import ServiceControl, ServiceStatus
 
-__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "connect"]
+__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "ServiceControl", "ServiceStatus", "connect"]

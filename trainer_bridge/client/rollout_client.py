@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 
 from ...errors import RequestError, TransportError
 from ...rollout.types import RolloutRequest, Trajectory
+from ..wire.key_files import AnyKeys, client_keys
 from ..wire.keys import ClientKeys
 from ..wire.records import FAILURE
 from .arguments import (
@@ -332,7 +333,7 @@ class RolloutClient:
             self._handed.remove(keys)
 
 
-def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | None = None, timeout: float = 30.0,
+def connect(address: str, *, client_id: str | None = None, keys: AnyKeys = None, timeout: float = 30.0,
             ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
     """Connects to a gateway; returns when it has answered.
 
@@ -340,10 +341,10 @@ def connect(address: str, *, client_id: str | None = None, keys: ClientKeys | No
         address: the gateway's `address`, `tcp://HOST:PORT` or `ipc://PATH`; beyond loopback only with `keys`.
         client_id: the trainer's stable name: unfinished work belongs to it and survives both sides' restarts. A random
             one by default, which cannot be resumed. One live connection per client_id.
-        keys: the gateway's public key, this client's pair, and a pair for control sessions, which push weights.
+        keys: the gateway's public key, this client's pair, and one for control sessions; or the directory of these.
         timeout: seconds without a message from the gateway after which waiting ends with TransportError.
         ack: when trajectories are acknowledged; see RolloutClient.
 
     Raises TransportError when the gateway cannot be reached, does not admit the key, or speaks another protocol.
     """
-    return RolloutClient(address, client_id=client_id, keys=keys, timeout=timeout, ack=ack)
+    return RolloutClient(address, client_id=client_id, keys=client_keys(keys), timeout=timeout, ack=ack)

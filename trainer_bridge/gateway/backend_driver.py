@@ -112,7 +112,7 @@ class BackendDriver:
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.version, self.stats = backend.version, backend.stats()
-        self._engines: list[Any] = []
+        self._engines: list[Any] = backend.engines() if hasattr(backend, "engines") else []
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
         self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
@@ -287,6 +287,8 @@ class BackendDriver:
             return
         self._trouble.pop("poll", None)
         if completed:
+            # Told before they are subtracted: a gateway that drains must not see an empty flight without them.
+            self._tell(Outputs(completed))
             with self._lock:
                 for item in completed:
                     epoch, left, client = self._flight.get(item.request_id, (0, 0, ""))
@@ -294,7 +296,6 @@ class BackendDriver:
                         self._forget(item.request_id)
                         if item.trajectory is not None and left > 1:
                             self._fly(item.request_id, epoch, left - 1, client)
-            self._tell(Outputs(completed))
 
     def _refresh(self) -> None:
         self.version, self.stats, self._refreshed = self._backend.version, self._backend.stats(), time.monotonic()

@@ -41,6 +41,7 @@ from .gateway_status import GatewayStatus
 from .kept_versions import KeptVersions
 from .ledger import Ledger
 from .message_router import MessageRouter
+from .operations import Operations
 from .options import check_options
 from .retention import KEEP
 from .sessions import Sessions
@@ -120,7 +121,8 @@ class Gateway:
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing, getattr(self._cluster, "room_for_weights", None))
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status)
+            self._operations = Operations(sessions, self._driver)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations)
             self._absent = AbsentClients(sessions, self._ledger, self._driver, self._grace)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
@@ -227,7 +229,7 @@ class Gateway:
         self._expire(now)
         self._absent.check(now)
         self._dispatch(now)
-        self._stopping = self._stopping or self._router.shutdown
+        self._stopping = self._stopping or self._router.shutdown or self._drained
         try:
             waiting |= self._router.work(now)
             self._retries.worked("send")
@@ -274,7 +276,8 @@ class Gateway:
     def _dispatch(self, now: float) -> None:
         """Ends revoked leases, then leases queued batches while there is room."""
         weights = self._weights
-        if self._unrecorded or weights.undecided or weights.missing or not self._retries.due("dispatch", now):
+        if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
+                or not self._retries.due("dispatch", now)):
             return
         try:
             for epoch in sorted(self._revoked):
@@ -298,6 +301,12 @@ class Gateway:
         room = self._max_in_flight - self._driver.in_flight
         leased = self._ledger.lease(room, self._driver.in_flight == 0) if room > 0 else None
         return leased and (*leased, [""] * len(leased[1]))
+
+    @property
+    def _drained(self) -> bool:
+        """Whether a drain was asked for and has ended: no engine holds work, and every output is in the ledger."""
+        return (self._operations.draining and not self._driver.in_flight and not self._unrecorded
+                and not self._weights.undecided and self._driver.events.empty())
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""

@@ -25,6 +25,8 @@ from ..wire.messages import (
     Cancelled,
     Credit,
     Delivery,
+    Drain,
+    EnginesRequest,
     Failure,
     Hello,
     Message,
@@ -36,6 +38,7 @@ from ..wire.messages import (
     PushCommit,
     Refused,
     Reset,
+    Scale,
     Shutdown,
     Status,
     StatusRequest,
@@ -50,6 +53,7 @@ from .backend_driver import BackendDriver
 from .batch_parts import Part
 from .gateway_status import GatewayStatus
 from .ledger import Ledger
+from .operations import Operations
 from .sessions import MAX_SESSIONS, Session, Sessions
 from .weight_receiver import WeightReceiver
 
@@ -69,13 +73,15 @@ class MessageRouter:
         driver: ends the samples of requests that are cancelled.
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
+        operations: answers operators.
 
     Attributes:
         shutdown: a control session asked the gateway to stop.
     """
 
     def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, weights: WeightReceiver,
-                 status: GatewayStatus) -> None:
+                 status: GatewayStatus, operations: Operations) -> None:
+        self._operations = operations
         self._sessions, self._ledger, self._driver = sessions, ledger, driver
         self._weights, self._status = weights, status
         self._probed = self._retry = 0.0
@@ -187,6 +193,14 @@ class MessageRouter:
     def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
         self._weights.handle(session.peer, session.client, message)
 
+    def _operate(self, session: Session, message: EnginesRequest | Scale | Drain) -> None:
+        if isinstance(message, EnginesRequest):
+            self._operations.engines(session, message)
+        elif isinstance(message, Scale):
+            self._operations.scale(session, message)
+        else:
+            self._operations.drain(session, message)
+
     def _shutdown(self, session: Session, message: Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)
         self.shutdown = session.asked_to_stop = True
@@ -289,4 +303,5 @@ _DATA: _Acts = _ANY | {
     Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
-    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown}
+    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown, EnginesRequest: MessageRouter._operate,
+    Scale: MessageRouter._operate, Drain: MessageRouter._operate}

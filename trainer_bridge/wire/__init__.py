@@ -4,5 +4,5 @@ Knows bytes, fields and connections. Does not know what a client or a gateway do
 
 `limits`: every limit. `messages`: one class per message. `codec`: typed and bounded MessagePack. `records`: requests
 and trajectories as bytes. `manifest`: a weight version as a list of tensors. `sockets`, `client_socket`,
-`gateway_socket`: ZeroMQ. `keys`: CURVE keys.
+`gateway_socket`: ZeroMQ. `keys`: CURVE keys. `key_files`: a directory of them.
 """

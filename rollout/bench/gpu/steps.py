@@ -13,6 +13,7 @@ from ....kernels.dispatch import takes_triton
 from ....model.policy import Policy
 from ...cache import pages_for
 from ...engine import Engine
+from ...kv_memory import page_bytes
 from ...planning.roofline import geometric_survival
 from ...planning.step_costs import rows
 from ...schedule import Schedule
@@ -91,10 +92,8 @@ class StepBench:
         return timed(lambda: [each.run() for each in forwards], self.sizes, self.device)["seconds"]
 
     def _must_fit(self, batch: int, positions: int) -> None:
-        config = self.policy.config
-        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.sizes.dtype.itemsize
         size = self.sizes.page_size
-        need, free = batch * pages_for(positions, size) * size * each, torch.cuda.mem_get_info()[0]
+        need, free = batch * pages_for(positions, size) * page_bytes(self.policy, size), torch.cuda.mem_get_info()[0]
         if need > free - _RESERVE:
             raise InvalidInput(
                 "batch", f"a cache of {batch} x {positions} positions takes {need / 1e9:.0f} GB, and of the {free / 1e9:.0f} GB "

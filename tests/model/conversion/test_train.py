@@ -149,7 +149,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_replaced(tmp_path)
         with pytest.raises((CheckpointError, ConfigError, DataError), match=problem):
             run(recipe(tmp_path, dict(name="more", kind="diffusion", tokens=600), **changes))
     with pytest.raises(InvalidInput, match=r"stages\.wild\.learning_rate: the loss is (nan|inf)"):
-        run(recipe(tmp_path, dict(name="wild", kind="ar", tokens=60_000, learning_rate=1e30, warmup_steps=0, clip=1e30)))
+        run(recipe(tmp_path, dict(name="wild", kind="ar", tokens=60_000, learning_rate=1.0, weight_decay=1e30, warmup_steps=0)))
     tokenizer = tmp_path / "policy" / "tokenizer_config.json"
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "mask_token": None}))
     config = json.loads((tmp_path / "policy" / "config.json").read_text())

@@ -28,6 +28,7 @@ from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
 from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
 from blockroll.rollout.bench.gpu.training import TrainingBench
+from blockroll.rollout.kv_memory import page_bytes
 from blockroll.rollout.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -81,9 +82,10 @@ def test_steps_are_the_engines_by_the_clock(interpreted) -> None:
 def test_what_does_not_fit_a_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, gib = StepBench(DRY, CPU), 1 << 30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (25 * gib, 100 * gib))
-    bench._must_fit(2, gib // (2 * 2 * 2 * 16 * 4))
+    page, size = page_bytes(bench.policy, DRY.page_size), DRY.page_size
+    bench._must_fit(2, gib // 2 // (2 * page) * size)
     with pytest.raises(InvalidInput, match="batch: a cache of 2 x .* takes 2 GB, and of the 27 GB that are free 26 are kept"):
-        bench._must_fit(2, 2 * gib // (2 * 2 * 2 * 16 * 4))
+        bench._must_fit(2, 2 * gib // (2 * page) * size)
 
 
 def test_on_a_device_the_whole_policy_is_measured_first_where_the_claims_are() -> None:

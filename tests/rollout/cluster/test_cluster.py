@@ -269,6 +269,7 @@ def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_
     (lambda a: a.update({"model.norm.weight": a["model.norm.weight"][1:]}), "model.norm.weight in version .* has shape")],
     ids=["missing", "unknown", "not finite", "another shape"])
 def test_a_version_that_is_not_the_policys_is_refused_before_any_engine_takes_it(cluster, next_weights, change, what):
+    settle(cluster)
     arrays, version, before = dict(next_weights[0]), cluster.version, pids(cluster)
     change(arrays)
     with pytest.raises(ClusterError, match=what):
@@ -288,13 +289,14 @@ def next_weights(cluster, policy_dir):
 
 def commit_under_way(cluster, arrays, epoch, in_flight):
     """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
-    batch = requests(f"{in_flight}-", 40, tokens=100)
+    settle(cluster)
+    batch = requests(f"{in_flight}-", 40, tokens=100, samples=6)
     cluster.submit(batch, epoch)
     done = collect(cluster, 8)
     cluster.commit_weights(cluster.version + 1, arrays, in_flight=in_flight)
-    done += collect(cluster, 80 - len(done))
+    done += collect(cluster, 240 - len(done))
     got = order_by_id([c.trajectory for c in done])
-    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(2)]
+    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(6)]
     assert {c.epoch for c in done} == {epoch}
     return got
 
@@ -352,7 +354,7 @@ def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path
         got = [next(results) for _ in range(4)]
         assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
         got += list(client.results(timeout=60))
-        with pytest.raises(InvalidInput, match=r"in_flight: unknown policy 'later'.*finish, keep, recompute, abort"):
+        with pytest.raises(InvalidInput, match=r"in_flight: unknown policy .*'later'.*finish, keep, recompute, abort"):
             client.push_weights(old + 2, next_weights[0], in_flight="later")
         assert client.delivery == {"requested": 320, "unique": 320, "duplicates": 0, "failed": 0, "missing": 0}
     assert across(got)

@@ -180,6 +180,20 @@ def test_while_a_suspect_is_alone_the_other_engines_serve_the_others():
     assert not alone.reserved
 
 
+def test_where_nobody_else_serves_the_reserved_engine_serves_all():
+    pool = Pool()
+    pool.submit(ask("bad"))
+    for _ in range(DEATHS):
+        pool.die(next(engine for engine in pool.engines if engine.count))
+    alone, other = sorted(pool.engines, key=lambda engine: not engine.reserved)
+    pool.submit(*[ask(f"r{i}") for i in range(3)])
+    other.phase = "lost"
+    for work, numbers in pool.suspects.note_death(other)[0]:
+        pool.strategy.again(work, numbers)
+    pool.deal()
+    assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
+
+
 def test_a_sample_that_comes_clears_a_request():
     pool = Pool()
     pool.submit(ask("g", samples=12))

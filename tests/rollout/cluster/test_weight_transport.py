@@ -28,6 +28,7 @@ def started(policy_dir):
 
 @pytest.fixture(params=TRANSPORTS)
 def cluster(started, request):
+    """The engines are those of all tests of this file: starting a pool of its own would take each test seconds."""
     settle(started)
     started._transport = transport_of(request.param, 60.0)
     return started

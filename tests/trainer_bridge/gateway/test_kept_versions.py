@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bridge_parts import Served, ToyBackend, name_weights, request, until, weights
 
-from blockroll.errors import StorageError, TransportError
+from blockroll.errors import InvalidInput, StorageError, TransportError
 from blockroll.trainer_bridge.client import RolloutClient, connect
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -214,7 +214,7 @@ def test_files_of_pushes_that_came_to_nothing_are_removed(serve: Serve, tmp_path
         assert kept(tmp_path) == ["other.weights-7"]
         bad = weights(1)
         bad["half"][1, 2] = np.nan
-        with pytest.raises(TransportError):
+        with pytest.raises(InvalidInput):
             client.push_weights(1, bad)
         backend.broken = "engine 1 is dead"
         with pytest.raises(Exception, match="engine 1 is dead"):

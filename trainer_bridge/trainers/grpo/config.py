@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ....errors import InvalidInput, TransportError
+from ....errors import InvalidInput
 from ....model.arguments import MAX_TEMPERATURE, MIN_TEMPERATURE
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
-from ....rollout.schedule import Schedule
 from ....seeds import MAX_SEED
 from ....settings import Config
-from ...wire.sockets import check_address
 
 
 class Tasks(Config):
@@ -38,34 +36,18 @@ class Tasks(Config):
 
 
 class Rollouts(Config):
-    """The service that makes rollouts, and how tokens are drawn."""
+    """How tokens are drawn, and how far rollouts may lag behind the trainer."""
 
-    actors: int = Field(2, ge=1, description="engines, one Ray actor and one core each")
     sampler: Literal["ar", "lossless", "coupled", "mixed"] = Field("coupled", description="with ar and coupled a run "
         "repeats whatever happens to its engines; see README for all four")
-    schedule: Literal["ar", "two_pass", "fused"] = "fused"
-    levels: tuple[int, ...] = Schedule().levels
     temperature: float = Field(1.0, ge=MIN_TEMPERATURE, lt=MAX_TEMPERATURE)
     max_tokens: int = Field(192, ge=1, le=2**31)
-    batch: int = Field(32, ge=1, description="most samples an engine decodes at once")
     staleness: Literal[0, 1] = Field(0, description="optimiser steps by which rollouts may lag behind the weights that are "
         "trained. 0: roll out, then train. 1: train on one batch while the engines decode the next one; the loss corrects by "
         "the recorded log-probabilities. A run with 1 does not repeat to the bit: when a version arrives is a matter of time")
     in_flight: Literal["finish", "keep", "recompute"] = Field("keep", description="with staleness 1: what a weight version does "
         "to unfinished samples. keep: they go on, each token tagged with the version that made it. finish: the push waits for "
         "them. recompute: as keep, but their keys and values are computed again")
-    ray_address: str | None = Field(None, description="an existing Ray cluster; none starts one on this machine")
-    bind: str = Field("tcp://127.0.0.1:*", description="address of the gateway")
-
-    @model_validator(mode="after")
-    def _checked(self) -> Rollouts:
-        Schedule(self.schedule, levels=self.levels)
-        try:
-            check_address(self.bind, has_keys=False)
-        except TransportError as error:
-            raise InvalidInput("bind", f"{self.bind!r} is not an address that only this machine can reach",
-                               "use tcp://127.0.0.1:PORT, tcp://127.0.0.1:* or ipc://PATH") from error
-        return self
 
 
 class Loss(Config):
@@ -115,7 +97,20 @@ class GrpoConfig(Config):
     seed: int = Field(0, ge=0, le=MAX_SEED)
     tasks: Tasks = Tasks()
     rollouts: Rollouts = Rollouts()
+    service: dict[str, Any] | str | None = Field(None, description="the service that makes the rollouts: a section as `blockroll "
+        "up` reads it, without policy, ledger and logging, or the name of such a file. Policy and ledger are those of the run. "
+        "None for two engines on this machine")
+    address: str | None = Field(None, description="instead: the gateway of a service that runs")
+    keys: str | None = Field(None, description="with address: the directory of that service's keys")
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
     save_policy: bool = Field(True, description="write the trained policy to OUTPUT/policy")
+
+    @model_validator(mode="after")
+    def _one_service(self) -> GrpoConfig:
+        if self.address is not None and self.service is not None:
+            raise InvalidInput("address", f"{self.address} beside a section service", "give one of the two")
+        if self.keys is not None and self.address is None:
+            raise InvalidInput("keys", f"{self.keys} without an address", "give address, or service.delivery.keys")
+        return self

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ....errors import ConfigError
 from ....files import storing
+from .attachment import ATTACHMENT
 from .checkpoint import NAME
 from .metrics import METRICS
 
@@ -28,7 +29,7 @@ _PART, _REPLACED, _DISCARDED = ".replaced.part", ".replaced", ".discarded"
 
 def run_files(output: Path) -> list[Path]:
     """The files and directories of a run that are in the directory."""
-    names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY)
+    names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY, ATTACHMENT)
     return [*(output / name for name in names if (output / name).exists()), *sorted(output.glob(f"{LEDGER}*"))]
 
 

@@ -1,49 +1,46 @@
-"""One GRPO run: its directory and its trainer. The service it trains against is brought up by the caller's function
-`serve`.
+"""One GRPO run: its directory and its trainer. The service it trains against is brought up, or named, by the caller.
 
 Invariants:
 - A directory belongs to one process at a time. A run in it is resumed or replaced only on request.
 - Everything that can be refused is checked before an earlier run is touched. A run that replaces an earlier one puts
   that one back when its own start fails.
 - Files are whole or absent: config.yaml, metrics.jsonl (a line per step), checkpoint.safetensors, ledger.sqlite and
-  what lies beside it, summary.json, report.png, policy/.
+  what lies beside it (service.json at a service that ran already), summary.json, report.png, policy/.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ....errors import ConfigError, InvalidInput
 from ....files import locked_directory, make_directory, write_atomic, write_json
 from ....model.checkpoint import load_policy, save_policy
-from ....rollout.engine import EngineConfig
-from ....rollout.schedule import Schedule
 from ....settings import load_yaml, whole_text
 from ...client import connect
+from .attachment import Endpoint, attach
 from .config import GrpoConfig
 from .directory import CONFIG, LEDGER, POLICY, SUMMARY, recover, replacing, run_files
+from .metrics import METRICS
 from .report import Display, draw_report
 from .trainer import Trainer
 
-
-class Serve(Protocol):
-    """Brings a rollout service up for a `with` block, which is given its address."""
-
-    def __call__(self, policy: str, engines: EngineConfig, ledger: Path, *, actors: int, ray_address: str | None,
-                 bind: str) -> AbstractContextManager[str]: ...
+Serve = Callable[[Path], AbstractContextManager[Endpoint]]
+"""Brings a rollout service with this ledger up for a `with` block, or names one that runs."""
 
 
-def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run(config_path: str | os.PathLike[str], service: Callable[[GrpoConfig], Serve], resume: bool = False,
+        overwrite: bool = False) -> dict[str, Any]:
     """Trains against a rollout service and writes the run's files; returns the summary.
 
     Args:
-        serve: brings the service up (`service.lifecycle.serve`), or yields the address of one that runs.
+        service: checks what the configuration says of the service, and returns what brings it up.
         resume: go on with the run in the output directory from its last checkpoint. Start a run when there is none, and leave a
             finished one as it is.
         overwrite: replace the run in the output directory.
@@ -56,6 +53,7 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
         raise InvalidInput("--overwrite", "given together with --resume", "give one of them")
     torch.set_num_threads(1)
     config = load_yaml(config_path, GrpoConfig)
+    serve = service(config)
     policy = load_policy(config.policy)
     output = make_directory(config.output)
     with locked_directory(output), Display(config) as display:
@@ -68,13 +66,16 @@ def run(config_path: str | os.PathLike[str], serve: Serve, resume: bool = False,
         with replacing(output, overwrite, kept=resume) as started:
             write_atomic(output / CONFIG, whole_text(config_path).encode())
             display.say("starting the rollout service")
-            options = config.rollouts
-            engines = EngineConfig(Schedule(options.schedule, levels=options.levels), max_batch=options.batch)
-            with serve(config.policy, engines, output / LEDGER, actors=options.actors, ray_address=options.ray_address,
-                       bind=options.bind) as address:
-                with connect(address, client_id="grpo", timeout=120.0, ack="manual") as client:
+            with serve(output / LEDGER) as endpoint:
+                attachment = attach(output, endpoint.shared, resume and (output / METRICS).exists())
+                with connect(endpoint.address, client_id=attachment.client, keys=endpoint.keys, timeout=120.0,
+                             ack="manual") as client:  # fmt: skip
+                    if attachment.version is None:
+                        display.say(f"the starting policy becomes version {client.version + 1} of {endpoint.address}")
+                        version = client.push_weights(client.version + 1, policy.state_dict())
+                        attachment = attachment.at(version, output)
                     start = load_policy(config.policy) if config.loss.kl_weight else None
-                    trainer = Trainer(config, policy, client, output, display, start)
+                    trainer = Trainer(config, policy, client, output, display, attachment, start)
                     started()
                     if resume:
                         trainer.resume()
@@ -90,6 +91,6 @@ def _check_same(output: Path, config: GrpoConfig, config_path: str | os.PathLike
     """Raises ConfigError unless the run in the directory has this configuration."""
     theirs, ours = load_yaml(output / CONFIG, GrpoConfig).model_dump(), config.model_dump()
     for name, value in ours.items():
-        if name != "output" and theirs[name] != value:
+        if name not in ("output", "address", "keys") and theirs[name] != value:
             raise ConfigError(name, f"{value} in {os.fspath(config_path)} differs from the run in {output}, which has "
                               f"{theirs[name]}", "resume with the configuration it began with, or give another output")

@@ -27,6 +27,7 @@ from ....model.tokenizer import encode_prompt
 from ....rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
 from ....seeds import named_generator
 from ...client import RolloutClient
+from .attachment import Attachment
 from .checkpoint import NAME, load_checkpoint, save_checkpoint
 from .config import GrpoConfig
 from .learner import Learner, Progress
@@ -42,12 +43,15 @@ class Trainer:
         policy: the policy to train, in float32; changed in place.
         client: a client that was made with ack="manual".
         output: the run's directory.
+        attachment: how the run appears to its service; its version is known.
         start: the starting policy, when the loss has a `kl_weight`.
     """
 
     def __init__(self, config: GrpoConfig, policy: Policy, client: RolloutClient, output: Path, display: Display,
-                 start: Policy | None = None) -> None:
+                 attachment: Attachment, start: Policy | None = None) -> None:
         self.config, self.policy, self.client, self.output, self.display = config, policy, client, output, display
+        assert attachment.version is not None, "the starting policy is pushed first"
+        self._prefix, self._base, self._shared = attachment.prefix, attachment.version, bool(attachment.prefix)
         self._start, self._learner = start, Learner(policy, config)
         self._tokenizer = policy.tokenizer
         self._done = 0
@@ -72,12 +76,14 @@ class Trainer:
         """Makes all remaining steps and measures held-out accuracy before and after; returns the summary."""
         began = time.monotonic()
         if not self._rows:
-            self._record({"step": 0, "weight_version": 0})
+            self._record({"step": 0, "weight_version": self._base})
         for step in range(self._done + 1, self.config.steps + 1):
             row, trajectories = self._step(step)
             self._record(row)
             self.client.acknowledge(trajectories)
-        return summary(self.config, self._rows, self.client.status(), time.monotonic() - began)
+        # A shared service counts the samples of others, too.
+        figures = self.client.status() | (self.client.delivery if self._shared else {})
+        return summary(self.config, self._rows, figures, time.monotonic() - began)
 
     def _step(self, step: int) -> tuple[Row, list[Trajectory]]:
         """Rolls out, rewards, updates, checkpoints, pushes; returns the step's metrics and the trajectories to
@@ -137,7 +143,7 @@ class Trainer:
         tokens, forwards = sum(len(t.tokens) for t in trajectories), sum(t.forwards for t in trajectories)
         return {
             "step": step,
-            "weight_version": step,
+            "weight_version": self._base + step,
             "reward": float(rewards_GK.mean()),
             "groups": len(groups),
             "groups_used": len(samples) // self.config.tasks.samples_per_prompt,
@@ -146,14 +152,14 @@ class Trainer:
             "tokens_per_forward": tokens / max(forwards, 1),
             "answer_tokens": tokens / len(trajectories),
             "entropy": -float(np.concatenate([t.logprobs for t in trajectories]).mean(dtype=np.float64)),
-            "staleness": float(np.mean([step - 1 - v for t in trajectories for v in t.versions])),
+            "staleness": float(np.mean([self._base + step - 1 - v for t in trajectories for v in t.versions])),
             **asdict(progress),
-            "trajectories_digest": digest(trajectories),
+            "trajectories_digest": digest(trajectories, self._prefix),
         }
 
-    def _push(self, version: int) -> None:
+    def _push(self, step: int) -> None:
         in_flight = self.config.rollouts.in_flight if self.config.rollouts.staleness else "finish"
-        self.client.push_weights(version, self.policy.state_dict(), in_flight=in_flight)
+        self.client.push_weights(self._base + step, self.policy.state_dict(), in_flight=in_flight)
 
     def _record(self, row: Row) -> None:
         """Append a step's line of metrics, with held-out accuracy where it is due, and show it."""
@@ -212,17 +218,18 @@ class Trainer:
         options = self.config.rollouts
         params = SamplingParams(sampler=options.sampler, temperature=temperature, max_tokens=options.max_tokens)
         prompt = tuple(encode_prompt(self._tokenizer, task.prompt))
-        return RolloutRequest(id=name, prompt_tokens=prompt, params=params, seed=self._seed(seed), samples=samples)
+        return RolloutRequest(id=self._prefix + name, prompt_tokens=prompt, params=params, seed=self._seed(seed), samples=samples)
 
     def _seed(self, name: str) -> int:
         return named_generator(self.config.seed, name).getrandbits(62)
 
 
-def digest(trajectories: Sequence[Trajectory]) -> str:
-    """Hash of every token and log-probability, in the order of ids: equal runs have equal digests."""
+def digest(trajectories: Sequence[Trajectory], prefix: str = "") -> str:
+    """Hash of every token and log-probability, in the order of ids: equal runs have equal digests. `prefix`: what the ids of
+    this run begin with, which is not part of the hash."""
     state = hashlib.blake2b(digest_size=16)
     for trajectory in order_by_id(trajectories):
-        state.update(repr(trajectory.key).encode())
+        state.update(repr((trajectory.request_id.removeprefix(prefix), trajectory.sample)).encode())
         state.update(np.asarray(trajectory.tokens, dtype=np.int64).tobytes())
         state.update(trajectory.logprobs.tobytes())
         state.update(trajectory.behavior_logprobs.tobytes())

@@ -9,9 +9,10 @@ A docstring that starts with C describes a message the client sends; G stands fo
 subclass of `Message` in one of these files: its `SCHEMA` and `BLOBS` bound every field with the numbers of `limits`.
 
 `message`: the base class, `encode`, `decode`. `session`: opening and watching a session. `requests`: requests,
-deliveries, acknowledgements, cancellations, figures. `weights`: weight pushes.
+deliveries, acknowledgements, cancellations, figures. `weights`: weight pushes. `control`: engines, their number, drain.
 """
 
+from .control import Drain, Engines, EnginesRequest, Scale, Scaled
 from .message import KINDS, Blobs, Message, decode, encode
 from .requests import (
     Ack,
@@ -30,34 +31,8 @@ from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welc
 from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState
 
 __all__ = [
-    "KINDS",
-    "Ack",
-    "Acked",
-    "Blobs",
-    "Cancel",
-    "Cancelled",
-    "Credit",
-    "Delivery",
-    "Failure",
-    "Hello",
-    "Message",
-    "Ping",
-    "Pong",
-    "PushAbort",
-    "PushBegin",
-    "PushChunk",
-    "PushCommit",
-    "PushNeeds",
-    "PushState",
-    "Refused",
-    "Reset",
-    "Shutdown",
-    "Status",
-    "StatusRequest",
-    "Stopping",
-    "Submit",
-    "Submitted",
-    "Welcome",
-    "decode",
-    "encode",
+    "KINDS", "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Drain", "Engines",
+    "EnginesRequest", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort", "PushBegin", "PushChunk",
+    "PushCommit", "PushNeeds", "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest",
+    "Stopping", "Submit", "Submitted", "Welcome", "decode", "encode",
 ]

@@ -85,7 +85,7 @@ GOOD = json.dumps({"text": "fine"})
 
 @pytest.mark.parametrize(("lines", "format", "problem"), [
     ([GOOD, '{"text": "cut o'], "text", "a.jsonl line 2: not valid JSON"),
-    ([GOOD, "", "[1]"], "text", "a.jsonl line 3: JSON, but no object"),
+    ([GOOD, "", "[1]"], "text", "a.jsonl line 3: a JSON array, not an object"),
     ([GOOD, '{"words": "x"}'], "text", "a.jsonl line 2: has no field 'text', only 'words'"),
     ([GOOD, '{"text": 3}'], "text", "a.jsonl line 2 field 'text': 3 is no text"),
     ([GOOD, '{"text": " \\n"}'], "text", "a.jsonl line 2 field 'text': an empty document; remove the record"),

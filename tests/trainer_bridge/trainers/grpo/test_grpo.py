@@ -23,7 +23,8 @@ output: {output}
 policy: tiny-reasoner-terse
 steps: 3
 tasks: {{families: [products, chain_sum], prompts_per_step: 5, samples_per_prompt: 4, max_generation_batches: {batches}}}
-rollouts: {{actors: 2, max_tokens: 64, batch: 16, staleness: {staleness}}}
+rollouts: {{max_tokens: 64, staleness: {staleness}}}
+service: {{engines: {{count: 2, batch: 16}}, schedule: {{kind: fused}}}}
 evaluation: {{tasks: 6, every: 2}}
 save_policy: false
 """
@@ -83,9 +84,10 @@ def test_a_finished_run_is_not_overwritten_unasked(whole):
         f"error: output: {whole} holds a run (config.yaml); go on with it (--resume), replace it (--overwrite) or give "
         "another directory"
     )
-    for changed, field in (("bind: 'tcp://nowhere'", "rollouts.bind"), ("ray_address: '127.0.0.1:9'", "ray")):
+    for changed, field in (("delivery: {bind: 'tcp://nowhere'}", "service.delivery.bind"),
+                           ("ray: {address: '127.0.0.1:9'}", "ray")):  # fmt: skip
         bad = write_config(whole.parent / "bad.yaml", whole)
-        bad.write_text(bad.read_text().replace("batch: 16", f"batch: 16, {changed}"))
+        bad.write_text(bad.read_text().replace("schedule: {kind: fused}", changed))
         done = run(bad, "--overwrite")
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {field}: "), done.stderr
         assert files_of(whole) == before

@@ -1,0 +1,61 @@
+"""What operators ask of a running service: which engines there are, another number of them, a drain.
+
+Invariants:
+- Only control sessions reach this module.
+- While the gateway drains, it leases nothing. It stops when the engines hold no work and the ledger has every output.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ...errors import ClusterError
+from ..wire.codec import clip
+from ..wire.limits import MAX_ENGINE_FIGURE, MAX_ENGINE_FIGURES, MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME
+from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled
+from .backend_driver import BackendDriver
+from .sessions import Session, Sessions
+
+_log = logging.getLogger(__package__)
+
+
+class Operations:
+    """Used from the gateway's thread alone.
+
+    Attributes:
+        draining: an operator asked for a drain.
+    """
+
+    def __init__(self, sessions: Sessions, driver: BackendDriver) -> None:
+        self._sessions, self._driver = sessions, driver
+        self.draining = False
+
+    def engines(self, session: Session, message: EnginesRequest) -> None:
+        """Answers with the engines from a place on."""
+        every = self._driver.engines()[:MAX_ENGINES]
+        rows = tuple(_row(engine) for engine in every[message.first : message.first + MAX_ENGINE_ROWS])
+        self._sessions.reply(session.peer, Engines(message.number, len(every), rows))
+
+    def scale(self, session: Session, message: Scale) -> None:
+        """Sets how many engines the cluster should have, and answers whether the cluster takes the number."""
+        error = ""
+        try:
+            self._driver.scale(message.engines)
+        except ClusterError as refusal:
+            error = str(refusal)
+        _log.info("client %s asks for %d engines%s", session.client, message.engines, error and f": refused ({error})")
+        self._sessions.reply(session.peer, Scaled(message.number, clip(error)))
+
+    def drain(self, session: Session, message: Drain) -> None:
+        """The gateway leases nothing more, and stops when no work is left with the engines."""
+        if not self.draining:
+            _log.info("client %s asks the gateway to drain: %d samples are in flight", session.client, self._driver.in_flight)
+        self.draining = session.asked_to_stop = True
+
+
+def _row(engine: Any) -> tuple[Any, ...]:
+    """An `EngineStatus` as a message holds it."""
+    figures = tuple((clip(name, MAX_ENGINE_FIGURE), float(value)) for name, value in engine.figures.items())
+    return (engine.id, engine.pid, clip(engine.node, MAX_NAME), clip(engine.device, MAX_NAME), engine.state, engine.version,
+            float(engine.tokens_per_s), clip(engine.reason, MAX_FIGURE_TEXT), figures[:MAX_ENGINE_FIGURES])
