@@ -25,13 +25,16 @@ def with_tensors(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> Policy:
     return copy.deepcopy(policy, memo)
 
 
-def swap_tensors(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+def swap_tensors(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """Has the policy hold these tensors, of its own dtype, device and shapes, in place of those of the same names. Nothing is
-    copied: the tensors are the policy's from here on, and may be read-only. Tensors that it held are left as they were."""
-    own = _held(policy)
+    copied: the tensors are the policy's from here on, and may be read-only. Returns those that it held, as they
+    were."""
+    own, replaced = _held(policy), []
     for name, tensor in tensors.items():
+        replaced.append(own[name].data)
         own[name].data = tensor
         own[name].is_lent = True
+    return replaced
 
 
 @torch.no_grad()

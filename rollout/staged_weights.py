@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +34,14 @@ class StagedWeights:
         version: its number.
         tensors: by name, in the policy's dtype; those that the policy holds already may be missing.
         folded: what the backend made of them.
+        replaced: the tensors in whose place these were taken. Freeing gigabytes takes a moment, so it is left to whoever drops the
+            staged version.
     """
 
     version: int
     tensors: Weights
     folded: Any = None
+    replaced: list[torch.Tensor] = field(default_factory=list)
 
 
 def checked(
@@ -73,6 +76,6 @@ def stage(
 def take(policy: Policy, staged: StagedWeights) -> None:
     """Has the policy hold a staged version."""
     if policy.device.type == "cpu":
-        swap_tensors(policy, staged.tensors)
+        staged.replaced.extend(swap_tensors(policy, staged.tensors))
     else:
         copy_tensors(policy, staged.tensors)

@@ -155,6 +155,7 @@ class EngineActor:
         staged = self._staged.pop(version)
 
         def take() -> None:
+            begin = time.monotonic()
             try:
                 if in_flight == "abort":
                     for trajectory in self._engine.abort_begun():
@@ -164,6 +165,7 @@ class EngineActor:
             except BaseException as error:
                 taken.set_exception(error)  # raised to who asked for the commit
             else:
+                self._figures.commit_seconds = time.monotonic() - begin
                 taken.set_result(version)
 
         self._inbox.put(take)

@@ -26,6 +26,10 @@ def started(policy_dir):
     cluster.close()
 
 
+QUICK_LAST = [pytest.param(name, marks=[pytest.mark.slow] * (name != "torch_distributed")) for name in TRANSPORTS]
+"""A killed engine's next process takes seconds, so one of the transports stands for the others: the one that has to notice."""
+
+
 @pytest.fixture(params=TRANSPORTS)
 def cluster(started, request):
     """The engines are those of all tests of this file: starting a pool of its own would take each test seconds."""
@@ -96,6 +100,7 @@ def test_a_version_that_an_engine_refuses_leaves_the_old_one(cluster, arrays):
     assert serve(cluster, "after", version) == before
 
 
+@pytest.mark.parametrize("cluster", QUICK_LAST, indirect=True)
 def test_an_engine_killed_while_it_stages(cluster, arrays):
     """The others take the version, and so does its next process."""
     version = cluster.version + 1
