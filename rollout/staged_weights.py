@@ -34,8 +34,8 @@ class StagedWeights:
         version: its number.
         tensors: by name, in the policy's dtype; those that the policy holds already may be missing.
         folded: what the backend made of them.
-        replaced: the tensors in whose place these were taken. Freeing gigabytes takes a moment, so it is left to whoever drops the
-            staged version.
+        replaced: the tensors in whose place these were taken. Freeing gigabytes takes a moment, which is left to whoever drops
+            the staged version.
     """
 
     version: int

@@ -1,8 +1,8 @@
 """A push of 2 GB to four engines: how long it takes beside plain copies, and that the engines decode meanwhile.
 
 Plain copies of the same bytes are these, one after the other, by one thread, into memory that was not touched before: client to
-gateway, gateway to a file that is synced, gateway to shared memory (Ray's object store), and one copy for each of the engines. The engines
-decode during the copies as they do during the push.
+gateway, gateway to a file that is synced, gateway to shared memory (Ray's object store), and one copy for each of the engines.
+The engines decode during the copies as they do during the push.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def test_a_push_of_two_gigabytes(tmp_path, transport):
     finally:
         cluster.close()
     print(f"{transport}: {size / 1e9:.2f} GB in {took:.2f} s, plain copies {plain:.2f} s: {plain / took:.2f}x; tokens of each "
-          f"engine meanwhile {decoded}; pauses {[round(pause, 3) for pause in pauses]} s; one small tensor changed: {delta:.2f} s; "
-          f"none: {again:.2f} s")
+          f"engine meanwhile {decoded}; pauses {[round(pause, 3) for pause in pauses]} s; "
+          f"one small tensor changed: {delta:.2f} s; none: {again:.2f} s")
     assert min(decoded) > 0
     assert 0 < max(pauses) <= 1
     assert plain / took >= 0.6

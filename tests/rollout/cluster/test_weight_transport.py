@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import time
@@ -11,12 +12,16 @@ import numpy as np
 import pytest
 
 import blockroll
-from blockroll.errors import ClusterError
+from blockroll.errors import ClusterError, TransportError
 from blockroll.rollout.cluster import EngineSpec, RayCluster
+from blockroll.rollout.cluster.shared_weights import SharedMemoryTransport
 from blockroll.rollout.cluster.transports import transport_of
 from blockroll.rollout.cluster.weight_transport import TRANSPORTS
 from blockroll.rollout.engine import EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams
+from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.client.host_weights import HostWeights
+from blockroll.trainer_bridge.gateway import Gateway
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,69 @@ def test_a_version_that_an_engine_refuses_leaves_the_old_one(cluster, arrays):
         cluster.commit_weights(version + 1, {name: array for name, array in arrays.items() if name != "model.norm.weight"})
     assert cluster.version == version
     assert serve(cluster, "after", version) == before
+
+
+@pytest.mark.parametrize("how", ["a digest that does not match", "half sent"])
+def test_a_push_that_comes_to_nothing_leaves_the_old_version(cluster, arrays, tmp_path, monkeypatch, how):
+    version = cluster.version + 1
+    cluster.commit_weights(version, arrays)
+    truth = serve(cluster, "truth", version)
+    chunks = HostWeights.chunks
+
+    def spoiled(self, *arguments, **options):
+        for place, (index, offset, data) in enumerate(chunks(self, *arguments, **options)):
+            if place == 3 and how == "half sent":
+                raise KeyboardInterrupt
+            yield index, offset, bytes([*data[:-1], data[-1] ^ 1]) if place == 3 else data
+
+    with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
+        changed = {name: array * np.float32(1.5) for name, array in arrays.items()}
+        with monkeypatch.context() as patch:
+            patch.setattr(HostWeights, "chunks", spoiled)
+            with pytest.raises(KeyboardInterrupt if how == "half sent" else TransportError):
+                client.push_weights(version + 1, changed)
+        assert cluster.version == version
+        assert client.push_weights(version + 1, arrays, in_flight="keep") == version + 1
+    assert serve(cluster, "after", version + 1) == truth
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process is killed")
+def test_shared_memory_is_gone_when_its_process_is_killed():
+    before, (reading, writing) = set(os.listdir("/dev/shm")), os.pipe()
+    child = os.fork()
+    if not child:
+        transport = SharedMemoryTransport()
+        transport.stage({"a": np.arange(1000), "b": np.float32(3)[None]}, {"a", "b"})
+        tickets = transport.tickets(2)
+        os.write(writing, pickle.dumps(tickets[0]))
+        time.sleep(60)
+        os._exit(1)
+    ticket = pickle.loads(os.read(reading, 1 << 16))
+    found = ticket.read()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert np.array_equal(found["a"], np.arange(1000)) and found["b"] == 3  # for as long as somebody maps it
+    with pytest.raises(ClusterError, match="reaches no engine on another host"):
+        ticket.read()
+    assert set(os.listdir("/dev/shm")) <= before | {name for name in os.listdir("/dev/shm") if "blockroll" not in name}
+    os.close(reading), os.close(writing)
+
+
+def test_shared_memory_is_not_copied_where_it_was_received_and_not_kept_for_a_few_tensors():
+    transport = SharedMemoryTransport()
+    room = transport.room({name: ("float32", (1000,)) for name in "abcd"})
+    for name, array in room.items():
+        array[:] = ord(name)
+    transport.stage(room, set(room))
+    transport.settle(True)
+    assert all(np.shares_memory(transport._serving[name], room[name]) for name in room)
+    transport.stage({**room, "a": np.ones(1000, np.float32)}, {"a"})
+    transport.settle(True)
+    assert np.shares_memory(transport._serving["b"], room["b"])
+    transport.stage({**room, **{name: np.ones(1000, np.float32) for name in "bc"}}, {"b", "c"})
+    transport.settle(True)
+    assert not np.shares_memory(transport._serving["d"], room["d"])
+    assert {name: array[0] for name, array in transport.serving.read().items()} == {"a": 1, "b": 1, "c": 1, "d": ord("d")}
 
 
 @pytest.mark.parametrize("cluster", QUICK_LAST, indirect=True)
