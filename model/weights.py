@@ -20,10 +20,6 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.", "m
 """What DDP, torch.compile, FSDP and PEFT put before or into a name."""
 
 
-class FittingTensors(dict[str, torch.Tensor]):
-    """Tensors that were found to be a policy's."""
-
-
 class Comparison:
     """Compares tensors with those of a policy.
 
@@ -85,27 +81,30 @@ class Comparison:
 
 
 def fitting_tensors(
-    policy: Policy, tensors: Mapping[str, torch.Tensor], error: type[InvalidInput], field: str, where: str
-) -> FittingTensors:
+    policy: Policy, tensors: Mapping[str, torch.Tensor], error: type[InvalidInput], field: str, where: str,
+    changed: Collection[str] | None = None,
+) -> dict[str, torch.Tensor]:
     """The tensors, checked: every one of the policy's `state_dict`, no other, of the same shape, floating, and finite in the
     policy's dtype. The head of a policy that ties it to the embedding may be there, if it equals the embedding; it is left out.
 
     Args:
         error, field, where: as in `Comparison`.
+        changed: names of the tensors that have to be here; None for every one. Others of the policy's may be missing.
     """
     compare = Comparison(policy, error, field, where)
     if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
         raise compare.fail(f"{where} is {short(tensors)}", "give tensors by name, as state_dict() does")
-    compare.names(tensors.keys())
+    compare.names(tensors.keys() if changed is None else tensors.keys() | (compare.wanted.keys() - set(changed)))
     for name, tensor in tensors.items():
         dtype, kind = _dtype_of(tensor)
         compare.form(name, dtype, kind, getattr(tensor, "shape", ()))
-    given = FittingTensors(tensors)
+    given = dict(tensors)
     for name, own in compare.wanted.items():
-        compare.finite(name, given[name], given[name].to(own.dtype))
+        if name in given:
+            compare.finite(name, given[name], given[name].to(own.dtype))
     head = given.pop(HEAD, None) if policy.config.tie_word_embeddings else None
     if head is not None:
-        compare.same_head(head, given[EMBEDDING])
+        compare.same_head(head, given.get(EMBEDDING, compare.wanted[EMBEDDING]))
     return given
 
 

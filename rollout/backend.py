@@ -47,6 +47,10 @@ class RolloutBackend(Protocol):
     The gateway implements the policy `finish` itself: it waits until the leased work has ended, then commits. A backend
     that can commit while sequences are in flight has an attribute `in_flight_policies`, and is called with
     `commit_weights(version, arrays, in_flight=policy)` for every policy but `finish`.
+
+    A backend whose attribute `takes_changes` is true is called with `changed`, the names of the tensors that are not those of the
+    version that serves; None: they may all be. The arrays of the others may be slow to read. One that has a method
+    `room_for_weights(expected)` gives the arrays that a version is received into; it is called from another thread.
     """
 
     @property

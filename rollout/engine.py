@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ..errors import RequestError
-from ..model.arguments import is_whole, require, short
+from ..model.arguments import require, short
 from ..model.policy import Policy
-from ..model.weights import FittingTensors, fitting_tensors
+from ..model.twin import copy_tensors
 from .cache import PagedCache
 from .checks import check_config, check_requests
 from .failures import trajectories, unless_failed
@@ -35,6 +35,7 @@ from .prompt_logprobs import PromptLogprobs
 from .schedule import Schedule
 from .scheduler import Scheduler
 from .sequence import Sample, SchedulerOutput
+from .staged_weights import StagedWeights, Weights, checked, stage, take
 from .steps.commit import commit
 from .steps.plan import StepPlan
 from .steps.runner import StepOutput, StepRunner
@@ -257,20 +258,16 @@ class Engine:
         self._observe(batch, start)
         return self._finish(batch)
 
-    def check_weights(self, tensors: Mapping[str, torch.Tensor], version: int) -> FittingTensors:
-        """Check the tensors of a weight version. `load_weights` does not check the result a second time."""
-        require(is_whole(version) and 0 <= version < 2**31, "version", f"{short(version)} is no whole number in 0..2**31-1",
-                "count versions from 0")
-        if isinstance(tensors, FittingTensors):
-            return tensors
-        return fitting_tensors(self.policy, tensors, RequestError, "weights", f"version {version}")
+    def stage_weights(self, tensors: Weights, version: int, changed: Collection[str] | None = None) -> StagedWeights:
+        """Prepare a version for `load_weights`, in any thread; see `staged_weights.stage`. The tensors must not change later."""
+        return stage(self.policy, self.runner.model.backend, tensors, version, changed)
 
-    def load_weights(self, tensors: Mapping[str, torch.Tensor], version: int, in_flight: str = "keep") -> None:
+    def load_weights(self, tensors: Weights | StagedWeights, version: int, in_flight: str = "keep") -> None:
         """Take a whole weight version, between two steps. An error changes nothing.
 
         Args:
-            tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. The head of a policy
-                that ties it to the embedding may be missing.
+            tensors: every tensor of the policy's `state_dict`, by name, on any device, of any float dtype. They are copied. The
+                head of a policy that ties it to the embedding may be missing. Or what `stage_weights` has returned.
             version: the number that new tokens carry, 0 <= version < 2**31.
             in_flight: `keep` continues running samples on the old K/V; `recompute` prefills them again under the new weights.
                 Running samples without a generated token are always prefilled again.
@@ -280,8 +277,12 @@ class Engine:
                 is out of range.
         """
         require(in_flight in ("keep", "recompute"), "in_flight", f"unknown value {short(in_flight)}", "use keep or recompute")
-        self.policy.load_state_dict(self.check_weights(tensors, version), strict=False)
-        self.runner.take_weights()
+        if not isinstance(tensors, StagedWeights):
+            copy_tensors(self.policy, checked(self.policy, tensors, version))
+            self.runner.take_weights()
+        elif tensors.tensors:
+            take(self.policy, tensors)
+            self.runner.take_weights(tensors.folded)
         self.version = int(version)
         self.scheduler.forget_prompts()
         self.scheduler.recompute(begun=in_flight == "recompute")

@@ -167,7 +167,9 @@ class Delivery(Config):
 class Weights(Config):
     """How a weight version reaches the engines."""
 
-    transport: Literal["ray"] = Field("ray", description="ray: through Ray's object store")
+    transport: Literal["ray", "shared_memory", "torch_distributed"] = Field(
+        "ray", description="ray: through Ray's object store; shared_memory: engines on the gateway's host map its memory; "
+                           "torch_distributed: a broadcast, between GPUs by NCCL or RCCL")
 
 
 class Http(Config):

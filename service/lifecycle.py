@@ -114,7 +114,7 @@ def _cluster(config: ServiceConfig) -> Iterator[RayCluster]:
             options["heartbeat_seconds"] = config.dispatch.heartbeat_seconds
         cluster = RayCluster(engine_spec(config), engines=engines.at_start, dispatch=config.dispatch.mode,
                              answer_seconds=config.dispatch.answer_seconds, max_engines=engines.most,
-                             owns_ray=own and config.ray.address is None, **options)
+                             weight_transport=config.weights.transport, owns_ray=own and config.ray.address is None, **options)
         stack.callback(cluster.close)
         yield cluster
 

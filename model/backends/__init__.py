@@ -52,8 +52,12 @@ class Backend(Protocol):
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] to logits [..., V]."""
 
-    def refresh(self) -> None:
-        """Must be called after the policy's weights have changed."""
+    def fold(self, policy: Policy) -> Any:
+        """What `refresh` makes of the weights of a policy of the same structure; None where there is nothing to make. It reads
+        nothing that a pass writes: another thread may call it."""
+
+    def refresh(self, folded: Any = None) -> None:
+        """Must be called after the policy's weights have changed. `folded`: what `fold` made of the same weights, or None."""
 
 
 def choose(policy: Policy) -> Backend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,9 @@ class PlainBackend:
         """See `Backend.head`."""
         return self._policy.head(hidden)
 
-    def refresh(self) -> None:
+    def fold(self, policy: Policy) -> Any:
+        """See `Backend.fold`."""
+
+    def refresh(self, folded: Any = None) -> None:
         """The policy's own weights are read."""
         self.markov = self._policy.markov

@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import queue
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -26,10 +27,12 @@ from ...errors import ConfigError, RequestError
 from ...model.checkpoint import load_policy
 from ..backend import Completed, InFlightPolicy
 from ..engine import Engine
+from ..staged_weights import StagedWeights
 from ..types import RolloutRequest, SamplingParams
 from .figures import EngineFigures
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec
+from .weight_transport import Ticket
 
 _REPORT_S = 0.02
 """Seconds between two reports of an engine with work. A report costs Ray about a millisecond, on both sides."""
@@ -41,17 +44,17 @@ class EngineActor:
     """One engine in a process of its own.
 
     Args:
-        version, arrays: the weights to serve; None for those of `spec.policy` itself.
+        version, weights: the version to serve, and a ticket to its tensors; None for those of `spec.policy` itself.
     """
 
-    def __init__(self, spec: EngineSpec, version: int, arrays: Mapping[str, np.ndarray] | None) -> None:
-        self._spec, self._start = spec, (version, arrays)
+    def __init__(self, spec: EngineSpec, version: int, weights: Ticket | None) -> None:
+        self._spec, self._start = spec, (version, weights)
         self._engine: Engine
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._report = Report()
         self._figures = EngineFigures()
         self._epochs: dict[str, int] = {}
-        self._staged: dict[int, Mapping[str, torch.Tensor]] = {}
+        self._staged: dict[int, StagedWeights] = {}
         self._turns = self._steps = 0
         self._alone = False
 
@@ -63,13 +66,13 @@ class EngineActor:
 
     def load(self) -> Loaded:
         """Loads the policy."""
-        spec, (version, arrays) = self._spec, self._start
+        spec, (version, weights) = self._spec, self._start
         torch.set_num_threads(max(1, int(spec.num_cpus)))
         device = _device(spec)
         dtype = spec.dtype or ("float32" if device.type == "cpu" else "bfloat16")
         self._engine = Engine(load_policy(spec.policy, dtype, device), spec.config)
-        if arrays is not None:
-            self._engine.load_weights(self._fitting(arrays, version), version)
+        if weights is not None:
+            self._engine.load_weights(self._stage(version, weights, None), version)
         self._start = (version, None)
         if self._engine.planner is None:  # a planner has measured steps
             self._warm_up()
@@ -125,9 +128,16 @@ class EngineActor:
                          self._figures.read(engine))
 
     @ray.method(concurrency_group="weights")
-    def stage(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Stages a version's tensors; raises if one does not fit the policy."""
-        self._staged = {version: self._fitting(arrays, version)}
+    def stage(self, version: int, weights: Ticket | None, changed: Collection[str] | None = None) -> None:
+        """Stages a version; raises if a tensor does not fit the policy.
+
+        Args:
+            weights: ticket to its tensors; None where none has changed.
+            changed: the names of the tensors that are not those which serve here; None for all.
+        """
+        torch.set_num_threads(max(1, int(self._spec.num_cpus)))  # OpenMP's setting belongs to the thread
+        self._staged = {}
+        self._staged = {version: self._stage(version, weights, changed)}
 
     @ray.method(concurrency_group="weights")
     def unstage(self) -> None:
@@ -142,18 +152,20 @@ class EngineActor:
             those that have a generated token end where they are. `finish`: the caller has waited until there are none.
         """
         taken: Future[int] = Future()
-        tensors = self._staged.pop(version)
+        staged = self._staged.pop(version)
 
         def take() -> None:
+            begin = time.monotonic()
             try:
                 if in_flight == "abort":
                     for trajectory in self._engine.abort_begun():
                         self._ended(trajectory.request_id, trajectory)
                     self._report_failures()
-                self._engine.load_weights(tensors, version, "recompute" if in_flight == "recompute" else "keep")
+                self._engine.load_weights(staged, version, "recompute" if in_flight == "recompute" else "keep")
             except BaseException as error:
                 taken.set_exception(error)  # raised to who asked for the commit
             else:
+                self._figures.commit_seconds = time.monotonic() - begin
                 taken.set_result(version)
 
         self._inbox.put(take)
@@ -201,15 +213,22 @@ class EngineActor:
         if len(self._epochs) > 64 + 2 * self._engine.scheduler.pending:
             self._epochs = {name: epoch for name, epoch in self._epochs.items() if self._engine.scheduler.serves(name)}
 
-    def _fitting(self, arrays: Mapping[str, np.ndarray], version: int) -> Mapping[str, torch.Tensor]:
+    def _stage(self, version: int, weights: Ticket | None, changed: Collection[str] | None) -> StagedWeights:
         own = self._engine.policy.state_dict()
         tensors = {}
-        for name, array in arrays.items():
-            tensor = torch.from_numpy(np.array(array))
+        for name, given in ({} if weights is None else weights.read()).items():
+            tensor = given if isinstance(given, torch.Tensor) else _lent(given)
             if tensor.dtype == torch.uint16 and name in own and own[name].dtype == torch.bfloat16:
                 tensor = tensor.view(torch.bfloat16)
             tensors[name] = tensor
-        return self._engine.check_weights(tensors, version)
+        return self._engine.stage_weights(tensors, version, changed)
+
+
+def _lent(array: np.ndarray) -> torch.Tensor:
+    """The memory of an array as a tensor."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor does an engine write to it
+        return torch.from_numpy(array)
 
 
 def _device(spec: EngineSpec) -> torch.device:

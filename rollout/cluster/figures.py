@@ -15,10 +15,14 @@ class EngineFigures:
     """Counts over the life of an engine's process.
 
     Samples are counted when they end, so acceptance costs nothing per step.
+
+    Attributes:
+        commit_seconds: between two steps, in which the engine took its last weight version.
     """
 
     def __init__(self) -> None:
         self._drafted, self._accepted, self._samples = [0] * SLOTS, [0] * SLOTS, 0
+        self.commit_seconds = 0.0
 
     def note(self, trace: Sequence[StepTrace]) -> None:
         """A sample has ended; `trace` says what its steps drafted and accepted."""
@@ -36,7 +40,7 @@ class EngineFigures:
         found: dict[str, float] = {
             "forwards": engine.forwards, "decode_tokens": engine.decode_tokens, "preemptions": scheduler.preemptions,
             "samples": self._samples, "running": running, "queue": scheduler.pending - running,
-            "pages": cache.total_pages, "pages_free": cache.free_pages,
+            "pages": cache.total_pages, "pages_free": cache.free_pages, "commit_seconds": self.commit_seconds,
         }  # fmt: skip
         for slot, count in enumerate(self._drafted):
             if count:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...errors import ClusterError
 from .handle import EngineHandle
 from .placement import never_fits, unplaced
 from .spec import EngineSpec
+from .weight_transport import WeightTransport
 
 LOOK_S = 0.5
 """Seconds between two looks at engines that are not ready."""
@@ -32,11 +31,11 @@ class Fleet:
         self.wanted, self._next_id = wanted, 0
         self.engines: list[EngineHandle] = []
 
-    def look(self, now: float, version: int, weights: Any, hold: bool) -> None:
+    def look(self, now: float, version: int, transport: WeightTransport, hold: bool) -> None:
         """Starts, readies and ends engines.
 
         Args:
-            version, weights: what the pool serves, and the reference to its arrays.
+            version: what the pool serves. transport: has a ticket to its tensors.
             hold: a version is being committed: engines that have loaded, and those that leave, wait for its end.
         """
         self._resize()
@@ -49,12 +48,12 @@ class Fleet:
             elif engine.draining and engine.fresh:
                 engine.ask_back(engine.count)
             elif engine.may_start:
-                engine.start(version, weights)
+                engine.start(version, transport.serving)
             elif engine.loaded and not hold:
                 if engine.version == version:
                     engine.serve()
                 else:
-                    engine.take_version(version, weights)
+                    engine.take_version(version, transport.serving)
 
     def started(self, late: bool, own_ray: bool) -> bool:
         """Whether every engine for which Ray has a place serves for the first time.

@@ -31,6 +31,7 @@ from .actor import EngineActor
 from .ray_errors import one_line
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec, EngineState, EngineStatus
+from .weight_transport import Ticket
 from .work import Work
 
 _log = logging.getLogger(__package__)
@@ -86,14 +87,16 @@ class EngineHandle:
         self._figures: dict[str, float] = {}
         self._last_at = 0.0
         self._taking: tuple[int, Any] | None = None
+        self._weights: Ticket | None = None  # keeps alive what the process reads
 
-    def start(self, version: int, weights: Any) -> None:
+    def start(self, version: int, weights: Ticket | None) -> None:
         """Asks Ray for a process that will serve this weight version.
 
-        Args: weights: reference to its arrays; None for those of the policy's directory.
+        Args: weights: ticket to its tensors; None for those of the policy's directory.
         """
         spec = self._spec
         self._clear()
+        self._weights = weights
         options: dict[str, Any] = {"num_cpus": spec.num_cpus, "num_gpus": spec.num_gpus, "resources": dict(spec.resources),
                                    "scheduling_strategy": "SPREAD" if spec.placement == "spread" else "DEFAULT"}
         if spec.env:
@@ -165,14 +168,14 @@ class EngineHandle:
                 self.version = answer
         return None
 
-    def take_version(self, version: int, weights: Any) -> None:
+    def take_version(self, version: int, weights: Ticket | None) -> None:
         """A process that has loaded takes the weight version that the pool serves by now."""
         self._taking, self._since = (version, weights), time.monotonic()
         self._call = self.actor.stage.remote(version, weights)
 
     def serve(self) -> None:
         """Makes a process that has loaded ready for work."""
-        self.phase, self.reason, self._failures = "ready", "", 0
+        self.phase, self.reason, self._failures, self._weights, self._taking = "ready", "", 0, None, None
         self._beat_at = self._turned_at = time.monotonic()
 
     def send(self, work: Work, numbers: Sequence[int], cost: float) -> Part:

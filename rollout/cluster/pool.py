@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ from .ray_start import start_ray
 from .reports import Report
 from .spec import EngineSpec, EngineStatus
 from .suspects import Suspects
+from .transports import transport_of
 from .weight_commit import WeightCommit
+from .weight_transport import Transport
 from .work import Backlog, Work
 
 _log = logging.getLogger(__package__)
@@ -52,6 +54,7 @@ class RayCluster:
         answer_seconds: how long an engine may take to load, or to take, a weight version, and for one step.
         heartbeat_seconds: how long an engine may be silent before it is replaced.
         max_engines: most engines `scale` will ask for, by which a Ray of its own is sized; None for `engines`.
+        weight_transport: how weight versions come into the engines; see `rollout.cluster.weight_transport`.
         owns_ray: the Ray that this process is connected to serves this pool alone, which shuts it down.
 
     Attributes:
@@ -63,6 +66,7 @@ class RayCluster:
     """
 
     in_flight_policies = IN_FLIGHT_POLICIES
+    takes_changes = True
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class RayCluster:
         answer_seconds: float = ANSWER_S,
         heartbeat_seconds: float = HEARTBEAT_S,
         max_engines: int | None = None,
+        weight_transport: Transport = "ray",
         owns_ray: bool = False,
     ) -> None:
         if dispatch not in ("continuous", "ordered"):
@@ -83,7 +88,7 @@ class RayCluster:
         self.dispatch, self.version = dispatch, 0
         self._answer_s = answer_seconds
         self._restarts = 0
-        self._weights: Any = None
+        self._transport = transport_of(weight_transport, answer_seconds)
         self._committing = False
         self._early: list[Completed] = []
         self._fleet = Fleet(spec, engines, answer_seconds, heartbeat_seconds)
@@ -137,7 +142,8 @@ class RayCluster:
         self._deal()
 
     def commit_weights(
-        self, version: int, arrays: Mapping[str, np.ndarray], in_flight: InFlightPolicy = "finish"
+        self, version: int, arrays: Mapping[str, np.ndarray], in_flight: InFlightPolicy = "finish",
+        changed: Collection[str] | None = None,
     ) -> None:
         """Stages the version on every engine, then has every engine take it. ClusterError leaves the old version serving.
 
@@ -145,6 +151,7 @@ class RayCluster:
             in_flight: `finish` waits for every sample first; `keep` goes on with the old keys and values; `recompute`
                 prefills unfinished samples again under the new weights; `abort` ends those that have a generated token.
                 Samples without one are prefilled under the new weights.
+            changed: the names of the tensors that are not those which serve; None for all. Only they travel.
         """
         if in_flight not in IN_FLIGHT_POLICIES:
             raise ClusterError(f"in_flight: unknown policy {in_flight!r}; use one of {', '.join(IN_FLIGHT_POLICIES)}")
@@ -155,26 +162,36 @@ class RayCluster:
             if time.monotonic() > end:
                 raise ClusterError(f"weights: no engine serves, so none could take version {version}; push it again later")
             self._pump(0.2)
-        commit = WeightCommit(self._pump, self._lose, self._answer_s)
+        commit = WeightCommit(self._transport, self._pump, self._lose, self._answer_s)
+        if changed is not None and not self._transport.serves:
+            changed = None
         self._committing = True
         try:
-            staged, reference = commit.stage(ready, version, arrays)
+            staged = commit.stage(ready, version, arrays, changed)
             errors = commit.take(staged, version, in_flight)
             taken = not all(isinstance(error, RayTaskError) for error in errors.values())
+            self._transport.settle(taken)
             if taken:
-                self.version, self._weights = version, reference
+                self.version = version
             for engine, error in errors.items():
                 if error is None and engine.phase == "ready":  # else it has died since, and its next process takes the version
                     engine.version = version
                 elif engine.phase == "ready":
                     # It may have taken part of the version. Its next process starts from what the pool serves.
                     self._lose(engine, f"it did not take weight version {version}: {one_line(error)}")
+        except ClusterError:
+            self._transport.settle(False)
+            raise
         finally:
             self._committing = False
         if not taken:
             why = one_line(next(error for error in errors.values() if error is not None))
             raise ClusterError(f"weights: no engine could take version {version} ({why}); the old one serves")
         _log.info("weight version %d serves on %d engines", version, len(staged))
+
+    def room_for_weights(self, forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> Mapping[str, np.ndarray] | None:
+        """Arrays of these dtypes and shapes from which `commit_weights` need not copy; None where any do. Any thread."""
+        return self._transport.room(forms)
 
     def expected_weights(self) -> Mapping[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of a version."""
@@ -236,7 +253,7 @@ class RayCluster:
                 self._lose(engine, str(lost))
         if now - self._looked >= LOOK_S or not self._engines or any(e.loaded or e.may_start for e in self._engines):
             self._looked = now
-            self._fleet.look(now, self.version, self._weights, hold=self._committing)
+            self._fleet.look(now, self.version, self._transport, hold=self._committing)
         self._deal()
 
     def _read(self, engine: EngineHandle, call: Any) -> None:

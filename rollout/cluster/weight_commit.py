@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ...errors import ClusterError
 from ..backend import InFlightPolicy
 from .handle import EngineHandle
 from .ray_errors import one_line
+from .weight_transport import TransferBroken, WeightTransport
 
 _log = logging.getLogger(__package__)
 Errors = dict[EngineHandle, RayError | None]
@@ -31,52 +32,68 @@ class WeightCommit:
     """One commit.
 
     Args:
+        transport: brings the tensors into the engines.
         pump: goes on with the pool's work for at most so many seconds, or until one of these calls has ended.
         lose: gives up an engine.
         answer_s: seconds that staging, and taking, may take.
     """
 
-    def __init__(self, pump: Callable[[float, Sequence[Any]], None], lose: Callable[[EngineHandle, str], None], answer_s: float
-                 ) -> None:  # fmt: skip
-        self._pump, self._lose, self._answer_s = pump, lose, answer_s
+    def __init__(self, transport: WeightTransport, pump: Callable[[float, Sequence[Any]], None],
+                 lose: Callable[[EngineHandle, str], None], answer_s: float) -> None:  # fmt: skip
+        self._transport, self._pump, self._lose, self._answer_s = transport, pump, lose, answer_s
 
     def stage(
-        self, engines: Sequence[EngineHandle], version: int, arrays: Mapping[str, np.ndarray]
-    ) -> tuple[list[EngineHandle], Any]:
-        """Stages a version on all of these engines at once. Returns those that have it, and the reference to its arrays.
+        self, engines: Sequence[EngineHandle], version: int, arrays: Mapping[str, np.ndarray],
+        changed: Collection[str] | None = None,
+    ) -> list[EngineHandle]:
+        """Stages a version on all of these engines at once. Returns those that have it.
+
+        Args: changed: the names of the tensors that are not those which serve; None for all.
 
         Raises:
-            ClusterError: an engine refuses it, or none is left.
+            ClusterError: the transport or an engine refuses it, or no engine is left.
         """
-        try:
-            reference = ray.put(dict(arrays))
-        except RayError as full:
-            raise ClusterError(f"weights: version {version} finds no room in Ray's object store ({one_line(full)}); "
-                               "the old one serves") from full
-        errors = self._each(engines, lambda engine: engine.actor.stage.remote(version, reference))
-        refusal = next((error for error in errors.values() if isinstance(error, RayTaskError)), None)
-        for engine, error in errors.items():
-            if error is not None and not isinstance(error, RayTaskError) and engine.phase == "ready":
-                self._lose(engine, f"it did not stage weight version {version}: {one_line(error)}")
-        staged = [engine for engine, error in errors.items() if error is None and engine.phase == "ready"]
+        travel = frozenset(arrays if changed is None else changed)
+        self._transport.stage(arrays, travel)
+        staged: list[EngineHandle] = []
+        left, refusal = list(engines), None
+        while left and refusal is None:
+            tickets = self._transport.tickets(len(left)) if travel else [None] * len(left)
+            errors = self._each({engine: engine.actor.stage.remote(version, ticket, changed)
+                                 for engine, ticket in zip(left, tickets, strict=True)})
+            again = []
+            for engine, error in errors.items():
+                if isinstance(error, RayTaskError) and isinstance(error.cause, TransferBroken):
+                    again.append(engine)
+                elif isinstance(error, RayTaskError):
+                    refusal = error
+                elif error is not None and engine.phase == "ready":
+                    self._lose(engine, f"it did not stage weight version {version}: {one_line(error)}")
+            staged += [engine for engine, error in errors.items() if error is None]
+            if len(again) == len(left):
+                refusal = errors[again[0]]  # nobody died of it: it would break again
+            left = [engine for engine in again if engine.phase == "ready"]
+        staged = [engine for engine in staged if engine.phase == "ready"]
         if refusal is not None or not staged:
             for engine in staged:
                 engine.actor.unstage.remote()
             why = "no engine is left" if refusal is None else one_line(refusal)
             raise ClusterError(f"weights: version {version} was refused by an engine ({why}); the old one serves") from refusal
-        return staged, reference
+        return staged
 
     def take(self, engines: Sequence[EngineHandle], version: int, in_flight: InFlightPolicy) -> Errors:
         """Has all of these engines take the version they have staged. Returns the error of each that did not."""
-        return self._each(engines, lambda engine: engine.actor.commit.remote(version, in_flight))
+        return self._each({engine: engine.actor.commit.remote(version, in_flight) for engine in engines})
 
-    def _each(self, engines: Sequence[EngineHandle], call: Callable[[EngineHandle], Any]) -> Errors:
-        """Makes a call to every engine at once; the error of each, None for a call that succeeded."""
-        calls = {call(engine): engine for engine in engines}
+    def _each(self, answers: Mapping[EngineHandle, Any]) -> Errors:
+        """Waits for the answer of each engine; the error of each, None for a call that succeeded."""
+        calls = {answer: engine for engine, answer in answers.items()}
         end, left = time.monotonic() + self._answer_s, list(calls)
         while left and time.monotonic() < end:
             self._pump(0.1, left)
-            left = ray.wait(left, num_returns=len(left), timeout=0)[1]
+            ended, left = ray.wait(left, num_returns=len(left), timeout=0)
+            if left and any(_failed(answer) for answer in ended):
+                self._transport.cut()  # the others may wait for what does not come
         errors: Errors = {}
         for answer, engine in calls.items():
             try:
@@ -85,3 +102,11 @@ class WeightCommit:
             except RayError as error:  # GetTimeoutError among them
                 errors[engine] = error
         return errors
+
+
+def _failed(answer: Any) -> bool:
+    try:
+        ray.get(answer, timeout=0.0)
+    except RayError:
+        return True
+    return False

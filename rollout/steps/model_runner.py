@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,10 @@ class ModelRunner:
         self.head, self.markov = self.backend.head, self.backend.markov
         self.shapes = ShapeCache(policy, self.backend, cache)
 
-    def take_weights(self) -> None:
-        """Must be called after the policy's weights have changed. Graphs read the weights where they lie."""
-        self.backend.refresh()
+    def take_weights(self, folded: Any = None) -> None:
+        """Must be called after the policy's weights have changed. Graphs read the weights where they lie. `folded`: as in
+        `Backend.refresh`."""
+        self.backend.refresh(folded)
         self.markov = self.backend.markov
 
     def capture(self, passes: Sequence[DecodeRows], batches: Sequence[int], pages: int | None = None) -> None:

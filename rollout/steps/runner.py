@@ -16,7 +16,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -125,9 +125,9 @@ class StepRunner:
         self._sampling: SamplerRows | None = None
         self._routed: list[RoutedExperts] = []
 
-    def take_weights(self) -> None:
-        """Must be called after the policy's weights have changed."""
-        self.model.take_weights()
+    def take_weights(self, folded: Any = None) -> None:
+        """Must be called after the policy's weights have changed. `folded`: as in `Backend.refresh`."""
+        self.model.take_weights(folded)
 
     def forget_samples(self) -> None:
         """Drop every reference to samples. Must be called when samples were given up, also in the middle of a step."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.model.backends.packed.backend import PackedBackend
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.scoring import score
 from blockroll.rollout.engine import Engine, EngineConfig
@@ -105,3 +106,43 @@ def test_abort_begun_ends_samples_that_wait_after_preemption():
     assert all(len(sample.tokens) == 9 for sample in engine.scheduler.waiting)
     rest(engine)
     assert engine.cache.free_pages == engine.cache.total_pages
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_staged_version_gives_the_samples_of_one_that_is_loaded(dtype):
+    """Packed and plain. What was staged is read where it lies, may be read-only, and is not written to later."""
+    policy, other = (load_policy("tiny-reasoner-terse", dtype) for _ in range(2))
+    engine, reference = Engine(policy, EngineConfig(max_batch=3)), Engine(other, EngineConfig(max_batch=3))
+    new = changed(policy)
+    reference.load_weights(new, 1)
+    own = policy.state_dict()
+    staged = engine.stage_weights({name: tensor.to(own[name].dtype) for name, tensor in new.items()}, 1)
+    was = engine.rollout([group("before", 9)])
+    engine.load_weights(staged, 1)
+    now, truth = engine.rollout([group("now", 9)]), reference.rollout([group("now", 9)])
+    assert [sample.tokens for sample in now] != [sample.tokens for sample in was]
+    for a, b in zip(now, truth, strict=True):
+        assert a.tokens == b.tokens
+        assert np.array_equal(a.logprobs, b.logprobs)
+        assert set(a.versions.tolist()) == {1}
+    weight = "model.embed_tokens.weight"
+    if dtype == "float32":
+        assert policy.state_dict()[weight].data_ptr() == staged.tensors[weight].data_ptr()
+    kept = staged.tensors[weight].clone()
+    engine.load_weights({name: tensor * 0.5 for name, tensor in new.items()}, 2)
+    assert torch.equal(staged.tensors[weight], kept)
+    norm = {"model.norm.weight": new["model.norm.weight"] * 0.5}
+    engine.load_weights(new, 3)
+    engine.load_weights(engine.stage_weights(norm, 4, changed=norm.keys()), 4)
+    reference.load_weights({**new, **norm}, 4)
+    for a, b in zip(engine.rollout([group("delta", 9)]), reference.rollout([group("delta", 9)]), strict=True):
+        assert a.tokens == b.tokens
+        assert np.array_equal(a.logprobs, b.logprobs)
+
+
+def test_weights_are_folded_when_they_are_staged_not_when_they_are_taken(monkeypatch):
+    engine = Engine(load_policy("tiny-reasoner-terse"), EngineConfig(max_batch=3))
+    staged = engine.stage_weights(changed(engine.policy), 1)
+    monkeypatch.setattr(PackedBackend, "fold", lambda *_: pytest.fail("the weights were folded between two steps"))
+    engine.load_weights(staged, 1)
+    assert len(engine.rollout([group("a", 9)])) == 4

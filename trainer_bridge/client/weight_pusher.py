@@ -3,7 +3,8 @@
 Invariants:
 - A push ends in one of two ways: the version serves on every engine, or an exception is raised and the old version
   serves.
-- When the connection or the gateway is lost in the middle of a push, the push begins again from its first byte. The
+- Only tensors that the gateway asks for travel: those it has not from the version that serves.
+- When the connection or the gateway is lost in the middle of a push, the push begins again. The
   gateway recognises a version it has committed by its digest and does not commit it twice.
 """
 
@@ -15,9 +16,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, cast
 
+from ...errors import TransportError
 from ..wire.codec import Buffer
 from ..wire.manifest import ANY_PARENT
-from ..wire.messages import Message, PushAbort, PushBegin, PushChunk, PushCommit, PushState, Refused
+from ..wire.messages import Message, PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState, Refused
 from .connection import Connection, SessionLost, refusal
 from .host_weights import HostWeights
 
@@ -54,15 +56,18 @@ class WeightPusher:
 
     def _stream(self, name: str, weights: HostWeights) -> int:
         """Sends every chunk, commits, and waits until the version serves."""
-        state = self._state(name)
-        sent = 0
-        if not state.committed:
-            for index, offset, data in weights.chunks():
+        state = self._news(name)
+        if isinstance(state, PushNeeds):
+            if len(state.needed[0]) != len(weights.tensors):
+                raise TransportError(f"the gateway asks for {len(state.needed[0])} tensors of {len(weights.tensors)}; "
+                                     "start it with the same version of blockroll")
+            received = 0
+            for sent, (index, offset, data) in enumerate(weights.chunks(needed=state.needed[0]), 1):
                 self._connection.send(PushChunk(name, index, offset, (cast(Buffer, data),)))
-                sent += 1
-                while sent - state.received >= WINDOW:
-                    state = self._state(name)
+                while sent - received >= WINDOW:
+                    received = self._state(name).received
             self._connection.send(PushCommit(name))
+            state = self._state(name)
         while not state.committed:
             state = self._state(name)
         _log.info("weight version %d serves", state.version)
@@ -75,13 +80,19 @@ class WeightPusher:
 
     def _state(self, name: str) -> PushState:
         """The gateway's next report about this push. Raises what the gateway refused."""
+        while not isinstance(message := self._news(name), PushState):
+            pass
+        return message
+
+    def _news(self, name: str) -> PushState | PushNeeds:
+        """What the gateway says next about this push. Raises what the gateway refused."""
         while True:
             while not self._inbox:
                 self._inbox.extend(self._connection.receive(0.2))
             message = self._inbox.popleft()
             if isinstance(message, Refused) and message.about == name:
                 raise refusal(message)
-            if isinstance(message, PushState) and message.push == name:
+            if isinstance(message, PushState | PushNeeds) and message.push == name:
                 return message
 
     def _abort(self, name: str) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +46,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Commit:
-    """A complete weight version to commit, after `seal` has written it to disk."""
+    """A complete weight version to commit, after `seal` has written it to disk. `changed`: the names of the tensors that are not
+    those of the version that serves; None where that is not known."""
 
     version: int
     arrays: Mapping[str, np.ndarray]
     in_flight: str
     seal: Callable[[], None]
+    changed: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +234,11 @@ class BackendDriver:
         """Writes a version to disk while samples in flight go on; False, and a CommitEnded event, when the disk refuses
         it."""
         try:
-            commit.seal()
+            with ThreadPoolExecutor(1, "blockroll-seal") as beside:
+                sealing = beside.submit(commit.seal)
+                while not wait([sealing], POLL_S).done:
+                    self._collect()
+                sealing.result()
         except StorageError as error:
             self._tell(CommitEnded(commit.version, error))
             return False
@@ -257,11 +264,11 @@ class BackendDriver:
 
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None
+        options: dict[str, Any] = {} if commit.in_flight == "finish" else {"in_flight": commit.in_flight}
+        if getattr(self._backend, "takes_changes", False):
+            options["changed"] = commit.changed
         try:
-            if commit.in_flight == "finish":
-                self._backend.commit_weights(commit.version, commit.arrays)
-            else:
-                self._backend.commit_weights(commit.version, commit.arrays, in_flight=commit.in_flight)  # type: ignore[call-arg]
+            self._backend.commit_weights(commit.version, commit.arrays, **options)
         except ClusterError as failure:
             error = failure
         self._refresh()

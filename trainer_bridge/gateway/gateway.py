@@ -119,7 +119,7 @@ class Gateway:
             undo.callback(self._driver.stop, 30.0)
             sessions = Sessions(self._socket)
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
-                                           version, missing)
+                                           version, missing, getattr(self._cluster, "room_for_weights", None))
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
             self._operations = Operations(sessions, self._driver)
             self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations)

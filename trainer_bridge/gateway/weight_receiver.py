@@ -7,6 +7,7 @@ Invariants:
   version. After it the trainer is told, and samples of the version are recorded. A gateway killed before that row
   restarts at the version before, and at the new one after it; the trainer pushes again what it was not told of, and
   goes on from either.
+- Tensors whose digest is that of the version that serves do not travel. They are in the engines, and in that version's file.
 - A version follows the last committed one, or its manifest allows a gap. A version that was committed is not committed
   again.
 - A stage that receives no chunk for `idle` seconds is replaced by another client's push.
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from ...errors import BlockrollError, ClusterError, StorageError, TransportError
 from ..wire.codec import clip
 from ..wire.manifest import ANY_PARENT, Manifest
-from ..wire.messages import PushAbort, PushBegin, PushChunk, PushCommit, PushState, Refused
+from ..wire.messages import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState, Refused
 from .backend_driver import BackendDriver, Commit, CommitEnded
 from .kept_versions import KeptVersions, VersionFile
 from .ledger import Ledger
@@ -36,8 +39,8 @@ REPORT_EVERY = 4
 
 @dataclass
 class _Stage:
-    """A push under way. `head`: index of a tied head, whose bytes are dropped; -1 without one. `touched`: when the last
-    chunk came."""
+    """A push under way. `head`: index of a tied head in the client's manifest, which is not needed; -1 without one. `base`: the
+    manifest of the version that serves, where tensors are taken from it. `touched`: when the last chunk came."""
 
     push: str
     peer: bytes
@@ -45,6 +48,8 @@ class _Stage:
     in_flight: str
     manifest: Manifest
     head: int
+    base: Manifest | None
+    needed: frozenset[str]
     stager: WeightStager
     file: VersionFile
     touched: float
@@ -58,6 +63,7 @@ class WeightReceiver:
         expected: name -> (dtype, shape) of the policy's tensors.
         policies: what the cluster can do with sequences in flight at a commit.
         idle: seconds without a chunk after which another client's push may take over.
+        room: `room_for_weights` of the backend, if it has that.
 
     Attributes:
         version: the version that was committed last.
@@ -66,9 +72,9 @@ class WeightReceiver:
 
     def __init__(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], policies: tuple[str, ...],
                  driver: BackendDriver, ledger: Ledger, kept: KeptVersions, sessions: Sessions, idle: float, version: int,
-                 missing: str) -> None:
+                 missing: str, room: Callable[..., Mapping[str, np.ndarray] | None] | None = None) -> None:
         self._expected, self._policies, self._driver, self._ledger = expected, policies, driver, ledger
-        self._kept, self._sessions, self._idle = kept, sessions, idle
+        self._kept, self._sessions, self._idle, self._room = kept, sessions, idle, room
         self._stage: _Stage | None = None
         self._committing: _Stage | None = None
         self._taken = False
@@ -155,10 +161,18 @@ class WeightReceiver:
             raise TransportError(f"weight version {other.manifest.version} is being pushed by client {other.client!r}; "
                                  "push again when that is done")
         self.close()
-        stager = WeightStager(manifest, self._expected)
-        self._stage = _Stage(message.push, peer, client, message.in_flight, manifest, head, stager,
-                             self._kept.begin(manifest), time.monotonic())
-        self._sessions.reply(peer, PushState(message.push, 0, False, self.version))
+        # Tensors of a version that the engines could not be given are not there, whatever lies on disk.
+        base = None if self.missing else self._kept.manifest(self.version, self._ledger.committed(self.version))
+        have = set(() if base is None else base.tensors)
+        needed = frozenset(spec.name for spec in manifest.tensors if spec not in have)
+        stager = WeightStager(manifest, self._expected, needed, self._room)
+        file = self._kept.begin(manifest, base, self._expected.keys() - needed)
+        self._stage = _Stage(message.push, peer, client, message.in_flight, manifest, head, base, needed, stager, file,
+                             time.monotonic())
+        flags = bytearray(spec.name in needed for spec in manifest.tensors)
+        if head >= 0:
+            flags.insert(head, 0)
+        self._sessions.reply(peer, PushNeeds(message.push, (bytes(flags),)))
 
     def _known(self, manifest: Manifest) -> bool:
         """Whether this version serves or served already; raises TransportError for one that cannot be next."""
@@ -176,17 +190,21 @@ class WeightReceiver:
     def _chunk(self, stage: _Stage, message: PushChunk) -> None:
         stage.touched = time.monotonic()
         stage.received += 1
-        if message.index != stage.head:
-            index = message.index - (0 <= stage.head < message.index)
-            stage.stager.add(index, message.offset, message.data[0])
-            stage.file.write(message.data[0])
+        if message.index == stage.head:
+            raise TransportError(f"push {message.push} sends the tied head, which is not needed")
+        index = message.index - (0 <= stage.head < message.index)
+        stage.stager.add(index, message.offset, message.data[0])
+        stage.file.write(index, message.offset, message.data[0])
         if stage.received % REPORT_EVERY == 0:
             self._sessions.reply(stage.peer, PushState(stage.push, stage.received, False, self.version))
 
     def _commit(self, stage: _Stage) -> None:
         arrays = stage.stager.finish()
+        if stage.base is not None:
+            arrays |= self._kept.mapped(stage.base, self._expected.keys() - stage.needed)
         self._stage, self._committing = None, stage
-        self._driver.commit(Commit(stage.manifest.version, arrays, stage.in_flight, stage.file.seal))
+        changed = None if stage.base is None else stage.needed
+        self._driver.commit(Commit(stage.manifest.version, arrays, stage.in_flight, stage.file.seal, changed))
 
     def _drop(self, push: str) -> None:
         """Ends the stage of this push, if there is one."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -87,6 +88,19 @@ class _Work:
         self.line = np.zeros(width, np.float32)
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """The weights of one version: the scaled embedding, the layers, the last norm, the head and the Markov head."""
+
+    embedded_VD: torch.Tensor
+    layers: list[PackedLayer]
+    norm: torch.Tensor
+    norm_floor: np.float32
+    head_bias: torch.Tensor | None
+    head_PDW: np.ndarray
+    markov: Callable[[torch.Tensor], torch.Tensor] | None
+
+
 class PackedBackend:
     """Folded weights of a policy, and where passes over them work. See `backends.Backend`.
 
@@ -105,18 +119,29 @@ class PackedBackend:
         self.refresh()
 
     @torch.inference_mode()
-    def refresh(self) -> None:
-        """Fold the policy's weights as they now are."""
-        policy, trunk, size = self._policy, self._policy.model, self._policy.config.hidden_size
-        self._embedded_VD = (
-            trunk.embed_tokens.weight + trunk.input_hidden_states_bias
-        ) * trunk.input_hidden_states_scale
-        self._layers = [fold_layer(layer) for layer in _layers(policy)]
-        self._norm, self._norm_floor = trunk.norm.weight * size**0.5, floor(size, trunk.norm.eps)
-        self._head_bias, self._head_PDW = policy.lm_head.bias, linear.pack(turned(policy.lm_head.weight))
-        self.markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
-        if policy.markov is not None and self._vocabulary**2 <= _MOST_PAIRS:
-            self.markov = PairTable(policy.markov(torch.arange(self._vocabulary)))
+    def fold(self, policy: Policy) -> _Folded:
+        """See `Backend.fold`."""
+        trunk, size, vocabulary = policy.model, policy.config.hidden_size, policy.config.vocab_size
+        markov: Callable[[torch.Tensor], torch.Tensor] | None = policy.markov
+        if policy.markov is not None and vocabulary**2 <= _MOST_PAIRS:
+            markov = PairTable(policy.markov(torch.arange(vocabulary)))
+        bias = policy.lm_head.bias
+        return _Folded(
+            embedded_VD=(trunk.embed_tokens.weight + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale,
+            layers=[fold_layer(layer) for layer in _layers(policy)],
+            norm=trunk.norm.weight * size**0.5,
+            norm_floor=floor(size, trunk.norm.eps),
+            head_bias=None if bias is None else bias.detach().clone(),
+            head_PDW=linear.pack(turned(policy.lm_head.weight)),
+            markov=markov,
+        )
+
+    def refresh(self, folded: _Folded | None = None) -> None:
+        """See `Backend.refresh`."""
+        weights = self.fold(self._policy) if folded is None else folded
+        self._embedded_VD, self._layers = weights.embedded_VD, weights.layers
+        self._norm, self._norm_floor = weights.norm, weights.norm_floor
+        self._head_bias, self._head_PDW, self.markov = weights.head_bias, weights.head_PDW, weights.markov
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, PackedPlan]:
         """See `Backend.prepare`. Without a cache, of clean rows from the start of their documents."""

@@ -223,3 +223,24 @@ def test_files_of_pushes_that_came_to_nothing_are_removed(serve: Serve, tmp_path
         backend.broken = ""
         client.push_weights(1, weights(1))
         assert os.path.getsize(tmp_path / "ledger.sqlite.weights-1") < 4096
+
+
+def test_a_file_is_whole_though_only_a_part_of_its_version_came(served: Callable[..., Served], tmp_path: Path) -> None:
+    gateway = served(1e9)
+    first = weights(1)
+    second = {**first, "scale": np.array(9.5, np.float32)}
+    with connect(gateway.address, client_id="trainer", timeout=20) as client:
+        client.push_weights(1, first)
+        client.push_weights(2, second)
+        client.push_weights(3, second)
+        assert kept(tmp_path) == ["ledger.sqlite.weights-3"]
+        gateway.kill()
+        gateway.start()
+        until(lambda: client.status()["engine.weights"] == name_weights(second))
+        assert client.status()["version"] == 3
+        gateway.kill()
+        path = tmp_path / kept(tmp_path)[0]
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        gateway.start()
+        assert client.push_weights(4, second) == 4  # the engines have nothing of version 3: all of it travels
+        assert client.status()["engine.weights"] == name_weights(second)

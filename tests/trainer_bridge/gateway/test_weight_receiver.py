@@ -120,6 +120,46 @@ def test_a_state_dict_with_its_tied_head_is_welcome(serve: Serve) -> None:
         assert client.push_weights(4, {**state, "lm_head.weight": embedding.clone()}) == 4
 
 
+def chunks_of(pushed: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The tensors of which chunks were sent meanwhile, by their index in the manifest."""
+    sent: set[int] = set()
+    send = Connection.send
+
+    def counting(self: Connection, message: messages.Message) -> None:
+        if isinstance(message, messages.PushChunk):
+            sent.add(message.index)
+        send(self, message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "send", counting)
+        pushed()
+    return sent
+
+
+def test_only_what_has_changed_travels(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = ToyBackend()
+    gateway = serve(backend)
+    first = weights(1)
+    second = {**first, "scale": np.array(9.5, np.float32)}
+    with connect(gateway.address) as client:
+        for version, tensors, want in ((1, first, {0, 1, 2}), (2, second, {1}), (3, second, set()), (4, weights(4), {0, 1, 2})):
+            sent = chunks_of(lambda version=version, tensors=tensors: client.push_weights(version, tensors), monkeypatch)
+            assert sent == want
+            assert {name: array.tobytes() for name, array in backend.arrays.items()} == {
+                name: array.tobytes() for name, array in tensors.items()}
+
+
+def test_a_tied_head_does_not_travel(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"model.embed_tokens.weight": ("float32", (6, 4)), "z.weight": ("float32", (3,))}
+    same, other = np.ones((6, 4), np.float32), np.ones(3, np.float32)
+    with connect(serve(ToyBackend(expected=expected)).address) as client:
+        for version, names in enumerate((["lm_head.weight", "model.embed_tokens.weight"],
+                                         ["model.embed_tokens.weight", "lm_head.weight"]), 1):
+            tensors = {**{name: same * version for name in names}, "z.weight": other * version}
+            sent = chunks_of(lambda version=version, tensors=tensors: client.push_weights(version, tensors), monkeypatch)
+            assert sent == {names.index("model.embed_tokens.weight"), 2}
+
+
 def test_an_untied_head_is_one_tensor_of_the_policy(serve: Serve) -> None:
     expected = {"model.embed_tokens.weight": ("float32", (6, 4)), "lm_head.weight": ("float32", (6, 4))}
     same = np.ones((6, 4), np.float32)
@@ -188,7 +228,7 @@ def test_wrong_bytes_on_the_wire_leave_the_old_version(serve: Serve) -> None:
     data = weights(1)["embed.weight"].tobytes()
     for chunk in ((0, 0, data[:-1] + b"x"), (0, 4, data), (1, 0, b"1234"), (0, 0, data + b"more")):
         begin(pusher, "p")
-        pusher._state("p")
+        pusher._news("p")
         pusher._connection.send(messages.PushChunk("p", *chunk[:2], (chunk[2],)))
         with pytest.raises(TransportError, match=r"digest|chunk"):
             pusher._state("p")
@@ -197,7 +237,7 @@ def test_wrong_bytes_on_the_wire_leave_the_old_version(serve: Serve) -> None:
             pusher._state("p")
     begin(pusher, "q")
     pusher._connection.send(messages.PushCommit("q"))
-    pusher._state("q")
+    pusher._news("q")
     with pytest.raises(TransportError, match="missing or incomplete"):
         pusher._state("q")
     pusher._connection.send(messages.PushBegin("r", "finish", (b"garbage" * 10,)))
@@ -214,14 +254,14 @@ def test_aborted_and_abandoned_pushes_leave_the_old_version(serve: Serve) -> Non
     gateway = serve(backend, push_idle_seconds=0.5)
     first, second = control(gateway.address), control(gateway.address, "q")
     begin(first, "p")
-    first._state("p")
+    first._news("p")
     begin(second, "q")
     with pytest.raises(TransportError, match="by client 'p'"):
         second._state("q")
     first._abort("p")
     until(lambda: gateway._weights._stage is None)
     begin(second, "q")
-    second._state("q")
+    second._news("q")
     second._connection.drop()
     first._connection.drop()
     until(lambda: gateway._weights._stage is None)
@@ -231,7 +271,7 @@ def test_aborted_and_abandoned_pushes_leave_the_old_version(serve: Serve) -> Non
 
 
 def test_interrupted_sender_aborts(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(self: HostWeights) -> Iterator[tuple[int, int, memoryview]]:
+    def interrupted(self: HostWeights, needed: bytes) -> Iterator[tuple[int, int, memoryview]]:
         yield next(chunks(self))
         raise KeyboardInterrupt
 

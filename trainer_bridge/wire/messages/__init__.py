@@ -28,11 +28,11 @@ from .requests import (
     Submitted,
 )
 from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welcome
-from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushState
+from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState
 
 __all__ = [
     "KINDS", "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Drain", "Engines",
     "EnginesRequest", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort", "PushBegin", "PushChunk",
-    "PushCommit", "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest",
+    "PushCommit", "PushNeeds", "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest",
     "Stopping", "Submit", "Submitted", "Welcome", "decode", "encode",
 ]

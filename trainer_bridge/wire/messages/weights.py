@@ -27,8 +27,20 @@ class PushBegin(Message):
 
 
 @dataclass(frozen=True)
+class PushNeeds(Message):
+    """G: answers a PushBegin whose version is to be pushed. `needed[0]` has a byte per tensor of the manifest: 1 where its
+    chunks must come, 0 where they must not, because the gateway has the bytes."""
+
+    push: str
+    needed: tuple[Buffer, ...]
+    KIND = 35
+    SCHEMA = (_NAME,)
+    BLOBS = Blobs(1, MAX_MANIFEST)
+
+
+@dataclass(frozen=True)
 class PushChunk(Message):
-    """C: bytes of tensor `index` of the manifest, from byte `offset` on."""
+    """C: bytes of tensor `index` of the manifest, from byte `offset` on. Only tensors that PushNeeds names are sent."""
 
     push: str
     index: int
@@ -41,7 +53,7 @@ class PushChunk(Message):
 
 @dataclass(frozen=True)
 class PushCommit(Message):
-    """C: every chunk is sent. The gateway commits the version."""
+    """C: every chunk that is needed is sent. The gateway commits the version."""
 
     push: str
     KIND = 32
