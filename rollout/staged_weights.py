@@ -67,7 +67,7 @@ def stage(
         cast = {name: tensor.contiguous() for name, tensor in cast.items()}
         return StagedWeights(version, cast, backend.fold(with_tensors(policy, cast)) if cast else None)
     size = sum(tensor.nbytes for tensor in cast.values() if tensor.device != policy.device)
-    if size + SPARE < torch.cuda.mem_get_info(policy.device)[0]:
+    if policy.device.type == "cuda" and size + SPARE < torch.cuda.mem_get_info(policy.device)[0]:
         cast = {name: tensor.to(policy.device) for name, tensor in cast.items()}
         torch.cuda.synchronize(policy.device)
     return StagedWeights(version, cast)

@@ -40,7 +40,7 @@ class BroadcastTicket:
 
     def read(self) -> Mapping[str, torch.Tensor]:
         """The tensors, in this process's own memory: on its GPU if it has one. Raises TransferBroken."""
-        on_gpu = torch.cuda.is_available()
+        on_gpu = bool(ray.get_gpu_ids()) and torch.cuda.is_available()
         try:
             store = _store(*self._at, self._timeout)
             source = _gloo(store, "source", 1, 2, self._timeout) if self._rank == 0 else None

@@ -238,8 +238,8 @@ class RolloutClient:
 
         Args: version: the serving version + 1, or any greater one with `allow_gap`. A version that was committed
             already with the same content changes nothing. tensors: every tensor of the policy by name, finite, of its
-            shapes and dtypes; `policy.state_dict()` will do. A head that is tied to the embedding may be among them;
-            its bytes are sent and dropped. Tensors on a device are copied to host memory once, and the copy is kept
+            shapes and dtypes; `policy.state_dict()` will do, a tied head included. Only tensors that differ
+            from those that serve are sent. Tensors on a device are copied to host memory once, and the copy is kept
             until the push ends. in_flight: what happens to sequences in flight at the commit: `finish` waits for them;
             `keep` goes on, each token tagged with its version; `recompute` prefills them again under the new weights;
             `abort` ends those that have a generated token. A cluster may offer `finish` alone.
