@@ -181,7 +181,11 @@ class EngineActor:
 
     def _cancel(self, request_ids: Collection[str]) -> None:
         self._engine.cancel(request_ids)
+        for name in request_ids:  # one of its samples may have failed as it was dropped
+            self._engine.failed.pop(name, None)
         self._report.completed = [item for item in self._report.completed if item.request_id not in request_ids]
+        if self._report.returned is not None:
+            self._report.returned = [item for item in self._report.returned if item[0] not in request_ids]
 
     def _give_back(self, count: int) -> None:
         self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
