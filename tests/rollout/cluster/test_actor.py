@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import blockroll
-from blockroll.rollout.cluster.actor import EngineActor
+from blockroll.errors import InvalidInput
+from blockroll.rollout.cluster.actor import EngineActor, _placement
 from blockroll.rollout.cluster.reports import Part
 from blockroll.rollout.cluster.spec import EngineSpec
 from blockroll.rollout.engine import EngineConfig
@@ -27,6 +28,18 @@ def loaded(policy):
 def part(name, token=4, samples=1, epoch=1, order=0):
     request = RolloutRequest(name, (1, token), SamplingParams(max_tokens=64, ignore_eos=True), samples=samples)
     return Part(request, range(samples), epoch, "a", order)
+
+
+def test_a_process_is_on_a_gpu_only_where_ray_gave_it_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert _placement(EngineSpec("none")) == ("float32", torch.device("cpu"))
+    assert _placement(EngineSpec("none", num_gpus=1)) == ("bfloat16", torch.device("cuda", 1))
+    assert _placement(EngineSpec("none", device="cuda:0", num_gpus=1, dtype="float16")) == ("float16", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match="sees no GPU here"):
+        _placement(EngineSpec("none", num_gpus=1))
 
 
 def test_what_was_given_back_of_a_cancelled_request_is_not_reported(actor):
