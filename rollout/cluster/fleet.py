@@ -37,13 +37,13 @@ class Fleet:
 
         Args:
             version, weights: what the pool serves, and the reference to its arrays.
-            hold: a version is being committed: engines that have loaded, and those that leave, wait for its end.
+            hold: a version is being committed: engines that have loaded wait for its end.
         """
         self._resize()
         self._look_for_places(now)
         for engine in list(self.engines):
             if engine.draining and not engine.count:
-                if not hold:
+                if not hold:  # it may have staged the version
                     engine.stop()
                     self.engines.remove(engine)
             elif engine.draining and engine.fresh:
