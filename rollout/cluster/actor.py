@@ -23,8 +23,9 @@ import numpy as np
 import ray
 import torch
 
-from ...errors import ConfigError, RequestError
+from ...errors import RequestError
 from ...model.checkpoint import load_policy
+from ...model.device import placement
 from ..backend import Completed, InFlightPolicy
 from ..engine import Engine
 from ..staged_weights import StagedWeights
@@ -68,8 +69,7 @@ class EngineActor:
         """Loads the policy."""
         spec, (version, weights) = self._spec, self._start
         torch.set_num_threads(max(1, int(spec.num_cpus)))
-        device = _device(spec)
-        dtype = spec.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+        dtype, device = _placement(spec)
         self._engine = Engine(load_policy(spec.policy, dtype, device), spec.config)
         if weights is not None:
             self._engine.load_weights(self._stage(version, weights, None), version)
@@ -193,7 +193,11 @@ class EngineActor:
 
     def _cancel(self, request_ids: Collection[str]) -> None:
         self._engine.cancel(request_ids)
+        for name in request_ids:  # one of its samples may have failed as it was dropped
+            self._engine.failed.pop(name, None)
         self._report.completed = [item for item in self._report.completed if item.request_id not in request_ids]
+        if self._report.returned is not None:
+            self._report.returned = [item for item in self._report.returned if item[0] not in request_ids]
 
     def _give_back(self, count: int) -> None:
         self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
@@ -231,16 +235,7 @@ def _lent(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _device(spec: EngineSpec) -> torch.device:
-    """Where this process computes. Raises ConfigError where that is no GPU although it has to be one."""
-    wanted = spec.device
-    if wanted == "auto":
-        wanted = "cuda" if spec.num_gpus > 0 else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ConfigError("device", f"{wanted} was asked for and torch {torch.__version__} sees {count} GPUs here",
-                              "install torch for the GPU, or set device: cpu")
-        device = torch.device("cuda", device.index or 0)
-    return device
+def _placement(spec: EngineSpec) -> tuple[str, torch.device]:
+    """dtype and device of this process; `auto` is a GPU only where Ray gave it one. Raises InvalidInput for a GPU not here."""
+    auto = "cuda" if spec.num_gpus > 0 else "cpu"
+    return placement(auto if spec.device == "auto" else spec.device, spec.dtype)

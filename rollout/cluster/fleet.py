@@ -42,7 +42,7 @@ class Fleet:
         self._look_for_places(now)
         for engine in list(self.engines):
             if engine.draining and not engine.count:
-                if not hold:
+                if not hold:  # it may have staged the version
                     engine.stop()
                     self.engines.remove(engine)
             elif engine.draining and engine.fresh:

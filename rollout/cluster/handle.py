@@ -54,7 +54,7 @@ class EngineHandle:
 
     Attributes:
         samples: what it was given and has not handed out: per work, number -> expected tokens.
-        count, outstanding: samples, and tokens expected of them. clients: samples by client.
+        count, outstanding: samples, and tokens expected of them. clients: samples by client, of those that have any.
         waits: Ray has no place for its process; reason says why.
         fresh: samples of its last report that had not begun. asked: it was asked to give samples back and has not answered.
         steps: of its last report, those made with the work that it serves alone.
@@ -205,6 +205,8 @@ class EngineHandle:
             del self.samples[work]
         self.count, self.outstanding = self.count - 1, self.outstanding - cost
         self.clients[work.client] -= 1
+        if not self.clients[work.client]:
+            del self.clients[work.client]
         return cost
 
     def check(self, now: float, slept: float) -> None:

@@ -119,6 +119,15 @@ def test_clients_take_turns_and_one_below_its_share_finds_room_where_others_fill
     assert pool.engines[0].clients["b"] <= 3
 
 
+def test_a_client_is_forgotten_with_its_last_sample():
+    pool = Pool(engines=1)
+    pool.submit(ask("r", samples=2))
+    pool.finish(pool.engines[0], "r", 0)
+    assert pool.engines[0].clients == {"a": 1}
+    pool.finish(pool.engines[0], "r", 1)
+    assert not list(pool.engines[0].clients)
+
+
 def test_samples_that_have_not_begun_are_asked_back_for_an_idle_engine():
     pool = Pool()
     pool.engines[1].phase = "loading"
