@@ -304,9 +304,10 @@ class Gateway:
 
     @property
     def _drained(self) -> bool:
-        """Whether a drain was asked for and has ended: no engine holds work, and every output is in the ledger."""
+        """Whether a drain was asked for and has ended: no engine holds work, no version is
+        being committed, and every output is in the ledger."""
         return (self._operations.draining and not self._driver.in_flight and not self._unrecorded
-                and not self._weights.undecided and self._driver.events.empty())
+                and not self._weights.busy and self._driver.events.empty())
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""
