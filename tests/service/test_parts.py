@@ -167,6 +167,8 @@ def test_a_run_has_one_service_and_keeps_to_it(tmp_path: Path) -> None:
     assert attach(tmp_path, shared=True, resume=True) == known and known.version == 5
     with pytest.raises(ConfigError, match="began with a service that ran already and is to go on with its own"):
         attach(tmp_path, shared=False, resume=True)
+    attach(tmp_path, shared=False, resume=False)  # another run in the same directory, at a service of its own
+    assert attach(tmp_path, shared=False, resume=True).client == "grpo"
 
 
 def test_time_is_not_lost_to_stale_descriptors(tmp_path: Path) -> None:
