@@ -22,7 +22,6 @@ from typing import Literal
 from ..errors import StorageError
 from ..files import make_directory, storing
 
-
 _READERS_S = 1.0
 """Seconds a start waits for readers to let go of the file; each holds it for less than a millisecond."""
 _EMPTIED_S = 0.02
