@@ -39,7 +39,8 @@ class Decision:
         """The number of engines from now on.
 
         Args:
-            outstanding: samples that are asked for and have not ended. present: engines there are. now: seconds.
+            outstanding: samples that are asked for and have not ended, of clients whose work is not paused.
+            present: engines there are. now: seconds.
         """
         wanted = wanted_engines(self._engines, outstanding)
         if wanted >= present:
@@ -76,9 +77,10 @@ def _follow(config: ServiceConfig, address: str, stop: threading.Event) -> None:
             try:
                 status = control.status()
                 present = len(status.engines)
-                number = decision.engines(int(status.figures["missing"]), present, time.monotonic())
+                outstanding = int(status.figures["outstanding"])
+                number = decision.engines(outstanding, present, time.monotonic())
                 if number != present:
-                    _log.info("%d samples are outstanding: %d engines instead of %d", status.figures["missing"], number, present)
+                    _log.info("%d samples are outstanding: %d engines instead of %d", outstanding, number, present)
                     control.scale(number)
             except BlockrollError as error:
                 if not stop.is_set():

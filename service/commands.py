@@ -102,7 +102,7 @@ def down(path: Path, *, drain: bool, seconds: float | None) -> None:
         seconds: most time to drain; None for as long as it takes.
     """
     config = load(path)
-    record = runtime_file.read(config.ledger)
+    record = runtime_file.read_written(config.ledger)
     if record is None:
         _say(f"no service of {config.ledger} runs")
         return

@@ -123,9 +123,10 @@ class Dispatch(Config):
 
     mode: Literal["continuous", "ordered"] = Field("continuous", description="continuous: a request joins an engine between two "
         "steps, where the least work waits. ordered: a batch is dealt by its order, so that lossless and mixed repeat to the bit")
-    heartbeat_seconds: float | None = Field(None, gt=0, description="an engine whose steps have not moved for so long counts as "
-                                            "hung; none for the cluster's own limit")
-    answer_seconds: float = Field(600.0, gt=0, description="most time an engine may take to load, or to take, a weight version")
+    heartbeat_seconds: float | None = Field(None, gt=0, description="an engine whose process has not answered for so long counts "
+                                            "as hung; none for the cluster's own limit")
+    answer_seconds: float = Field(600.0, gt=0, description="most time an engine may take to load, or to take, a weight version, "
+                                  "and for one step")
     max_in_flight: int = Field(4096, ge=1, le=1 << 24, description="samples that engines hold at once")
 
 

@@ -47,7 +47,14 @@ def start(config_path: Path, config: ServiceConfig, level: str | None) -> Servic
 
 
 def end(pid: int, ledger: Path) -> None:
-    """Ends a service's process by SIGTERM, and by SIGKILL after 30 s. Its ledger stays whole either way."""
+    """Ends a service's process by SIGTERM, and by SIGKILL after 30 s. Its ledger stays whole either way.
+
+    Raises:
+        ClusterError: the number is not that of a service's process: 0 and negative ones name groups of processes.
+    """
+    if pid <= 1:
+        raise ClusterError(f"service: {runtime_file.path_beside(ledger)} names process {pid}, which is no service; end the "
+                           "service by its own process number")
     for number, seconds in ((signal.SIGTERM, _END_S), (signal.SIGKILL, _END_S)):
         try:
             os.kill(pid, number)

@@ -23,6 +23,7 @@ _COUNTERS = {
 }
 _GAUGES = {
     "version": "Weight version that serves", "in_flight": "Samples with the engines", "missing": "Samples that are to come",
+    "outstanding": "Samples that are to come, of clients whose work is not paused",
     "sessions": "Open sessions", "ledger_bytes": "Size of the ledger", "ledger_free_bytes": "Bytes of the ledger free for rows",
     "ledger_kept": "Settled requests the ledger remembers",
 }

@@ -2,8 +2,9 @@
 
 Invariants:
 - `LEDGER.service` lies beside the ledger. A living service holds a lock on it, which ends with the service's process, however
-  that ends. So a file without a lock is stale, and whoever finds it removes it.
-- A reader gets the file of a living service, or nothing.
+  that ends. So a file without a lock is stale. The next service of the ledger takes it over.
+- A reader gets the record of a living service, or nothing. A reader shares its lock with other readers, and a start waits for
+  readers.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from typing import Literal
 from ..errors import StorageError
 from ..files import make_directory, storing
 
+_READERS_S = 1.0
+"""Seconds a start waits for readers to let go of the file; each holds it for less than a millisecond."""
+_EMPTIED_S = 0.02
+"""Seconds after which a service that has taken over a stale file has emptied it: that is its next system call."""
+
 
 @dataclass(frozen=True)
 class ServiceRecord:
     """One service.
 
     Attributes:
-        pid: process of the gateway.
+        pid: process of the gateway; 0 for a service that has not written its record yet.
         state: starting, or ready to answer.
         address: of the gateway; empty while it starts.
         keys: directory of CURVE keys; None without.
@@ -88,6 +94,7 @@ def held(ledger: Path, record: ServiceRecord) -> Iterator[RuntimeFile]:
     """
     path = path_beside(ledger)
     make_directory(path.parent)
+    end = time.monotonic() + _READERS_S
     while True:
         with storing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -95,12 +102,15 @@ def held(ledger: Path, record: ServiceRecord) -> Iterator[RuntimeFile]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            raise StorageError(already_up(ledger)) from error
+            if read(ledger) is not None or time.monotonic() > end:
+                raise StorageError(already_up(ledger)) from error
+            time.sleep(0.001)
+            continue
+        os.ftruncate(descriptor, 0)
         if _is_at(descriptor, path):
             break
-        os.close(descriptor)  # removed by a process that found it stale
+        os.close(descriptor)  # removed by a service that ended
     try:
-        os.ftruncate(descriptor, 0)
         yield RuntimeFile(descriptor, path, replace(record, started=time.time()))
     finally:
         path.unlink(missing_ok=True)
@@ -108,25 +118,35 @@ def held(ledger: Path, record: ServiceRecord) -> Iterator[RuntimeFile]:
 
 
 def read(ledger: Path) -> ServiceRecord | None:
-    """The living service of a ledger; None when there is none. Removes a stale file."""
-    path = path_beside(ledger)
+    """The living service of a ledger; None when there is none."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = os.open(path_beside(ledger), os.O_RDONLY)
     except FileNotFoundError:
         return None
-    except PermissionError:
-        descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            text = os.pread(descriptor, 1 << 20, 0)
-            return ServiceRecord(**json.loads(text)) if text.strip() else ServiceRecord(0)
-        if _is_at(descriptor, path):
-            path.unlink(missing_ok=True)
-        return None
+        if not _lives(descriptor):
+            return None
+        # Whoever has just locked a stale file has not emptied it yet.
+        time.sleep(_EMPTIED_S)
+        text = os.pread(descriptor, 1 << 20, 0)
+        if not _lives(descriptor):
+            return None
+        return ServiceRecord(**json.loads(text)) if text.strip() else ServiceRecord(0)
     finally:
         os.close(descriptor)
+
+
+def read_written(ledger: Path, seconds: float = 2.0) -> ServiceRecord | None:
+    """As `read`, and waits for a service that starts to write its record.
+
+    Raises:
+        StorageError: it does not within `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while (found := read(ledger)) is not None and found.pid == 0:
+        if time.monotonic() > end:
+            raise StorageError(f"service: a process holds {path_beside(ledger)} and has not written which it is; try again")
+    return found
 
 
 def already_up(ledger: Path) -> str:
@@ -137,6 +157,16 @@ def already_up(ledger: Path) -> str:
     where = f"is up at {found.address}" if found.address else "is starting"
     return (f"service: the service of {ledger} {where} (process {found.pid}); look at it with `blockroll status`, stop it with "
             "`blockroll down`")
+
+
+def _lives(descriptor: int) -> bool:
+    """Whether a service holds the open file."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

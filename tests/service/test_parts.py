@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from blockroll.errors import ConfigError, InvalidInput, StorageError
-from blockroll.service import logs, runtime_file
+from blockroll.errors import ClusterError, ConfigError, InvalidInput, StorageError
+from blockroll.service import detached, logs, runtime_file
 from blockroll.service.autoscaler import Decision
 from blockroll.service.config import Engines
 from blockroll.service.of_run import service_of
@@ -45,11 +46,59 @@ def test_a_runtime_file_lives_as_long_as_its_process(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     assert runtime_file.path_beside(ledger).exists() and runtime_file.read(ledger) is None
-    assert not runtime_file.path_beside(ledger).exists()
     with runtime_file.held(ledger, ServiceRecord(os.getpid(), log="a" * 100)) as held:
         held.update(log=None, state="ready", address="x")
         assert runtime_file.read(ledger) == held.record
     assert list(tmp_path.iterdir()) == []
+
+
+READ = """
+import sys
+from pathlib import Path
+from blockroll.service import runtime_file
+ledger, seen = Path(sys.argv[1]), set()
+print("reads", flush=True)
+while not (ledger.parent / "stop").exists():
+    found = runtime_file.read(ledger)
+    seen.add(-1 if found is None else found.pid)
+print(*sorted(seen))
+"""
+
+
+def test_readers_neither_hinder_a_start_nor_meet_a_stale_record(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.sqlite"
+    stale = json.dumps({"pid": 77, "state": "ready", "address": "tcp://127.0.0.1:1"})
+    readers = [subprocess.Popen([sys.executable, "-c", READ, str(ledger)], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for process in readers:
+            assert process.stdout is not None and process.stdout.readline() == "reads\n"
+        for _ in range(1000):
+            runtime_file.path_beside(ledger).write_text(stale)
+            with runtime_file.held(ledger, ServiceRecord(8)):
+                pass
+    finally:
+        (tmp_path / "stop").touch()
+        said = [process.communicate(timeout=10)[0] for process in readers]
+    assert all(set(text.split()) <= {"-1", "0", "8"} for text in said), said
+
+
+def test_what_is_no_process_of_a_service_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
+    for pid in (0, 1, -1):
+        with pytest.raises(ClusterError, match=f"names process {pid}, which is no service"):
+            detached.end(pid, tmp_path / "ledger.sqlite")
+
+
+def test_down_waits_for_a_service_that_has_not_written_its_record(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger.sqlite"
+    with runtime_file.held(ledger, ServiceRecord(8)) as held:
+        os.truncate(held.path, 0)
+        threading.Timer(0.2, held.update, kwargs={"state": "ready"}).start()
+        found = runtime_file.read_written(ledger, 10)
+        assert found is not None and found.pid == 8
+        os.truncate(held.path, 0)
+        with pytest.raises(StorageError, match="has not written which it is; try again"):
+            runtime_file.read_written(ledger, 0.1)
 
 
 @pytest.mark.parametrize("command", [[], ["--log-level", "error"]], ids=" ".join)
@@ -118,6 +167,8 @@ def test_a_run_has_one_service_and_keeps_to_it(tmp_path: Path) -> None:
     assert attach(tmp_path, shared=True, resume=True) == known and known.version == 5
     with pytest.raises(ConfigError, match="began with a service that ran already and is to go on with its own"):
         attach(tmp_path, shared=False, resume=True)
+    attach(tmp_path, shared=False, resume=False)  # another run in the same directory, at a service of its own
+    assert attach(tmp_path, shared=False, resume=True).client == "grpo"
 
 
 def test_time_is_not_lost_to_stale_descriptors(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, Trajectory
 from blockroll.trainer_bridge.client.host_weights import HostWeights
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.gateway.batch_parts import Part
 from blockroll.trainer_bridge.gateway.kept_versions import KeptVersions, VersionFile
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.manifest import Manifest
@@ -71,7 +72,7 @@ def assert_same(a: Trajectory, b: Trajectory) -> None:
 def record(ledger: Ledger, *asked: RolloutRequest, client: str = "t", batch: str = "b", part: int = 0,
            final: bool = True) -> tuple[list[int], list[tuple[int, str]]]:
     """A batch, or part of one, recorded as a gateway would."""
-    return ledger.record_requests(client, batch, part, [(r, encode_request(r)) for r in asked], final)
+    return ledger.record_parts([Part(client, batch, part, [(r, encode_request(r)) for r in asked], final)])[0]
 
 
 def done(epoch: int, asked: RolloutRequest, sample: int, version: int = 0) -> Completed:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -115,19 +116,41 @@ class AsyncRolloutClient:
 
     async def _call(self, pool: ThreadPoolExecutor, function: Callable[[], T],
                     undo: Callable[[T], None] | None = None) -> T:
-        """Runs a call in a thread, on behalf of this task. `undo` takes the result of a call whose task was cancelled."""
-        context, stop = copy_context(), threading.Event()
-        context.run(CALLER.set, asyncio.current_task())
+        """Runs a call in a thread, on behalf of this task.
+
+        `undo` takes the result of a call whose task was cancelled, in the call's thread: a task that is cancelled again while
+        its call ends does not wait for it. A call with `undo` that has no thread yet is not made.
+        """
+        context, stop, caller = copy_context(), threading.Event(), asyncio.current_task()
+        context.run(CALLER.set, caller)
         if undo is not None:
             context.run(STOP.set, stop)
-        call = asyncio.get_running_loop().run_in_executor(pool, context.run, function)
+        call = pool.submit(context.run, function)
+        waiting = asyncio.wrap_future(call)
         try:
-            return await asyncio.shield(call)
+            return await asyncio.shield(waiting)
         except asyncio.CancelledError:
-            stop.set()
-            self._client.wake()
-            if undo is not None:
-                done = await asyncio.gather(call, return_exceptions=True)
-                if not isinstance(done[0], BaseException):
-                    undo(done[0])
+            # Reads the exception of a call nobody waits for, which asyncio would print.
+            waiting.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            if undo is not None and not call.cancel():
+                stop.set()
+                self._client.wake()
+                await _undone(call, undo, caller)
             raise
+
+
+async def _undone(call: Future[T], undo: Callable[[T], None], caller: object) -> None:
+    """Returns when the call has ended and its result is undone. The caller is kept until then: what it was handed is not yet
+    acknowledged by calls of others (HandedOut)."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def end(call: Future[T], caller: object = caller) -> None:
+        try:
+            if call.exception() is None:
+                undo(call.result())
+        finally:
+            with suppress(RuntimeError):  # the loop is closed, so nobody waits
+                loop.call_soon_threadsafe(ended.set)
+
+    call.add_done_callback(end)
+    await ended.wait()

@@ -1,12 +1,14 @@
 """Which trajectories a client's callers were handed and have not acknowledged.
 
 A caller is a thread, or what CALLER says (a task of asyncio). What one caller was handed is acknowledged at its own next
-call, since another caller's call says nothing about it.
+call, since another caller's call says nothing about it. Tasks are held weakly: what a task was handed that is gone is
+acknowledged at the next call of anyone.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Container, Hashable, Iterable
 from contextvars import ContextVar
 
@@ -32,8 +34,11 @@ class HandedOut:
         self._keys.setdefault(self._caller(), []).append(key)
 
     def pop(self) -> list[Key]:
-        """What the caller was handed. It is forgotten here."""
-        return self._keys.pop(self._caller(), [])
+        """What the caller was handed, and tasks that are gone. It is forgotten here."""
+        found = self._keys.pop(self._caller(), [])
+        for caller in [caller for caller in self._keys if isinstance(caller, weakref.ref) and caller() is None]:
+            found += self._keys.pop(caller)
+        return found
 
     def all(self) -> list[Key]:
         """What every caller was handed."""
@@ -48,10 +53,13 @@ class HandedOut:
                 del self._keys[caller]
 
     def _caller(self) -> Hashable:
+        if (task := CALLER.get()) is not None:
+            return weakref.ref(task)
         # A thread is known by an object of its own, since the numbers of threads are used again.
         if not hasattr(self._thread, "caller"):
             self._thread.caller = object()
-        return CALLER.get() or self._thread.caller
+        caller: Hashable = self._thread.caller
+        return caller
 
 
 def keys_of(items: Iterable[Trajectory | RequestRefused | RolloutRequest], handed: Container[Key],

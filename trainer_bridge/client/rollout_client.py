@@ -209,8 +209,8 @@ class RolloutClient:
         names = id_list(request_ids)
         with self._loop.lock:
             self._begin()
-            self._pending.cancelled.update(name for name in names if name in self._pending.requests)
             self._run_until(lambda: not any(self._pending.unconfirmed(name) for name in names))
+            self._pending.cancelled.update(name for name in names if name in self._pending.requests)
             numbers = self._loop.cancel(names, CANCELLED)
             self._run_until(lambda: self._loop.confirmed(numbers))
 

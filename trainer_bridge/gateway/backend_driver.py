@@ -65,9 +65,10 @@ class Revoke:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Requests whose unfinished samples are not wanted. Their outputs are not waited for."""
+    """Requests whose unfinished samples are not wanted. Their outputs are not waited for. `epochs`: by request id, the lease
+    that each was in flight under; the same request leased again later is not meant."""
 
-    request_ids: Sequence[str]
+    epochs: Mapping[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ class BackendDriver:
         self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int, str]] = {}
         self._clients: Counter[str] = Counter()
+        self._epochs: Counter[int] = Counter()
         self._samples = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -135,6 +137,10 @@ class BackendDriver:
         with self._lock:
             self._clients = +self._clients
             return dict(self._clients)
+
+    def holds(self, epoch: int) -> bool:
+        """Whether samples of this lease are submitted and not yet returned."""
+        return epoch in self._epochs
 
     def engines(self) -> list[Any]:
         """What is known of each engine (`EngineStatus`); empty for a backend that does not say."""
@@ -172,7 +178,8 @@ class BackendDriver:
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Queues the end of some requests for the backend. Returns at once; any thread may call it."""
-        self._commands.put(Cancel(request_ids))
+        with self._lock:
+            self._commands.put(Cancel({name: self._flight[name][0] if name in self._flight else None for name in request_ids}))
 
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
@@ -193,8 +200,8 @@ class BackendDriver:
                     held = [work for work in held if work.epoch != command.epoch]
                     self._revoke(command.epoch)
                 elif isinstance(command, Cancel):
-                    held = [work.without(set(command.request_ids)) for work in held]
-                    self._cancel(command.request_ids)
+                    held = [work.without(command.epochs) for work in held]
+                    self._cancel(command.epochs)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -253,14 +260,15 @@ class BackendDriver:
         except ClusterError as error:
             self._trouble["submit"] = str(error)
 
-    def _cancel(self, request_ids: Sequence[str]) -> None:
+    def _cancel(self, epochs: Mapping[str, int | None]) -> None:
         with self._lock:
-            for request_id in request_ids:
-                self._forget(request_id)
+            for request_id, epoch in epochs.items():
+                if epoch is not None:
+                    self._forget(request_id, epoch)
         try:
-            self._backend.cancel(request_ids)
+            self._backend.cancel(list(epochs))
         except ClusterError as error:
-            _log.warning("%d requests cannot be cancelled in the cluster: %s", len(request_ids), error)
+            _log.warning("%d requests cannot be cancelled in the cluster: %s", len(epochs), error)
 
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None
@@ -312,12 +320,16 @@ class BackendDriver:
         if known is not None and epoch in (None, known[0]):
             self._samples -= known[1]
             self._clients[known[2]] -= known[1]
+            self._epochs[known[0]] -= 1
+            if not self._epochs[known[0]]:
+                del self._epochs[known[0]]
             del self._flight[request_id]
 
     def _fly(self, request_id: str, epoch: int, samples: int, client: str) -> None:
         self._flight[request_id] = (epoch, samples, client)
         self._samples += samples
         self._clients[client] += samples
+        self._epochs[epoch] += 1
 
     def _tell(self, event: Event) -> None:
         self.events.put(event)

@@ -287,9 +287,10 @@ class Gateway:
                 self._leases.pop(epoch, None)
                 _log.info("lease %d is over; its unfinished work is leased again", epoch)
             while (leased := self._lease()) is not None:
-                self._leases[leased[0]] = now
-                _log.info("lease %d: %d requests", leased[0], len(leased[1]))
-                self._driver.submit(*leased)
+                if leased[1]:  # the rows of a batch may all be damaged
+                    self._leases[leased[0]] = now
+                    _log.info("lease %d: %d requests", leased[0], len(leased[1]))
+                    self._driver.submit(*leased)
             self._retries.worked("dispatch")
         except StorageError as error:
             self._retries.failed("dispatch", error, now)
@@ -304,15 +305,16 @@ class Gateway:
 
     @property
     def _drained(self) -> bool:
-        """Whether a drain was asked for and has ended: no engine holds work, and every output is in the ledger."""
+        """Whether a drain was asked for and has ended: no engine holds work, no version is
+        being committed, and every output is in the ledger."""
         return (self._operations.draining and not self._driver.in_flight and not self._unrecorded
-                and not self._weights.undecided and self._driver.events.empty())
+                and not self._weights.busy and self._driver.events.empty())
 
     def _expire(self, now: float) -> None:
         """Ends a push nobody feeds, and revokes the leases no sample has come of for `lease_seconds`."""
         self._weights.expire(now)
-        if not self._driver.in_flight:
-            self._leases.clear()
+        for epoch in [epoch for epoch in self._leases if not self._driver.holds(epoch)]:
+            del self._leases[epoch]
         if self._driver.stats.get("loading"):
             self._leases = dict.fromkeys(self._leases, now)
         late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}

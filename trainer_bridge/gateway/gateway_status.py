@@ -40,7 +40,8 @@ class GatewayStatus:
         return {
             "version": self.version, "in_flight": self._driver.in_flight, "sessions": len(self._sessions),
             "requested": counters.requested, "unique": counters.unique, "duplicates": counters.duplicates,
-            "missing": counters.missing, "failed": counters.failed, "acknowledged": counters.acknowledged,
+            "missing": counters.missing, "outstanding": self._ledger.outstanding,
+            "failed": counters.failed, "acknowledged": counters.acknowledged,
             "stale": counters.stale, "malformed": self.malformed, "notice": self.notice(),
             "ledger_bytes": size, "ledger_free_bytes": free, "ledger_kept": counters.kept,
             **{f"engine.{name}": value for name, value in self._driver.stats.items()},

@@ -92,13 +92,9 @@ class Ledger:
         if owner != key:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
 
-    def record_requests(self, client: str, batch: str, part: int, requests: Sequence[tuple[RolloutRequest, bytes]],
-                        final: bool) -> Receipt:
-        """Records part of a batch: (request, its record) in order; after the final part the batch is queued."""
-        return self.record_parts([Part(client, batch, part, requests, final)])[0]
-
     def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
-        """Records parts of batches in one transaction, all or none; returns what to tell the client of each."""
+        """Records parts of batches in one transaction, all or none; returns what to tell the client of each. A batch is queued
+        after its final part."""
         with self._totals.changing() as new:
             unfinished = self._totals.unfinished
             return [record_part(self._file, part, self._most, unfinished[part.client], new) for part in parts]
@@ -205,6 +201,11 @@ class Ledger:
                     leased.append(request_id)
                 fail(self._file, request_id, client, samples - recorded, reason, new)
         return leased
+
+    @property
+    def outstanding(self) -> int:
+        """Unfinished samples of the clients that are not paused."""
+        return sum(samples for client, samples in self._totals.unfinished.items() if client not in self._paused)
 
     def clients_at_work(self) -> set[str]:
         """The clients with unfinished samples that are not paused, or with an unfinished submission."""

@@ -200,6 +200,7 @@ class MessageRouter:
             self._operations.scale(session, message)
         else:
             self._operations.drain(session, message)
+            self._weights.draining = True
 
     def _shutdown(self, session: Session, message: Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)

@@ -10,6 +10,7 @@ Invariants:
 - Tensors whose digest is that of the version that serves do not travel. They are in the engines, and in that version's file.
 - A version follows the last committed one, or its manifest allows a gap. A version that was committed is not committed
   again.
+- A gateway that drains stages nothing more. A commit that has begun ends: the gateway stops after it is recorded.
 - A stage that receives no chunk for `idle` seconds is replaced by another client's push.
 """
 
@@ -68,6 +69,7 @@ class WeightReceiver:
     Attributes:
         version: the version that was committed last.
         missing: why the engines cannot serve it, after a restart without its file; empty otherwise.
+        draining: no push is begun any more; set when an operator asks for a drain.
     """
 
     def __init__(self, expected: Mapping[str, tuple[str, tuple[int, ...]]], policies: tuple[str, ...],
@@ -77,8 +79,13 @@ class WeightReceiver:
         self._kept, self._sessions, self._idle, self._room = kept, sessions, idle, room
         self._stage: _Stage | None = None
         self._committing: _Stage | None = None
-        self._taken = False
+        self._taken = self.draining = False
         self.version, self.missing = version, missing
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version is being committed, and its sender was not told how that ended."""
+        return self._committing is not None
 
     @property
     def undecided(self) -> bool:
@@ -156,6 +163,9 @@ class WeightReceiver:
         if self._known(manifest):
             self._sessions.reply(peer, PushState(message.push, 0, True, self.version))
             return
+        if self.draining:
+            raise TransportError(f"weight version {manifest.version} is not taken: the service drains and stops; push it again "
+                                 "when the service is back")
         other = self._stage
         if other is not None and other.client != client and time.monotonic() - other.touched < self._idle:
             raise TransportError(f"weight version {other.manifest.version} is being pushed by client {other.client!r}; "

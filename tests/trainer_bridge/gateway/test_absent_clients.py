@@ -53,9 +53,12 @@ def test_a_finish_push_does_not_wait_for_a_client_that_left_for_good(serve: Serv
     gone = connect(gateway.address, client_id="gone")
     gone.submit([request("a", 1000)])
     until(lambda: len(backend._work) == 1000)
+    assert gateway._ledger.outstanding == 1000
     gone.close(acknowledge=False)
     with connect(gateway.address, client_id="trainer") as trainer:
         assert trainer.push_weights(1, weights(1)) == 1
+        status = trainer.status()
+        assert (status["missing"], status["outstanding"]) == (1000, 0)  # no engine is needed for paused work
 
 
 def test_a_connected_client_keeps_its_work_however_silent_it_is(serve: Serve) -> None:

@@ -43,6 +43,19 @@ def test_a_damaged_request_fails_by_name_and_the_others_go_on(tmp_path: Path, co
         assert client.generate([request("after")])[0].request_id == "after"
 
 
+def test_a_batch_of_damaged_requests_alone_is_not_handed_to_the_cluster(tmp_path: Path) -> None:
+    path, backend = tmp_path / "ledger.sqlite", ToyBackend()
+    ledger = Ledger(path)
+    record(ledger, request("bad", 2), client="t")
+    ledger.close()
+    change(path, "UPDATE requests SET payload=? WHERE id='bad'", b"\x01")
+    with Gateway(backend, "tcp://127.0.0.1:*", path) as gateway, connect(gateway.address, client_id="t") as client:
+        with pytest.raises(RequestRefused, match="row of request 'bad' is damaged"):
+            client.generate([request("bad", 2)], timeout=10)
+        assert client.generate([request("after")])[0].request_id == "after"
+    assert [ids for _, ids in backend.batches] == [["after"]]
+
+
 @pytest.mark.parametrize("value", [b"\x01\x02\x03", None, "text", b"", b"other"])
 def test_a_damaged_trajectory_fails_its_request_by_name(tmp_path: Path, value: object) -> None:
     path = tmp_path / "ledger.sqlite"

@@ -17,6 +17,7 @@ from bridge_parts import assert_same, done, make_trajectory, record, request
 
 from blockroll.errors import StorageError, TransportError
 from blockroll.rollout.backend import Completed
+from blockroll.trainer_bridge.gateway.batch_parts import Part
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.records import FAILURE, decode_trajectory, encode_request
 
@@ -110,7 +111,7 @@ def test_a_failed_request_is_answered_once_per_submission(ledger: Ledger) -> Non
 def test_a_write_that_breaks_off_leaves_nothing(ledger: Ledger) -> None:
     pairs: Any = [(request("a"), encode_request(request("a"))), (None, b"")]
     with pytest.raises(AttributeError):
-        ledger.record_requests("t", "b", 0, pairs, True)
+        ledger.record_parts([Part("t", "b", 0, pairs, True)])
     assert ledger.lease(ROOM) is None
     assert ledger.counters.requested == 0
     assert record(ledger, request("a", prompt=[9])) == ([0], [])
@@ -227,12 +228,13 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from bridge_parts import make_trajectory, request
 from blockroll.rollout.backend import Completed
+from blockroll.trainer_bridge.gateway.batch_parts import Part
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.records import FAILURE, encode_request
 ledger = Ledger(sys.argv[1])
 for i in range(10**6):
     asked = request(f"r{i}", 2)
-    ledger.record_requests("t", str(i), 0, [(asked, encode_request(asked))], True)
+    ledger.record_parts([Part("t", str(i), 0, [(asked, encode_request(asked))], True)])
     epoch, _ = ledger.lease(10)
     ledger.record([Completed(epoch, asked.id, make_trajectory(asked, 0))])
     print(i, flush=True)

@@ -10,6 +10,7 @@ import pytest
 from bridge_parts import done, record, request
 
 from blockroll.rollout.backend import Completed
+from blockroll.trainer_bridge.gateway.batch_parts import Part
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire.records import FAILURE
 
@@ -111,7 +112,7 @@ def test_what_is_not_acknowledged_is_kept_whatever_its_age(tmp_path: Path) -> No
 def test_a_file_that_was_large_is_given_back(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     pairs = [(request(f"r{i}"), bytes(800_000)) for i in range(40)]
-    ledger.record_requests("t", "b", 0, pairs, True)
+    ledger.record_parts([Part("t", "b", 0, pairs, True)])
     assert ledger.size()[0] > 30e6
     ledger._file.run("UPDATE requests SET state=2, epoch=1")
     ledger.record([done(1, r, 0) for r, _ in pairs])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
-from bridge_parts import ToyBackend, request
+from bridge_parts import ToyBackend, request, until, weights
 
 from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.cluster.spec import EngineStatus
@@ -96,3 +98,45 @@ def test_a_ledger_belongs_to_one_policy_once_it_is_used(tmp_path: Path) -> None:
     ledger_policy.claim(path, "moved", "22")
     with pytest.raises(StorageError, match=r"belongs to another policy \(two, "):
         ledger_policy.claim(path, "one", "11")
+
+
+def test_a_drain_waits_for_a_commit_and_takes_no_other_push(serve: Serve, tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(ToyBackend):
+        def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+            begun.set()
+            assert go_on.wait(20)
+            super().commit_weights(version, arrays)
+
+    gateway = serve(Slow())
+    with (connect(gateway.address, client_id="t") as client, connect(gateway.address, client_id="late") as late,
+          ServiceControl(gateway.address) as control, ThreadPoolExecutor() as pool):  # fmt: skip
+        pushed = pool.submit(client.push_weights, 1, weights(1))
+        assert begun.wait(10)
+        stopped = pool.submit(control.stop, drain=True, timeout=30)
+        until(lambda: gateway._operations.draining)
+        with pytest.raises(TransportError, match="weight version 1 is being committed"):
+            late.push_weights(2, weights(2), allow_gap=True)
+        assert not gateway.wait(0.5)
+        go_on.set()
+        assert pushed.result(10) == 1 and stopped.result(20) and gateway.wait(10)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    last = ledger.last_version()
+    ledger.close()
+    assert last is not None and last[0] == 1
+
+
+def test_a_push_that_begins_while_the_gateway_drains_is_refused(serve: Serve) -> None:
+    backend = ToyBackend(rate=0.0)
+    gateway = serve(backend)
+    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
+          ThreadPoolExecutor() as pool):  # fmt: skip
+        client.submit([request("a")])
+        until(lambda: gateway._driver.in_flight == 1)
+        stopped = pool.submit(control.stop, drain=True, timeout=30)
+        until(lambda: gateway._operations.draining)
+        with pytest.raises(TransportError, match="weight version 1 is not taken: the service drains and stops"):
+            client.push_weights(1, weights(1))
+        backend.rate = 1e9
+        assert stopped.result(20)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ....errors import ConfigError
-from ....files import write_json
+from ....files import storing, write_json
 from ...client import ClientKeys
 
 ATTACHMENT = "service.json"
@@ -54,7 +54,7 @@ class Attachment:
 
 
 def attach(output: Path, shared: bool, resume: bool) -> Attachment:
-    """The attachment of the run in the directory; a run that begins gets a new one.
+    """The attachment of the run in the directory; a run that begins gets a new one, and what another run left there goes.
 
     Raises ConfigError when a run is to go on at a service of the other kind: its requests lie in the ledger it began with.
     """
@@ -64,6 +64,8 @@ def attach(output: Path, shared: bool, resume: bool) -> Attachment:
         raise ConfigError("address", f"the run in {output} began with {began} and is to go on with {now}",
                           "resume with the service it began with, or give another output")
     if not shared:
+        with storing(path):
+            path.unlink(missing_ok=True)
         return Attachment()
     if path.exists():
         return Attachment(**json.loads(path.read_text()))
