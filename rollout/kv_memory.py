@@ -18,19 +18,18 @@ Invariants: nothing is allocated before the pool is known to fit. One line in th
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import ZayaConfig
 
 from ..errors import RequestError
 from ..model.policy import Policy
+from . import page_sizes
 from .cache import pages_for
+from .host_memory import host_memory
 from .planning.planner import candidates
 from .planning.step_costs import rows
 from .schedule import Schedule
@@ -164,17 +163,10 @@ def schedules_of(schedule: Schedule, block_size: int) -> tuple[Schedule, ...]:
 
 def page_bytes(policy: Policy, page_size: int) -> int:
     """One page in all layers: its keys and values, and the tail of the convolutions that lies with it (`PagedCache`)."""
-    config = policy.config
-    keys_and_values = 2 * config.num_key_value_heads * config.head_dim * page_size
-    tail = min(policy.hops, page_size) * _tail_row(config)
-    return config.num_hidden_layers * (keys_and_values + tail) * policy.dtype.itemsize
-
-
-def _tail_row(config: ZayaConfig) -> int:
-    """Numbers that the convolutions keep of one position in one layer."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    row: int = (heads + groups) * config.head_dim + groups * config.head_dim // 2
-    return row
+    z = policy.config
+    return page_sizes.page_bytes(
+        layers=z.num_hidden_layers, heads=z.num_attention_heads, groups=z.num_key_value_heads, head_dim=z.head_dim,
+        hops=policy.hops, page_size=page_size, itemsize=policy.dtype.itemsize)
 
 
 def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory: int) -> dict[str, int]:
@@ -194,11 +186,12 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     away = policy.device.type != "cpu"
     split_rows = step * pages_for(z.max_position_embeddings, _SPLIT_KEYS) if config.batch_invariant else max(step, _SPLIT_ROWS)
     ring = block_size + 1 + policy.hops
+    tail = page_sizes.tail_row(z.num_attention_heads, z.num_key_value_heads, z.head_dim)
     return {
         "logits": _LOGIT_COPIES * 4 * logit_rows * z.vocab_size,
         "activations": step * each,
         "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
-        "tails": 2 * batch * ring * _tail_row(z) * z.num_hidden_layers * item,
+        "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
         "libraries": _LIBRARIES if away else 0,
     }
@@ -209,23 +202,7 @@ def memory(device: torch.device) -> tuple[int, int]:
     if device.type != "cpu":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (known := _number("/proc/meminfo", r"MemAvailable:\s+(\d+) kB")) is not None:
-        free = known * 1024  # what the system would give up counts too
-    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}", r"(\d+)\s*") for name in ("max", "current"))
-    if limit is not None and used is not None:
-        cached = _number("/sys/fs/cgroup/memory.stat", r"(?s).*^inactive_file (\d+)$") or 0
-        free = min(free, max(limit - used + cached, 0))
-    return free, total
-
-
-def _number(path: str, pattern: str) -> int | None:
-    try:
-        found = re.search(pattern, Path(path).read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return None if found is None else int(found[1])
+    return host_memory()
 
 
 def _bytes_of(size: str) -> int:

@@ -10,10 +10,13 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model import shipped
+from ..rollout.page_sizes import page_bytes
 
 _ENDS = 1 << 20
 """Bytes of a weight file's beginning and end that its identity is made of. A training step changes nearly every number."""
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_TAPS = 2
+"""Of each CCA convolution, as transformers has it where config.json does not say."""
 
 
 def find(policy: str) -> Path:
@@ -41,17 +44,20 @@ def identity(directory: Path) -> str:
 
 
 def pool_bytes(directory: Path, dtype: str, pages: int | None, page_size: int, batch: int) -> int:
-    """Bytes of an engine's K/V pool, without the smaller CCA tails. `pages` None: as the engine sizes it for `batch`.
+    """Bytes of an engine's K/V pool, the CCA tails in its pages included. `pages` None: as the engine sizes it for `batch`.
 
     Raises CheckpointError for a config.json that lacks the sizes."""
     try:
         config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-        row = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * _BYTES[dtype]
+        page = page_bytes(
+            layers=config["num_hidden_layers"], heads=config["num_attention_heads"], groups=config["num_key_value_heads"],
+            head_dim=config["head_dim"], hops=config.get("cca_time0", _TAPS) + config.get("cca_time1", _TAPS) - 2,
+            page_size=page_size, itemsize=_BYTES[dtype])
         longest = min(512, config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("policy", f"{directory / 'config.json'} does not say how large the policy is ({error!r})",
                               "restore the file") from error
-    return (pages or batch * -(-longest // page_size)) * page_size * int(row)
+    return (pages or batch * -(-longest // page_size)) * page
 
 
 def weight_bytes(directory: Path) -> int:

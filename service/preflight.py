@@ -12,6 +12,7 @@ import zmq
 
 from ..errors import ConfigError, InvalidInput, StorageError, TransportError
 from ..files import make_directory
+from ..rollout.host_memory import host_memory
 from ..trainer_bridge.gateway import ledger_policy
 from ..trainer_bridge.wire.key_files import load_server_keys, make_keys
 from ..trainer_bridge.wire.keys import ServerKeys
@@ -48,23 +49,9 @@ def check_memory(config: ServiceConfig) -> None:
     directory = check_policy(config)
     pool = policy_files.pool_bytes(directory, engines.dtype or "float32", engines.pages, engines.page_size, engines.batch)
     needed = engines.at_start * (pool + policy_files.weight_bytes(directory))
-    if needed > (free := free_memory()):
+    if needed > (free := host_memory()[0]):
         raise ConfigError("engines.pages", f"{engines.at_start} engines need {needed / 1e9:,.1f} GB for K/V pools and weights, "
                           f"and {free / 1e9:,.1f} GB are free", "give fewer pages, a smaller batch or fewer engines")  # fmt: skip
-
-
-def free_memory() -> int:
-    """Bytes of memory that processes may still take."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = meminfo.read_text().splitlines()
-        free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), free)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        paths = [Path("/sys/fs/cgroup") / name for name in (limit, used)]
-        if all(path.is_file() for path in paths) and (text := paths[0].read_text().strip()).isdecimal():
-            free = min(free, int(text) - int(paths[1].read_text()))
-    return max(free, 0)
 
 
 def check_not_up(config: ServiceConfig) -> None:

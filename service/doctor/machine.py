@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from ...rollout.host_memory import host_memory
 from ..config import cores
-from ..preflight import free_memory, gpu_nodes
+from ..preflight import gpu_nodes
 from .finding import Finding
 
 OPEN_FILES = 4096
@@ -135,7 +136,7 @@ def ray_disk(place: Path = Path("/tmp")) -> Finding:
 
 def memory() -> Finding:
     """Memory that processes may still take."""
-    free = free_memory()
+    free = host_memory()[0]
     text = f"{free / 1e9:.1f} GB free"
     if free < 1e9:
         return Finding("memory", text, "warn", "an engine alone takes half a GB with torch")

@@ -10,11 +10,14 @@ from memory_meter import MemoryMeter
 
 from blockroll.errors import RequestError
 from blockroll.kernels.dispatch import using
+from blockroll.model.checkpoint import load_policy
 from blockroll.rollout import kv_memory
 from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.host_memory import host_memory
 from blockroll.rollout.offline import pool_size
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
+from blockroll.service import policy_files
 
 GB = 10**9
 
@@ -143,3 +146,28 @@ def test_activations_are_set_aside(make_policy, dtype):
 def test_memory_of_this_machine():
     free, total = kv_memory.memory(torch.device("cpu"))
     assert 0 < free <= total
+
+
+def test_memory_of_a_container_counts_what_the_system_would_give_up(tmp_path):
+    for name, text in (("proc/meminfo", "MemTotal: 9000 kB\nMemFree: 1000 kB\nMemAvailable:    8000 kB\n"),
+                       ("v2/memory.max", "5000000\n"), ("v2/memory.current", "4000000\n"),
+                       ("v2/memory.stat", "anon 1\ninactive_file 2500000\nactive_file 7\n"),
+                       ("v1/memory/memory.limit_in_bytes", "5000000\n"), ("v1/memory/memory.usage_in_bytes", "4000000\n"),
+                       ("v1/memory/memory.stat", "inactive_file 5\ntotal_inactive_file 1500000\n"),
+                       ("none/memory.max", "max\n"), ("none/memory.current", "4000000\n")):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    groups = tmp_path / "sys/fs/cgroup"
+    groups.parent.mkdir(parents=True)
+    for version, expected in (("v2", 3_500_000), ("v1", 2_500_000), ("none", 8000 * 1024)):
+        groups.symlink_to(tmp_path / version)
+        assert host_memory(tmp_path)[0] == expected, version
+        groups.unlink()
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 32])
+def test_a_service_counts_the_pool_as_the_engine_does(page_size):
+    directory = policy_files.find("tiny-reasoner")
+    policy = load_policy(directory, "float32", "cpu")
+    counted = policy_files.pool_bytes(directory, "float32", 100, page_size, 8)
+    assert counted == 100 * kv_memory.page_bytes(policy, page_size)
