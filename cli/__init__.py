@@ -10,11 +10,14 @@ Invariants:
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -104,23 +107,38 @@ def main() -> None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[list[int]]:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; yields the numbers of those received. A second one is too late
-    to change anything. A signal that the caller ignores, as nohup does, stays ignored."""
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does; yields the numbers of those received. A second one changes
+    nothing, but for Ctrl-C. A signal that the caller ignores, as nohup does, stays ignored."""
     received: list[int] = []
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _compiles(frame):
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         received.append(number)
-        if len(received) == 1:
+        if len(received) == 1 or number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
-    for number in numbers:
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: handler for n, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)}
+    for number in before:
         signal.signal(number, stop)
     try:
         yield received
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _compiles(frame: FrameType | None) -> bool:
+    """Whether this is inside LLVM's callbacks: an exception there is lost, and LLVM reads what was not returned."""
+    while frame is not None:
+        if f"{os.sep}llvmlite{os.sep}" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _explained(error: Exception) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +26,16 @@ from random_zaya import randomise, zaya_config
 torch.set_num_threads(1)
 if find_spec("triton") is not None:
     ordered_dot.install()
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_as_it_was() -> Iterator[None]:
+    """A command sends the package's log lines elsewhere, in this process too."""
+    logger = logging.getLogger("blockroll")
+    before = logger.propagate, logger.level, list(logger.handlers)
+    yield
+    logger.propagate, logger.handlers = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 LONG_FILES = (

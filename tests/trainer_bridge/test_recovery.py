@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,9 +212,9 @@ def test_gateway_killed_in_mid_push(served: Callable[..., Served], monkeypatch: 
     with connect(gateway.address, client_id="trainer", timeout=20) as client:
         killed = threading.Event()
 
-        def killing(self: HostWeights) -> Iterator[tuple[int, int, memoryview]]:
+        def killing(self: HostWeights, **options: Any) -> Iterator[tuple[int, int, memoryview]]:
             """Kills the gateway while the tensors are being sent for the first time."""
-            for chunk in chunks(self):
+            for chunk in chunks(self, **options):
                 if chunk[0] == 2 and not killed.is_set():
                     gateway.kill()
                     gateway.start()
