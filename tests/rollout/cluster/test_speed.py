@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize(("engines", "least"), [(1, 0.95), (2, 0.90)])
 def test_through_gateway_and_cluster_nearly_as_fast_as_the_bare_engine(tmp_path, engines, least, capsys):
-    count = 192
+    count = 48
     processes = [subprocess.Popen([sys.executable, "-c", BARE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                  for _ in range(engines)]
     cluster = RayCluster(EngineSpec(POLICY, CONFIG, device="cpu"), engines=engines)
