@@ -39,19 +39,15 @@ app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kernels, name="kernels")
 
-for _command in (service.up, service.status, service.scale, service.down, service.logs, service.doctor):
+for _command in (
+    service.up, service.status, service.scale, service.down, service.logs, service.doctor,
+    training.grpo, training.convert, training.ablate,
+    decoding.ask, decoding.generate, decoding.score, measuring.plan,
+):  # fmt: skip
     app.command()(_command)
-app.command("grpo")(training.grpo)
-app.command("convert")(training.convert)
-app.command("ablate")(training.ablate)
 app.command("eval")(measuring.evaluate)
-app.command("ask")(decoding.ask)
-app.command("generate")(decoding.generate)
-app.command("score")(decoding.score)
-app.command("plan")(measuring.plan)
-bench.command("decode")(measuring.bench_decode)
-bench.command("gpu")(measuring.bench_gpu)
-bench.command("planner")(measuring.bench_planner)
+for _name, _command in (("decode", measuring.bench_decode), ("gpu", measuring.bench_gpu), ("planner", measuring.bench_planner)):
+    bench.command(_name)(_command)
 kernels.command("check")(measuring.kernels_check)
 
 
