@@ -39,11 +39,12 @@ app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kernels, name="kernels")
 
-for _command in (
+_COMMANDS: tuple[Callable[..., None], ...] = (
     service.up, service.status, service.scale, service.down, service.logs, service.doctor,
     training.grpo, training.convert, training.ablate,
     decoding.ask, decoding.generate, decoding.score, measuring.plan,
-):  # fmt: skip
+)  # fmt: skip
+for _command in _COMMANDS:
     app.command()(_command)
 app.command("eval")(measuring.evaluate)
 for _name, _command in (("decode", measuring.bench_decode), ("gpu", measuring.bench_gpu), ("planner", measuring.bench_planner)):
