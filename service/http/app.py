@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from . import health_routes, openai_routes
+from . import chat, completions, health_routes, model_routes, token_routes
 from .error_handlers import add_handlers
 from .http_errors import SCHEMA
 from .state import HttpState
 
-ROUTERS = (health_routes.router, openai_routes.router)
+ROUTERS = (health_routes.router, model_routes.router, completions.router, chat.router, token_routes.router)
 
 
 def create_app(state: HttpState) -> FastAPI:
