@@ -9,3 +9,6 @@ through the gateway, as one of any other client does.
 `completions`, `chat`, `token_routes`. What they share: `request_fields` (a body's fields and the parameters they say), `text`
 (tokenizer, chat template, text of a stream), `tool_calls`, `pieces` (samples as JSON), `sample_streams` (waiting for samples).
 """
+
+HTTP_CLIENT = "blockroll-http"
+"""Client id of the HTTP face at the gateway."""

@@ -4,8 +4,7 @@ Invariants:
 - One thread submits and cancels, another one takes trajectories; the event loop never waits for the gateway.
 - Requests that arrive while a batch is being recorded are the next batch, so one write to the ledger serves many.
 - Whatever ends the wait for a request, a disconnect or an error, cancels what is unfinished of it.
-- An HTTP request is answered to its connection. What a former life of the service has left unfinished under this client id is
-  dropped when it arrives.
+- An HTTP request is answered to its connection. A service that starts drops what its former life has left unfinished.
 """
 
 from __future__ import annotations
@@ -25,11 +24,10 @@ from ...rollout.types import RolloutRequest, Trajectory
 from ...trainer_bridge.client import RequestRefused, RolloutClient
 from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.keys import ClientKeys
+from . import HTTP_CLIENT
 from .http_errors import HttpError
 
 _log = logging.getLogger(__package__)
-CLIENT = "http"
-"""Client id of the HTTP face."""
 MAX_BATCH = 256
 """Requests submitted in one call."""
 RETRY_S = 1.0
@@ -82,7 +80,7 @@ class Dispatch:
     """
 
     def __init__(self, gateway: Gateway, keys: ClientKeys | None, most: int) -> None:
-        self._client = RolloutClient(gateway.address, client_id=CLIENT, keys=keys)
+        self._client = RolloutClient(gateway.address, client_id=HTTP_CLIENT, keys=keys)
         self._progress = gateway.progress
         self._most, self._life = most, uuid.uuid4().hex[:12]
         self._lock = threading.Lock()

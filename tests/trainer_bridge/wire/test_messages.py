@@ -26,7 +26,8 @@ requests = st.builds(
     RolloutRequest,
     id=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40),
     prompt_tokens=st.lists(st.integers(0, 2**40), min_size=1, max_size=30).map(tuple),
-    seed=st.integers(0, 2**63 - 1), samples=st.integers(1, 65536),
+    seed=st.integers(0, 2**63 - 1), samples=st.integers(1, 65536), priority=st.integers(-2**31, 2**31 - 1),
+    cache_salt=st.text(st.characters(codec="utf-8"), max_size=60),
     params=st.builds(
         SamplingParams, sampler=st.sampled_from(["ar", "lossless", "coupled", "mixed"]),
         temperature=st.just(0.0) | st.floats(1e-6, 1e4, exclude_max=True), top_k=st.integers(0, 10**6),
