@@ -79,9 +79,11 @@ class _Completions:
         async with aclosing(pieces(self.state.dispatch, self.requests)) as found:
             async for place, number, piece, end in found:
                 stream = texts.setdefault((place, number), TextStream(self.state.tokenizer, held, body.skip_special_tokens))
-                offset, text = len(stream.emitted), stream.push(piece.tokens)
-                if end is not None:
-                    text += stream.finish(whole_text(self.state.tokenizer, end, body.skip_special_tokens))
+                offset = len(stream.emitted)
+                if end is None:
+                    text = stream.push(piece.tokens)
+                else:
+                    text = stream.finish(whole_text(self.state.tokenizer, end, body.skip_special_tokens))
                 if not piece.start:
                     text = self._prompt_text(place) + text
                 tokens += len(piece.tokens)
