@@ -108,7 +108,7 @@ class Layer(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """An embedding that draws no first values on the meta device: to draw none, torch imports its compiler, 90 MB and a second."""
+    """An embedding that draws no first values on the meta device. To draw none, torch imports its compiler: 90 MB, 1 s."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
