@@ -42,7 +42,7 @@ the largest float32."""
 MAX_STOP = 256
 """Bytes of the longest stop string."""
 MAX_SAMPLES = 1 << 16
-"""Most samples of one request: each is an object that waits in the engine. The wire carries no more."""
+"""Most samples of one request: each is an object of about a kilobyte that waits in the engine. The wire carries no more."""
 _WHOLE = {"top_k": (-1, 2**31 - 1), "max_tokens": (1, 2**63 - 1), "n": (1, MAX_SAMPLES), "min_tokens": (0, 2**63 - 1)}
 _NUMBERS = {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": REPETITION, "mix_weight": (0, 1)}
 """Fields that are whole numbers, and those that are numbers, with the least and the largest."""

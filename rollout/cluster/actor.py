@@ -200,7 +200,8 @@ class EngineActor:
             self._report.returned = [item for item in self._report.returned if item[0] not in request_ids]
 
     def _give_back(self, count: int) -> None:
-        self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
+        given = [(name, number, self._epochs[name]) for name, number in self._engine.scheduler.give_back(count)]
+        self._report.returned = (self._report.returned or []) + given
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
         self._figures.note(trajectory.trace)

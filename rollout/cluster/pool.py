@@ -277,9 +277,9 @@ class RayCluster:
             else:
                 self._drop([work])
         returned: dict[Work, list[int]] = {}
-        for name, number in report.returned or ():
+        for name, number, epoch in report.returned or ():
             work = self._backlog.works.get(name)
-            if work is not None and self._dealer.take_back(engine, work, number):
+            if work is not None and work.epoch == epoch and self._dealer.take_back(engine, work, number):
                 returned.setdefault(work, []).append(number)
         self._strategy.again(list(returned.items()))
 

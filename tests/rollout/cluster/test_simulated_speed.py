@@ -59,7 +59,7 @@ class SimulatedEngine:
 
     def give_back(self, count):
         given = [self.waiting.pop() for _ in range(min(count, len(self.waiting)))]
-        self.report.returned = (self.report.returned or []) + [(name, number) for _, number, name, _ in given]
+        self.report.returned = (self.report.returned or []) + [(name, number, 1) for _, number, name, _ in given]
 
     def turn(self):
         """Between two steps."""
@@ -68,6 +68,7 @@ class SimulatedEngine:
         self.inbox.clear()
         now, works = self.simulation.now, bool(self.running or self.waiting)
         if (self.report.completed or self.report.returned is not None) and (now - self.reported >= _REPORT_S or not works):
+            self.report.fresh = len(self.waiting)
             report, self.report, self.reported = self.report, Report(), now
             self.simulation.after(MESSAGE_S, lambda: self.simulation.take(self.handle, report))
         while self.waiting and len(self.running) < BATCH:
@@ -103,7 +104,7 @@ class Simulation:
         heapq.heappush(self.events, (self.now + seconds, self.count, do))
 
     def take(self, engine, report):
-        engine.fresh, engine.asked = report.fresh, engine.asked and report.returned is None
+        engine.note(report)
         pool = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _early=[])
         RayCluster._take(pool, engine, report)
         self.left -= len(pool._early)
