@@ -208,8 +208,8 @@ class EngineActor:
             self._report.returned = [item for item in self._report.returned if item[0] not in request_ids]
 
     def _give_back(self, count: int) -> None:
-        given = self._engine.scheduler.give_back(count)
-        for name, number in given:
+        given = [(name, number, self._epochs[name]) for name, number in self._engine.scheduler.give_back(count)]
+        for name, number, _ in given:
             self._watched.end(name, number)
         self._report.returned = (self._report.returned or []) + given
 
