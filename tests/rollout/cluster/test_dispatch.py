@@ -69,7 +69,8 @@ class Pool:
 
     def give_back(self, engine, *samples, epoch=1):
         """The engine gives samples back, in one report; the pool takes it."""
-        pool, report = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy), Report()
+        parts = dict(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _progress=[], watched=frozenset())
+        pool, report = SimpleNamespace(**parts), Report()
         report.returned = [(name, number, epoch) for name, number in samples]
         engine.note(report)
         RayCluster._take(pool, engine, report)
