@@ -42,7 +42,7 @@ async def completions(body: CompletionBody, request: Request, state: Annotated[H
         raise HttpError(400, "echo: given beside logprobs; use prompt_logprobs", "echo")
     prompt = body.prompt
     several = not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], int)
-    given: Sequence[Any] = prompt if several else [prompt]  # type: ignore[assignment]
+    given: Sequence[Any] = prompt if several else [prompt]
     body.check(state, len(given))
     params = body.params(state, body.max_tokens, body.logprobs)
     prompts = [check_prompt(state, await encode(state, each, "prompt") if isinstance(each, str) else each, "prompt")

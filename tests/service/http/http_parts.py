@@ -26,15 +26,16 @@ TEMPLATE = (
 
 @contextmanager
 def live_service(directory: Path, **http: object) -> Iterator[Service]:
-    """A service of one engine in this process, beyond loopback and with keys."""
+    """A service of one engine in this process, beyond loopback, with keys of both kinds: of HTTP and of the gateway."""
     (directory / "api.key").write_text(f"{KEY}\n")
     (directory / "control.key").write_text(f"{CONTROL_KEY}\n")
     (directory / "chat.jinja").write_text(TEMPLATE)
     section = {"host": "0.0.0.0", "api_key": str(directory / "api.key"), "control_key": str(directory / "control.key"),
-               "chat_template": str(directory / "chat.jinja"), **http}  # fmt: skip
+               "chat_template": str(directory / "chat.jinja"), "max_unfinished": 300, **http}  # fmt: skip
     config = parse({"policy": MODEL, "engines": {"count": 1, "batch": 16, "device": "cpu", "pages": 512},
-                    "sampling": {"max_tokens": 48}, "delivery": {"ledger": str(directory / "ledger.sqlite")},
-                    "http": section}, ServiceConfig, "test")  # fmt: skip
+                    "sampling": {"max_tokens": 48}, "http": section,
+                    "delivery": {"ledger": str(directory / "ledger.sqlite"), "keys": str(directory / "keys")},
+                    }, ServiceConfig, "test")  # fmt: skip
     with serve(config) as service:
         yield service
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from blockroll.service.lifecycle import Service
@@ -36,7 +37,8 @@ def test_64_clients_and_2000_requests_beside_the_bridge(service: Service) -> Non
     """Each in a process of its own, in turn; every request asks for 256 tokens with temperature 1 (`coupled`)."""
     found = {}
     for name, address in (("bridge", service.address), ("http", url_of(service)), ("bridge again", service.address)):
-        done = subprocess.run([sys.executable, __file__, name.split()[0], address], capture_output=True, text=True, timeout=900)
+        command = [sys.executable, __file__, name.split()[0], address, str(service.keys)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)
         print(name, found[name])
@@ -49,9 +51,7 @@ def test_64_clients_and_2000_requests_beside_the_bridge(service: Service) -> Non
 @pytest.mark.timeout(900)
 def test_nothing_that_fits_the_openapi_document_gives_a_500(service: Service, tmp_path: Path) -> None:
     document = tmp_path / "openapi.json"
-    import httpx
-
-    document.write_text(httpx.get(f"{url_of(service)}/openapi.json").text)
+    document.write_text(httpx.get(f"{url_of(service)}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).text)
     done = subprocess.run(
         ["schemathesis", "run", str(document), "--url", url_of(service), "-H", f"Authorization: Bearer {KEY}", "--checks",
          "not_a_server_error", "--max-examples", "60", "--seed", "1", "--request-timeout", "60", "--suppress-health-check", "all",
@@ -68,7 +68,7 @@ def bridge(address: str) -> dict[str, Any]:
 
     params = SamplingParams("coupled", max_tokens=TOKENS, ignore_eos=True)
     requests = [RolloutRequest(f"bridge-{time.time_ns()}-{i}", PROMPT, params, i) for i in range(REQUESTS)]
-    with connect(address) as client:
+    with connect(address, keys=sys.argv[3]) as client:
         start = time.perf_counter()
         done = client.generate(requests)
         seconds = time.perf_counter() - start
@@ -76,7 +76,7 @@ def bridge(address: str) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
 
 
-async def http(address: str) -> dict[str, Any]:
+async def openai_clients(address: str) -> dict[str, Any]:
     """64 clients, each of which asks again as soon as it is answered."""
     import openai
 
@@ -106,4 +106,4 @@ async def http(address: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(bridge(sys.argv[2]) if sys.argv[1] == "bridge" else asyncio.run(http(sys.argv[2]))))
+    print(json.dumps(bridge(sys.argv[2]) if sys.argv[1] == "bridge" else asyncio.run(openai_clients(sys.argv[2]))))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
 from blockroll.service.lifecycle import Service
+from blockroll.trainer_bridge.client import ServiceControl
+from blockroll.trainer_bridge.wire.key_files import load_client_keys
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -63,6 +66,10 @@ def served(engine: Engine, prompt: str | tuple[int, ...], **options: Any) -> lis
 
 def texts(engine: Engine, samples: list[Trajectory]) -> list[str]:
     return [sample.text(engine.policy.tokenizer) for sample in samples]
+
+
+def joined(parts: Iterable[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(parts))
 
 
 def extra(choice: Any, name: str) -> Any:
@@ -174,7 +181,8 @@ def test_chat_messages_are_written_by_the_template(client: openai.OpenAI, engine
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
     call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages: Any = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-                     {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2", "tool_call_id": "c"}]  # fmt: skip
+                     {"role": "assistant", "tool_calls": [call]},
+                     {"role": "tool", "content": "2", "tool_call_id": "c"}]
     for choose, shown in (("auto", True), ("none", False)):
         done = client.chat.completions.create(model=MODEL, messages=messages, tools=[tool], tool_choice=choose, max_tokens=4,
                                               extra_body={"return_token_ids": True})  # type: ignore[call-overload]  # fmt: skip
@@ -196,10 +204,10 @@ def test_a_stream_adds_up_to_the_whole_completion(options: dict[str, Any], clien
         mine = [part for part in parts if part.index == choice.index]
         assert "".join(part.text for part in mine) == choice.text
         for name in ("token_ids", "behavior_logprobs"):
-            assert sum((extra(part, name) for part in mine), []) == extra(choice, name)
+            assert joined(extra(part, name) for part in mine) == extra(choice, name)
         if choice.logprobs is not None:
             for name in ("tokens", "token_logprobs", "top_logprobs"):
-                assert sum((getattr(part.logprobs, name) for part in mine), []) == getattr(choice.logprobs, name)
+                assert joined(getattr(part.logprobs, name) for part in mine) == getattr(choice.logprobs, name)
         assert [part.finish_reason for part in mine] == [None] * (len(mine) - 1) + [choice.finish_reason]
         assert extra(mine[0], "prompt_token_ids") == extra(choice, "prompt_token_ids")
         assert extra(mine[-1], "weight_versions") == extra(choice, "weight_versions")
@@ -216,7 +224,7 @@ def test_a_chat_stream_adds_up_and_comes_while_tokens_are_made(client: openai.Op
         assert [chunk.delta.role for chunk in mine] == ["assistant"] + [None] * (len(mine) - 1)
         assert "".join(chunk.delta.content or "" for chunk in mine) == choice.message.content
         assert choice.logprobs is not None
-        assert sum((chunk.logprobs.content for chunk in mine if chunk.logprobs), []) == choice.logprobs.content
+        assert joined(chunk.logprobs.content for chunk in mine if chunk.logprobs) == choice.logprobs.content
         assert mine[-1].finish_reason == choice.finish_reason == "length"
 
 
@@ -240,7 +248,8 @@ def body(**fields: object) -> str:
     ("{", 400, None), ("", 400, None), ("[]", 400, None), ('"a"', 400, None), ("[" * 100_000, 400, None),
     ('{"prompt": NaN}', 400, None), (body(temperature=float("nan")), 400, None), ('{"prompt": "a", "temperature": 1e999}', 400,
                                                                                   "temperature"),
-    ('{"prompt": "\\ud800"}', 400, None), ("{}", 400, "prompt"), (body(prompt=3), 400, "prompt"), (body(prompt=[]), 400, "prompt"),
+    ('{"prompt": "\\ud800"}', 400, None), ("{}", 400, "prompt"), (body(prompt=3), 400, "prompt"),
+    (body(prompt=[]), 400, "prompt"),
     (body(prompt=[1, "a"]), 400, "prompt"), (body(prompt=[[1], []]), 400, "prompt"), (body(prompt=[-1]), 400, "prompt"),
     (body(prompt=[320]), 400, "prompt"), (body(prompt=[2**70]), 400, "prompt"), (body(prompt=[True]), 400, "prompt"),
     (body(prompt=[5] * 512), 400, "prompt"), (body(prompt="1 " * 3000), 400, "prompt"), (body(n=0), 400, "n"),
@@ -252,9 +261,11 @@ def body(**fields: object) -> str:
     (body(logit_bias={"a": 1}), 400, "logit_bias"), (body(logit_bias={"999": 1}), 400, "logit_bias"),
     (body(logprobs=21), 400, "logprobs"), (body(prompt_logprobs=-1), 400, "prompt_logprobs"),
     (body(logprob_token_ids=[400]), 400, "logprob_token_ids"), (body(sampler="greedy"), 400, "sampler"),
-    (body(mix_weight=2), 400, "mix_weight"), (body(cache_salt="x" * 300), 400, "cache_salt"), (body(priority=2**40), 400, "priority"),
+    (body(mix_weight=2), 400, "mix_weight"), (body(cache_salt="x" * 300), 400, "cache_salt"),
+    (body(priority=2**40), 400, "priority"),
     (body(min_tokens=9, max_tokens=3), 400, "min_tokens"), (body(best_of=3), 400, "best_of"), (body(suffix="a"), 400, "suffix"),
-    (body(echo=True, logprobs=1), 400, "echo"), (body(temprature=1), 400, "temprature"), (body(guided_json={}), 400, "guided_json"),
+    (body(echo=True, logprobs=1), 400, "echo"), (body(temprature=1), 400, "temprature"),
+    (body(guided_json={}), 400, "guided_json"),
     (body(stream_options={"x": 1}), 400, "stream_options"), (body(stream=True, prompt=[320]), 400, "prompt"),
     (body(stream=True, logit_bias={"999": 1}), 400, "logit_bias"), ('{"prompt": "' + "a" * 10_000_000 + '"}', 413, None),
 ])
@@ -272,8 +283,10 @@ def test_a_request_that_cannot_be_served_is_told_so_in_openai_s_form(
     ({"messages": [{"role": "user", "content": "1 " * 400}]}, "messages"), ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [{"type": "function"}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"), ({"max_completion_tokens": -1}, "max_completion_tokens"),
-    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"), ({"continue_final_message": True}, "continue_final_message"),
+    ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+    ({"continue_final_message": True}, "continue_final_message"),
 ])
 def test_a_conversation_that_cannot_be_served_is_told_so(change: dict[str, Any], param: str, raw: httpx.Client) -> None:
     check_error(raw.post("/v1/chat/completions", json={"messages": CHAT, **change}), 400, param)
@@ -288,10 +301,13 @@ def check_error(answer: httpx.Response, status: int, param: str | None) -> None:
 
 
 def test_other_things_that_are_no_request(raw: httpx.Client, service: Service) -> None:
-    check_error(raw.post("/v1/completions", content=b'{"prompt": "\xff"}', headers={"Content-Type": "application/json"}), 400, None)
-    check_error(raw.post("/v1/completions", content=body(), headers={"Content-Type": "text/plain"}), 415, None)
+    crowd = raw.post("/v1/completions", json={"prompt": "a", "n": 301})
+    assert crowd.status_code == 429 and crowd.json()["error"]["type"] == "rate_limit_error"
     chunked = (b" " * 65_536 for _ in range(200))
-    check_error(raw.post("/v1/completions", content=chunked, headers={"Content-Type": "application/json"}), 413, None)
+    for content, kind, status in ((b'{"prompt": "\xff"}', "application/json", 400), (body(), "text/plain", 415),
+                                  (chunked, "application/json", 413)):  # fmt: skip
+        answer = raw.post("/v1/completions", content=content, headers={"Content-Type": kind})
+        check_error(answer, status, None)
     check_error(raw.get("/v1/nothing"), 404, None)
     check_error(raw.get("/v1/completions"), 405, None)
     foreign = raw.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "http://evil.example"})
@@ -299,7 +315,9 @@ def test_other_things_that_are_no_request(raw: httpx.Client, service: Service) -
 
 
 def test_beyond_loopback_every_route_needs_the_key(service: Service) -> None:
-    routes = [(method, path) for path, item in httpx.get(f"{url_of(service)}/openapi.json").json()["paths"].items() for method in item]
+    key = {"Authorization": f"Bearer {KEY}"}
+    paths = {**httpx.get(f"{url_of(service)}/openapi.json", headers=key).json()["paths"], "/openapi.json": {"get": {}}}
+    routes = [(method, path) for path, item in paths.items() for method in item]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize", "/detokenize", "/health", "/metrics"} <= {
         path for _, path in routes}  # fmt: skip
     for method, path in routes:
@@ -321,10 +339,9 @@ def test_metrics_are_those_of_the_service(raw: httpx.Client) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_disconnects_frees_its_work(stream: bool, raw: httpx.Client, service: Service) -> None:
     """Sixty-four samples of up to 500 tokens would take many seconds."""
-    from blockroll.trainer_bridge.client import ServiceControl
-
     fields = {"prompt": PROMPT, "n": 64, "max_tokens": 480, "ignore_eos": True, "stream": stream}
-    with ServiceControl(service.address) as control:
+    assert service.keys is not None
+    with ServiceControl(service.address, keys=load_client_keys(service.keys)) as control:
         before = control.status().figures
         if stream:
             with raw.stream("POST", "/v1/completions", json=fields) as answer:

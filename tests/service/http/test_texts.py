@@ -23,7 +23,8 @@ from blockroll.service.http.tool_calls import OPENINGS, parse_tool_calls
 
 TOKENIZER = train_tokenizer(["12 + 34 = 46\n", "é∑ and 日本語 and 🙂"])
 TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "add", "parameters": {
+        "properties": {"a": {"type": "integer"}, "s": {"type": "string"}}}}},
     {"type": "function", "function": {"name": "now"}},
 ]
 

@@ -153,7 +153,7 @@ def test_another_format_is_refused_in_one_line(tmp_path: Path) -> None:
     db.execute("INSERT INTO meta VALUES ('format', 1)")
     db.commit()
     db.close()
-    with pytest.raises(StorageError, match="has ledger format 1, this version writes 2; finish it with"):
+    with pytest.raises(StorageError, match="has ledger format 1, this version writes 3; finish it with"):
         Ledger(path)
 
 
