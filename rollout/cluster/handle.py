@@ -197,7 +197,7 @@ class EngineHandle:
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
         self.begun = False
-        return Part(work.request, list(numbers), work.epoch, work.client, work.order, alone=self.reserved)
+        return Part(work.request, list(numbers), work.epoch, work.client, work.order, self.reserved, work.watched)
 
     def ask_back(self, count: int) -> None:
         """Asks for up to `count` samples that have not begun, unless it was asked already, or has just said that it has none."""
