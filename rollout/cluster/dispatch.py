@@ -76,6 +76,8 @@ class Continuous:
     - Clients take turns. One that has less than its share of an engine finds room there also when others have filled it.
     - A group goes to one engine, where its prompt is computed once. When everything that waits can begin at once, a group is
       split: each sample goes where the least is outstanding, the prompt counted where it is not known.
+    - What a prompt shares with earlier ones of an engine costs nothing there. So the next turn of a conversation goes where the
+      last one was, unless so much more is outstanding there that computing the prompt again ends earlier.
     - When nothing waits here, samples that have not begun move from engines that have too many to those that have places.
     """
 
@@ -127,7 +129,7 @@ class Continuous:
         if self._backlog.waiting <= places and len(ready) > 1:
             self._split(work, [engine for engine in free if engine.count < self._dealer.max_batch] or free, len(work.waiting))
         else:
-            engine = min(free, key=lambda engine: engine.outstanding + (0.0 if work in engine.samples else work.prompt_cost))
+            engine = min(free, key=lambda engine: engine.outstanding + engine.prompt_cost(work))
             self._dealer.give(engine, work, max(room[engine], min(self._dealer.max_batch, len(work.waiting))))
         return True
 
@@ -135,11 +137,12 @@ class Continuous:
         """Gives each sample to the engine with the least outstanding tokens, in runs of numbers. A prompt that is computed once
         more has to save as much time as it costs."""
         cost = self._backlog.expected(work.request)
-        load = {engine: engine.outstanding + (0.0 if work in engine.samples else 2 * work.prompt_cost) for engine in engines}
+        prompt = {engine: engine.prompt_cost(work) for engine in engines}
+        load = {engine: engine.outstanding + 2 * prompt[engine] for engine in engines}
         shares = dict.fromkeys(engines, 0)
         for _ in range(count):
             engine = min(load, key=load.__getitem__)
-            load[engine] += cost - (0.0 if work in engine.samples or shares[engine] else work.prompt_cost)
+            load[engine] += cost - (0.0 if shares[engine] else prompt[engine])
             shares[engine] += 1
         for engine, share in shares.items():
             if share:

@@ -28,11 +28,12 @@ import ray
 from ray.exceptions import RayError
 
 from .actor import EngineActor
+from .prefixes import Prefixes
 from .ray_errors import one_line
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec, EngineState, EngineStatus
 from .weight_transport import Ticket
-from .work import Work
+from .work import PREFILL_COST, Work
 
 _log = logging.getLogger(__package__)
 HEARTBEAT_S = 1.0
@@ -70,6 +71,7 @@ class EngineHandle:
         self.reason, self.waits, self.restarts, self.version = "", False, 0, 0
         self.expected: Mapping[str, tuple[str, tuple[int, ...]]] = {}
         self.actor: Any = None
+        self._prefixes = Prefixes()
         self._failures, self._resume_at = 0, 0.0
         self._clear()
 
@@ -78,6 +80,7 @@ class EngineHandle:
         self.count, self.outstanding, self.fresh, self.steps = 0, 0.0, 0, 0
         self.asked = self.begun = False
         self.clients: Counter[str] = Counter()
+        self._prefixes.clear()
         self.home: Home | None = None
         self.device, self.tokens_per_s = "", 0.0
         self._call: Any = None  # of the phase: home, load, stage or commit
@@ -166,7 +169,7 @@ class EngineHandle:
             elif self._taking is not None and answer is None:  # staged
                 self._call = self.actor.commit.remote(self._taking[0], "keep")
             else:
-                self.version = answer
+                self.note_version(answer)
         return None
 
     def note(self, report: Report) -> None:
@@ -176,6 +179,18 @@ class EngineHandle:
             self.asked, self.begun = False, not report.returned
         if report.fresh:
             self.begun = False
+
+    def note_version(self, version: int) -> None:
+        """Notes that the process serves a version from now on. It has forgotten the prompts of the one before."""
+        self.version = version
+        self._prefixes.clear()
+
+    def prompt_cost(self, work: Work) -> float:
+        """What the prompt of a work costs here, in generated tokens: only what is not known has to be computed."""
+        if work in self.samples:
+            return 0.0
+        reuses = self._spec.config.enable_prefix_caching and not work.request.params.routed_experts
+        return PREFILL_COST * (len(work.request.prompt_tokens) - (self._prefixes.known(work.pages) if reuses else 0))
 
     def take_version(self, version: int, weights: Ticket | None) -> None:
         """A process that has loaded takes the weight version that the pool serves by now."""
@@ -189,10 +204,11 @@ class EngineHandle:
 
     def send(self, work: Work, numbers: Sequence[int], cost: float) -> Part:
         """Notes samples as given to it; the caller sends the part."""
-        first = work not in self.samples
+        prompt_cost = self.prompt_cost(work)
+        self._prefixes.note(work.pages)
         known = self.samples.setdefault(work, {})
         for i, number in enumerate(numbers):
-            known[number] = cost + (work.prompt_cost if first and not i else 0.0)
+            known[number] = cost + (0.0 if i else prompt_cost)
             self.outstanding += known[number]
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)

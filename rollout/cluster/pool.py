@@ -186,7 +186,7 @@ class RayCluster:
                 self.version = version
             for engine, error in errors.items():
                 if error is None and engine.phase == "ready":  # else it has died since, and its next process takes the version
-                    engine.version = version
+                    engine.note_version(version)
                 elif engine.phase == "ready":
                     # It may have taken part of the version. Its next process starts from what the pool serves.
                     self._lose(engine, f"it did not take weight version {version}: {one_line(error)}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from ..backend import Completed
 from ..types import RolloutRequest
+from .prefixes import pages_of
 
 PREFILL_COST = 1 / 8
 """What a prompt token costs, in generated tokens: a prompt's rows run together, generated tokens a few per step."""
@@ -29,6 +30,7 @@ class Work:
         order: number of the request, in the order of arrival.
         waiting: numbers of the samples that are with no engine, in order.
         done: numbers of those that have come.
+        pages: of its prompt, see `prefixes`.
         deaths: engines that died with it since its last sample.
         solo_deaths: those of them that served nothing else. alike: the last of these in a row that died at about the same step,
         `died_at`.
@@ -41,6 +43,7 @@ class Work:
     order: int
     waiting: list[int] = field(default_factory=list)
     done: set[int] = field(default_factory=set)
+    pages: tuple[int, ...] = ()
     deaths: int = 0
     solo_deaths: int = 0
     alike: int = 0
@@ -51,11 +54,6 @@ class Work:
     def left(self) -> int:
         """Samples that have not come."""
         return self.request.samples - len(self.done)
-
-    @property
-    def prompt_cost(self) -> float:
-        """What its prompt costs an engine that has not computed it, in generated tokens."""
-        return PREFILL_COST * len(self.request.prompt_tokens)
 
 
 class Backlog:
@@ -84,7 +82,7 @@ class Backlog:
         """Takes requests in. One that was here under a former lease must have been dropped."""
         works = []
         for request, client in zip(batch, clients or [""] * len(batch), strict=True):
-            works.append(Work(request, epoch, client, self._order))
+            works.append(Work(request, epoch, client, self._order, pages=pages_of(request.prompt_tokens)))
             self.works[request.id] = works[-1]
             self._order += 1
         return works

@@ -38,14 +38,14 @@ CLIENT = """
 import sys
 import blockroll
 
-params = blockroll.SamplingParams(sampler="coupled", max_tokens=256, ignore_eos=True)
+params = blockroll.SamplingParams(sampler="coupled", max_tokens=160, ignore_eos=True)
 with blockroll.connect(sys.argv[1], client_id="ten-lines") as client:
-    client.submit(blockroll.RolloutRequest(f"q{i}", (5, 6 + i % 9), params, seed=i, samples=8) for i in range(120))
+    client.submit(blockroll.RolloutRequest(f"q{i}", (5, 6 + i % 9), params, seed=i, samples=4) for i in range(60))
     found = {}
     for sample in client.results(timeout=300):
         assert sample.key not in found
         found[sample.key] = sample.tokens
-        if len(found) == 100:
+        if len(found) == 24:
             print("busy", flush=True)
 print(len(found), flush=True)
 """
@@ -115,14 +115,14 @@ def test_one_of_three_nodes_is_removed_in_mid_run(commands: Commands, nodes: Clu
         nodes.remove_node(gone, allow_graceful=False)
 
         [waits] = until(lambda: engines("waiting"))
-        assert "0 of 2 CPU are free and it needs 1" in commands.run("status", config)
+        assert waits["pid"] is None and "CPU are free and it needs 1" in commands.run("status", config)
         out, err = client.communicate(timeout=WAIT_S)
-        assert (client.returncode, out) == (0, "960\n"), err
+        assert (client.returncode, out) == (0, "240\n"), err
         out, err = trainer.communicate(timeout=WAIT_S)
         assert trainer.returncode == 0, err
         summary = json.loads((commands.directory / "run" / "summary.json").read_text())
         assert summary["trajectories"] == {"requested": ASKED, "unique": ASKED, "duplicates": 0, "missing": 0}
-        assert {engine["version"] for engine in engines("idle", "busy")} == {5} and waits["pid"] is None
+        assert {engine["version"] for engine in engines("idle", "busy")} == {5}
 
         # Another node takes its place; the engine there begins with the version that serves.
         nodes.add_node(num_cpus=1, object_store_memory=100 << 20)
@@ -134,7 +134,7 @@ def test_one_of_three_nodes_is_removed_in_mid_run(commands: Commands, nodes: Clu
     finally:
         commands.run("down", config)
     commands.wait_until_none_is_left()
-    assert before["requested"] == before["unique"] == ASKED + 960 and before["version"] == 5 and before["restarts"] == 1
+    assert before["requested"] == before["unique"] == ASKED + 240 and before["version"] == 5 and before["restarts"] == 1
 
     commands.run("up", config, "--detach")
     after = commands.status(config)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from blockroll.rollout.backend import Completed
+from blockroll.rollout.cluster import prefixes
 from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
 from blockroll.rollout.cluster.handle import EngineHandle
 from blockroll.rollout.cluster.pool import RayCluster
@@ -14,6 +15,7 @@ from blockroll.rollout.cluster.reports import Report
 from blockroll.rollout.cluster.spec import EngineSpec
 from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
 from blockroll.rollout.cluster.work import Backlog
+from blockroll.rollout.engine import EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
 
 
@@ -111,6 +113,51 @@ def test_a_group_is_not_split_for_less_than_its_prompt_costs():
     pool = Pool()
     pool.submit(ask("g", samples=3, tokens=2, prompt=1000))
     assert sorted(len(held.get("g", [])) for held in pool.held()) == [0, 3]
+
+
+def turn(name, tokens, samples=1, of=7):
+    """A request of a conversation: the later turns begin with the earlier ones."""
+    return RolloutRequest(name, (of, *range(1, tokens)), SamplingParams(max_tokens=100), samples=samples)
+
+
+def after_a_first_turn(**options):
+    """A pool whose second engine has served the first turn of a conversation."""
+    pool = Pool(**options)
+    pool.submit(ask("other", prompt=2), turn("first", 640))
+    assert pool.held() == [{"other": [0]}, {"first": [0]}]
+    pool.finish(pool.engines[0], "other", 0, tokens=100)
+    pool.finish(pool.engines[1], "first", 0, tokens=100)
+    return pool
+
+
+def test_the_next_turn_of_a_conversation_goes_where_its_beginning_was_computed():
+    pool = after_a_first_turn()
+    pool.submit(turn("elsewhere", 640, of=8), turn("second", 700))
+    assert pool.held() == [{"elsewhere": [0]}, {"second": [0]}]
+    pool.submit(turn("third", 730))
+    assert pool.held()[1].keys() == {"second", "third"} and pool.engines[1].outstanding < pool.engines[0].outstanding + 100
+
+
+def test_a_conversation_moves_where_waiting_would_cost_more_than_its_prompt():
+    pool = after_a_first_turn()
+    pool.engines[1].outstanding = 2 * 640 / 8 + 10  # a prompt computed again has to save as much time as it costs
+    pool.submit(turn("second", 700))
+    assert pool.held()[0] == {"second": [0]}
+
+
+@pytest.mark.parametrize("forget", ["version", "process", "off"])
+def test_a_conversation_is_known_only_where_its_prompt_is_kept(forget):
+    pool = after_a_first_turn()
+    engine = pool.engines[1]
+    second = pool.backlog.add([turn("second", 700)], 1, None)[0]
+    assert engine.prompt_cost(second) == (700 - 640) / 8
+    if forget == "version":
+        engine.note_version(1)
+    elif forget == "process":
+        engine._clear()
+    else:
+        engine._spec = EngineSpec("none", EngineConfig(enable_prefix_caching=False))
+    assert engine.prompt_cost(second) == 700 / 8
 
 
 def test_clients_take_turns_and_one_below_its_share_finds_room_where_others_filled_it():
@@ -324,3 +371,13 @@ def test_a_client_s_more_urgent_request_goes_before_the_others_that_wait():
         order.append(work.request.id)
         backlog.deal(work, 1)
     assert order == ["c", "a", "d", "b"]
+
+
+def test_pages_that_were_given_last_are_remembered(monkeypatch):
+    monkeypatch.setattr(prefixes, "MOST", 4)
+    known, one, other = prefixes.Prefixes(), prefixes.pages_of(range(3 * 32 + 5)), prefixes.pages_of([1] * 64)
+    assert len(one) == 3 and prefixes.pages_of(range(31)) == ()
+    known.note(one)
+    known.note(other)
+    assert known.known(other) == 64 and known.known(one) == 64  # its third page was forgotten first
+    assert known.known(prefixes.pages_of([*range(32), *[0] * 32])) == 32
