@@ -4,8 +4,9 @@ Invariants:
 - A directory belongs to one process at a time. A run in it is resumed or replaced only on request.
 - Everything that can be refused is checked before an earlier run is touched. A run that replaces an earlier one puts
   that one back when its own start fails.
-- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), rollouts.jsonl (its first groups), checkpoint.safetensors, ledger.sqlite and
-  what lies beside it (service.json at a service that ran already), summary.json, report.png, policy/.
+- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), rollouts.jsonl (the first groups of each step),
+  checkpoint.safetensors, ledger.sqlite and what lies beside it (service.json at a service that ran already), summary.json,
+  report.png, policy/.
 """
 
 from __future__ import annotations
