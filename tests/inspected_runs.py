@@ -32,7 +32,8 @@ def sampled(tasks: int = 8, samples: int = 4, versions: bool = True) -> list[Rec
         steps += 1
         if versions and steps % 12 == 0:
             version += 1
-            noise = {n: t * (1 + 1e-3 * torch.randn(t.shape, generator=generator)) for n, t in tensors.items() if t.is_floating_point()}
+            noise = {name: tensor * (1 + 1e-3 * torch.randn(tensor.shape, generator=generator))
+                     for name, tensor in tensors.items() if tensor.is_floating_point()}  # fmt: skip
             engine.load_weights(tensors | noise, version)
     found.sort(key=lambda sample: sample.key)
     chance = random.Random(0)

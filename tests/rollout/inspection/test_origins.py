@@ -63,7 +63,7 @@ def test_origins_are_what_the_engine_recorded(schedule: Schedule) -> None:
     assert expected <= seen
     # The conditional acceptance over all places is that of the evaluation.
     if schedule.kind != "ar":
-        conditional, survival = acceptance_by_slot(samples)
+        conditional, _ = acceptance_by_slot(samples)
         assert len(conditional) >= 3 and 0 < slots[1] / slots[0] < 1
 
 
