@@ -32,9 +32,10 @@ def inspect(
 ) -> None:
     """Show a run's trajectories, token by token, as one HTML page.
 
-    RUN is the directory of `blockroll grpo`, or the output of `blockroll generate`. The page is one file that opens in a
-    browser and asks the network for nothing: each token coloured by how it was made, block borders and levels,
-    log-probabilities, weight versions, rewards and groups; acceptance by slot and position; curves of the run.
+    RUN is the directory of `blockroll grpo`, or the output of `blockroll generate` or `blockroll sample --candidates`. The
+    page is one file that opens in a browser and asks the network for nothing: each token coloured by how it was made, block
+    borders and levels, log-probabilities, weight versions, rewards and groups; acceptance by slot and position; curves of the
+    run.
 
     \b
     Example:

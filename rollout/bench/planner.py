@@ -196,7 +196,8 @@ SHOWN = 3
 def conclusion(result: dict[str, Any]) -> str:
     """One line: the planner against the best fixed schedule in hindsight."""
     return (f"{result['machine']['processor']}, batch {result['batch']} falling to 1, {result['sampler']}: the planner"
-            f" makes {result['planner_ratio']:.2f}x the tokens/s of {result['best']}, the best fixed schedule in hindsight")  # fmt: skip
+            f" makes {result['planner_ratio']:.2f}x the tokens/s of {result['best']}, the best fixed schedule in"
+            " hindsight")  # fmt: skip
 
 
 def _print(result: dict[str, Any], everything: bool) -> None:

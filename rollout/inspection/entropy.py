@@ -14,7 +14,7 @@ import numpy as np
 
 from ...model.packing import packs
 from ...model.policy import Policy
-from ...model.scoring import score_with_entropy
+from ...model.scoring import checked_sequences, score_with_entropy
 from ..progress import Meter
 from .samples import InspectedSample
 
@@ -31,13 +31,15 @@ def with_entropy(policy: Policy, samples: Sequence[InspectedSample], temperature
     """
     found = list(samples)
     able = [i for i, sample in enumerate(samples) if len(sample.prompt) and len(sample.tokens) and sample.logprobs is not None]
+    checked_sequences(policy, [(samples[i].prompt.tolist(), samples[i].tokens.tolist()) for i in able])
     with Meter("entropy", len(able)) as meter:
         for some in packs(able, lambda i: len(samples[i].prompt) + len(samples[i].tokens), _TOKENS_PER_PASS):
             pairs = [(samples[i].prompt.tolist(), samples[i].tokens.tolist()) for i in some]
             for i, logprobs, entropy in zip(some, *score_with_entropy(policy, pairs, temperature), strict=True):
                 recorded = samples[i].logprobs
                 assert recorded is not None
-                if np.abs(logprobs - recorded).max() <= TOLERANCE:
-                    found[i] = replace(samples[i], entropy=entropy)
+                made = np.isfinite(recorded)  # of the policy, not of the environment
+                if made.any() and np.abs(logprobs - recorded)[made].max() <= TOLERANCE:
+                    found[i] = replace(samples[i], entropy=np.where(made, entropy, np.float32(np.nan)))
                 meter.advance(len(samples[i].tokens), 0)
     return found

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def inspect(
     """Writes the page of a run and returns its path.
 
     Args:
-        path: a GRPO run's directory, or a file of samples as `blockroll generate` writes it.
+        path: a GRPO run's directory, or a file as `blockroll generate` or `blockroll sample --candidates` writes it.
         output: where the page goes; `inspect.html` in the run's directory, or the file's name with `.html`.
         policy: gives tokens their text; without it the policy that a run's configuration names, where it can be read.
         entropy: recompute p with that policy, for the samples whose log-probabilities it reproduces at `temperature`.
@@ -71,6 +72,7 @@ def inspect(
     check_output(target, run.rollouts.path)
     name = policy or run.policy
     tokenizer = _tokenizer(name, required=policy is not None)
+    run.encode = None if tokenizer is None else partial(tokenizer.encode, add_special_tokens=False)
     run.read()
     if not run.samples and not live:
         raise DataError(os.fspath(run.rollouts.path), "holds no samples", "give a file with at least one line")

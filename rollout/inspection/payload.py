@@ -22,7 +22,7 @@ from .curves import curves
 from .origins import ORIGINS
 from .pieces import pieces
 from .run import Run
-from .samples import InspectedSample
+from .samples import NO_VERSION, InspectedSample
 
 MAX_TOKENS = 2_000_000
 """Tokens in a page, prompts included: 40 MB, which a browser reads in about a second."""
@@ -93,14 +93,15 @@ def _fitting(samples: Iterable[InspectedSample]) -> list[InspectedSample]:
 def _differs(sample: InspectedSample) -> bool:
     """Whether the sample was drawn from another distribution than p."""
     behavior, logprobs = sample.behavior, sample.logprobs
-    return behavior is not None and (logprobs is None or not np.array_equal(behavior, logprobs))
+    return behavior is not None and (logprobs is None or not np.array_equal(behavior, logprobs, equal_nan=True))
 
 
 def _changes(versions: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """(first token, version) of every stretch of one version."""
     if versions is None or not len(versions):
         return np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=np.int32)
-    starts = np.flatnonzero(np.diff(versions, prepend=versions[0] - 1))
+    made = np.flatnonzero(versions != NO_VERSION)
+    starts = made[np.flatnonzero(np.diff(versions[made], prepend=NO_VERSION))]
     return starts.astype(np.uint32), versions[starts]
 
 

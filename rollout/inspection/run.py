@@ -20,7 +20,7 @@ from ...inputs import MAX_LINE, json_object, open_input, read_input, read_lines,
 from ...yaml_reader import MAX_FILE, read_yaml
 from ..sample_lines import CONFIG, METRICS, ROLLOUTS
 from .origins import ACCEPTED
-from .samples import InspectedSample, sample_of
+from .samples import Encode, InspectedSample, samples_of
 
 MAX_STEPS = 100_000
 """Lines of metrics that are kept; the newest."""
@@ -95,7 +95,9 @@ class Run:
         title: what the page calls it.
         samples: the newest, in the order of the file.
         metrics: lines of figures per step; None where the run has no such file.
-        policy: the policy that its configuration names, or its trained one; None where neither is there.
+        policy: the policy that its configuration names; None where there is none.
+        most: samples that are kept.
+        encode: the tokenizer, for a search's candidates.
     """
 
     title: str
@@ -103,6 +105,7 @@ class Run:
     figures: _Growing | None
     policy: str | None
     most: int
+    encode: Encode | None = None
     totals: Totals = field(default_factory=Totals)
     samples: deque[InspectedSample] = field(default_factory=deque)
     metrics: deque[dict[str, Any]] | None = None
@@ -131,9 +134,9 @@ class Run:
             self.totals = Totals()
             self.samples.clear()
         for number, place, record in self.rollouts.read():
-            sample = sample_of(record, place, number)
-            self.totals.add(sample)
-            self.samples.append(sample)
+            for sample in samples_of(record, place, number, self.encode):
+                self.totals.add(sample)
+                self.samples.append(sample)
             changed = True
         if self.figures is not None and self.metrics is not None and self.figures.path.exists():
             if self.figures.restarted():

@@ -1,4 +1,4 @@
-"""A line of rollouts.jsonl, checked and packed.
+"""A line of samples, checked and packed: one sample, or the candidates of a search (`blockroll sample --candidates`).
 
 Invariants:
 - Whatever a line holds, the outcome is a sample or one DataError that names the file, the line, the field and the remedy.
@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,13 @@ import numpy as np
 
 from ...errors import DataError
 from ..types import StepTrace
-from .origins import Steps, origins_of, steps_of
+from .origins import ENVIRONMENT, Steps, origins_of, steps_of
 
 MAX_TOKEN_ID = 2**31 - 1
+NO_VERSION = -1
+"""Version of a token that no policy made."""
+Encode = Callable[[str], Sequence[int]]
+"""A text as token ids."""
 MAX_NAME = 200
 """Characters of an id or a finish reason that the page shows."""
 
@@ -30,8 +34,8 @@ class InspectedSample:
     Attributes:
         name: id of its request; samples with one name and step are a group.
         prompt, tokens: uint32 each.
-        logprobs, behavior, entropy: float32[N], or None where they are not known.
-        versions: int32[N], or None.
+        logprobs, behavior, entropy: float32[N], NaN at tokens of the environment, or None where they are not known.
+        versions: int32[N], NO_VERSION at tokens of the environment, or None.
         origin: uint8[N], as `origins.ORIGINS`.
         steps: its decode steps, or None.
         forwards: forward passes of decoding; None where neither the line nor its trace says.
@@ -56,13 +60,35 @@ class InspectedSample:
     entropy: np.ndarray | None = None
 
 
-def sample_of(record: Mapping[str, Any], place: str, number: int) -> InspectedSample:
-    """The sample of a line.
+def samples_of(record: Mapping[str, Any], place: str, number: int, encode: Encode | None) -> list[InspectedSample]:
+    """The samples of a line.
 
     Args:
         place: file and line, for errors.
         number: of the line, which names a sample without `id`.
+        encode: the tokenizer, for candidates that are texts; None without one.
     """
+    candidates = record.get("candidates")
+    if candidates is None:
+        return [sample_of(record, place, number)]
+    line = _Line(record, place)
+    if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
+        raise line.error("candidates", "not a list of objects", "write them with `blockroll sample --candidates`")
+    found = []
+    for i, candidate in enumerate(candidates):
+        if not isinstance(candidate.get("tokens"), list):
+            text = candidate.get("text")
+            if not isinstance(text, str) or encode is None:
+                remedy = "name the policy (--policy)" if isinstance(text, str) else "give its tokens, or its text"
+                raise line.error(f"candidates[{i}]", "holds no list of tokens", remedy)
+            candidate = {**candidate, "tokens": list(encode(text))}
+        named = {"id": record.get("id"), "sample": i, "reward": candidate.get("score"), **candidate}
+        found.append(sample_of(named, f"{place}: candidates[{i}]", number))
+    return found
+
+
+def sample_of(record: Mapping[str, Any], place: str, number: int) -> InspectedSample:
+    """The sample of a line; arguments as `samples_of`."""
     line = _Line(record, place)
     tokens = line.ids("tokens")
     if tokens is None:
@@ -71,12 +97,16 @@ def sample_of(record: Mapping[str, Any], place: str, number: int) -> InspectedSa
     prompt = np.zeros(0, dtype=np.uint32) if prompt is None else prompt
     trace, mask, forwards = line.trace(len(prompt), len(tokens)), line.env_mask(len(tokens)), line.whole("forwards")
     steps = None if trace is None else steps_of(trace, len(prompt), len(tokens))
+    origin = origins_of(steps, len(tokens), mask)
+    logprobs, behavior = (line.numbers(name, len(tokens)) for name in ("logprobs", "behavior_logprobs"))
+    for values in (logprobs, behavior):
+        if values is not None:
+            values[origin == ENVIRONMENT] = np.nan
     return InspectedSample(
         name=line.word("id", str(number)), number=line.whole("sample") or 0, step=line.whole("step"),
         reward=line.number("reward"), advantage=line.number("advantage"), finish=line.word("finish_reason", ""),
-        prompt=prompt, tokens=tokens, logprobs=line.numbers("logprobs", len(tokens)),
-        behavior=line.numbers("behavior_logprobs", len(tokens)), versions=line.versions(len(tokens)),
-        origin=origins_of(steps, len(tokens), mask), steps=steps,
+        prompt=prompt, tokens=tokens, logprobs=logprobs,
+        behavior=behavior, versions=line.versions(len(tokens)), origin=origin, steps=steps,
         forwards=int(steps.forwards.sum()) if forwards is None and steps is not None else forwards,
         text=record["text"] if isinstance(record.get("text"), str) else None,
     )  # fmt: skip
@@ -116,7 +146,7 @@ class _Line:
         values = self.numbers("versions", count)
         if values is None:
             return None
-        if not all(type(value) is int and 0 <= value < 2**31 for value in self.record["versions"]):
+        if not all(type(value) is int and NO_VERSION <= value < 2**31 for value in self.record["versions"]):
             raise self.error("versions", "not a list of whole numbers below 2**31")
         return np.array(self.record["versions"], dtype=np.int32)
 

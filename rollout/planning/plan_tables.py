@@ -42,8 +42,8 @@ def show(result: Mapping[str, Any], everything: bool) -> None:
     console.print(
         f"{model['name']}: {model['parameters'] / 1e9:.3g}B parameters, {model['weight_bytes'] / 1e9:.3g} GB in bfloat16,"
         f" {model['kv_bytes_per_token'] / 1024:.3g} KiB of keys and values per token, blocks of {model['block_size']}.\n"
-        "Each entry: the kind of schedule with the most tokens/s, and its tokens/s over those of ar (x ar), predicted. Two kinds, or\n"
-        "two ends, are by the data sheet's peak rates and by rates that kernels reach.\n"
+        "Each entry: the kind of schedule with the most tokens/s, and its tokens/s over those of ar (x ar), predicted. Two\n"
+        "kinds, or two ends, are by the data sheet's peak rates and by rates that kernels reach.\n"
         f"P(at least k drafts accepted), k = 1, 2, ..: {first}, ..\n",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def show(result: Mapping[str, Any], everything: bool) -> None:
     if everything:
         _show_all(console, result)
     else:
-        console.print("--all: bytes and FLOPs of a step, milliseconds, schedules in full, where the rates are from", highlight=False)
+        console.print("--all: bytes and FLOPs of a step, milliseconds, whole schedules, where rates are from", highlight=False)
 
 
 def _pays(case: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from blockroll.errors import BlockrollError, DataError, InvalidInput
 from blockroll.rollout.inspection import inspect as command
 from blockroll.rollout.inspection import payload as packing
 from blockroll.rollout.inspection.inspect import inspect
-from blockroll.rollout.inspection.origins import ACCEPTED
+from blockroll.rollout.inspection.origins import ACCEPTED, ORIGINS
 from blockroll.rollout.inspection.run import Run
 
 GOOD: dict[str, Any] = {"id": "a", "prompt_tokens": [1, 20], "tokens": [30, 31, 2], "logprobs": [-0.5, -0.25, -1.0],
@@ -93,6 +93,36 @@ def test_a_line_needs_only_tokens(tmp_path: Path) -> None:
     assert held["names"] == ["1", "2"]
 
 
+def test_a_conversation_with_an_environment(tmp_path: Path) -> None:
+    """Tokens of the environment have no log-probability and no version, and do not count as a change of version."""
+    line = GOOD | {"tokens": [30, 31, 2, 40, 41, 50, 2], "logprobs": [-0.5, -0.25, -1.0, 0, 0, -2.0, -0.1],
+                   "versions": [3, 3, 3, -1, -1, 3, 4], "env_mask": [1, 1, 1, 0, 0, 1, 1],
+                   "trace": [[1, 0, 0, -1, 0, 1], [2, 2, 1, 3, 8, 1], [6, 1, 1, 7, 8, 1]]}  # fmt: skip
+    held = payload_of(inspect(write(tmp_path / "in.jsonl", [line])))
+    assert [ORIGINS[i] for i in numbers(held["tokens"]["origin"], "u1")] == [
+        "sampled", "accepted", "resampled", "environment", "environment", "accepted", "bonus"]  # fmt: skip
+    assert np.isnan(numbers(held["tokens"]["logprob"], "<f4")).tolist() == [False, False, False, True, True, False, False]
+    assert numbers(held["versions"]["start"], "<u4").tolist() == [0, 6]
+    assert numbers(held["versions"]["version"], "<i4").tolist() == [3, 4]
+
+
+def test_candidates_of_a_search(tmp_path: Path) -> None:
+    candidates = [{"text": "12+3=15\nA:15", "answer": "15", "tokens": 9, "logprob": -1.5, "score": 1.0},
+                  {"text": "A:4", "tokens": 3, "score": 0.0}]  # fmt: skip
+    lines: list[dict[str, Any]] = [{"id": f"q{i}", "method": "best_of_n", "candidates": candidates} for i in range(2)]
+    path = write(tmp_path / "in.jsonl", lines)
+    held = payload_of(inspect(path, policy="tiny-reasoner"))
+    assert held["totals"]["trajectories"] == 4 and held["names"] == ["q0", "q1"]
+    assert numbers(held["samples"]["reward"], "<f8").tolist() == [1.0, 0.0, 1.0, 0.0]
+    texts = [held["vocabulary"]["texts"][i] for i in numbers(held["tokens"]["piece"], "<u4")]
+    assert "".join(texts) == 2 * "12+3=15\nA:15A:4"
+    for record, says in ((lines[0], "candidates[0]: holds no list of tokens; name the policy"),
+                         ({"id": "a", "candidates": 3}, "candidates: not a list of objects; write them with")):  # fmt: skip
+        with pytest.raises(DataError) as raised:
+            inspect(write(path, [record]))
+        assert says in str(raised.value)
+
+
 BAD = {
     "no tokens": ({"id": "a"}, "tokens: missing"),
     "tokens of text": ({"tokens": ["a"]}, "tokens: not a list of token ids"),
@@ -103,6 +133,7 @@ BAD = {
     "log-probabilities of text": (GOOD | {"logprobs": ["a", "b", "c"]}, "logprobs: not"),
     "a log-probability beyond float32": (GOOD | {"logprobs": [1e300, 0, 0]}, "logprobs: a number beyond"),
     "a log-probability beyond float64": (GOOD | {"logprobs": [10**400, 0, 0]}, "logprobs: not"),
+    "a version of -2": (GOOD | {"versions": [-2, 1, 1]}, "versions: not"),
     "versions of fractions": (GOOD | {"versions": [0.5, 1, 1]}, "versions: not"),
     "a version of 2**40": (GOOD | {"versions": [2**40, 1, 1]}, "versions: not"),
     "a trace of one number": (GOOD | {"trace": [1]}, "trace: a row"),
