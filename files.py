@@ -3,7 +3,7 @@
 Invariants:
 - A file written here appears under its name only when all of it is on disk; after a full disk, a missing permission or
   a kill, the name holds what it held before.
-- A line appended here is whole or absent: what a failed append left behind is cut off again.
+- Lines appended here are whole or absent: what a failed append left behind is cut off again.
 - An output is a regular file at its real path: a symbolic link stays, and what it points to is replaced. A pipe is written to
   once all is known. A device or a socket is refused.
 - A temporary file is locked while its writer lives. What a killed writer left is removed by the next one of the same output.
@@ -150,19 +150,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def append_jsonl(path: str | os.PathLike[str], value: Any) -> None:
-    """Appends one JSON line and flushes it to disk; a line that did not fit is cut off again.
+def append_jsonl(path: str | os.PathLike[str], *values: Any) -> None:
+    """Appends one JSON line per value and flushes them to disk; lines that did not all fit are cut off again.
 
     NaN and infinities are refused (`ValueError`).
     """
-    line = json.dumps(value, allow_nan=False).encode() + b"\n"
+    lines = b"".join(json.dumps(value, allow_nan=False).encode() + b"\n" for value in values)
     make_directory(Path(path).parent)
     with storing(path), open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
         try:
             written = 0
-            while written < len(line):
-                written += file.write(line[written:])
+            while written < len(lines):
+                written += file.write(lines[written:])
             os.fsync(file.fileno())
         except OSError:
             file.truncate(before)

@@ -82,7 +82,9 @@ def generate(
 
     Input lines: {"id", "prompt" or "prompt_tokens", "seed" optional}. Output lines, one per sample, in the input's
     order: {"id", "sample", "prompt_tokens", "tokens", "text", "logprobs", "behavior_logprobs", "versions",
-    "finish_reason", "forwards"}, and with --logprobs "top_tokens" and "top_logprobs".
+    "finish_reason", "forwards", "trace"}, and with --logprobs "top_tokens" and "top_logprobs". "trace" has a row per decode
+    step: position of its anchor, drafts verified, drafts accepted, first position and length of the mask block they came from,
+    forward passes. `blockroll inspect` shows the file.
 
     \b
     Example:

@@ -34,6 +34,7 @@ def evaluate(
     dtype: DtypeOption = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there, a plot beside.")] = None,
     card: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the model card there, Markdown.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every table: pass@k, families, drafts.")] = False,
 ) -> None:
     """Measure what a policy is worth on held-out tasks.
 
@@ -56,7 +57,7 @@ def evaluate(
         levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes), batch=batch,
         max_tokens=max_tokens, seed=seed, device=device, dtype=dtype,
     )
-    report.evaluate_and_show(policy, options, parent_name=parent, json_path=json, card_path=card)
+    report.evaluate_and_show(policy, options, everything, parent_name=parent, json_path=json, card_path=card)
 
 
 def plan(
@@ -68,6 +69,7 @@ def plan(
     survival: Annotated[str, typer.Option(help="Instead: P(at least k drafts accepted), k = 1, 2, ..")] = "",
     measured: Annotated[Path | None, typer.Option(metavar="PATH", help="JSON of `blockroll bench gpu`.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write everything there.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print the long tables too.")] = False,
 ) -> None:
     """Predict decoding speed from a policy's sizes and a device's data sheet.
 
@@ -83,7 +85,7 @@ def plan(
 
     planning.plan(
         model, words(hardware), integers("batch", batch), integers("context", context), tokens_per_step=tpf,
-        survival=numbers("survival", survival), measured=measured, output=json,
+        survival=numbers("survival", survival), measured=measured, output=json, everything=everything,
     )
 
 
@@ -136,6 +138,7 @@ def bench_planner(
     rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print every schedule, not the fastest ones alone.")] = False,
 ) -> None:
     """Measure what the planner chooses against every fixed schedule in hindsight.
 
@@ -150,7 +153,7 @@ def bench_planner(
 
     benchmark.bench_planner(
         policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json,
-        device=device, dtype=dtype,
+        device=device, dtype=dtype, everything=everything,
     )
 
 
@@ -160,6 +163,7 @@ def bench_gpu(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="The same code on a CPU, on a few numbers, through Triton's interpreter.")
     ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Print every kernel and every forced acceptance.")] = False,
 ) -> None:
     """Measure this accelerator: correctness, kernels, and decode steps of a ZAYA1-8B with random weights.
 
@@ -175,7 +179,7 @@ def bench_gpu(
     """
     from ..rollout.bench.gpu import runner
 
-    if not runner.bench_gpu(json, minutes, dry_run):
+    if not runner.bench_gpu(json, minutes, dry_run, everything=everything):
         raise typer.Exit(1)
 
 

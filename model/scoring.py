@@ -8,7 +8,7 @@ Legend: N scored tokens of a sequence, P prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,8 @@ from .vocabulary import rows_at_once
 if TYPE_CHECKING:
     from .policy import Policy
 
+Column = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(logits_NV, targets_N, temperatures_N) -> one number per row."""
 _ROWS = 8192
 """Most rows of a pass, unless one sequence has more; sequences are packed up to it."""
 
@@ -46,15 +48,42 @@ def score(
         RequestError: an empty prompt, a token outside the vocabulary, more tokens than the policy's maximum, or a temperature
             that is neither 0 nor in 1e-6..1e4.
     """
+    return _scored(policy, sequences, temperature, [logprobs])[0]
+
+
+@torch.inference_mode()
+def score_with_entropy(
+    policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float = 1.0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What `score` gives, and the entropy of p where each completion token was drawn, in nats, float32[N] per sequence.
+
+    Raises: as `score`.
+    """
+    scored, entropies = _scored(policy, sequences, temperature, [logprobs, _entropy])
+    return scored, entropies
+
+
+def _entropy(logits_NV: torch.Tensor, _: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    logp_NV = torch.log_softmax(logits_NV.double() / torch.where(temperature_N > 0, temperature_N, 1.0)[:, None], dim=-1)
+    return -(logp_NV.exp() * logp_NV).sum(-1)
+
+
+def _scored(
+    policy: Policy, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float, columns: Sequence[Column]
+) -> list[list[np.ndarray]]:
+    """Per column its values, float32[N] per sequence."""
     sequences = checked_sequences(policy, sequences)
     check_temperature(temperature)
     backend = choose(policy)
     passes = packs(sequences, lambda pair: len(pair[0]) + len(pair[1]), _ROWS)
-    scored = [scores for pack in passes for scores in _score_pack(backend, policy.config.vocab_size, pack, temperature)]
-    for i, scores in enumerate(scored):
+    made: list[list[np.ndarray]] = [[] for _ in columns]
+    for pack in passes:
+        for whole, part in zip(made, _score_pack(backend, policy.config.vocab_size, pack, temperature, columns), strict=True):
+            whole += part
+    for i, scores in enumerate(made[0]):
         require(bool(np.isfinite(scores).all()), "logprobs", f"those of sequence {i} are not finite",
                 "use weights, and a dtype, that keep the policy's logits finite")
-    return scored
+    return made
 
 
 def checked_sequences(
@@ -79,8 +108,12 @@ def checked_sequences(
 
 
 def _score_pack(
-    backend: Backend, vocabulary: int, pack: Sequence[tuple[Sequence[int], Sequence[int]]], temperature: float
-) -> list[np.ndarray]:
+    backend: Backend,
+    vocabulary: int,
+    pack: Sequence[tuple[Sequence[int], Sequence[int]]],
+    temperature: float,
+    columns: Sequence[Column],
+) -> list[list[np.ndarray]]:
     texts = [[*prompt, *tokens] for prompt, tokens in pack]
     counts = [len(tokens) for _, tokens in pack]
     ends = np.cumsum([len(prompt) + len(tokens) for prompt, tokens in pack])
@@ -90,9 +123,10 @@ def _score_pack(
     hidden_TD = backend.forward(layout, plan)
     target_N = layout.token_T[index + 1]
     temperature_1 = torch.full((1,), float(temperature), dtype=torch.float64, device=index.device)
-    at_once = rows_at_once(vocabulary, 3, index.device)
-    parts = [
-        logprobs(backend.head(hidden_TD[some]), target, temperature_1.expand(len(target)))
-        for some, target in zip(index.split(at_once), target_N.split(at_once), strict=True)
-    ]
-    return np.split(torch.cat(parts).float().cpu().numpy(), np.cumsum(counts)[:-1])
+    at_once = rows_at_once(vocabulary, 3 + 5 * (len(columns) - 1), index.device)  # entropy is summed in float64
+    parts: list[list[torch.Tensor]] = [[] for _ in columns]
+    for some, target in zip(index.split(at_once), target_N.split(at_once), strict=True):
+        logits_NV = backend.head(hidden_TD[some])
+        for part, column in zip(parts, columns, strict=True):
+            part.append(column(logits_NV, target, temperature_1.expand(len(target))))
+    return [np.split(torch.cat(part).float().cpu().numpy(), np.cumsum(counts)[:-1]) for part in parts]

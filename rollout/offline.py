@@ -11,7 +11,6 @@ Invariants:
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections import deque
@@ -37,6 +36,7 @@ from .input_lines import PROMPT_BYTES, SAMPLE_BYTES, InputFile, Line, shown
 from .kv_memory import most_pages
 from .params import MAX_SAMPLES
 from .progress import Meter
+from .sample_lines import dump, sample_line
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
 from .types import RolloutRequest, SamplingParams, Trajectory
 
@@ -107,7 +107,7 @@ def generate_file(
                 waiting[sample.key] = sample
                 while names and (names[0][1], written) in waiting:
                     done = waiting.pop((names[0][1], written))
-                    out.write(_dump(_sample_line(names[0][0], done, policy)))
+                    out.write(dump(sample_line(names[0][0], done, policy.tokenizer)))
                     written = (written + 1) % n
                     if not written:
                         names.popleft()
@@ -147,7 +147,7 @@ def score_file(
             for index, logprobs in zip(chunk, score(policy, pairs, temperature), strict=True):
                 kept, prompt, tokens = samples[index]
                 line = {**kept, "prompt_tokens": prompt.tolist(), "tokens": tokens.tolist(), "logprobs": logprobs.tolist()}
-                out.write(_dump(line))
+                out.write(dump(line))
                 meter.advance(len(tokens), 0)
 
 
@@ -236,30 +236,6 @@ def _request(line: Line, policy: Policy, params: SamplingParams, n: int, seed: i
     if type(own) is not int or not 0 <= own <= MAX_SEED:
         raise line.error("seed", f"{shown(own)} is not a seed", "use a whole number from 0 to 2**63-1")
     return RolloutRequest(name, line.prompt(policy), params=params, seed=own, samples=n)
-
-
-def _sample_line(name: str | int, sample: Trajectory, policy: Policy) -> dict[str, Any]:
-    alternatives = {}
-    if sample.top_tokens is not None and sample.top_logprobs is not None:
-        alternatives = {"top_tokens": sample.top_tokens.tolist(), "top_logprobs": sample.top_logprobs.tolist()}
-    return {
-        "id": name,
-        "sample": sample.sample,
-        "prompt_tokens": list(sample.prompt_tokens),
-        "tokens": [int(token) for token in sample.tokens],
-        "text": None if policy.tokenizer is None else sample.text(policy.tokenizer),
-        "logprobs": sample.logprobs.tolist(),
-        "behavior_logprobs": sample.behavior_logprobs.tolist(),
-        "versions": sample.versions.tolist(),
-        "finish_reason": sample.finish_reason,
-        "forwards": sample.forwards,
-        **alternatives,
-    }
-
-
-def _dump(record: dict[str, Any]) -> str:
-    # Python writes the shortest digits that read back as the same number.
-    return json.dumps(record, allow_nan=False) + "\n"
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, command: str = "dec
     return ended.value.code
 
 
-def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "decode.json"
     options = ["--batch", "1,3", "--samplers", "lossless", "--peer", "transformers", "--json", path]
     assert run(monkeypatch, "--policy", policy, *options, "--rounds", 3, "--max-tokens", 12) == 0
@@ -61,6 +63,8 @@ def test_rows(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     ar, lossless, _ = rows[:3]
     assert ar["ratio_to_ar"] == 1.0
     assert lossless["ratio_to_ar"] == pytest.approx(lossless["tokens_per_s"] / ar["tokens_per_s"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"{rows[0]['machine']['processor']}, context 32, T=1: batch 1: " in first and "; batch 3: " in first
 
 
 def test_a_peer_that_refuses_says_why(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,7 +98,9 @@ def test_bad_options(
     assert error.count("\n") == 1
 
 
-def test_planner_against_fixed_schedules(policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_planner_against_fixed_schedules(
+    policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "planner.json"
     options = ["--batch", 3, "--rounds", 3, "--max-tokens", 6, "--json", path]
     assert run(monkeypatch, "--policy", policy, *options, command="planner") == 0
@@ -109,6 +115,12 @@ def test_planner_against_fixed_schedules(policy: Path, monkeypatch: pytest.Monke
     for part in result["by_batch"]:
         assert part["best"] in labels and set(part["chosen"]) <= set(labels)
         assert part["best_tokens_per_s"] > 0 and part["planner_tokens_per_s"] > 0
+
+
+    out = capsys.readouterr().out
+    assert f"batch 3 falling to 1, coupled: the planner makes {result['planner_ratio']:.2f}x" in out.splitlines()[0]
+    assert f"{result['best']}, the best fixed schedule in hindsight" in out.splitlines()[0]
+    assert "slower schedules" in out
 
 
 def test_bad_options_of_the_planner_s_bench(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -46,7 +47,8 @@ def test_figures(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path, card = tmp_path / "out" / "eval.json", tmp_path / "card.md"
     options = ["--tasks", 8, "--k", "1,3", "--mix-weights", "0.5,0.75", "--temperatures", "1,0.3", "--levels", "0,2",
                "--block-sizes", "4,8", "--batch", 5, "--max-tokens", 20, "--seed", 3]  # fmt: skip
-    assert run(monkeypatch, directory / "policy", "--parent", directory / "parent", *options, "--json", path, "--card", card) == 0
+    options += ["--json", path, "--card", card, "--all"]
+    assert run(monkeypatch, directory / "policy", "--parent", directory / "parent", *options) == 0
     figures = json.loads(path.read_text())
     assert (figures["tasks"], figures["samples"], figures["seed"], figures["families"]) == (8, 3, 3, ["count_bits", "gcd"])
     assert (figures["policy"], figures["parent"]) == ("policy", "parent")
@@ -81,6 +83,8 @@ def test_figures(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown, written = capsys.readouterr().out, card.read_text()
     assert shown.strip() in written
+    first = shown.splitlines()[0]
+    assert re.fullmatch(r"\*\*policy, T=1: \S+, [\d.]+ tokens per forward; .* % right.* \(8 held-out tasks\)\*\*", first)
     assert "(out/eval.png)" in written
     assert "8 held-out tasks" in shown
     assert str(tmp_path) not in written + path.read_text()
@@ -98,7 +102,12 @@ def test_shipped_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert figures["batch_1"]["equal_samples"] >= 5
     assert 0 < figures["ar_entropy"]["1.0"] < 1
     assert "no recipe.yaml" in figures["disjoint"]["not_compared"][0]
-    assert "Not compared: no recipe.yaml" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Not compared: no recipe.yaml" in out
+    first = out.splitlines()[0]
+    pattern = r"policy, T=1: lossless, [\d.]+ tokens per forward; lossless .* right; ar .* right \(6 held-out tasks\)"
+    assert re.fullmatch(pattern, first)
+    assert "pass@k, T=" not in out and out.splitlines()[-1].startswith("--all: pass@k")
 
 
 def test_another_seed_draws_other_tasks(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from blockroll.rollout.evaluation.options import Options
 from blockroll.rollout.schedule import Schedule
 
 KEYS = ["id", "sample", "prompt_tokens", "tokens", "text", "logprobs", "behavior_logprobs", "versions",
-        "finish_reason", "forwards"]
+        "finish_reason", "forwards", "trace"]
 LONGEST = 128
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
 
 def test_zaya1_8b(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    assert run(monkeypatch, "--batch", "1,64", "--context", "16384", "--json", path) == 0
+    assert run(monkeypatch, "--batch", "1,64", "--context", "16384", "--json", path, "--all") == 0
     out = capsys.readouterr().out
     assert "8.84B parameters" in out and "AMD Instinct MI300X data sheet" in out
     result = json.loads(path.read_text())
@@ -33,6 +34,20 @@ def test_zaya1_8b(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     # Never below AR: it is what runs where nothing pays.
     assert all(case[side]["best"]["ratio"] >= 1 for case in mi300x["predicted"] for side in ("peak", "reached"))
     assert {step["schedule"].partition("(")[0] for step in result["steps"]} == {"ar", "two_pass", "fused"}
+
+
+def test_the_conclusion_comes_first_and_long_tables_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--batch", "1,8,16", "--context", "2048,16384") == 0
+    short = capsys.readouterr().out
+    first, *_ = short.splitlines()
+    pays = r"fused 2\.\d(-\d\.\d)?x ar"
+    assert re.fullmatch(f"batch 16, context 2k: mi300x {pays}; mi355x {pays}; h200 {pays}", first), first
+    assert len(short.splitlines()) < 20 and max(map(len, short.splitlines())) <= 140
+    assert run(monkeypatch, "--batch", "1,8,16", "--context", "2048,16384", "--all") == 0
+    everything = capsys.readouterr().out
+    assert everything.splitlines()[0] == first and len(everything.splitlines()) > 50
 
 
 def test_a_shipped_policy_a_curve_and_measured_rates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -157,11 +157,26 @@ def bench_decode(
     if output is not None:
         write_json(output, rows)
     console = Console()
+    console.print(f"{conclusion(rows)}\n", highlight=False, soft_wrap=True)
     console.print(_table(rows))
+    console.print(f"\ntokens/s: median of {rounds} rounds, prefill included. per forward: tokens per decode forward, prefill left"
+                  " out. x ar: tokens/s over those of our ar at this batch. check: largest difference of a log-probability from"
+                  " a recomputation, or a peer's greedy tokens against ours.", highlight=False)  # fmt: skip
     console.print(f"products of clean rows: {products(policy)}")
     for name, why in {row["engine"]: row["unsupported"] for row in rows if "unsupported" in row}.items():
         console.print(f"{name} does not serve this policy: {why}")
     return rows
+
+
+def conclusion(rows: Sequence[dict[str, Any]]) -> str:
+    """One line: per batch what decodes fastest, over our `ar`; and the machine."""
+    parts = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        some = [row for row in rows if row["batch"] == batch and row["tokens_per_s"]]
+        fast = max(some, key=lambda row: row["tokens_per_s"])
+        name = fast["sampler"] if fast["engine"] == "blockroll" else fast["engine"]
+        parts.append(f"batch {batch}: {name}, {fast['ratio_to_ar']:.1f}x ar" if name != "ar" else f"batch {batch}: ar")
+    return f"{rows[0]['machine']['processor']}, context {rows[0]['context']}, T={rows[0]['temperature']:g}: {'; '.join(parts)}"
 
 
 def prompts_of_one_length(policy: Policy, count: int) -> list[tuple[int, ...]]:

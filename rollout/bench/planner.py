@@ -63,12 +63,14 @@ def bench_planner(
     output: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    everything: bool = False,
 ) -> dict[str, Any]:
     """Measures the planner and each schedule it may choose; prints two tables, writes `output` as JSON.
 
     Args:
         batch: requests, all running at first.
         max_tokens: of the longest request; the others may make evenly fewer.
+        everything: print every schedule, not the fastest ones alone.
         device, dtype: where and as what the policy runs (`model.device.placement`).
 
     Returns:
@@ -111,7 +113,7 @@ def bench_planner(
     }  # fmt: skip
     if output is not None:
         write_json(output, result)
-    _print(result)
+    _print(result, everything)
     return result
 
 
@@ -187,12 +189,24 @@ def _rate(contestant: _Contestant, low: int, high: int) -> float:
     return sum(tokens for _, tokens in spent) / seconds if seconds else 0.0
 
 
-def _print(result: dict[str, Any]) -> None:
+SHOWN = 3
+"""Schedules in the table, unless all are asked for; the planner is always among them."""
+
+
+def conclusion(result: dict[str, Any]) -> str:
+    """One line: the planner against the best fixed schedule in hindsight."""
+    return (f"{result['machine']['processor']}, batch {result['batch']} falling to 1, {result['sampler']}: the planner"
+            f" makes {result['planner_ratio']:.2f}x the tokens/s of {result['best']}, the best fixed schedule in"
+            " hindsight")  # fmt: skip
+
+
+def _print(result: dict[str, Any], everything: bool) -> None:
     totals = Table(box=None, pad_edge=False)
     totals.add_column("schedule", no_wrap=True)
     for heading in ("seconds", "tokens/s", "x best"):
         totals.add_column(heading, justify="right", no_wrap=True)
-    for row in result["rows"]:
+    shown = [row for i, row in enumerate(result["rows"]) if everything or i < SHOWN or row["schedule"] == "auto"]
+    for row in shown:
         totals.add_row(row["schedule"], f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['ratio_to_best']:.2f}")
     ranges = Table(box=None, pad_edge=False)
     for heading in ("batch", "best", "tokens/s", "planner", "chose"):
@@ -204,6 +218,14 @@ def _print(result: dict[str, Any]) -> None:
         ranges.add_row(batches, part["best"], f"{part['best_tokens_per_s']:,.0f}", f"{part['planner_tokens_per_s']:,.0f}",
                        ", ".join(often))
     console = Console()
-    console.print(totals, "", ranges)
+    console.print(f"{conclusion(result)}\n", highlight=False, soft_wrap=True)
+    console.print(totals)
+    left = len(result["rows"]) - len(shown)
+    if left:
+        console.print(f"--all: {left} slower schedules", highlight=False)
+    console.print("Above: median seconds of a round, tokens/s, and tokens/s over those of the best fixed schedule; auto is the"
+                  " planner. Below: while so many samples ran, the best fixed schedule, its tokens/s, the planner's, and the"
+                  " schedules that the planner chose most.\n", highlight=False)  # fmt: skip
+    console.print(ranges)
     if result["tokens_equal"] is not None:
         console.print("tokens: the same from every schedule" if result["tokens_equal"] else "tokens: NOT THE SAME")

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ...files import whole_file
+from ..evaluation.plots import LEAST_SURVIVAL
+from ..plot_style import BLACK, BLUE, ORANGE, head, picture
 from ..types import SamplerName
 
 WAYS: tuple[tuple[SamplerName, float], ...] = (("lossless", 1.0), ("lossless", 0.3), ("mixed", 1.0), ("mixed", 0.3))
@@ -86,31 +87,62 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG, whole or not at all: tokens per forward by variant, one dot per seed, and acceptance by slot."""
-    from matplotlib.figure import Figure
-
+    """Writes a PNG, whole or not at all: a row per variant, with tokens per forward by way on the left, one mark per seed, and
+    acceptance by draft as a table of shades on the right."""
     variants = _variants(report)
-    figure = Figure(figsize=(13, 1.5 + 0.45 * max(len(variants), 6)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (sampler, temperature), marker in zip(WAYS, "osD^", strict=True):
+    seeds, decoding = report["config"]["seeds"], report["config"]["decoding"]
+    detail = (f"Each variant: {len(seeds)} seed(s), {decoding['tasks']} held-out tasks each. A line spans the seeds. On the right"
+              f" the mean over seeds, where at least {100 * LEAST_SURVIVAL:g} % of the steps come that far.")  # fmt: skip
+    with picture(path, 1, 2, 1.9 + 0.36 * max(len(variants), 4), detail, sharey=True, width_ratios=(1.15, 1)) as axes:
+        _plot_speed(axes[0][0], report, variants)
+        _plot_acceptance(axes[0][1], report, variants)
+
+
+def _plot_speed(axes: Any, report: Mapping[str, Any], variants: list[str]) -> None:
+    samplers = list(dict.fromkeys(sampler for sampler, _ in WAYS))
+    means = dict[str, float]()
+    for w, (sampler, temperature) in enumerate(WAYS):
+        colour, marker, full = (BLUE, ORANGE)[samplers.index(sampler)], "oD"[samplers.index(sampler)], temperature == WAYS[0][1]
         for place, variant in enumerate(variants):
-            values = _values(
-                report, variant, lambda row, way=(sampler, temperature): _way(row, *way)["tokens_per_forward"]  # type: ignore[misc]
-            )
-            colour = f"C{[way[0] for way in WAYS].index(sampler)}"
-            left.plot(values, [place] * len(values), marker, color=colour, alpha=0.8, markersize=5,
-                      fillstyle="full" if temperature == 1 else "none",
-                      label=f"{sampler}, T={temperature:g}" if not place else None)
-    left.set(yticks=range(len(variants)), yticklabels=variants, xlabel="tokens per forward")
-    left.invert_yaxis()
-    left.grid(axis="x", alpha=0.3)
-    left.legend(fontsize=8)
-    for place, variant in enumerate(variants):
-        accepted = _acceptance(report, variant)
-        right.plot(range(1, len(accepted) + 1), accepted, marker=".", label=variant, color=f"C{place % 10}",
-                   linestyle="-" if place < 10 else "--")
-    right.set(xlabel="draft", ylabel="accepted, given all before it were", ylim=(0, 1))
-    right.grid(alpha=0.3)
-    right.legend(fontsize=7)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+            values = _values(report, variant, lambda row, way=(sampler, temperature): _way(row, *way)["tokens_per_forward"])  # type: ignore[misc]
+            if not w:
+                means[variant] = float(values.mean())
+            at = place + 0.18 * (w - (len(WAYS) - 1) / 2)  # ways do not hide each other
+            axes.plot([values.min(), values.max()], [at, at], color=colour, lw=1)
+            axes.plot(values, [at] * len(values), marker, color=colour, markersize=3.4, fillstyle="full" if full else "none",
+                      label=f"{sampler}, T={temperature:g}" if not place else None)  # fmt: skip
+    best = max(means, key=means.__getitem__, default="")
+    finding = f"{best}: {means[best]:.2f} tokens per forward,\n{variants[0]} {means[variants[0]]:.2f}" if means else "No cells"
+    head(axes, finding, f"one mark per seed; the title speaks of {WAYS[0][0]}, T={WAYS[0][1]:g}")
+    axes.set(yticks=range(len(variants)), yticklabels=variants, xlabel="tokens per forward", ylim=(len(variants) - 0.4, -0.6))
+    axes.legend(loc="best")
+    for place in range(1, len(variants)):
+        axes.axhline(place - 0.5, color="#E3E6EA", lw=0.6)
+    axes.grid(axis="y", visible=False)
+
+
+def _plot_acceptance(axes: Any, report: Mapping[str, Any], variants: list[str]) -> None:
+    rows = {variant: _reached(report, variant) for variant in variants}
+    most = max(map(len, rows.values()), default=0)
+    shades = np.full((len(variants), max(most, 1)), np.nan)
+    for place, row in enumerate(rows.values()):
+        shades[place, : len(row)] = row
+    extent = 0.5, shades.shape[1] + 0.5, len(variants) - 0.5, -0.5
+    axes.imshow(shades, aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=extent, interpolation="nearest")
+    for place, row in enumerate(rows.values()):
+        for k, value in enumerate(row, start=1):
+            ink = "white" if value > 0.6 else BLACK
+            axes.text(k, place, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    first = {variant: row[0] for variant, row in rows.items() if row}
+    best = max(first, key=first.__getitem__, default="")
+    finding = f"{best}: {100 * first[best]:.0f} % of the first drafts\nare accepted" if first else "No drafts"
+    head(axes, finding, f"% accepted, given all before were; {WAYS[0][0]}, T={WAYS[0][1]:g}")
+    axes.set(xlabel="k-th draft of a step", xticks=range(1, most + 1), ylim=(len(variants) - 0.4, -0.6))
+    axes.grid(visible=False)
+
+
+def _reached(report: Mapping[str, Any], variant: str) -> list[float]:
+    """`_acceptance`, as far as LEAST_SURVIVAL of the steps come with every seed."""
+    cells = [_way(row, *WAYS[0]) for row in report["cells"] if row["variant"] == variant]
+    far = min(sum(share >= LEAST_SURVIVAL for share in [1.0, *way["survival"]]) for way in cells)
+    return _acceptance(report, variant)[:far]

@@ -51,19 +51,34 @@ def card(policy: Policy, figures: dict[str, Any], directory: Path, picture: str 
     return "\n".join(lines) + "\n"
 
 
-def figures_as_markdown(figures: dict[str, Any]) -> list[str]:
-    """The figures, line by line."""
+def conclusion(figures: dict[str, Any]) -> str:
+    """One line: what the fastest sampler that keeps p makes, how many answers are right, and how many of `ar`'s."""
+    temperature = figures["temperatures"][0]
+    ways = [way for way in figures["ways"] if way["policy"] == "policy" and way["block_size"] == figures["block_size"]
+            and way["temperature"] == temperature and way["sampler"] != "mixed"]  # fmt: skip
+    fast, ar = max(ways, key=lambda way: way["tokens_per_forward"]), next(way for way in ways if way["sampler"] == "ar")
+    right = "; ".join(f"{way['name']} {100 * way['pass_at_1']:.1f} ± {100 * way['standard_error']:.1f} % right" for way in
+                      ([ar] if fast is ar else [fast, ar]))  # fmt: skip
+    return (f"{figures['policy']}, T={temperature:g}: {fast['name']}, {fast['tokens_per_forward']:.2f} tokens per forward;"
+            f" {right} ({figures['tasks']} held-out tasks)")  # fmt: skip
+
+
+def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> list[str]:
+    """The figures, line by line, the conclusion first. `everything`: pass@k, families and drafts too."""
     errors, machine, disjoint = figures["standard_error"], figures["machine"], figures["disjoint"]
     ways, temperature = figures["ways"], figures["temperatures"][0]
     parent_loss = "" if "parent_ar_loss" not in figures else \
         f"; of its parent {_estimate(figures['parent_ar_loss'], errors['parent_ar_loss'], 4)}"
     levels = ",".join(map(str, figures["levels"]))
     lines = [
+        f"**{conclusion(figures)}**" if everything else conclusion(figures),
+        "",
         f"{figures['tasks']} held-out tasks, {figures['samples']} sample(s) of each at temperature {temperature:g} and one"
         f" elsewhere, at most {figures['max_tokens']} tokens, seed {figures['seed']}; schedule fused {{{levels}}} but for `ar`,"
         f" block size {figures['block_size']}, batch {figures['batch']}, {figures['dtype']}. {machine['processor']},"
         f" {machine['cores']} cores, {machine['torch_threads']} torch thread(s), torch {machine['versions']['torch']},"
-        f" {machine['date']}. ± is the standard error over tasks. Tokens per forward leave prefill out; tokens/s includes it.",
+        f" {machine['date']}. ± is the standard error over tasks. Tokens per forward leave prefill out;"
+        " tokens/s includes it. pass@1 is the share of samples that are right, block the mask rows of a block.",
         "",
         f"- AR loss on the tasks' own completions, nats per token: {_estimate(figures['ar_loss'], errors['ar_loss'], 4)}"
         f"{parent_loss}.",
@@ -86,6 +101,8 @@ def figures_as_markdown(figures: dict[str, Any]) -> list[str]:
                      f"{way['tokens_per_s']:,.0f}"])  # fmt: skip
     head = ["", "sampler", "T", "block", "samples", "tokens/forward", "pass@1", "answer tokens", "tokens/s"]
     lines += ["", *_table(head, rows, left=2)]
+    if not everything:
+        return [*lines, "", "--all: pass@k, pass@1 by family, drafts accepted by kind of token and by slot"]
     lines += ["", f"pass@k, T={temperature:g}:", ""]
     lines += _table(["sampler", *map(str, figures["k"])],
                     ([name, *(_estimate(value, errors["pass_at"][name][k], 3) for k, value in row.items())]

@@ -96,9 +96,9 @@ def evaluate_policy(
     return figures
 
 
-def evaluate_and_show(policy_name: str | os.PathLike[str], options: Options, **places: Any) -> None:
-    """`evaluate_policy`, and its figures on the standard output."""
-    print("\n".join(figures_as_markdown(evaluate_policy(policy_name, options, **places))))
+def evaluate_and_show(policy_name: str | os.PathLike[str], options: Options, everything: bool, **places: Any) -> None:
+    """`evaluate_policy`, and its figures on the standard output: `everything`, or those that are asked for most."""
+    print("\n".join(figures_as_markdown(evaluate_policy(policy_name, options, **places), everything)))
 
 
 def _load_parent(name: str | os.PathLike[str], policy: Policy) -> Policy:

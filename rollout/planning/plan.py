@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers import ZayaConfig
 
 from ...errors import DataError, InvalidInput
@@ -18,6 +15,7 @@ from ...files import check_output, write_json
 from ...inputs import read_input, unreadable
 from ...model.checkpoint import read_config, resolve
 from ..schedule import Schedule
+from .plan_tables import show
 from .roofline import HARDWARE, Hardware, Rates, Roofline, Step, expected_tokens, geometric_survival, measured_rates
 
 ZAYA1_8B = "zaya1-8b"
@@ -46,6 +44,7 @@ def plan(
     survival: Sequence[float] = (),
     measured: Path | None = None,
     output: Path | None = None,
+    everything: bool = False,
 ) -> dict[str, Any]:
     """Print the roofline and write it to `output` as JSON; returns it.
 
@@ -54,6 +53,7 @@ def plan(
         tokens_per_step: of a step that drafts a whole block, when each draft is accepted alike.
         survival: P(at least k drafts are accepted), k = 1, 2, ..; in place of `tokens_per_step`.
         measured: JSON of `blockroll bench gpu`; its device is added to `hardware`.
+        everything: print the long tables too.
     Raises:
         InvalidInput: unknown hardware, a number out of range. CheckpointError: no such policy.
     """
@@ -87,7 +87,7 @@ def plan(
         ],
         "devices": [_device_rows(roofline, *device, batches, contexts, survival) for device in devices],
     }  # fmt: skip
-    _print(result)
+    show(result, everything)
     if output is not None:
         write_json(output, result)
     return result
@@ -157,59 +157,3 @@ def _device_rows(
             for context in contexts for batch in batches
         ],
     }  # fmt: skip
-
-
-def _print(result: dict[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 140)
-
-    def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for heading in headings:
-            words = heading in ("schedule", "device", "best", "rates from")
-            table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "rates from")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-        console.print()
-
-    model = result["model"]
-    console.print(
-        f"{model['name']}: {model['parameters'] / 1e9:.3g}B parameters, {model['weight_bytes'] / 1e9:.3g} GB in bfloat16,"
-        f" {model['kv_bytes_per_token'] / 1024:.3g} KiB of keys and values per token, blocks of {model['block_size']}",
-        highlight=False,
-    )  # fmt: skip
-    show(
-        "A decode step: bytes moved and FLOPs, whatever the device",
-        ("batch", "context", "schedule", "rows", "experts", "GB", "TFLOP"),
-        [
-            (str(r["batch"]), str(r["context"]), r["schedule"], str(r["rows"]), f"{r['experts_touched']:.1f}",
-             f"{r['bytes'] / 1e9:.2f}", f"{r['flops'] / 1e12:.3f}")
-            for r in result["steps"]
-        ],
-    )  # fmt: skip
-    show(
-        "Rows per sequence until attention over a long context is compute-bound (verify rows and proposals of one block each)",
-        ("device", "by peaks", "proposals", "by rates reached", "proposals", "rates from"),
-        [
-            (d["name"], f"{d['attention_compute_bound']['peak']['rows']:.0f}",
-             f"{d['attention_compute_bound']['peak']['proposals']:.1f}",
-             f"{d['attention_compute_bound']['reached']['rows']:.0f}",
-             f"{d['attention_compute_bound']['reached']['proposals']:.1f}", f"{d['source']}; reached: {d['basis']}")
-            for d in result["devices"]
-        ],
-    )  # fmt: skip
-    rows = []
-    for device in result["devices"]:
-        for case in device["predicted"]:
-            row = [device["name"], str(case["batch"]), str(case["context"])]
-            for name in ("peak", "reached"):
-                side = case[name]
-                row += [f"{side['ar_seconds'] * 1e3:.2f}", side["best"]["schedule"],
-                        f"{side['best']['seconds'] * 1e3:.2f}", f"{side['best']['ratio']:.2f}"]  # fmt: skip
-            rows.append(row)
-    first = ", ".join(f"{chance:.2f}" for chance in result["survival"][:4])
-    show(
-        f"Predicted: milliseconds of an AR step, the best schedule, its milliseconds, its tokens/s over AR's\n"
-        f"left by peak rates, right by rates reached; P(at least k drafts accepted) = {first}, ..",
-        ("device", "batch", "context", "ar ms", "best", "ms", "x ar", "ar ms", "best", "ms", "x ar"), rows,
-    )  # fmt: skip

@@ -6,13 +6,16 @@ by the clock, the host's part included: counted while measured (`measured`), or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...planning.roofline import Rates, Roofline, expected_tokens, geometric_survival
+from ...plot_style import BLUE, GREY, head, picture, series
 from ...schedule import Schedule
+from ...wording import kibi, nearest, span
 from .sizes import DEVICE, DRY, FORCED, Sizes
 
 PUBLISHED = {
@@ -142,21 +145,58 @@ def _columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def text(made: Mapping[str, Any]) -> str:
-    """The tables of a summary, to print."""
-    machine, ceilings, sections = made["machine"], made["ceilings"], made["sections"]
-    parts = [f"{machine.get('device', 'no device')}, {machine.get('versions', {})}", NOTE]
-    if ceilings:
-        parts.append(", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()))
+def conclusion(made: Mapping[str, Any]) -> str:
+    """One line: per context the fastest schedule at a batch near 16, and how the checks came out."""
+    parts = []
+    for context in sorted({row["context"] for row in made["decode"]}):
+        rows = [row for row in made["decode"] if row["context"] == context]
+        batch = nearest(row["batch"] for row in rows)
+        fast = max((row for row in rows if row["batch"] == batch), key=lambda row: row["measured"]["tokens_per_s"])
+        if "ratio_to_ar" in fast["measured"]:
+            parts.append(f"batch {batch}, {kibi(context)}: {fast['schedule']}, {fast['measured']['ratio_to_ar']:.1f}x ar")
+    checks = made["sections"].get("correctness", {}).values()
+    if checks:
+        parts.append(f"{sum(bool(row.get('ok')) for row in checks)} of {len(checks)} checks hold")
+    return f"{made['machine'].get('device', 'no device')}: {'; '.join(parts) or 'nothing was measured'}"
+
+
+def text(made: Mapping[str, Any], everything: bool = True) -> str:
+    """The conclusion and the tables of a summary, to print. `everything`: kernels, training and forced acceptances too."""
+    machine, sections = made["machine"], made["sections"]
+    parts = [conclusion(made), f"{machine.get('versions', {})}", NOTE, *(_sections(made) if everything else ())]
+    rows = [
+        (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
+         f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
+         *(cell for kind in (row["measured"], *(row["forced"].values() if everything else ())) for cell in
+           (f"{kind['tokens_per_step']:.2f}", f"{kind['tokens_per_s']:,.0f}", f"{kind.get('ratio_to_ar', 0):.2f}")))
+        for row in sorted(made["decode"], key=lambda row: (row["context"], row["batch"], row["kind"] != "ar"))
+    ]  # fmt: skip
+    if rows:
+        kinds = ("measured", *(f"at {tokens:g}" for tokens in FORCED)) if everything else ("measured",)
+        tokens = [cell for kind in kinds for cell in (f"tokens {kind}", "tokens/s", "x ar")]
+        parts.append("Steps: milliseconds by the clock, the host's part of them, their multiple of the roofline, tokens per step"
+                     " and second, and tokens/s over those of ar.")  # fmt: skip
+        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *tokens), rows))
+        parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
+    failed = [
+        f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
+    ]
+    return "\n\n".join([*parts, *failed, *([] if everything else ["--all: checks, kernels, training, forced acceptances"])])
+
+
+def _sections(made: Mapping[str, Any]) -> Iterator[str]:
+    """Ceilings, checks, kernels and training steps."""
+    if made["ceilings"]:
+        yield ", ".join(f"{name} {value:.3g}" for name, value in made["ceilings"].items())
     checks = [
         (name, "ok" if row.get("ok") else row.get("skipped") or row.get("error", "FAILED")[:90],
          f"{row['worst']:.1e}" if isinstance(row.get("worst"), float) else "")
-        for name, row in sections.get("correctness", {}).items()
+        for name, row in made["sections"].get("correctness", {}).items()
     ]  # fmt: skip
     if checks:
-        parts.append(_columns(("check", "", "worst error"), checks))
+        yield _columns(("check", "", "worst error"), checks)
     timed = []
-    for name, row in sections.get("kernels", {}).items():
+    for name, row in made["sections"].get("kernels", {}).items():
         for part, each in row.get("parts", {"": row}).items():
             if isinstance(each.get("seconds"), float):
                 timed.append((
@@ -166,30 +206,14 @@ def text(made: Mapping[str, Any]) -> str:
             else:
                 timed.append((name, each.get("skipped") or each.get("error", "")[:60], "", ""))
     if timed:
-        parts.append(_columns(("kernel", "us", "of copy", "of matmul"), timed))
+        yield _columns(("kernel", "us", "of copy", "of matmul"), timed)
     trained = [
         (f"{row['policy']}, {row['tokens']} tokens", f"{row['ar_tokens_per_s']:,.0f}", f"{row['diffusion_tokens_per_s']:,.0f}",
          f"{row['diffusion_over_ar']:.2f}")
         for row in made["training"]
     ]  # fmt: skip
     if trained:
-        parts.append(_columns(("training step", "ar tokens/s", "diffusion tokens/s", "x ar"), trained))
-    rows = [
-        (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
-         f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
-         *(cell for kind in (row["measured"], *row["forced"].values()) for cell in
-           (f"{kind['tokens_per_step']:.2f}", f"{kind['tokens_per_s']:,.0f}", f"{kind.get('ratio_to_ar', 0):.2f}")))
-        for row in sorted(made["decode"], key=lambda row: (row["context"], row["batch"], row["kind"] != "ar"))
-    ]  # fmt: skip
-    if rows:
-        kinds = ("measured", *(f"at {tokens:g}" for tokens in FORCED))
-        tokens = [cell for kind in kinds for cell in (f"tokens {kind}", "tokens/s", "x ar")]
-        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *tokens), rows))
-        parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
-    failed = [
-        f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
-    ]
-    return "\n\n".join([*parts, *failed])
+        yield _columns(("training step", "ar tokens/s", "diffusion tokens/s", "x ar"), trained)
 
 
 def write_plot(made: Mapping[str, Any], path: Path) -> bool:
@@ -197,38 +221,44 @@ def write_plot(made: Mapping[str, Any], path: Path) -> bool:
     contexts = sorted({row["context"] for row in made["decode"]})
     kernels = made["sections"].get("kernels", {}).values()
     attention = [row for row in kernels if row.get("kind") == "attention" and "of_copy" in row]
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = len(contexts) + bool(attention)
-    if not panels:
+    if not panels or find_spec("matplotlib") is None:
         return False
-    figure, axes = pyplot.subplots(1, panels, figsize=(6 * panels, 4.5), squeeze=False)
-    for axis, context in zip(axes[0], contexts):
-        for label in dict.fromkeys(row["schedule"] for row in made["decode"]):
-            rows = sorted((row for row in made["decode"] if (row["schedule"], row["context"]) == (label, context)),
-                          key=lambda row: row["batch"])  # fmt: skip
-            axis.plot([row["batch"] for row in rows], [row["measured"]["tokens_per_s"] for row in rows], marker="o", label=label)
-        for kind, style in (("ar", ":"), ("two_pass", "--")):
-            known = PUBLISHED[kind]
-            assert isinstance(known, dict)
-            batches = [int(batch) for batch in known]
-            axis.plot(batches, list(known.values()), style, color="grey", label=f"H100, published: {kind}")
-        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s",
-                 title=f"context {context}, forced {FORCED[-1]:g} tokens per full step")  # fmt: skip
-        axis.legend(fontsize=7)
-    if attention:
-        axis = axes[0][-1]
-        names = [f"{row['batch']} x {row['rows']} at {row['context']}" for row in attention]
-        axis.barh(names, [max(row["of_copy"], row["of_matmul"]) for row in attention])
-        axis.set(xlabel="of the copy or matmul ceiling, the larger", title="attention", xlim=(0, 1))
-    device = made["machine"].get("device")
-    figure.suptitle(f"{device}: random weights, forced acceptance, the engine's steps by the clock", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    detail = (f"{made['machine'].get('device')}: random weights, forced acceptance ({FORCED[-1]:g} tokens per full step), the"
+              f" engine's steps by the clock. Grey: {PUBLISHED['source']}.")  # fmt: skip
+    rows, columns = -(-panels // 2), min(panels, 2)
+    with picture(path, rows, columns, 0.7 + 3.2 * rows, detail) as grid:
+        axes = [axis for line in grid for axis in line]
+        for axis, context in zip(axes, contexts):
+            _plot_speed(axis, [row for row in made["decode"] if row["context"] == context], context)
+        if attention:
+            shares = [max(row["of_copy"], row["of_matmul"]) for row in attention]
+            names = [f"{row['batch']} x {row['rows']} at {row['context']}" for row in attention]
+            axes[panels - 1].barh(names, shares, color=BLUE)
+            axes[panels - 1].set(xlabel="share of the copy or matmul ceiling, the larger", xlim=(0, 1))
+            head(axes[panels - 1], f"Attention reaches {span((100 * share for share in shares), 0)} % of its ceiling",
+                 "batch x rows at context")
+        for axis in axes[panels:]:
+            axis.set_visible(False)
     return True
+
+
+def _plot_speed(axis: Any, rows: Sequence[Mapping[str, Any]], context: int) -> None:
+    """Tokens per second of every schedule at one context."""
+    for i, label in enumerate(dict.fromkeys(row["schedule"] for row in rows)):
+        some = sorted((row for row in rows if row["schedule"] == label), key=lambda row: row["batch"])
+        axis.plot([row["batch"] for row in some], [row["measured"]["tokens_per_s"] for row in some], label=label, **series(i))
+    for kind, style in (("ar", ":"), ("two_pass", "--")):
+        known = PUBLISHED[kind]
+        assert isinstance(known, dict)
+        axis.plot([int(batch) for batch in known], list(known.values()), style, color=GREY, label=f"published: {kind}")
+    fast = [max((row for row in rows if row["batch"] == batch), key=lambda row: row["measured"]["tokens_per_s"])
+            for batch in sorted({row["batch"] for row in rows})]  # fmt: skip
+    ratios = [row["measured"].get("ratio_to_ar") for row in fast]
+    known = [ratio for ratio in ratios if ratio]
+    finding = f"Context {kibi(context)}: {span(known)}x ar" if known else f"Context {kibi(context)}"
+    head(axis, finding, "tokens per second by batch, the fastest schedule in the title")
+    batches = sorted({row["batch"] for row in rows} | {int(batch) for batch in PUBLISHED["ar"]})  # type: ignore[arg-type]
+    axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", xticks=batches, xticklabels=batches)
+    axis.minorticks_off()
+    axis.legend(loc="best", fontsize=7)

@@ -139,13 +139,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS) -> bool:
+def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS,
+              everything: bool = False) -> bool:
     """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks were made
     and hold.
 
     Args:
         minutes: of the clock, start and compilation included.
         dry: the same code on a CPU through Triton's interpreter, on a few numbers.
+        everything: print every table.
     Raises:
         InvalidInput: no accelerator, or an unknown section.
     """
@@ -175,7 +177,7 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
     result["seconds"] = time.time() - start
     made = _write(result, output)
     if "summary_error" not in made:
-        print(text(made), flush=True)
+        print(text(made, everything), flush=True)
         write_plot(made, output.with_suffix(".png"))
     return all(row.get("ok", False) for row in result["sections"].get("correctness", {}).values())
 

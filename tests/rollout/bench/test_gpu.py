@@ -173,6 +173,9 @@ def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> Non
     assert trained["policy"] == "tiny" and trained["diffusion_over_ar"] == pytest.approx(0.44)
     printed = text(made)
     assert "RuntimeError: out of luck" in printed and "Random weights" in printed and "H100" in printed
+    assert printed.startswith("NVIDIA H200: batch 16, 2k: fused(15, {0}, 16), 2.8x ar; 1 of 2 checks hold\n")
+    short = text(made, everything=False)
+    assert short.splitlines()[0] == printed.splitlines()[0] and "RuntimeError: out of luck" in short and "of copy" not in short
     assert write_plot(made, tmp_path / "gpu.png") and (tmp_path / "gpu.png").stat().st_size > 5000
     json.dumps(made, allow_nan=False)
 

@@ -105,6 +105,8 @@ class GrpoConfig(Config):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
+    log_groups: int = Field(4, ge=0, le=65_536, description="groups of each step written whole to OUTPUT/rollouts.jsonl, which "
+                            "`blockroll inspect` shows; about 60 bytes per token. 0 writes none")
     save_policy: bool = Field(True, description="write the trained policy to OUTPUT/policy")
 
     @model_validator(mode="after")

@@ -19,17 +19,18 @@ from pathlib import Path
 
 from ....errors import ConfigError
 from ....files import storing
+from ....rollout.sample_lines import CONFIG, ROLLOUTS
 from .attachment import ATTACHMENT
 from .checkpoint import NAME
 from .metrics import METRICS
 
-CONFIG, SUMMARY, REPORT, POLICY, LEDGER = "config.yaml", "summary.json", "report.png", "policy", "ledger.sqlite"
+SUMMARY, REPORT, POLICY, LEDGER = "summary.json", "report.png", "policy", "ledger.sqlite"
 _PART, _REPLACED, _DISCARDED = ".replaced.part", ".replaced", ".discarded"
 
 
 def run_files(output: Path) -> list[Path]:
     """The files and directories of a run that are in the directory."""
-    names = (CONFIG, METRICS, SUMMARY, REPORT, NAME, POLICY, ATTACHMENT)
+    names = (CONFIG, METRICS, ROLLOUTS, SUMMARY, REPORT, NAME, POLICY, ATTACHMENT)
     return [*(output / name for name in names if (output / name).exists()), *sorted(output.glob(f"{LEDGER}*"))]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ....files import write_atomic
+from ....rollout.sample_lines import METRICS as METRICS
 from .config import GrpoConfig
 
-METRICS = "metrics.jsonl"
 SPAN = 10
 """Steps at either end of a run whose rewards the summary compares."""
 

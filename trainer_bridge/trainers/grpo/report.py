@@ -10,12 +10,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ....files import whole_file
+from ....rollout.plot_style import BLUE, GREEN, GREY, ORANGE, at_least_zero, head, picture, series
 from ....settings import load_yaml
 from .config import GrpoConfig
 from .metrics import METRICS, SPAN, Row, proportion_error, read_rows
-
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind eyes too
 
 
 class Display:
@@ -63,54 +61,77 @@ class Display:
 
 
 def draw_report(output: Path) -> None:
-    """Writes report.png of the run in `output`: what was learned in the upper row, what it cost in the lower row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_rows(output / METRICS)
-    tasks = load_yaml(output / "config.yaml", GrpoConfig).evaluation.tasks
+    """Writes report.png of the run in `output`: what was learned, and what it cost."""
+    rows, config = read_rows(output / METRICS), load_yaml(output / "config.yaml", GrpoConfig)
     trained, measured = [r for r in rows if r["step"]], [r for r in rows if "heldout_accuracy" in r]
-    steps = [r["step"] for r in trained]
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
-    (reward, heldout, length), (entropy, forward, seconds) = axes
+    steps, samples = [r["step"] for r in trained], config.tasks.prompts_per_step * config.tasks.samples_per_prompt
+    detail = f"{config.policy}, {config.steps} steps of {samples} samples, sampler {config.rollouts.sampler}, seed {config.seed}."
 
-    values = [r["reward"] for r in trained]
-    reward.plot(steps, values, color=_GREY, marker=".", lw=0.8, label="step")
-    reward.plot(steps, running_mean(values, SPAN), color=_BLUE, lw=2, label=f"mean of the last {SPAN} steps")
-    reward.set(title=f"Mean reward: {values[0]:.2f} to {values[-1]:.2f}", ylim=(0, 1))
-    reward.legend(loc="lower right")
-    for name, label, color in (("accuracy", "training temperature", _BLUE), ("greedy", "greedy", _ORANGE)):
+    def curve(axes: Any, key: str, finding: str, what: str, colour: str) -> None:
+        values = [r[key] for r in trained]
+        axes.plot(steps, values, color=colour, marker="o", markersize=2.5)
+        at_least_zero(axes, values)
+        head(axes, finding.format(_between(values)), what)
+
+    with picture(output / "report.png", 3, 2, 8.4, detail) as ((reward, heldout), (length, entropy), (forward, seconds)):
+        values = [r["reward"] for r in trained]
+        smooth = running_mean(values, SPAN)
+        reward.plot(steps, values, color=GREY, marker=".", lw=0.8, label=f"step, {samples} samples")
+        reward.plot(steps, smooth, color=BLUE, lw=2.2, label=f"mean of the last {SPAN} steps")
+        head(reward, f"Reward: {_between(smooth)}", "mean reward of a step's samples")
+        reward.set(ylim=(0, 1.02))
+        reward.legend(loc="best")
+        _draw_heldout(heldout, length, measured, config)
+        lengths = [r["answer_tokens"] for r in trained]
+        length.plot(steps, lengths, color=GREY, marker=".", lw=0.8, label="rollouts")
+        at_least_zero(length, lengths + [r[f"heldout_{name}_tokens"] for r in measured for name, _, _ in _KINDS])
+        length.legend(loc="best")
+        curve(entropy, "entropy", "Surprise: {}", "mean of -log p of the rollouts, nats per token", BLUE)
+        curve(forward, "tokens_per_forward", "Tokens per forward: {}", "of the rollouts, prefill left out", GREEN)
+        _draw_seconds(seconds, steps, trained)
+        for axis in (reward, heldout, length, entropy, forward, seconds):
+            axis.set_xlabel("step")
+            axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+_KINDS = (("accuracy", "training temperature", series(0)), ("greedy", "greedy", series(1)))
+
+
+def _draw_heldout(accuracy: Any, length: Any, measured: list[Row], config: GrpoConfig) -> None:
+    """Accuracy and answer length on the held-out tasks."""
+    tasks, steps = config.evaluation.tasks, [r["step"] for r in measured]
+    for name, label, style in _KINDS:
         shares = [r[f"heldout_{name}"] for r in measured]
-        errors = [2 * proportion_error(share, tasks) for share in shares]
-        heldout.errorbar([r["step"] for r in measured], shares, errors, color=color, marker="o", capsize=3, label=label)
-        length.plot([r["step"] for r in measured], [r[f"heldout_{name}_tokens"] for r in measured], color=color, marker="o",
-                    label=f"held-out, {label}")
-    heldout.set(title=f"Held-out accuracy, {tasks} tasks, ± 2 standard errors", ylim=(0, 1))
-    heldout.legend(loc="lower right")
-    length.plot(steps, [r["answer_tokens"] for r in trained], color=_GREY, marker=".", lw=0.8, label="rollouts")
-    length.set(title="Answer length, tokens")
-    length.set_ylim(bottom=0)
-    length.legend(loc="lower right")
-    entropy.plot(steps, [r["entropy"] for r in trained], color=_BLUE, marker=".")
-    entropy.set(title="Entropy of p (mean of -log p), nats per token")
-    entropy.set_ylim(bottom=0)
-    forward.plot(steps, [r["tokens_per_forward"] for r in trained], color=_GREEN, marker=".")
-    forward.set(title="Tokens per forward")
-    forward.set_ylim(bottom=0)
+        accuracy.errorbar(steps, shares, [2 * proportion_error(share, tasks) for share in shares], label=label, **style)
+        length.plot(steps, [r[f"heldout_{name}_tokens"] for r in measured], label=f"held-out, {label}", **style)
+    ends = [(r["heldout_accuracy"], r["heldout_greedy"]) for r in (measured[0], measured[-1])]
+    head(accuracy, f"Held-out: {_between([end[0] for end in ends])}, greedy {_between([end[1] for end in ends])}",
+         f"accuracy on {tasks} tasks, bars: 2 standard errors to each side")
+    accuracy.set(ylim=(0, 1.02))
+    accuracy.legend(loc="best")
+    lengths = [r["heldout_accuracy_tokens"] for r in measured]
+    head(length, f"Answer length: {_between(lengths)} tokens", "mean tokens of an answer; the title speaks of the held-out tasks")
+
+
+def _draw_seconds(axes: Any, steps: list[int], trained: list[Row]) -> None:
+    """Where the time of a step goes."""
     parts = ("rollout", "train", "push")
-    seconds.stackplot(steps, [[r["seconds"].get(part, 0.0) for r in trained] for part in parts], labels=parts,
-                      colors=(_BLUE, _ORANGE, _GREEN))  # fmt: skip
+    seconds = [[r["seconds"].get(part, 0.0) for r in trained] for part in parts]
+    axes.stackplot(steps, seconds, labels=parts, colors=(BLUE, ORANGE, GREEN), edgecolor="white", linewidth=0.5)
+    sums = np.sum(seconds, axis=1)
     used, groups = (sum(r[key] for r in trained) for key in ("groups_used", "groups"))
-    seconds.set(title=f"Seconds per step; {used} of {groups} groups trained on")
-    seconds.legend(loc="upper right")
-    for axis in axes.flat:
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    with whole_file(output / "report.png") as path:
-        figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)
+    longest = int(sums.argmax())
+    share = 100 * sums[longest] / max(sums.sum(), 1e-9)
+    head(axes, f"{sums.sum() / len(trained):.1f} s per step, {share:.0f} % of it {parts[longest]}",
+         f"seconds per step, stacked; {used} of {groups} groups trained on")
+    at_least_zero(axes, np.sum(seconds, axis=0).tolist(), above=1.3)
+    axes.legend(loc="upper center", ncols=3)
+
+
+def _between(values: list[float]) -> str:
+    """The first and the last value, with the digits that tell them apart."""
+    digits = 0 if max(map(abs, values)) >= 20 else 2
+    return f"{values[0]:.{digits}f} to {values[-1]:.{digits}f}"
 
 
 def running_mean(values: list[float], span: int) -> list[Any]:

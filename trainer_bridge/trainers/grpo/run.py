@@ -4,8 +4,9 @@ Invariants:
 - A directory belongs to one process at a time. A run in it is resumed or replaced only on request.
 - Everything that can be refused is checked before an earlier run is touched. A run that replaces an earlier one puts
   that one back when its own start fails.
-- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), checkpoint.safetensors, ledger.sqlite and
-  what lies beside it (service.json at a service that ran already), summary.json, report.png, policy/.
+- Files are whole or absent: config.yaml, metrics.jsonl (a line per step), rollouts.jsonl (the first groups of each step),
+  checkpoint.safetensors, ledger.sqlite and what lies beside it (service.json at a service that ran already), summary.json,
+  report.png, policy/.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import torch
 from ....errors import ConfigError, InvalidInput
 from ....files import locked_directory, make_directory, write_atomic, write_json
 from ....model.checkpoint import load_policy, save_policy
+from ....rollout.sample_lines import CONFIG
 from ....settings import load_yaml, whole_text
 from ...client import connect
 from .attachment import Endpoint, attach
 from .config import GrpoConfig
-from .directory import CONFIG, LEDGER, POLICY, SUMMARY, recover, replacing, run_files
+from .directory import LEDGER, POLICY, SUMMARY, recover, replacing, run_files
 from .metrics import METRICS
 from .report import Display, draw_report
 from .trainer import Trainer

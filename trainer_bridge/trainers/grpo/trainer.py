@@ -24,6 +24,7 @@ from ....model.policy import Policy
 from ....model.scoring import score as score_tokens
 from ....model.tasks import Task, make_tasks
 from ....model.tokenizer import encode_prompt
+from ....rollout.sample_lines import ROLLOUTS
 from ....rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
 from ....seeds import named_generator
 from ...client import RolloutClient
@@ -34,6 +35,7 @@ from .learner import Learner, Progress
 from .metrics import METRICS, Row, read_rows, summary, write_rows
 from .report import Display
 from .rewards import LearningSample, advantages, differing, rewards
+from .rollout_log import drop_later, log_groups
 
 
 class Trainer:
@@ -65,6 +67,7 @@ class Trainer:
             self._done, row = load_checkpoint(self.output / NAME, self._learner)
         self._rows = [r for r in read_rows(self.output / METRICS) if r["step"] <= self._done]
         write_rows(self.output / METRICS, self._rows)
+        drop_later(self.output / ROLLOUTS, self._done)
         self.display.say(f"resuming after step {self._done}")
         self._acknowledge_again()
         if self._done:  # a service that has the version answers at once; one that lost it has waited for it
@@ -99,10 +102,16 @@ class Trainer:
         row = self._metrics(step, groups, samples, progress)
         row["tokens_per_s"] = tokens_per_s
         row["seconds"] = {"rollout": rolled - began, "train": trained - rolled}
+        self._log(step, groups[: self.config.log_groups])
         save_checkpoint(self.output / NAME, self._learner, step, row)
         self._push(step)
         row["seconds"]["push"] = time.monotonic() - trained
         return row, [t for group, _ in groups for t in group]
+
+    def _log(self, step: int, groups: Sequence[tuple[list[Trajectory], np.ndarray]]) -> None:
+        if groups:
+            advantage_GK = advantages(np.stack([r for _, r in groups]), self.config.loss.scale_rewards)
+            log_groups(self.output / ROLLOUTS, step, groups, advantage_GK, self._tokenizer, self._prefix)
 
     def _submit(self, step: int) -> None:
         self._submitted[step] = time.monotonic()

@@ -40,6 +40,10 @@ def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, str(config), *flags], capture_output=True, text=True, timeout=240, check=False)
 
 
+def rollouts_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "rollouts.jsonl").read_text().splitlines()]
+
+
 def files_of(directory: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
 
@@ -73,6 +77,13 @@ def test_a_run_writes_what_it_came_to(whole):
     assert 0 < summary["groups_used"] <= summary["groups"] == 15
     assert any(row["gradient_norm"] for row in rows[1:])
     assert all(row["ratio"] is None or abs(row["ratio"] - 1) < 0.02 for row in rows[1:])
+    logged = rollouts_of(whole)
+    assert [line["step"] for line in logged] == [step for step in (1, 2, 3) for _ in range(4 * 4)]  # four groups of four
+    for step in (1, 2, 3):
+        of_step = [line for line in logged if line["step"] == step]
+        rewards = [line["reward"] for line in of_step]
+        assert all(line["versions"] == [step - 1] * len(line["tokens"]) for line in of_step)
+        assert abs(sum(line["advantage"] for line in of_step)) < 1e-6 and 0 <= min(rewards) <= max(rewards) <= 1
     assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,6 +142,9 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_trajectories(whole, tmp_
     ours, theirs = (read_rows(d / "metrics.jsonl") for d in (output, whole))
     same = ("step", "trajectories_digest", "kl", "heldout_accuracy", "heldout_greedy")
     assert [[row.get(key) for key in same] for row in ours] == [[row.get(key) for key in same] for row in theirs]
+    same = ("id", "sample", "step", "reward", "advantage", "tokens", "logprobs", "versions")  # drafts depend on the batch
+    ours, theirs = rollouts_of(output), rollouts_of(whole)
+    assert [[line[key] for key in same] for line in ours] == [[line[key] for key in same] for line in theirs]
     counts = json.loads((output / "summary.json").read_text())["trajectories"]
     assert counts["requested"] == counts["unique"] == 96 and counts["missing"] == 0
 
