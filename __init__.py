@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AsyncRolloutClient": "trainer_bridge.client.async_client",
+    "Conversation": "trainer_bridge.client",
     "Engine": "rollout.engine",
     "EngineConfig": "rollout.engine",
     "RolloutOutput": "rollout.outputs",
@@ -22,6 +23,8 @@ _PUBLIC = {
     "SamplingParams": "rollout.types",
     "Trajectory": "rollout.types",
     "connect": "trainer_bridge.client",
+    "converse": "trainer_bridge.client",
+    "converse_async": "trainer_bridge.client",
     "load_policy": "model.checkpoint",
     "save_policy": "model.checkpoint",
 }
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from .rollout.engine import Engine, EngineConfig
     from .rollout.outputs import RolloutOutput, SampleOutput
     from .rollout.types import RolloutRequest, SamplingParams, Trajectory
-    from .trainer_bridge.client import RolloutClient, connect
+    from .trainer_bridge.client import Conversation, RolloutClient, connect, converse, converse_async
     from .trainer_bridge.client.async_client import AsyncRolloutClient
 
 
