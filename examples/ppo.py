@@ -1,4 +1,4 @@
-"""PPO with a value head (arXiv 1707.06347) against a rollout service: one sample per prompt, advantages by GAE (arXiv 1506.02438).
+"""PPO (arXiv 1707.06347) with a value head, against a rollout service: one sample per prompt, GAE (arXiv 1506.02438).
 
     blockroll up configs/cluster/local.yaml --detach
     python examples/ppo.py tcp://127.0.0.1:PORT
@@ -129,8 +129,9 @@ def main(address, steps=24, prompts=96, learning_rate=5e-5, seed=0, name=None, s
         first = client.push_weights(client.version + 1, policy.state_dict())
         for step in range(steps):
             tasks = make_tasks("rl", prompts, seed=1000 * seed + step, only=FAMILIES)
-            requests = [blockroll.RolloutRequest(f"{client.client_id}/{step:04}/{i:04}", encode_prompt(tokenizer, task.prompt), params,
-                                                 seed=1_000_000 * seed + 1000 * step + i) for i, task in enumerate(tasks)]  # fmt: skip
+            texts = [tuple(encode_prompt(tokenizer, task.prompt)) for task in tasks]
+            requests = [blockroll.RolloutRequest(f"{client.client_id}/{step:04}/{i:04}", prompt, params,
+                                                 seed=1_000_000 * seed + 1000 * step + i) for i, prompt in enumerate(texts)]
             trajectories = client.generate(requests)
             rewards = [score(task, t.text(tokenizer)) if t.finish_reason == "stop" else 0.0
                        for task, t in zip(tasks, trajectories, strict=True)]  # fmt: skip

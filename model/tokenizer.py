@@ -53,8 +53,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], field: str) -> tuple[int, ...]:
-    """A conversation's token ids, up to where the assistant's next turn begins. RequestError of the field where the tokenizer has no
-    chat template, or its template refuses the messages."""
+    """A conversation's token ids, up to where the assistant's next turn begins.
+
+    Raises:
+        RequestError: of `field`: the tokenizer has no chat template, or its template refuses the messages.
+    """
     require(tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None, field,
             "holds chat messages, and the policy's tokenizer has no chat template",
             "give text, or set the tokenizer's chat_template")

@@ -21,7 +21,8 @@ from .own_rows import OwnTask, RowReader
 from .reward_process import Parameters, RewardProcess
 from .task_set import Answer
 
-_PLURALS = {"prompt": "prompts", "completion": "completions", "completion_ids": "completion_ids", "finish_reason": "finish_reasons"}
+_ONE = ("prompt", "completion", "completion_ids", "finish_reason")
+_BATCH = ("prompts", "completions", "completion_ids", "finish_reasons")
 """What a reward function is given beside the fields of the row: of one sample, and of a batch."""
 _MATCHES = "blockroll.model.tasks.matches"
 
@@ -33,12 +34,14 @@ class OwnTasks:
         policy: whose tokenizer reads the prompts, and whose longest sequence bounds them.
         seed: of the order in which rows are trained on.
         where: what errors call the section.
+        prompts_per_step: most tasks that are drawn at once.
 
     Raises:
         ConfigError, DataError: the source cannot be used.
     """
 
-    def __init__(self, source: TaskSource, policy: Policy, seed: int = 0, where: str = "tasks.source") -> None:
+    def __init__(self, source: TaskSource, policy: Policy, seed: int = 0, where: str = "tasks.source",
+                 prompts_per_step: int = 0) -> None:
         self.source, self._seed, self._where = source, seed, where
         reading = RowReader(source, policy, where)
         rows = reading.tasks(source.paths, source.split)
@@ -53,11 +56,19 @@ class OwnTasks:
         else:
             self.training = [task for task in rows if not _held_out(task, source.heldout_share)]
             self._heldout = [task for task in rows if _held_out(task, source.heldout_share)]
+        if prompts_per_step > len(self.training):
+            raise ConfigError("tasks.prompts_per_step", f"{prompts_per_step} is more than the {len(self.training)} rows that are "
+                              "trained on", "lower it, or give more rows that are not held out")
+        if not self._heldout:
+            raise DataError(self._where, f"none of {len(self.training)} rows is held out",
+                            "raise heldout_share, or give heldout_paths")  # fmt: skip
         self._epoch: tuple[int, list[int]] = (-1, [])
+        self._has_text = policy.tokenizer is not None
         reward = source.reward
-        self._process = RewardProcess(reward.function or f"{_MATCHES}:{reward.match}", reward.timeout_s, f"{where}.reward.function")
+        function = reward.function or f"{_MATCHES}:{reward.match}"
+        self._process = RewardProcess(function, reward.timeout_s, f"{where}.reward.function")
         try:
-            self._fields = self._checked_function(self._process.start(), rows)
+            self._parameters = self._checked_function(self._process.start(), [*self.training, *self._heldout])
             if reward.match is not None:
                 self._check_golds([*self.training, *self._heldout])
         except BaseException:
@@ -78,22 +89,13 @@ class OwnTasks:
         return state.hexdigest()
 
     def draw(self, number: int, count: int, seed: int) -> list[OwnTask]:
-        """Tasks of batch `number`, from 0: the next `count` rows in the order of the epochs. `seed` is for other sets of tasks."""
+        """Tasks of batch `number`, from 0: the next `count` rows in the order of the epochs, which no other seed changes."""
         return [self.training[self._place(place)] for place in range(number * count, (number + 1) * count)]
 
     def heldout(self, count: int, seed: int) -> list[OwnTask]:
         """At most `count` held-out tasks; another seed takes others where there are more."""
-        if not self._heldout:
-            raise DataError(self._where, f"none of {len(self.training)} rows is held out",
-                            "raise heldout_share, or give heldout_paths")  # fmt: skip
         chosen = sorted(named_generator(seed, "heldout").sample(range(len(self._heldout)), min(count, len(self._heldout))))
         return [self._heldout[i] for i in chosen]
-
-    def check(self, prompts_per_step: int) -> None:
-        """Raises ConfigError where a step needs more prompts than there are."""
-        if prompts_per_step > len(self.training):
-            raise ConfigError("tasks.prompts_per_step", f"{prompts_per_step} is more than the {len(self.training)} rows that are "
-                              "trained on", "lower it, or give more rows that are not held out")
 
     def score(self, answers: Sequence[tuple[Any, Answer]]) -> list[float | None]:
         """A reward for each answer of a task; None where the function gave none, or took too long.
@@ -106,7 +108,7 @@ class OwnTasks:
             found = self._process.each([self._match_arguments(task, answer) for task, answer in pairs])
         elif self.source.reward.batched:
             each = [self._arguments(task, answer) for task, answer in pairs]
-            found = self._process.batch({_PLURALS.get(name, name): [one[name] for one in each] for name in self._fields}, len(each))
+            found = self._process.batch({name: [one[name] for one in each] for name in self._parameters}, len(each))
         else:
             found = self._process.each([self._arguments(task, answer) for task, answer in pairs])
         if pairs and all(value is None for value in found):
@@ -133,11 +135,9 @@ class OwnTasks:
 
     def _arguments(self, task: OwnTask, answer: Answer) -> dict[str, Any]:
         chat = isinstance(task.prompt, list) and isinstance(task.prompt[0], Mapping)
-        given = {
-            "prompt": task.prompt, "completion_ids": list(answer.tokens), "finish_reason": answer.finish_reason,
-            "completion": [{"role": "assistant", "content": answer.text}] if chat else answer.text,
-        }  # fmt: skip
-        return {name: given[name] if name in given else task.row.get(name) for name in self._fields}
+        completion = [{"role": "assistant", "content": answer.text}] if chat else answer.text
+        given = dict(zip(_ONE, (task.prompt, completion, list(answer.tokens), answer.finish_reason), strict=True))
+        return {name: task.row.get(name) if ours is None else given[ours] for name, ours in self._parameters.items()}
 
     def _match_arguments(self, task: OwnTask, answer: Answer) -> dict[str, Any]:
         reward = self.source.reward
@@ -154,30 +154,32 @@ class OwnTasks:
                     raise DataError(f"{self._where}.reward", "math-verify takes too long to read a row's answer",
                                     "raise timeout_s, or use match: exact")  # fmt: skip
 
-    def _checked_function(self, parameters: Parameters, rows: Sequence[OwnTask]) -> tuple[str, ...]:
-        """The names of a sample's arguments that the function takes, in the singular."""
+    def _checked_function(self, parameters: Parameters, rows: Sequence[OwnTask]) -> dict[str, str | None]:
+        """The parameters that the function is given: for each the name in _ONE, or None for a field of the row."""
         reward = self.source.reward
+        wants_text = reward.match is not None or {"completion", "completions"} & parameters.named.keys()
+        if wants_text and not self._has_text:
+            raise ConfigError(f"{self._where}.reward", "looks at text, and this policy's directory has no tokenizer",
+                              "give a function of completion_ids")  # fmt: skip
         if reward.function is None:
-            return ()
-        of_function = _PLURALS if reward.batched else {name: name for name in _PLURALS}
-        own = {plural: name for name, plural in of_function.items()}
-        fields = dict.fromkeys(name for task in rows for name in task.row)
-        fields.pop(self.source.prompt)
-        for name in fields:
-            if name in own and (name in parameters.named or parameters.any_name):
-                raise DataError(rows[0].place, f"has a field {name!r}, and a reward function is given that name by blockroll",
+            return {}
+        ours = dict(zip(_BATCH if reward.batched else _ONE, _ONE, strict=True))
+        completion = "completions" if reward.batched else "completion"
+        fields = dict.fromkeys(name for task in rows for name in task.row if name != self.source.prompt)
+        for name in fields.keys() & ours.keys():
+            if name in parameters.named or parameters.any_name:
+                raise DataError(rows[0].place, f"has a field {name!r}, which is also what blockroll gives a reward function",
                                 "rename the field")  # fmt: skip
         for name, has_default in parameters.named.items():
-            lacking = None if name in own or has_default else next((task for task in rows if name not in task.row), None)
+            lacking = None if name in ours or has_default else next((task for task in rows if name not in task.row), None)
             if lacking is not None:
-                known = ", ".join([*own, *fields])
                 raise DataError(lacking.place, f"has no field {name!r}, which {reward.function} takes",
-                                f"add it, or give the parameter a default; known here: {known}")  # fmt: skip
-        wanted = [*own, *fields] if parameters.any_name else [name for name in (*own, *fields) if name in parameters.named]
-        if of_function["completion"] not in wanted and "completion_ids" not in wanted:
-            raise ConfigError(f"{self._where}.reward.function", f"{reward.function} takes neither {of_function['completion']} nor "
-                              "completion_ids", f"name a parameter {of_function['completion']}")
-        return tuple(own.get(name, name) for name in wanted)
+                                f"add it, or give the parameter a default; known here: {', '.join([*ours, *fields])}")
+        wanted = [name for name in (*ours, *fields) if name in parameters.named or parameters.any_name]
+        if not {completion, "completion_ids"} & set(wanted):
+            problem = f"{reward.function} takes neither {completion} nor completion_ids"
+            raise ConfigError(f"{self._where}.reward.function", problem, f"name a parameter {completion}")
+        return {name: ours.get(name) for name in wanted}
 
 
 def _held_out(task: OwnTask, share: float) -> bool:

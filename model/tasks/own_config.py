@@ -18,7 +18,8 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\
 class Reward(Config):
     """What an answer is worth: a function of one's own, or a match with a field of the row."""
 
-    function: str | None = Field(None, description="`module:function`, found in the working directory or among installed packages")
+    function: str | None = Field(None, description="`module:function`, of a module in the working directory or an "
+                                 "installed one")
     batched: bool = Field(True, description="true: one call for all samples of a step, lists in and a list of numbers out, as "
                           "TRL calls reward functions. false: one call per sample, one number out")
     match: Literal["exact", "math"] | None = Field(None, description="exact: 1 where the answer is the field's text, spaces "
@@ -35,7 +36,8 @@ class Reward(Config):
             given = "neither is given" if self.function is None else f"{self.function} beside match: {self.match}"
             raise InvalidInput("function", given, "give one of function and match")
         if self.function is not None and not _FUNCTION.fullmatch(self.function):
-            raise InvalidInput("function", f"{self.function[:100]!r} names no function", "write module:function, such as my_reward:reward")
+            raise InvalidInput("function", f"{self.function[:100]!r} names no function",
+                               "write module:function, such as my_reward:reward")
         if self.function is not None and self.model_fields_set & {"field", "after"}:
             raise InvalidInput("field" if "field" in self.model_fields_set else "after", "given beside a function",
                                "leave it out: a function is given every field")
@@ -45,14 +47,14 @@ class Reward(Config):
 class TaskSource(Config):
     """Prompts of one's own, one per row of a file, with their rewards."""
 
-    paths: tuple[str, ...] = Field(min_length=1, description=".jsonl, .json and .parquet files, patterns, or directories of them; or "
-                                   "a directory that `datasets.save_to_disk` wrote")
+    paths: tuple[str, ...] = Field(min_length=1, description=".jsonl, .json and .parquet files, patterns, or directories of "
+                                   "them; or a directory that `datasets.save_to_disk` wrote")
     split: str | None = Field(None, description="of a data set saved with several splits")
     heldout_paths: tuple[str, ...] = Field((), description="rows that are evaluated on and never trained on; without them "
                                            "`heldout_share` of the rows of `paths`")
     heldout_split: str | None = Field(None, description="the same, as a split of the saved data set in `paths`")
-    heldout_share: float = Field(0.1, gt=0, le=1, description="share of the rows that is held out, where nothing above says which. "
-                                 "A prompt's hash decides, whatever its place. 1 for files that are only evaluated on")
+    heldout_share: float = Field(0.1, gt=0, le=1, description="share of the rows that is held out, where nothing above says "
+                                 "which: a prompt's hash decides, whatever its place. 1 for files that are only evaluated on")
     prompt: str = Field("prompt", min_length=1, description="the field with the prompt: text, a list of token ids, or a list of "
                         "chat messages, which pass through the tokenizer's chat template")
     completion: str | None = Field(None, min_length=1, description="a field with a reference answer as text; `eval` then gives "

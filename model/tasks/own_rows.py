@@ -114,7 +114,8 @@ class RowReader:
         if not tokens:
             raise DataError(where, "is empty", remedy)
         if max(tokens) >= vocabulary:
-            raise DataError(where, f"token id {max(tokens)} is not in the policy's vocabulary", f"use ids from 0 to {vocabulary - 1}")
+            raise DataError(where, f"token id {max(tokens)} is not in the policy's vocabulary",
+                            f"use ids from 0 to {vocabulary - 1}")
         if len(tokens) >= longest:
             raise DataError(where, f"{len(tokens)} tokens, and this policy's maximum is {longest}, one to follow included",
                             f"shorten it to {longest - 1}")  # fmt: skip

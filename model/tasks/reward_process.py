@@ -57,7 +57,8 @@ class RewardProcess:
     def start(self) -> Parameters:
         """Begins the process. Raises ConfigError where the function cannot be used."""
         path = [*sys.path, os.getcwd()] if os.getcwd() not in sys.path else sys.path
-        self._process = subprocess.Popen([sys.executable, "-P", str(_WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        command = [sys.executable, "-P", str(_WORKER)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         self._unread = b""
         self._send({"path": path, "function": self._function, "timeout": self._timeout})
         answer = self._read(time.monotonic() + START_S)

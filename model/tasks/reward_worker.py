@@ -4,9 +4,9 @@ The function is the user's, and what it judges was written by a policy: it may t
 a process of its own, which `reward_process` ends. Lines of JSON pass through the standard input and the former standard output;
 what the function prints goes to standard error. The process ends when its input does.
 
-    {"path": [..], "function": "module:name"}   ->  {"parameters": {name: has a default}, "any": takes any name} or {"refused": why}
-    {"arguments": {..}}                         ->  {"values": [..]} or {"error": why} or {"late": true}
-    {"calls": [{..}, ..]}                       ->  for each, in any order: {"call": i, "value": v}, .. as above
+    {"path", "function", "timeout"}   ->  {"parameters": {name: has a default}, "any": takes any name} or {"refused": why}
+    {"arguments": {..}}               ->  {"values": [..]}, {"error": why} or {"late": true}
+    {"calls": [{..}, ..]}             ->  for each, in any order: {"call": i, "value": v}, or as above
 """
 
 from __future__ import annotations

@@ -22,6 +22,12 @@ class Answer:
     finish_reason: str
 
 
+def answer_of(tokenizer: Any, tokens: Sequence[int], finish_reason: str) -> Answer:
+    """What a policy with this tokenizer wrote; without text where it has none."""
+    text = "" if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=True)
+    return Answer(text, tokens, finish_reason)
+
+
 class AnyTask(Protocol):
     """A task, whatever it comes from. `completion`: the reference answer as text, or None."""
 
@@ -87,10 +93,10 @@ class ReasoningGym:
     def heldout(self, count: int, seed: int) -> Sequence[Task]:
         return make_tasks("heldout", count, seed, self._families)
 
-    def score(self, answers: Sequence[tuple[Task, Answer]]) -> list[float | None]:
+    def score(self, answers: Sequence[tuple[Any, Answer]]) -> list[float | None]:
         return [score(task, answer.text if answer.finish_reason == "stop" else "") for task, answer in answers]
 
-    def prompt_tokens(self, task: Task, tokenizer: Any) -> tuple[int, ...]:
+    def prompt_tokens(self, task: Any, tokenizer: Any) -> tuple[int, ...]:
         return tuple(encode_prompt(tokenizer, task.prompt))
 
     def close(self) -> None:

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ....files import whole_file
-from ....settings import load_yaml
 from .config import GrpoConfig
-from .metrics import METRICS, SPAN, Row, proportion_error, read_rows
+from .metrics import METRICS, SPAN, Row, read_rows
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"  # told apart by colour-blind eyes too
 
@@ -34,7 +33,6 @@ class Display:
             disable=not self._console.is_terminal,
         )
         self._bar = self._progress.add_task("", total=config.steps)
-        self._tasks = config.evaluation.tasks
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -59,7 +57,7 @@ class Display:
                 self.say(f"step {row['step']}  {text}")
         if "heldout_accuracy" in row:
             self.say(f"held-out after step {row['step']}: {row['heldout_accuracy']:.3f} at the training temperature, "
-                     f"{row['heldout_greedy']:.3f} greedy ({self._tasks} tasks)")
+                     f"{row['heldout_greedy']:.3f} greedy ({row['heldout_tasks']} tasks)")
 
 
 def draw_report(output: Path) -> None:
@@ -70,7 +68,6 @@ def draw_report(output: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_rows(output / METRICS)
-    tasks = load_yaml(output / "config.yaml", GrpoConfig).evaluation.tasks
     trained, measured = [r for r in rows if r["step"]], [r for r in rows if "heldout_accuracy" in r]
     steps = [r["step"] for r in trained]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
@@ -79,15 +76,15 @@ def draw_report(output: Path) -> None:
     values = [r["reward"] for r in trained]
     reward.plot(steps, values, color=_GREY, marker=".", lw=0.8, label="step")
     reward.plot(steps, running_mean(values, SPAN), color=_BLUE, lw=2, label=f"mean of the last {SPAN} steps")
-    reward.set(title=f"Mean reward: {values[0]:.2f} to {values[-1]:.2f}", ylim=(0, 1))
+    reward.set(title=f"Mean reward: {values[0]:.2f} to {values[-1]:.2f}")
     reward.legend(loc="lower right")
     for name, label, color in (("accuracy", "training temperature", _BLUE), ("greedy", "greedy", _ORANGE)):
         shares = [r[f"heldout_{name}"] for r in measured]
-        errors = [2 * proportion_error(share, tasks) for share in shares]
+        errors = [2 * r[f"heldout_{name}_standard_error"] for r in measured]
         heldout.errorbar([r["step"] for r in measured], shares, errors, color=color, marker="o", capsize=3, label=label)
         length.plot([r["step"] for r in measured], [r[f"heldout_{name}_tokens"] for r in measured], color=color, marker="o",
                     label=f"held-out, {label}")
-    heldout.set(title=f"Held-out accuracy, {tasks} tasks, ± 2 standard errors", ylim=(0, 1))
+    heldout.set(title=f"Held-out accuracy, {measured[-1]['heldout_tasks']} tasks, ± 2 standard errors")
     heldout.legend(loc="lower right")
     length.plot(steps, [r["answer_tokens"] for r in trained], color=_GREY, marker=".", lw=0.8, label="rollouts")
     length.set(title="Answer length, tokens")
@@ -105,6 +102,9 @@ def draw_report(output: Path) -> None:
     used, groups = (sum(r[key] for r in trained) for key in ("groups_used", "groups"))
     seconds.set(title=f"Seconds per step; {used} of {groups} groups trained on")
     seconds.legend(loc="upper right")
+    for axis in (reward, heldout):  # rewards of one's own may lie outside 0..1
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low) if low < -0.1 else 0, max(1, high) if high > 1.1 else 1)
     for axis in axes.flat:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
