@@ -19,8 +19,9 @@ SPAN = 6
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    tmp_path = tmp_path_factory.mktemp("service")
     engines = {"count": 1, "device": "cpu", "num_cpus": 0.5, "batch": 32}
     values = {"policy": "tiny-reasoner-terse", "engines": engines, "schedule": {"kind": "fused", "levels": [0, 4]},
               "delivery": {"ledger": str(tmp_path / "ledger.sqlite")}}  # fmt: skip
@@ -30,7 +31,8 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 def gain(name: str, address: str, seed: int, shuffle: bool) -> tuple[float, float]:
     """By how much the mean reward rose from the first to the last steps, and its standard error over steps."""
-    history = np.array(runpy.run_path(str(EXAMPLES / name))["main"](address, seed=seed, name=f"{name}-{seed}", shuffle=shuffle))
+    client = f"{name}-{seed}-{shuffle}"  # decides the requests' ids, and so what a run comes to
+    history = np.array(runpy.run_path(str(EXAMPLES / name))["main"](address, seed=seed, name=client, shuffle=shuffle))
     first, last = history[:SPAN], history[-SPAN:]
     error = np.sqrt(first.var(ddof=1) / SPAN + last.var(ddof=1) / SPAN)
     print(f"{name} seed {seed}{' shuffled' if shuffle else ''}: {first.mean():.3f} to {last.mean():.3f}, error {error:.3f}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, cast
 
 from ...errors import ConfigError, DataError
@@ -24,7 +25,7 @@ from .task_set import Answer
 _ONE = ("prompt", "completion", "completion_ids", "finish_reason")
 _BATCH = ("prompts", "completions", "completion_ids", "finish_reasons")
 """What a reward function is given beside the fields of the row: of one sample, and of a batch."""
-_MATCHES = "blockroll.model.tasks.matches"
+_MATCHES = {"exact": "blockroll.model.tasks.matches:exact", "math": "blockroll.model.tasks.math_match:math"}
 
 
 class OwnTasks:
@@ -65,7 +66,10 @@ class OwnTasks:
         self._epoch: tuple[int, list[int]] = (-1, [])
         self._has_text = policy.tokenizer is not None
         reward = source.reward
-        function = reward.function or f"{_MATCHES}:{reward.match}"
+        if reward.match == "math" and find_spec("math_verify") is None:
+            raise ConfigError(f"{where}.reward.match", "math needs math-verify, which is not installed",
+                              "pip install 'blockroll[math]'")
+        function = reward.function or _MATCHES[reward.match or "exact"]
         self._process = RewardProcess(function, reward.timeout_s, f"{where}.reward.function")
         try:
             self._parameters = self._checked_function(self._process.start(), [*self.training, *self._heldout])

@@ -24,7 +24,7 @@ from ...errors import ConfigError, DataError
 
 START_S = 120.0
 """Seconds in which the function's module must be imported: it may import torch and load a model."""
-GRACE_S = 1.0
+GRACE_S = 0.5
 """Seconds beyond the timeout in which a coroutine that was cancelled may end, before its process is ended."""
 _WORKER = Path(__file__).with_name("reward_worker.py")
 

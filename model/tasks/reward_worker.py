@@ -81,7 +81,7 @@ def _load(name: str) -> Any:
             raise _Refused(f"{getattr(module, '__file__', None) or module_name} has no {path!r}")
         found = getattr(found, part)
     if not callable(found):
-        raise _Refused(f"it is a {type(found).__name__}, no function")
+        raise _Refused(f"it is no function but of type {type(found).__name__}")
     return found
 
 

@@ -94,7 +94,7 @@ class ReasoningGym:
         return make_tasks("heldout", count, seed, self._families)
 
     def score(self, answers: Sequence[tuple[Any, Answer]]) -> list[float | None]:
-        return [score(task, answer.text if answer.finish_reason == "stop" else "") for task, answer in answers]
+        return [score(task, answer.text) if answer.finish_reason == "stop" else 0.0 for task, answer in answers]
 
     def prompt_tokens(self, task: Any, tokenizer: Any) -> tuple[int, ...]:
         return tuple(encode_prompt(tokenizer, task.prompt))
