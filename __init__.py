@@ -32,14 +32,23 @@ _PUBLIC = {
 
 __all__ = sorted(_PUBLIC)
 
-if TYPE_CHECKING:
-    from .model.checkpoint import load_policy, save_policy
-    from .rollout.engine import Engine, EngineConfig
-    from .rollout.outputs import RolloutOutput, SampleOutput
-    from .rollout.schedule import Schedule
-    from .rollout.types import RolloutRequest, SamplingParams, Trajectory
-    from .trainer_bridge.client import Conversation, RolloutClient, connect, converse, converse_async
-    from .trainer_bridge.client.async_client import AsyncRolloutClient
+if TYPE_CHECKING:  # `as` tells type checkers that the names are to be imported from here
+    from .model.checkpoint import load_policy as load_policy
+    from .model.checkpoint import save_policy as save_policy
+    from .rollout.engine import Engine as Engine
+    from .rollout.engine import EngineConfig as EngineConfig
+    from .rollout.outputs import RolloutOutput as RolloutOutput
+    from .rollout.outputs import SampleOutput as SampleOutput
+    from .rollout.schedule import Schedule as Schedule
+    from .rollout.types import RolloutRequest as RolloutRequest
+    from .rollout.types import SamplingParams as SamplingParams
+    from .rollout.types import Trajectory as Trajectory
+    from .trainer_bridge.client import Conversation as Conversation
+    from .trainer_bridge.client import RolloutClient as RolloutClient
+    from .trainer_bridge.client import connect as connect
+    from .trainer_bridge.client import converse as converse
+    from .trainer_bridge.client import converse_async as converse_async
+    from .trainer_bridge.client.async_client import AsyncRolloutClient as AsyncRolloutClient
 
 
 def __getattr__(name: str) -> Any:

@@ -66,7 +66,8 @@ def test_figures_are_of_the_rewards(place: Path) -> None:
 def test_the_loss_is_that_of_what_is_learned(place: Path, policy: Policy) -> None:
     """Prompts carry no loss; a document longer than the policy is cut, and its parts' first tokens are not predicted."""
     tokenizer = policy.tokenizer
-    messages = [{"role": r, "content": c} for r, c in (("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "four"))]
+    said = ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "four")
+    messages = [{"role": role, "content": content} for role, content in said]
     documents = [text_document(tokenizer, "some text"), answer_document(tokenizer, "a prompt", "an answer"),
                  chat_document(tokenizer, messages, "here")]  # fmt: skip
     total = count = 0.0
@@ -84,7 +85,8 @@ def test_the_loss_is_that_of_what_is_learned(place: Path, policy: Policy) -> Non
 
 
 def test_a_conversion_measures_its_documents(place: Path) -> None:
-    values = {"output": "made", "parent": "policy", "stages": [{"name": "s", "kind": "diffusion", "tokens": 300, "pack_tokens": 256}],
+    stage = {"name": "s", "kind": "diffusion", "tokens": 300, "pack_tokens": 256}
+    values = {"output": "made", "parent": "policy", "stages": [stage],
               "data": {"pool": 8}, "evaluation_documents": {"kind": "jsonl", "paths": ["held.jsonl"]}}  # fmt: skip
     parse(values, ConversionConfig, "test")
     Path("run.yaml").write_text(json.dumps(values))
