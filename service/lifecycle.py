@@ -1,4 +1,4 @@
-"""A rollout service for as long as a `with` block lasts: Ray, engines, gateway, metrics.
+"""A rollout service for as long as a `with` block lasts: Ray, engines, gateway, metrics, HTTP.
 
 Invariants:
 - What can be refused is refused before Ray starts (`preflight`).
@@ -14,15 +14,17 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..trainer_bridge.gateway import Gateway
+from ..trainer_bridge.gateway.departed_client import end_client
 from . import preflight, runtime_file
 from .autoscaler import following_queue
 from .config import ServiceConfig
+from .http import HTTP_CLIENT
 from .metrics import serving_metrics
 from .runtime_file import ServiceRecord
 
@@ -75,6 +77,8 @@ def serve(config: ServiceConfig, log: str | None = None) -> Iterator[Service]:
     record = ServiceRecord(os.getpid(), keys=delivery.keys, log=log, policy=config.policy)
     with runtime_file.held(config.ledger, record) as runtime, ExitStack() as stack:
         keys = preflight.server_keys(config)
+        # Whoever asked by HTTP is gone, with the connection that the answer was for.
+        end_client(config.ledger, HTTP_CLIENT, delivery.keep_requests)
         cluster = stack.enter_context(_cluster(config))
         gateway = stack.enter_context(
             Gateway(cluster, delivery.bind, config.ledger, keys=keys, max_in_flight=config.dispatch.max_in_flight,
@@ -84,10 +88,20 @@ def serve(config: ServiceConfig, log: str | None = None) -> Iterator[Service]:
                     max_client_samples=delivery.max_client_samples))  # fmt: skip
         url = stack.enter_context(serving_metrics(config, gateway.address))
         stack.enter_context(following_queue(config, gateway.address))
-        runtime.update(state="ready", address=gateway.address, metrics=url)
+        http = stack.enter_context(_http(config, gateway))
+        runtime.update(state="ready", address=gateway.address, metrics=url, http=http)
         _log.info("the service of %s is up at %s: %d engines", config.policy, gateway.address, config.engines.at_start)
         yield Service(config, gateway, runtime.record)
     _log.info("the service is down")
+
+
+def _http(config: ServiceConfig, gateway: Gateway) -> AbstractContextManager[str | None]:
+    """The HTTP face, where one is configured: its base URL."""
+    if config.http is None:
+        return nullcontext()
+    from .http.server import serving_http
+
+    return serving_http(config, config.http, gateway)
 
 
 @contextmanager

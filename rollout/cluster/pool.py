@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ...errors import ClusterError
-from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy
+from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy, Progress
 from ..types import RolloutRequest
 from .dispatch import Continuous, Dealer, Ordered, Strategy
 from .fleet import LOOK_S, Fleet
@@ -60,6 +60,7 @@ class RayCluster:
     Attributes:
         version: the weight version that serves.
         restarts: engine processes that were replaced so far.
+        watched: ids of requests whose tokens are reported while they are made; any thread may change it.
 
     Raises:
         ClusterError: there is no Ray, or an engine cannot be started.
@@ -91,6 +92,8 @@ class RayCluster:
         self._transport = transport_of(weight_transport, answer_seconds)
         self._committing = False
         self._early: list[Completed] = []
+        self.watched: set[str] = set()
+        self._progress: list[Progress] = []
         self._fleet = Fleet(spec, engines, answer_seconds, heartbeat_seconds)
         self._engines = self._fleet.engines
         self._expected: Mapping[str, tuple[str, tuple[int, ...]]] = {}
@@ -116,7 +119,10 @@ class RayCluster:
     def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         """Takes a batch; `clients` says whose each request is. A request that is here under a lower epoch is dropped."""
         self.cancel([request.id for request in batch if request.id in self._backlog.works])
-        self._strategy.submit(self._backlog.add(batch, epoch, clients))
+        works = self._backlog.add(batch, epoch, clients)
+        for work in works:
+            work.watched = work.request.id in self.watched
+        self._strategy.submit(works)
         self._deal()
 
     def poll(self, timeout: float) -> list[Completed]:
@@ -125,6 +131,11 @@ class RayCluster:
             self._pump(timeout)
         done, self._early = self._early, []
         return done
+
+    def take_progress(self) -> list[Progress]:
+        """What watched samples have made; see `Progress`."""
+        progress, self._progress = self._progress, []
+        return progress
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drops the unfinished samples of these requests. Nothing more comes of them."""
@@ -276,10 +287,11 @@ class RayCluster:
                 self._dealer.take_back(engine, work, item.trajectory.sample)
             else:
                 self._drop([work])
+        self._progress += [item for item in report.progress if item.request_id in self.watched]
         returned: dict[Work, list[int]] = {}
-        for name, number in report.returned or ():
+        for name, number, epoch in report.returned or ():
             work = self._backlog.works.get(name)
-            if work is not None and self._dealer.take_back(engine, work, number):
+            if work is not None and work.epoch == epoch and self._dealer.take_back(engine, work, number):
                 returned.setdefault(work, []).append(number)
         self._strategy.again(list(returned.items()))
 

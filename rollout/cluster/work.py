@@ -32,6 +32,7 @@ class Work:
         deaths: engines that died with it since its last sample.
         solo_deaths: those of them that served nothing else. alike: the last of these in a row that died at about the same step,
         `died_at`.
+        watched: engines report its tokens while they are made.
     """
 
     request: RolloutRequest
@@ -44,6 +45,7 @@ class Work:
     solo_deaths: int = 0
     alike: int = 0
     died_at: int = 0
+    watched: bool = False
 
     @property
     def left(self) -> int:
@@ -88,13 +90,16 @@ class Backlog:
         return works
 
     def wait(self, work: Work, numbers: Iterable[int], first: bool = False) -> None:
-        """Queues samples that are with no engine; behind the client's other works, or before them."""
+        """Queues samples that are with no engine: behind the client's works that are as urgent, or before all of them."""
         wanted = [number for number in numbers if number not in work.done]
         if self.works.get(work.request.id) is not work or not wanted:
             return
         if not work.waiting:
             queue = self._queues.setdefault(work.client, deque())
-            queue.insert(0 if first else len(queue), work)
+            place = 0 if first else len(queue)
+            while place and not first and queue[place - 1].request.priority > work.request.priority:
+                place -= 1
+            queue.insert(place, work)
         self.waiting += len(wanted)
         work.waiting = sorted(work.waiting + wanted)
 

@@ -24,6 +24,7 @@ import numpy as np
 from ...errors import BlockrollError, ClusterError, StorageError
 from ...rollout.backend import Completed, RolloutBackend
 from ...rollout.types import RolloutRequest
+from .progress_feed import ProgressFeed
 
 _log = logging.getLogger(__package__)
 POLL_S, IDLE_S, STATS_S = 0.02, 0.25, 0.5
@@ -108,6 +109,9 @@ class BackendDriver:
 
     Args:
         wake: called, from the driver's thread, after an event was put into `events`.
+
+    Attributes:
+        progress: tells listeners of this process what unfinished samples have made.
     """
 
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
@@ -121,6 +125,7 @@ class BackendDriver:
         self._clients: Counter[str] = Counter()
         self._epochs: Counter[int] = Counter()
         self._samples = 0
+        self.progress = ProgressFeed(backend)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._refreshed = time.monotonic()
@@ -294,6 +299,7 @@ class BackendDriver:
             self._stop.wait(IDLE_S)
             return
         self._trouble.pop("poll", None)
+        self.progress.report()
         if completed:
             # Told before they are subtracted: a gateway that drains must not see an empty flight without them.
             self._tell(Outputs(completed))

@@ -43,6 +43,7 @@ from .ledger import Ledger
 from .message_router import MessageRouter
 from .operations import Operations
 from .options import check_options
+from .progress_feed import ProgressFeed
 from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
@@ -150,6 +151,16 @@ class Gateway:
     def address(self) -> str:
         """The address clients connect to, with the port that was bound."""
         return self._socket.address
+
+    @property
+    def version(self) -> int:
+        """The weight version that was committed last."""
+        return self._weights.version
+
+    @property
+    def progress(self) -> ProgressFeed:
+        """What unfinished samples have made, for listeners of this process."""
+        return self._driver.progress
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until a Shutdown or a failure, which is raised, ends the gateway; whether it has ended."""
