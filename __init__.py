@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AsyncRolloutClient": "trainer_bridge.client.async_client",
+    "Conversation": "trainer_bridge.client",
     "Engine": "rollout.engine",
     "EngineConfig": "rollout.engine",
     "RolloutOutput": "rollout.outputs",
@@ -23,20 +24,31 @@ _PUBLIC = {
     "Schedule": "rollout.schedule",
     "Trajectory": "rollout.types",
     "connect": "trainer_bridge.client",
+    "converse": "trainer_bridge.client",
+    "converse_async": "trainer_bridge.client",
     "load_policy": "model.checkpoint",
     "save_policy": "model.checkpoint",
 }
 
 __all__ = sorted(_PUBLIC)
 
-if TYPE_CHECKING:
-    from .model.checkpoint import load_policy, save_policy
-    from .rollout.engine import Engine, EngineConfig
-    from .rollout.outputs import RolloutOutput, SampleOutput
-    from .rollout.schedule import Schedule
-    from .rollout.types import RolloutRequest, SamplingParams, Trajectory
-    from .trainer_bridge.client import RolloutClient, connect
-    from .trainer_bridge.client.async_client import AsyncRolloutClient
+if TYPE_CHECKING:  # `as` tells type checkers that the names are to be imported from here
+    from .model.checkpoint import load_policy as load_policy
+    from .model.checkpoint import save_policy as save_policy
+    from .rollout.engine import Engine as Engine
+    from .rollout.engine import EngineConfig as EngineConfig
+    from .rollout.outputs import RolloutOutput as RolloutOutput
+    from .rollout.outputs import SampleOutput as SampleOutput
+    from .rollout.schedule import Schedule as Schedule
+    from .rollout.types import RolloutRequest as RolloutRequest
+    from .rollout.types import SamplingParams as SamplingParams
+    from .rollout.types import Trajectory as Trajectory
+    from .trainer_bridge.client import Conversation as Conversation
+    from .trainer_bridge.client import RolloutClient as RolloutClient
+    from .trainer_bridge.client import connect as connect
+    from .trainer_bridge.client import converse as converse
+    from .trainer_bridge.client import converse_async as converse_async
+    from .trainer_bridge.client.async_client import AsyncRolloutClient as AsyncRolloutClient
 
 
 def __getattr__(name: str) -> Any:

@@ -30,6 +30,12 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Samples decoded at once; tokens per forward do not depend on it.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Another one draws other held-out tasks.")] = 0,
+    source: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Tasks of one's own: a file like the section tasks.source of a GRPO run.")
+    ] = None,
+    documents: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Also the AR loss on one's own documents: a file with that section.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there, a plot beside.")] = None,
@@ -45,9 +51,13 @@ def evaluate(
     Example:
       blockroll eval tiny-reasoner --json eval.json
       blockroll eval runs/tiny-reasoner/policy --parent runs/tiny-reasoner/policy.ar --k 1,2,4,8,16,32 --json eval.json
+      blockroll eval runs/mine/policy --source my_tasks.yaml
     """
+    from ..model.tasks.own_config import TaskSource
     from ..rollout.evaluation import report
+    from ..rollout.evaluation.documents import Documents
     from ..rollout.evaluation.options import Options
+    from ..settings import load_yaml
 
     groups = None if k is None else integers("k", k)
     options = Options(
@@ -57,7 +67,11 @@ def evaluate(
         levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes), batch=batch,
         max_tokens=max_tokens, seed=seed, device=device, dtype=dtype,
     )
-    report.evaluate_and_show(policy, options, everything, parent_name=parent, json_path=json, card_path=card)
+    own = None if source is None else load_yaml(source, TaskSource)
+    files = None if documents is None else load_yaml(documents, Documents).documents
+    report.evaluate_and_show(
+        policy, options, everything, source=own, documents=files, parent_name=parent, json_path=json, card_path=card
+    )
 
 
 def plan(

@@ -5,10 +5,14 @@ Invariants: any text round-trips; each decimal digit is a token of its own; the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from ..errors import RequestError
+from .arguments import require
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 PAD, BOS, EOS, MASK = range(4)
@@ -46,3 +50,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Token ids of a prompt, after the beginning-of-sequence token where the tokenizer has one."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], field: str) -> tuple[int, ...]:
+    """A conversation's token ids, up to where the assistant's next turn begins.
+
+    Raises:
+        RequestError: of `field`: the tokenizer has no chat template, or its template refuses the messages.
+    """
+    require(tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None, field,
+            "holds chat messages, and the policy's tokenizer has no chat template",
+            "give text, or set the tokenizer's chat_template")
+    try:
+        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # a template raises whatever its author chose
+        raise RequestError(field, f"the chat template refuses the messages ({' '.join(str(error).split())})",
+                           "give messages as the template wants them") from error  # fmt: skip
+    return tuple(ids)

@@ -18,7 +18,7 @@ from ..model.arguments import require, short, token_ids
 from ..model.checkpoint import load_policy
 from ..model.device import placement
 from ..model.policy import Policy
-from ..model.tokenizer import encode_prompt
+from ..model.tokenizer import encode_chat, encode_prompt
 from .cache import PagedCache
 from .schedule import Schedule
 from .types import RolloutRequest, SamplingParams
@@ -158,19 +158,5 @@ def _tokens(prompt: Any, policy: Policy, field: str) -> tuple[str | None, tuple[
             "give text, token ids, chat messages or a RolloutRequest")
     require(len(prompt) > 0, field, "is empty", "give at least one token")
     if all(map(_is_message, prompt)):
-        return None, _chat(prompt, policy, field)
+        return None, encode_chat(policy.tokenizer, prompt, field)
     return None, token_ids(prompt, field)
-
-
-def _chat(messages: Sequence[Message], policy: Policy, field: str) -> tuple[int, ...]:
-    """A conversation's token ids, up to where the assistant's next turn begins."""
-    tokenizer = policy.tokenizer
-    require(tokenizer is not None and getattr(tokenizer, "chat_template", None) is not None, field,
-            "holds chat messages, and the policy's tokenizer has no chat template",
-            "give text, or set the tokenizer's chat_template")
-    try:
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
-    except Exception as error:  # a template raises whatever its author chose
-        raise RequestError(field, f"the chat template refuses the messages ({' '.join(str(error).split())})",
-                           "give messages as the template wants them") from error  # fmt: skip
-    return tuple(ids)

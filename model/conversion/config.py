@@ -16,6 +16,7 @@ from ...seeds import MAX_SEED
 from ...settings import Config
 from ..device import NAMES, is_name
 from ..tasks import Task, make_tasks
+from ..tasks.own_config import TaskSource
 
 MAX_PARAMETERS = 2**31
 """Parameters of a policy trained from nothing: 8.6 GB in float32, before gradients and optimiser states."""
@@ -302,6 +303,9 @@ class ConversionConfig(Config):
                                     "float32 on a CPU. `stages.autocast` is that of training")
     evaluation_tasks: int = Field(0, ge=0, le=100_000, description="held-out tasks for the figures of the card")
     evaluation_samples: int = Field(4, ge=1, le=65_536, description="samples of each; pass@k is measured up to as many")
+    evaluation_source: TaskSource | None = Field(None, description="tasks of one's own, in place of reasoning-gym's")
+    evaluation_documents: JsonLines | Parquet | HuggingFace | None = Field(
+        None, discriminator="kind", description="documents of one's own on which the AR loss of policy and parent is measured")
 
     @model_validator(mode="after")
     def _names(self) -> ConversionConfig:

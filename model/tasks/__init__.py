@@ -1,6 +1,11 @@
-"""Reasoning-gym tasks as question, worked steps and answer: what the shipped policy is trained, rewarded and judged on.
+"""Prompts, and what the answers to them are worth: reasoning-gym tasks as question, worked steps and answer, on which the shipped
+policies are trained and judged, or rows of files of one's own.
 
-Knows texts and verifiers. Does not know tensors or tokenizers. To add a family, write its class in `families.py`.
+Knows texts, token ids and verifiers. Does not know requests or engines. To add a family, write its class in `families.py`.
+
+`tasks`, `families`, `prompts`: reasoning-gym's. `task_set`: what trainers and evaluations draw from, whatever the source.
+`own_config`, `own_rows`, `own`: one's own. `reward_process` calls a reward function in the process of `reward_worker`; `matches`
+and `math_match` hold functions that come along.
 """
 
 from .families import FAMILIES

@@ -16,11 +16,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ...files import check_directory, locked_name, storing, write_atomic
+from ...files import check_directory, locked_name, storing, write_atomic, write_json
 from ...model.conversion.config import ConversionConfig
 from ...model.conversion.train import run as run_stages
 from ...model.conversion.train import stage_directory
 from ...settings import load_yaml, whole_text
+from ..evaluation.documents import document_figures
 from ..evaluation.options import Options
 from ..evaluation.report import evaluate_policy
 from ..progress import TrainingMeter
@@ -35,7 +36,8 @@ def convert(
 
     Under torchrun, or with `launcher: {kind: ray}`, the stages train on several processes; the first one measures.
     Writes the policy directory `output`, with the recipe (`recipe.yaml`), the training log (`training.jsonl`) and, where
-    `evaluation_tasks` asks for them, `figures.json`, `figures.png` and `card.md`. Returns the directory.
+    `evaluation_tasks` asks for them, `figures.json`, `figures.png` and `card.md`; where there are `evaluation_documents` and no
+    tasks, `figures.json` alone, with the loss on them. Returns the directory.
 
     Args:
         on_progress: called with each reported row of the training.
@@ -80,8 +82,11 @@ def _convert(
         tasks, samples = config.evaluation_tasks, config.evaluation_samples
         options = Options(tasks=tasks, samples=samples, mix_weights=(0.5,), seed=config.seed,
                           device=config.device, dtype=config.dtype)
-        parent = parent_of(config)
-        evaluate_policy(output, options, parent_name=parent, json_path=output / _FIGURES, card_path=output / _CARD)
+        evaluate_policy(output, options, source=config.evaluation_source, documents=config.evaluation_documents,
+                        parent_name=parent_of(config), json_path=output / _FIGURES, card_path=output / _CARD)
+    elif config.evaluation_documents is not None:
+        write_json(output / _FIGURES, document_figures(output, parent_of(config), config.evaluation_documents, Options.documents,
+                                                       config.seed, config.device, config.dtype))
     return output
 
 

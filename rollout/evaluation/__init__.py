@@ -3,8 +3,8 @@
 Knows tasks, engines and the records they leave. Does not know how a policy was trained, beyond the recipe beside it.
 
 `counts`: figures of finished samples. `decoding`: one way to decode, and the AR loss. `places`: acceptance by slot at block
-sizes that are to be compared. `training`: whether tasks were trained on. `report`: all of it, as the JSON of `blockroll eval`.
-`card` and `plots`: the JSON as Markdown and as a picture.
+sizes that are to be compared. `training`: whether tasks were trained on. `documents`: the AR loss on files. `report`: all of it,
+as the JSON of `blockroll eval`. `card` and `plots`: the JSON as Markdown and as a picture.
 """
 
 from .decoding import Evaluation, evaluate, evaluate_ar_loss

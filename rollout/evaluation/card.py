@@ -39,6 +39,7 @@ def card(policy: Policy, figures: dict[str, Any], directory: Path, picture: str 
         f" {c.num_key_value_heads} key/value heads of {c.head_dim}, {c.num_experts} experts of {c.moe_intermediate_size},"
         f" vocabulary {c.vocab_size}, at most {c.max_position_embeddings} positions.",
         f"- Block size {policy.block_size}, mask token {policy.mask_token_id}{markov}.",
+        "- Tasks: of files of one's own" + f"; kinds {', '.join(figures['families'])}." if _own(figures) else
         f"- Tasks: reasoning-gym's, written as question, worked steps, answer; families {', '.join(figures['families'])}.",
         *_training(directory),
         "",
@@ -67,8 +68,6 @@ def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> lis
     """The figures, line by line, the conclusion first. `everything`: pass@k, families and drafts too."""
     errors, machine, disjoint = figures["standard_error"], figures["machine"], figures["disjoint"]
     ways, temperature = figures["ways"], figures["temperatures"][0]
-    parent_loss = "" if "parent_ar_loss" not in figures else \
-        f"; of its parent {_estimate(figures['parent_ar_loss'], errors['parent_ar_loss'], 4)}"
     levels = ",".join(map(str, figures["levels"]))
     lines = [
         f"**{conclusion(figures)}**" if everything else conclusion(figures),
@@ -80,8 +79,7 @@ def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> lis
         f" {machine['date']}. ± is the standard error over tasks. Tokens per forward leave prefill out;"
         " tokens/s includes it. pass@1 is the share of samples that are right, block the mask rows of a block.",
         "",
-        f"- AR loss on the tasks' own completions, nats per token: {_estimate(figures['ar_loss'], errors['ar_loss'], 4)}"
-        f"{parent_loss}.",
+        *_losses(figures),
         "- Entropy of p, nats per token of its own samples: "
         + ", ".join(f"{_estimate(v, errors['ar_entropy'][t], 4)} at T={t}" for t, v in figures["ar_entropy"].items()) + ".",
         f"- Training documents drawn again from the recipe and compared: {disjoint['training_tasks_compared']:,}; none begins"
@@ -93,6 +91,10 @@ def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> lis
             f"- Alone, the first {check['tasks']} tasks take {check['tokens_per_forward']:.3f} tokens per forward, in the batch"
             f" {check['tokens_per_forward_in_batch']:.3f}; {check['equal_samples']} of {check['tasks']} samples are the same."
         )
+    if _own(figures):
+        rewards = ", ".join(f"{_estimate(value, errors['reward'][name][t], 3)} for {name} at T={t}"
+                            for name, row in figures["reward"].items() for t, value in row.items())
+        lines.append(f"- Mean reward: {rewards}. Samples without a reward, which count as 0: {figures['unrewarded']}.")
     rows = []
     for way in ways:
         rows.append([way["policy"], way["name"], f"{way['temperature']:g}", str(way["block_size"]), str(way["samples"]),
@@ -114,6 +116,23 @@ def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> lis
                      for way in first), left=2)  # fmt: skip
     if "drafting" in figures:
         lines += _drafts(figures)
+    return lines
+
+
+def _own(figures: dict[str, Any]) -> bool:
+    """Whether the tasks are the user's. Figures without the key are of reasoning-gym's."""
+    return bool(figures.get("source") == "own")
+
+
+def _losses(figures: dict[str, Any]) -> list[str]:
+    """A line for each AR loss that was measured."""
+    errors, lines = figures["standard_error"], []
+    told = {"ar_loss": "the tasks' own completions", "document_loss": f"{figures.get('documents')} held-out documents"}
+    for name, what in told.items():
+        if name in figures:
+            parent = f"parent_{name}"
+            beside = f"; of its parent {_estimate(figures[parent], errors[parent], 4)}" if parent in figures else ""
+            lines.append(f"- AR loss on {what}, nats per token: {_estimate(figures[name], errors[name], 4)}{beside}.")
     return lines
 
 

@@ -19,8 +19,7 @@ import numpy as np
 from ...errors import InvalidInput
 from ...model.policy import Policy
 from ...model.scoring import score as score_tokens
-from ...model.tasks import Task, score
-from ...model.tokenizer import encode_prompt
+from ...model.tasks.task_set import AnyTask, ReasoningGym, TaskSet, answer_of
 from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
 from ..offline import pool_size, serve
@@ -47,8 +46,10 @@ class Evaluation:
         levels: of the schedule `fused`; empty for the others.
         mix_weight: of the sampler `mixed`; None for the others.
         tasks, samples: tasks, and samples of each.
-        pass_at_1: mean score over tasks and samples.
+        pass_at_1: share of right samples, over tasks and samples; a sample is right from the reward `right` on.
         standard_error: of pass_at_1.
+        reward, reward_standard_error: mean reward. A sample without one counts as 0.
+        unrewarded: samples without a reward.
         pass_at, pass_at_standard_error: by k, the chance that one of k samples is right.
         families: pass_at_1 of each family.
         answer_tokens, answer_tokens_standard_error: mean tokens of a sample, the ending one included.
@@ -78,6 +79,9 @@ class Evaluation:
     samples: int
     pass_at_1: float
     standard_error: float
+    reward: float
+    reward_standard_error: float
+    unrewarded: int
     pass_at: Mapping[int, float]
     pass_at_standard_error: Mapping[int, float]
     families: Mapping[str, float]
@@ -98,8 +102,10 @@ class Evaluation:
 
 def evaluate(
     policy: Policy,
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     *,
+    source: TaskSet | None = None,
+    right: float = 1.0,
     sampler: SamplerName,
     schedule: Schedule,
     temperature: float = 1.0,
@@ -115,6 +121,8 @@ def evaluate(
     """Samples answers to tasks and scores them.
 
     Args:
+        source: what the tasks came from; reasoning-gym by default.
+        right: reward from which a sample is right.
         samples: samples per task.
         k: sizes of the groups of samples that `pass_at` speaks of, at most `samples`.
         batch: samples decoded at once.
@@ -125,7 +133,7 @@ def evaluate(
     Raises:
         InvalidInput: a policy without a tokenizer, no tasks, or a parameter out of range.
     """
-    tokenizer = tokenizer_of(policy, tasks)
+    tokenizer, source = tokenizer_of(policy, tasks), source or ReasoningGym()
     check_groups(k, samples)
     if seed < 0:
         raise InvalidInput("seed", f"{seed} is negative", "use a number >= 0")
@@ -134,7 +142,7 @@ def evaluate(
     if len(by_id) != len(tasks):
         raise InvalidInput("tasks", "a task is given twice", "use `samples` to sample a task more than once")
     requests = [
-        RolloutRequest(task.id, tuple(encode_prompt(tokenizer, task.prompt)), params, derived_seed(seed, task.id), samples)
+        RolloutRequest(task.id, source.prompt_tokens(task, tokenizer), params, derived_seed(seed, task.id), samples)
         for task in tasks
     ]
     config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
@@ -148,15 +156,17 @@ def evaluate(
         if on_finish is not None:
             on_finish(sample)
     seconds = time.perf_counter() - start
-    for sample in made:
-        text = tokenizer.decode(sample.tokens, skip_special_tokens=True)
-        right = score(by_id[sample.request_id], text) if sample.finish_reason == "stop" else 0.0
-        scores[sample.request_id].append(right)
+    found = source.score([(by_id[s.request_id], answer_of(tokenizer, s.tokens, s.finish_reason)) for s in made])
+    rewards: dict[str, list[float]] = {task.id: [] for task in tasks}
+    for sample, reward in zip(made, found, strict=True):
+        rewards[sample.request_id].append(reward or 0.0)
+        scores[sample.request_id].append(float(reward is not None and reward >= right))
     families: dict[str, list[float]] = defaultdict(list)
     for task in tasks:
         families[task.family] += scores[task.id]
     pass_at = {n: mean([pass_at_k(samples, int(sum(values)), n) for values in scores.values()]) for n in k}
     pass_at_1, standard_error = mean([float(np.mean(values)) for values in scores.values()])
+    mean_reward = mean([float(np.mean(values)) for values in rewards.values()])
     tokens_per_task = by_task(made, lambda sample: len(sample.tokens))
     answer_tokens = ratio(tokens_per_task, [samples] * len(tasks))
     surprise = ratio(by_task(made, lambda sample: -float(sample.logprobs.sum(dtype=np.float64))), tokens_per_task)
@@ -177,6 +187,9 @@ def evaluate(
         samples=samples,
         pass_at_1=pass_at_1,
         standard_error=standard_error,
+        reward=mean_reward[0],
+        reward_standard_error=mean_reward[1],
+        unrewarded=sum(reward is None for reward in found),
         pass_at={n: value for n, (value, _) in pass_at.items()},
         pass_at_standard_error={n: error for n, (_, error) in pass_at.items()},
         families={family: float(np.mean(values)) for family, values in sorted(families.items())},
@@ -196,7 +209,7 @@ def evaluate(
     )
 
 
-def evaluate_ar_loss(policy: Policy, tasks: Sequence[Task]) -> float:
+def evaluate_ar_loss(policy: Policy, tasks: Sequence[AnyTask]) -> float:
     """Nats per token of the tasks' own completions, end of sequence included, by one causal pass.
 
     Raises:
@@ -205,13 +218,13 @@ def evaluate_ar_loss(policy: Policy, tasks: Sequence[Task]) -> float:
     return ar_loss(policy, tasks)[0]
 
 
-def ar_loss(policy: Policy, tasks: Sequence[Task]) -> tuple[float, float]:
+def ar_loss(policy: Policy, tasks: Sequence[AnyTask], source: TaskSet | None = None) -> tuple[float, float]:
     """`evaluate_ar_loss`, and its standard error over tasks."""
-    tokenizer = tokenizer_of(policy, tasks)
+    tokenizer, source = tokenizer_of(policy, tasks), source or ReasoningGym()
     pairs = [
         (
-            encode_prompt(tokenizer, task.prompt),
-            [*tokenizer.encode(task.completion, add_special_tokens=False), tokenizer.eos_token_id],
+            source.prompt_tokens(task, tokenizer),
+            [*tokenizer.encode(task.completion or "", add_special_tokens=False), tokenizer.eos_token_id],
         )
         for task in tasks
     ]
@@ -219,7 +232,7 @@ def ar_loss(policy: Policy, tasks: Sequence[Task]) -> tuple[float, float]:
     return ratio([-float(logprobs.sum(dtype=np.float64)) for logprobs in scored], [len(logprobs) for logprobs in scored])
 
 
-def tokenizer_of(policy: Policy, tasks: Sequence[Task]):
+def tokenizer_of(policy: Policy, tasks: Sequence[AnyTask]):
     """The policy's tokenizer; InvalidInput where it has none, or there are no tasks."""
     if policy.tokenizer is None:
         raise InvalidInput("policy", "has no tokenizer", "tasks are text; save the tokenizer beside the weights")

@@ -27,7 +27,8 @@ class Options:
     """What `blockroll eval` measures.
 
     Attributes:
-        tasks: held-out tasks.
+        tasks: held-out tasks; all there are, where a source of one's own has fewer.
+        documents: records of one's own documents, where some are given.
         samples: of each task at the first temperature; elsewhere one.
         k: sizes of groups for pass@k; None for the powers of two up to `samples`.
         samplers: beside `ar`. mix_weights: `mixed` is measured with each.
@@ -40,6 +41,7 @@ class Options:
     """
 
     tasks: int = 500
+    documents: int = 1000
     samples: int = 4
     k: tuple[int, ...] | None = None
     samplers: tuple[SamplerName, ...] = ("ar", "lossless", "mixed")
@@ -54,7 +56,7 @@ class Options:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("tasks", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_BATCH)):
+        for name, most in (("tasks", MAX_TASKS), ("documents", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_BATCH)):
             if not 1 <= getattr(self, name) <= most:
                 problem = "is less than 1" if getattr(self, name) < 1 else f"is more than {most}"
                 raise InvalidInput(name, f"{getattr(self, name)} {problem}", f"use a number from 1 to {most}")

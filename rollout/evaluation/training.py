@@ -19,7 +19,7 @@ from ...model.checkpoint import resolve
 from ...model.conversion.config import ConversionConfig, Stage, Tasks
 from ...model.conversion.data import Document, PackStream
 from ...model.tasks import Task, make_tasks
-from ...model.tokenizer import encode_prompt
+from ...model.tasks.task_set import AnyTask, ReasoningGym, TaskSet
 from ...settings import load_yaml
 
 RECIPE = "recipe.yaml"
@@ -68,19 +68,22 @@ def heldout_tasks(recipes: Sequence[ConversionConfig], count: int, seed: int) ->
 def check_disjoint(
     recipes: Sequence[ConversionConfig],
     not_compared: Sequence[str],
-    tasks: Sequence[Task],
+    tasks: Sequence[AnyTask],
     tokenizer: Any,
     on_documents: Callable[[int], None] = lambda tokens: None,
+    source: TaskSet | None = None,
 ) -> Disjointness:
     """Compare the tasks with the documents of the recipes.
 
     Args:
         on_documents: called with the clean tokens of each pack that was drawn.
+        source: what the tasks came from; reasoning-gym by default.
 
     Raises:
         DataError: a task is among the documents.
     """
-    prompts = {tuple(encode_prompt(tokenizer, task.prompt)): task.id for task in tasks}
+    source = source or ReasoningGym()
+    prompts = {source.prompt_tokens(task, tokenizer): task.id for task in tasks}
     lengths = sorted({len(prompt) for prompt in prompts})
     compared, left_out = 0, list(not_compared)
     for recipe in recipes:

@@ -13,12 +13,21 @@ ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 10))
 STAGES = "stages: [{name: s, kind: diffusion, tokens: 100}]"
+EXACT = "reward: {match: exact}"
 ABLATION = "output: out\nparent: tiny-reasoner-ar\nstage: {name: s, kind: diffusion, tokens: 100}\n"
 
 
 def grpo(name: str, text: File, *says: str, **others: File) -> Case:
     files = {"run.yaml": text, **{f"{name}.yaml": file for name, file in others.items()}}
     return Case(f"grpo: {name}", ("grpo", "run.yaml"), files, says=says)
+
+
+def source(name: str, fields: str, *says: str, close: str = "}") -> Case:
+    rows = "".join(f'{{"prompt": "Q:{i}+1", "answer": {i}}}\n' for i in range(40))
+    files = {"run.yaml": f"output: out\npolicy: tiny-reasoner\ntasks: {{source: {{{fields}{close}}}\n", "rows.jsonl": rows,
+             "pipe.jsonl": fifo, "zero.jsonl": link_to("/dev/zero"), "ends.py": "raise SystemExit(5)\n",
+             "dies.py": "import os\nos._exit(5)\n"}  # fmt: skip
+    return Case(f"grpo: source: {name}", ("grpo", "run.yaml"), files, says=says)
 
 
 def convert(name: str, text: str, *says: str) -> Case:
@@ -123,6 +132,19 @@ CASES = [
     grpo("an output in no directory", "output: /proc/none/run\n", "/proc/none/run", "cannot be written"),
     grpo("an unknown policy", "output: x\npolicy: nobody\n", "policy", "'nobody'"),
     grpo("a policy of 5,000 characters", f"output: x\npolicy: {'p' * 5000}\n", "policy", "ppp"),
+    # Tasks of one's own.
+    source("without a reward", "paths: [rows.jsonl]", "tasks.source.reward", "missing"),
+    source("files that are not there", f"paths: [none.jsonl], {EXACT}", "none.jsonl", "no such file"),
+    source("a directory without files", f"paths: ['.'], {EXACT}, split: a", "split", "save_to_disk"),
+    source("rows without the field", f"paths: [rows.jsonl], prompt: question, {EXACT}", "rows.jsonl line 1", "'question'"),
+    source("a pipe", f"paths: [pipe.jsonl], {EXACT}", "pipe.jsonl", "pipe"),
+    source("an endless file", f"paths: [zero.jsonl], {EXACT}", "zero.jsonl", "device"),
+    source("a module that is not there", "paths: [rows.jsonl], reward: {function: 'nowhere:reward'}", "function", "'nowhere'"),
+    source("a module that exits", "paths: [rows.jsonl], reward: {function: 'ends:reward'}", "SystemExit: 5", "ends.py"),
+    source("a module that takes the process down", "paths: [rows.jsonl], reward: {function: 'dies:reward'}", "status 5"),
+    source("a function that is a number", "paths: [rows.jsonl], reward: {function: 'ends:reward:x'}", "names no function"),
+    source("more prompts than rows", f"paths: [rows.jsonl], heldout_share: 0.9, {EXACT}", "tasks.prompts_per_step", "16"),
+    source("families beside it", f"paths: [rows.jsonl], {EXACT}}}, families: [gcd", "tasks.families", "source", close="]"),
     # Includes.
     grpo("an include that is not there", "output: !include none.yaml\n", "line 1", "none.yaml", "No such file"),
     grpo("an include that is a pipe", "output: !include part.yaml\n", "line 1", "part.yaml", "pipe", part=fifo),

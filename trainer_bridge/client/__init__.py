@@ -6,13 +6,16 @@ torch, Ray nor an engine.
 `rollout_client`: the public face; `async_client`: its asyncio twin, imported by name, since asyncio takes 50 ms. `arguments`
 checks what a caller gives. `message_loop` exchanges messages over a `connection`; `pending_requests` knows what was
 submitted and what arrived, each as a `pending_request`; `collector` gathers one call's answers, `generate` orders them;
-`handed_out` knows what waits for an acknowledgement. `control_session`: `weight_pusher` sends `host_weights`.
+`handed_out` knows what waits for an acknowledgement. `conversation`: multi-turn rollouts over a client. `control_session`:
+`weight_pusher` sends `host_weights`.
 `service_control`: what operators ask of a running service.
 """
 
 from ..wire.keys import ClientKeys, CurveKeys
 from .connection import RequestRefused
+from .conversation import Conversation, converse, converse_async
 from .rollout_client import RolloutClient, connect
 from .service_control import ServiceControl, ServiceStatus
 
-__all__ = ["ClientKeys", "CurveKeys", "RequestRefused", "RolloutClient", "ServiceControl", "ServiceStatus", "connect"]
+__all__ = ["ClientKeys", "Conversation", "CurveKeys", "RequestRefused", "RolloutClient", "ServiceControl", "ServiceStatus",
+           "connect", "converse", "converse_async"]

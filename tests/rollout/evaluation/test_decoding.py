@@ -46,7 +46,7 @@ def test_figures_follow_from_the_trajectories(policy: Policy) -> None:
 
 def test_a_right_answer_counts_when_it_ended(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     # Random weights answer nothing right; a verifier that says yes shows which samples are asked about at all.
-    monkeypatch.setattr("blockroll.rollout.evaluation.decoding.score", lambda task, text: 1.0)
+    monkeypatch.setattr("blockroll.model.tasks.task_set.score", lambda task, text: 1.0)
     tasks = make_tasks("heldout", 20)
     result = evaluate(policy, tasks, sampler="ar", schedule=Schedule("ar"), max_tokens=100, batch=20)
     assert set(result.finish_reasons) == {"stop", "length"}
@@ -57,7 +57,7 @@ def test_a_right_answer_counts_when_it_ended(policy: Policy, monkeypatch: pytest
 
 def test_pass_at_k_counts_the_right_ones_of_each_task(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     # Right are the samples whose text has an even length, whether or not they ended.
-    monkeypatch.setattr("blockroll.rollout.evaluation.decoding.score", lambda task, text: float(len(text) % 2 == 0))
+    monkeypatch.setattr("blockroll.model.tasks.task_set.score", lambda task, text: float(len(text) % 2 == 0))
     made: list[Trajectory] = []
     result = evaluate(policy, make_tasks("heldout", 6), sampler="ar", schedule=Schedule("ar"), samples=4, k=(1, 2, 4),
                       max_tokens=60, batch=24, on_finish=made.append)  # fmt: skip

@@ -10,14 +10,16 @@ from ....errors import InvalidInput
 from ....model.arguments import MAX_TEMPERATURE, MIN_TEMPERATURE
 from ....model.conversion.config import DraftLoss
 from ....model.tasks import families
+from ....model.tasks.own_config import TaskSource
 from ....seeds import MAX_SEED
 from ....settings import Config
 
 
 class Tasks(Config):
-    """Prompts and their verifiers, from reasoning-gym."""
+    """Prompts and their verifiers, from reasoning-gym or from files of one's own."""
 
-    families: tuple[str, ...] = Field((), description="families to draw from; empty for all")
+    families: tuple[str, ...] = Field((), description="reasoning-gym families to draw from; empty for all")
+    source: TaskSource | None = Field(None, description="prompts of one's own, in place of reasoning-gym's")
     prompts_per_step: int = Field(16, ge=1, le=65_536)
     samples_per_prompt: int = Field(8, ge=2, le=65_536, description="size of a group; its mean reward is the baseline")
     dynamic_sampling: bool = Field(True, description="leave groups whose rewards are all equal out of the update: their "
@@ -29,6 +31,8 @@ class Tasks(Config):
     def _known(self) -> Tasks:
         if unknown := sorted(set(self.families) - set(families())):
             raise InvalidInput("families", f"unknown {unknown}", f"use some of {', '.join(families())}")
+        if self.families and self.source is not None:
+            raise InvalidInput("families", "given beside a source", "leave them out: they are reasoning-gym's")
         if self.max_generation_batches > 1 and not self.dynamic_sampling:
             raise InvalidInput("max_generation_batches", f"{self.max_generation_batches} without dynamic_sampling",
                                "set dynamic_sampling: true, or leave it at 1")
@@ -83,7 +87,7 @@ class Optimizer(Config):
 class Evaluation(Config):
     """Held-out tasks: one sample of each at the training temperature and one at temperature 0."""
 
-    tasks: int = Field(400, ge=1, le=100_000)
+    tasks: int = Field(400, ge=1, le=100_000, description="held-out tasks; all there are, where a source of one's own has fewer")
     seed: int = Field(0, ge=0, le=MAX_SEED)
     every: int = Field(0, ge=0, description="steps between evaluations; 0 for none but before and after training")
 

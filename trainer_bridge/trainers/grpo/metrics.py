@@ -30,11 +30,6 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     write_atomic(path, b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
 
-def proportion_error(share: float, count: int) -> float:
-    """Standard error of a share of `count` independent tasks."""
-    return float(np.sqrt(share * (1 - share) / count))
-
-
 def mean_reward(rows: Sequence[Row]) -> tuple[float, float]:
     """Mean of the steps' mean rewards, and its standard error (0 for a single step)."""
     values = np.array([row["reward"] for row in rows])
@@ -50,24 +45,24 @@ def summary(config: GrpoConfig, rows: Sequence[Row], gateway: Mapping[str, Any],
     """
     before, after = rows[0], rows[-1]
     trained = [row for row in rows if row["step"]]
-    tasks = config.evaluation.tasks
     tokens, forwards = (sum(row[key] for row in trained) for key in ("tokens", "forwards"))
     found: Row = {}
     for name in ("accuracy", "greedy"):
         for when, row in (("before", before), ("after", after)):
             found[f"heldout_{name}_{when}"] = row[f"heldout_{name}"]
-            found[f"heldout_{name}_{when}_standard_error"] = proportion_error(row[f"heldout_{name}"], tasks)
+            found[f"heldout_{name}_{when}_standard_error"] = row[f"heldout_{name}_standard_error"]
             found[f"heldout_{name}_tokens_{when}"] = row[f"heldout_{name}_tokens"]
     for when, some in (("first", trained[:SPAN]), ("last", trained[-SPAN:])):
         found[f"reward_{when}_{SPAN}"], found[f"reward_{when}_{SPAN}_standard_error"] = mean_reward(some)
     return {
         **found,
-        "heldout_tasks": tasks,
+        "heldout_tasks": after["heldout_tasks"],
         "sampler": config.rollouts.sampler,
         "engines": gateway.get("engine.engines", gateway.get("engine.actors", 0)),
         "steps": config.steps,
         "final_weight_version": gateway["version"],
         "trajectories": {key: gateway[key] for key in ("requested", "unique", "duplicates", "missing")},
+        "unrewarded": sum(row["unrewarded"] for row in trained),
         "groups": sum(row["groups"] for row in trained),
         "groups_used": sum(row["groups_used"] for row in trained),
         "tokens_per_forward": tokens / max(forwards, 1),

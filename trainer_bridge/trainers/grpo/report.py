@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ....rollout.plot_style import BLUE, GREEN, GREY, ORANGE, at_least_zero, head, picture, series
 from ....settings import load_yaml
 from .config import GrpoConfig
-from .metrics import METRICS, SPAN, Row, proportion_error, read_rows
+from .metrics import METRICS, SPAN, Row, read_rows
 
 
 class Display:
@@ -32,7 +32,6 @@ class Display:
             disable=not self._console.is_terminal,
         )
         self._bar = self._progress.add_task("", total=config.steps)
-        self._tasks = config.evaluation.tasks
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -57,7 +56,7 @@ class Display:
                 self.say(f"step {row['step']}  {text}")
         if "heldout_accuracy" in row:
             self.say(f"held-out after step {row['step']}: {row['heldout_accuracy']:.3f} at the training temperature, "
-                     f"{row['heldout_greedy']:.3f} greedy ({self._tasks} tasks)")
+                     f"{row['heldout_greedy']:.3f} greedy ({row['heldout_tasks']} tasks)")
 
 
 def draw_report(output: Path) -> None:
@@ -79,9 +78,9 @@ def draw_report(output: Path) -> None:
         reward.plot(steps, values, color=GREY, marker=".", lw=0.8, label=f"step, {samples} samples")
         reward.plot(steps, smooth, color=BLUE, lw=2.2, label=f"mean of the last {SPAN} steps")
         head(reward, f"Reward: {_between(smooth)}", "mean reward of a step's samples")
-        reward.set(ylim=(0, 1.02))
+        _around_shares(reward)
         reward.legend(loc="best")
-        _draw_heldout(heldout, length, measured, config)
+        _draw_heldout(heldout, length, measured)
         lengths = [r["answer_tokens"] for r in trained]
         length.plot(steps, lengths, color=GREY, marker=".", lw=0.8, label="rollouts")
         at_least_zero(length, lengths + [r[f"heldout_{name}_tokens"] for r in measured for name, _, _ in _KINDS])
@@ -97,17 +96,23 @@ def draw_report(output: Path) -> None:
 _KINDS = (("accuracy", "training temperature", series(0)), ("greedy", "greedy", series(1)))
 
 
-def _draw_heldout(accuracy: Any, length: Any, measured: list[Row], config: GrpoConfig) -> None:
+def _around_shares(axes: Any) -> None:
+    """From 0 to 1, and further where rewards of one's own lie outside."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low if low < -0.1 else 0, high if high > 1.1 else 1.02)
+
+
+def _draw_heldout(accuracy: Any, length: Any, measured: list[Row]) -> None:
     """Accuracy and answer length on the held-out tasks."""
-    tasks, steps = config.evaluation.tasks, [r["step"] for r in measured]
+    tasks, steps = measured[-1]["heldout_tasks"], [r["step"] for r in measured]
     for name, label, style in _KINDS:
         shares = [r[f"heldout_{name}"] for r in measured]
-        accuracy.errorbar(steps, shares, [2 * proportion_error(share, tasks) for share in shares], label=label, **style)
+        accuracy.errorbar(steps, shares, [2 * r[f"heldout_{name}_standard_error"] for r in measured], label=label, **style)
         length.plot(steps, [r[f"heldout_{name}_tokens"] for r in measured], label=f"held-out, {label}", **style)
     ends = [(r["heldout_accuracy"], r["heldout_greedy"]) for r in (measured[0], measured[-1])]
     head(accuracy, f"Held-out: {_between([end[0] for end in ends])}, greedy {_between([end[1] for end in ends])}",
          f"accuracy on {tasks} tasks, bars: 2 standard errors to each side")
-    accuracy.set(ylim=(0, 1.02))
+    _around_shares(accuracy)
     accuracy.legend(loc="best")
     lengths = [r["heldout_accuracy_tokens"] for r in measured]
     head(length, f"Answer length: {_between(lengths)} tokens", "mean tokens of an answer; the title speaks of the held-out tasks")

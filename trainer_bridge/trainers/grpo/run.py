@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ import torch
 from ....errors import ConfigError, InvalidInput
 from ....files import locked_directory, make_directory, write_atomic, write_json
 from ....model.checkpoint import load_policy, save_policy
+from ....model.policy import Policy
+from ....model.tasks.own import OwnTasks
+from ....model.tasks.task_set import ReasoningGym, TaskSet
 from ....rollout.sample_lines import CONFIG
 from ....settings import load_yaml, whole_text
 from ...client import connect
@@ -57,6 +60,19 @@ def run(config_path: str | os.PathLike[str], service: Callable[[GrpoConfig], Ser
     config = load_yaml(config_path, GrpoConfig)
     serve = service(config)
     policy = load_policy(config.policy)
+    with closing(task_set(config, policy)) as tasks:
+        return _run(config, config_path, serve, policy, tasks, resume, overwrite)
+
+
+def task_set(config: GrpoConfig, policy: Policy) -> TaskSet:
+    """What the run's prompts and rewards come from. Raises ConfigError or DataError where they cannot be used."""
+    if config.tasks.source is None:
+        return ReasoningGym(config.tasks.families)
+    return OwnTasks(config.tasks.source, policy, config.seed, prompts_per_step=config.tasks.prompts_per_step)
+
+
+def _run(config: GrpoConfig, config_path: str | os.PathLike[str], serve: Serve, policy: Policy, tasks: TaskSet,
+         resume: bool, overwrite: bool) -> dict[str, Any]:
     output = make_directory(config.output)
     with locked_directory(output), Display(config) as display:
         recover(output)
@@ -77,7 +93,7 @@ def run(config_path: str | os.PathLike[str], service: Callable[[GrpoConfig], Ser
                         version = client.push_weights(client.version + 1, policy.state_dict())
                         attachment = attachment.at(version, output)
                     start = load_policy(config.policy) if config.loss.kl_weight else None
-                    trainer = Trainer(config, policy, client, output, display, attachment, start)
+                    trainer = Trainer(config, policy, client, output, display, attachment, tasks, start)
                     started()
                     if resume:
                         trainer.resume()

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ....errors import DataError
 from ....files import append_jsonl
 from ....model.policy import Policy
 from ....model.scoring import score as score_tokens
-from ....model.tasks import Task, make_tasks
-from ....model.tokenizer import encode_prompt
+from ....model.tasks.task_set import AnyTask, TaskSet
 from ....rollout.sample_lines import ROLLOUTS
 from ....rollout.types import RolloutRequest, SamplingParams, Trajectory, order_by_id
 from ....seeds import named_generator
@@ -46,15 +46,16 @@ class Trainer:
         client: a client that was made with ack="manual".
         output: the run's directory.
         attachment: how the run appears to its service; its version is known.
+        tasks: what prompts and rewards come from.
         start: the starting policy, when the loss has a `kl_weight`.
     """
 
     def __init__(self, config: GrpoConfig, policy: Policy, client: RolloutClient, output: Path, display: Display,
-                 attachment: Attachment, start: Policy | None = None) -> None:
+                 attachment: Attachment, tasks: TaskSet, start: Policy | None = None) -> None:
         self.config, self.policy, self.client, self.output, self.display = config, policy, client, output, display
         assert attachment.version is not None, "the starting policy is pushed first"
         self._prefix, self._base, self._shared = attachment.prefix, attachment.version, bool(attachment.prefix)
-        self._start, self._learner = start, Learner(policy, config)
+        self._source, self._start, self._learner = tasks, start, Learner(policy, config)
         self._tokenizer = policy.tokenizer
         self._done = 0
         self._submitted: dict[int, float] = {}
@@ -66,6 +67,8 @@ class Trainer:
         if (self.output / NAME).exists():
             self._done, row = load_checkpoint(self.output / NAME, self._learner)
         self._rows = [r for r in read_rows(self.output / METRICS) if r["step"] <= self._done]
+        if self._rows and self._rows[0].get("tasks_digest", "") != self._source.digest:
+            raise DataError("tasks.source", "its rows are not those that the run began with", "restore them, or start anew")
         write_rows(self.output / METRICS, self._rows)
         drop_later(self.output / ROLLOUTS, self._done)
         self.display.say(f"resuming after step {self._done}")
@@ -79,7 +82,8 @@ class Trainer:
         """Makes all remaining steps and measures held-out accuracy before and after; returns the summary."""
         began = time.monotonic()
         if not self._rows:
-            self._record({"step": 0, "weight_version": self._base})
+            digest = {"tasks_digest": self._source.digest} if self._source.digest else {}
+            self._record({"step": 0, "weight_version": self._base, **digest})
         for step in range(self._done + 1, self.config.steps + 1):
             row, trajectories = self._step(step)
             self._record(row)
@@ -125,7 +129,7 @@ class Trainer:
         groups: list[tuple[list[Trajectory], np.ndarray]] = []
         for batch in range(options.max_generation_batches):
             trajectories = self.client.generate(self._requests(step, batch))
-            rewards_GK = rewards(self._tasks(step, batch), trajectories, self._tokenizer)
+            rewards_GK = rewards(self._source, self._tasks(step, batch), trajectories, self._tokenizer)
             size = options.samples_per_prompt
             groups += [(trajectories[i * size : (i + 1) * size], r) for i, r in enumerate(rewards_GK)]
             if differing(np.stack([r for _, r in groups])).sum() >= options.prompts_per_step:
@@ -139,7 +143,7 @@ class Trainer:
         advantage_GK = advantages(rewards_GK, self.config.loss.scale_rewards)
         used_G = differing(rewards_GK) if self.config.tasks.dynamic_sampling else np.ones(len(groups), dtype=bool)
         chosen = np.flatnonzero(used_G)[: self.config.tasks.prompts_per_step]
-        pairs = [(t, float(a)) for g in chosen for t, a in zip(groups[g][0], advantage_GK[g], strict=True)]
+        pairs = [(t, float(a)) for g in chosen for t, a in zip(groups[g][0], advantage_GK[g], strict=True) if np.isfinite(a)]
         if self._start is None:
             return [LearningSample(t, a) for t, a in pairs]
         known = score_tokens(self._start, [(t.prompt_tokens, t.tokens) for t, _ in pairs], self.config.rollouts.temperature)
@@ -153,9 +157,10 @@ class Trainer:
         return {
             "step": step,
             "weight_version": self._base + step,
-            "reward": float(rewards_GK.mean()),
+            "reward": float(np.nanmean(rewards_GK)),
+            "unrewarded": int(np.isnan(rewards_GK).sum()),
             "groups": len(groups),
-            "groups_used": len(samples) // self.config.tasks.samples_per_prompt,
+            "groups_used": len({sample.trajectory.request_id for sample in samples}),
             "tokens": tokens,
             "forwards": forwards,
             "tokens_per_forward": tokens / max(forwards, 1),
@@ -201,21 +206,23 @@ class Trainer:
         found = self.client.generate(requests)
         figures: Row = {}
         for name, part in (("accuracy", found[: len(tasks)]), ("greedy", found[len(tasks) :])):
-            figures[f"heldout_{name}"] = float(rewards(tasks, part, self._tokenizer).mean())
+            found_N = np.nan_to_num(rewards(self._source, tasks, part, self._tokenizer)[:, 0])  # without a reward: 0
+            figures[f"heldout_{name}"] = float(found_N.mean())
+            figures[f"heldout_{name}_standard_error"] = float(found_N.std() / len(tasks) ** 0.5)
             figures[f"heldout_{name}_tokens"] = sum(len(t.tokens) for t in part) / len(part)
-        return figures, found
+        return {"heldout_tasks": len(tasks), **figures}, found
 
-    def _heldout(self, step: int) -> tuple[list[Task], list[RolloutRequest]]:
+    def _heldout(self, step: int) -> tuple[Sequence[AnyTask], list[RolloutRequest]]:
         """The held-out tasks; one request each at the training temperature, then one each at temperature 0."""
         options = self.config.evaluation
-        tasks = make_tasks("heldout", options.tasks, options.seed, self.config.tasks.families or None)
+        tasks = self._source.heldout(options.tasks, options.seed)
         kinds = (("accuracy", self.config.rollouts.temperature), ("greedy", 0.0))
         return tasks, [self._request(f"heldout-{step:05d}/{name}/{i:05d}", task, f"heldout/{i}", 1, temperature)
                        for name, temperature in kinds for i, task in enumerate(tasks)]  # fmt: skip
 
-    def _tasks(self, step: int, batch: int) -> list[Task]:
-        tasks = self.config.tasks
-        return make_tasks("rl", tasks.prompts_per_step, self._seed(f"tasks/{step}/{batch}"), tasks.families or None)
+    def _tasks(self, step: int, batch: int) -> Sequence[AnyTask]:
+        number = (step - 1) * self.config.tasks.max_generation_batches + batch
+        return self._source.draw(number, self.config.tasks.prompts_per_step, self._seed(f"tasks/{step}/{batch}"))
 
     def _requests(self, step: int, batch: int) -> list[RolloutRequest]:
         samples, temperature = self.config.tasks.samples_per_prompt, self.config.rollouts.temperature
@@ -223,10 +230,10 @@ class Trainer:
         names = (f"step-{step:05d}/{batch:02d}/{i:05d}" for i in range(self.config.tasks.prompts_per_step))
         return [self._request(n, t, n, samples, temperature) for n, t in zip(names, self._tasks(step, batch), strict=True)]
 
-    def _request(self, name: str, task: Task, seed: str, samples: int, temperature: float) -> RolloutRequest:
+    def _request(self, name: str, task: AnyTask, seed: str, samples: int, temperature: float) -> RolloutRequest:
         options = self.config.rollouts
         params = SamplingParams(sampler=options.sampler, temperature=temperature, max_tokens=options.max_tokens)
-        prompt = tuple(encode_prompt(self._tokenizer, task.prompt))
+        prompt = self._source.prompt_tokens(task, self._tokenizer)
         return RolloutRequest(id=self._prefix + name, prompt_tokens=prompt, params=params, seed=self._seed(seed), samples=samples)
 
     def _seed(self, name: str) -> int:
