@@ -30,14 +30,16 @@ from typing import Self
 import zmq
 
 from ...errors import ClusterError, StorageError
-from ...rollout.backend import Completed, RolloutBackend
+from ...rollout.backend import Completed, InterruptibleBackend, RolloutBackend
 from ...rollout.types import RolloutRequest
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
 from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES, TO_GATEWAY
 from .absent_clients import GRACE_S, AbsentClients
-from .backend_driver import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
+from .backend_driver import BackendDriver
+from .driver_commands import CommitEnded, Crashed, Outputs, WorkRefused
 from .gateway_status import GatewayStatus
+from .generation_control import GenerationControl
 from .kept_versions import KeptVersions
 from .ledger import Ledger
 from .message_router import MessageRouter
@@ -46,7 +48,7 @@ from .options import check_options
 from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
-from .weight_receiver import WeightReceiver
+from .weight_receiver import OF_THE_POLICY, WeightReceiver
 
 _log = logging.getLogger(__package__)
 FULL_S, IDLE_S = 0.02, 0.25
@@ -120,9 +122,11 @@ class Gateway:
             sessions = Sessions(self._socket)
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing, getattr(self._cluster, "room_for_weights", None))
-            status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._operations = Operations(sessions, self._driver)
-            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations)
+            self._generation = GenerationControl(sessions, self._ledger, self._driver)
+            status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries, self._generation)
+            self._operations = Operations(sessions, self._driver, expected, self._generation)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations,
+                                         self._generation)
             self._absent = AbsentClients(sessions, self._ledger, self._driver, self._grace)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
@@ -138,7 +142,10 @@ class Gateway:
         if last is None or last[0] == self._cluster.version:
             return self._cluster.version, ""
         try:
-            self._cluster.commit_weights(last[0], kept.load(*last, expected))
+            if last[1] == OF_THE_POLICY and isinstance(self._cluster, InterruptibleBackend):
+                self._cluster.label_version(last[0])
+            else:
+                self._cluster.commit_weights(last[0], kept.load(*last, expected))
         except (StorageError, ClusterError) as error:
             _log.warning("weight version %d cannot be restored: %s", last[0], error)
             return last[0], (f"no work is handed out: weight version {last[0]} was committed last and cannot be served; push "
@@ -226,6 +233,7 @@ class Gateway:
         self._router.record_parts()
         now = time.monotonic()
         waiting = self._collect(now)
+        waiting |= self._interrupt(now)
         self._expire(now)
         self._absent.check(now)
         self._dispatch(now)
@@ -273,11 +281,22 @@ class Gateway:
                 self._retries.worked("record")
         return bool(self._unrecorded) or self._weights.undecided
 
+    def _interrupt(self, now: float) -> bool:
+        """Goes on with pauses and aborts; whether one of them has not ended."""
+        if self._generation.busy and not self._weights.undecided and self._retries.due("abort", now):
+            try:
+                self._router.mark(self._generation.work())
+            except StorageError as error:
+                self._retries.failed("abort", error, now)
+            else:
+                self._retries.worked("abort")
+        return self._generation.busy
+
     def _dispatch(self, now: float) -> None:
         """Ends revoked leases, then leases queued batches while there is room."""
         weights = self._weights
         if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
-                or not self._retries.due("dispatch", now)):
+                or self._generation.holds_back or not self._retries.due("dispatch", now)):
             return
         try:
             for epoch in sorted(self._revoked):
@@ -315,7 +334,7 @@ class Gateway:
         self._weights.expire(now)
         for epoch in [epoch for epoch in self._leases if not self._driver.holds(epoch)]:
             del self._leases[epoch]
-        if self._driver.stats.get("loading"):
+        if self._driver.stats.get("loading") or self._driver.holding:
             self._leases = dict.fromkeys(self._leases, now)
         late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}
         if late - self._revoked:
