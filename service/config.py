@@ -174,9 +174,32 @@ class Weights(Config):
 
 
 class Http(Config):
-    """The HTTP face of the service."""
+    """The HTTP face of the service: OpenAI's routes, and those of trainers. A section without keys (`http: {}`) turns it on."""
 
-    enabled: Literal[False] = Field(False, description="this version serves no HTTP")
+    host: str = Field("127.0.0.1", description="address of the interface that answers")
+    port: int = Field(0, ge=0, le=65535, description="0 for any free port; `blockroll status --json` says which")
+    api_key: str | None = Field(None, description="file that holds the key of every route, or env:NAME; needed beyond loopback")
+    control_key: str | None = Field(None, description="file that holds the key of the routes that change the service (weights, "
+                                    "pause), or env:NAME; beyond loopback such a route is refused without one")
+    model_name: str | None = Field(None, min_length=1, max_length=256, description="what clients give as `model`; none for the "
+                                   "policy as it is named here")
+    chat_template: str | None = Field(None, description="file of a chat template (Jinja); none for the tokenizer's own")
+    max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest body of a request")
+    max_samples: int = Field(1024, ge=1, le=65_536, description="most samples of one HTTP request: its prompts times `n`")
+    max_unfinished: int = Field(65_536, ge=1, le=1 << 24, description="samples that HTTP clients may wait for at once; further "
+                                "requests are answered with 429")
+
+    @model_validator(mode="after")
+    def _checked(self) -> Http:
+        if not self.is_local and self.api_key is None:
+            raise InvalidInput("api_key", f"missing, and {self.host} is not an address that only this machine can reach",
+                               "name a file that holds a key, or bind to 127.0.0.1")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_local(f"tcp://{self.host}:{self.port}")
 
 
 class Metrics(Config):

@@ -1,4 +1,4 @@
-"""A rollout service for as long as a `with` block lasts: Ray, engines, gateway, metrics.
+"""A rollout service for as long as a `with` block lasts: Ray, engines, gateway, metrics, HTTP.
 
 Invariants:
 - What can be refused is refused before Ray starts (`preflight`).
@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +84,20 @@ def serve(config: ServiceConfig, log: str | None = None) -> Iterator[Service]:
                     max_client_samples=delivery.max_client_samples))  # fmt: skip
         url = stack.enter_context(serving_metrics(config, gateway.address))
         stack.enter_context(following_queue(config, gateway.address))
-        runtime.update(state="ready", address=gateway.address, metrics=url)
+        http = stack.enter_context(_http(config, gateway))
+        runtime.update(state="ready", address=gateway.address, metrics=url, http=http)
         _log.info("the service of %s is up at %s: %d engines", config.policy, gateway.address, config.engines.at_start)
         yield Service(config, gateway, runtime.record)
     _log.info("the service is down")
+
+
+def _http(config: ServiceConfig, gateway: Gateway) -> AbstractContextManager[str | None]:
+    """The HTTP face, where one is configured: its base URL."""
+    if config.http is None:
+        return nullcontext()
+    from .http.server import serving_http
+
+    return serving_http(config, config.http, gateway)
 
 
 @contextmanager

@@ -66,6 +66,25 @@ def families(status: ServiceStatus) -> Iterator[Any]:
     yield from (version, speed, state, *more.values())
 
 
+def exposition(status: ServiceStatus) -> tuple[bytes, str]:
+    """A status as the text that Prometheus reads, and its content type."""
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(status))
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+class _Families:
+    """A collector of one status."""
+
+    def __init__(self, status: ServiceStatus) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Any]:
+        yield from families(self._status)
+
+
 class StatusCollector:
     """Asks the gateway at each scrape. Any thread may collect."""
 

@@ -82,6 +82,17 @@ def check_bind(config: ServiceConfig) -> None:
         context.term()
 
 
+def check_http(config: ServiceConfig) -> None:
+    """Raises InvalidInput for HTTP that cannot be served: an address that cannot be bound now, or a key that cannot be read.
+    Nothing stays bound."""
+    if config.http is not None:
+        from .http.keys import HttpKeys
+        from .http.listener import bind
+
+        HttpKeys.of(config.http)
+        bind(config.http).close()
+
+
 def server_keys(config: ServiceConfig) -> ServerKeys | None:
     """The gateway's keys, made at the first start; None without. Raises InvalidInput or StorageError."""
     if config.delivery.keys is None:
@@ -99,4 +110,5 @@ def check_all(config: ServiceConfig) -> None:
     check_device(config)
     check_memory(config)
     check_bind(config)
+    check_http(config)
     check_ledger(config)

@@ -119,7 +119,7 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
     ({"engines": {"device": "cuda"}}, "engines.num_gpus: 0 GPUs for an engine on cuda"),
     ({"schedule": {"levels": [99]}}, "schedule.levels: (99,) holds a level outside 0..63"),
     ({"weights": {"transport": "rdma"}}, 'weights.transport: "rdma" in x cannot be used; it should be \'ray\', '),
-    ({"http": {"enabled": True}}, "http.enabled: true in x cannot be used; it should be False"),
+    ({"http": {"host": "0.0.0.0"}}, "http.api_key: missing, and 0.0.0.0 is not an address that only this machine can reach in x"),
     ({"delivery": {"bind": "tcp://0.0.0.0:1"}}, "delivery.keys: missing, and tcp://0.0.0.0:1 is not an address"),
     ({"logging": {"level": "loud"}}, 'logging.level: "loud" in x cannot be used'),
 ])

@@ -1,0 +1,218 @@
+"""Sends requests to the gateway as one of its clients, and brings what comes of them to the coroutines that wait.
+
+Invariants:
+- One thread submits and cancels, another one takes trajectories; the event loop never waits for the gateway.
+- Requests that arrive while a batch is being recorded are the next batch, so one write to the ledger serves many.
+- Whatever ends the wait for a request, a disconnect or an error, cancels what is unfinished of it.
+- An HTTP request is answered to its connection. What a former life of the service has left unfinished under this client id is
+  dropped when it arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import uuid
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from ...errors import BlockrollError, TransportError
+from ...rollout.types import RolloutRequest, Trajectory
+from ...trainer_bridge.client import RequestRefused, RolloutClient
+from ...trainer_bridge.wire.keys import ClientKeys
+from .http_errors import HttpError
+
+_log = logging.getLogger(__package__)
+CLIENT = "http"
+"""Client id of the HTTP face."""
+MAX_BATCH = 256
+"""Requests submitted in one call."""
+RETRY_S = 1.0
+"""Seconds between two tries to take trajectories from a gateway that does not answer."""
+
+
+class Answers:
+    """What comes of some requests: an async iterator of trajectories, and an async context manager that cancels what is
+    unfinished at its end. Iterating raises what made a request fail."""
+
+    def __init__(self, dispatch: Dispatch, requests: Sequence[RolloutRequest]) -> None:
+        self.requests = requests
+        self._dispatch, self._loop = dispatch, asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Trajectory | Exception] = asyncio.Queue()
+        self._missing = sum(request.samples for request in requests)
+
+    def put(self, item: Trajectory | Exception) -> None:
+        """Hands an item to whoever waits. Any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        except RuntimeError:
+            _log.debug("the loop of a request is closed")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Trajectory:
+        if not self._missing:
+            raise StopAsyncIteration
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        self._missing -= 1
+        return item
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._dispatch.end(self)
+
+
+class Dispatch:
+    """The HTTP face as a client of the gateway.
+
+    Args:
+        address, keys: of the gateway.
+        most: samples that may be unfinished at once.
+    """
+
+    def __init__(self, address: str, keys: ClientKeys | None, most: int) -> None:
+        self._client = RolloutClient(address, client_id=CLIENT, keys=keys)
+        self._most, self._life = most, uuid.uuid4().hex[:12]
+        self._lock = threading.Lock()
+        self._waiting: dict[str, Answers] = {}
+        self._samples: dict[str, int] = {}
+        self._number = 0
+        self._commands: queue.SimpleQueue[list[RolloutRequest] | list[str] | None] = queue.SimpleQueue()
+        self._submitted = threading.Event()
+        self._closing = False
+        self._threads = [threading.Thread(target=run, name=f"blockroll-http-{run.__name__.strip('_')}", daemon=True)
+                         for run in (self._submit, self._take)]  # fmt: skip
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def version(self) -> int:
+        """The weight version that serves, according to the gateway's last message."""
+        return self._client.version
+
+    @property
+    def unfinished(self) -> int:
+        """Samples that HTTP clients wait for."""
+        with self._lock:
+            return sum(self._samples.values())
+
+    def new_id(self) -> str:
+        """An id for a request, unique over the lives of the service."""
+        self._number += 1
+        return f"{self._life}-{self._number}"
+
+    def open(self, requests: Sequence[RolloutRequest]) -> Answers:
+        """Submits requests; use the result as `async with dispatch.open(...) as answers`. Called in the event loop.
+
+        Raises HttpError (429) where too many samples are unfinished.
+        """
+        wanted = sum(request.samples for request in requests)
+        answers = Answers(self, requests)
+        with self._lock:
+            if self._closing:
+                raise HttpError(503, "the service stops", code="unavailable")
+            if sum(self._samples.values()) + wanted > self._most:
+                raise HttpError(429, f"more than {self._most} samples would be unfinished (http.max_unfinished); try again later",
+                                code="rate_limit_exceeded")
+            for request in requests:
+                self._waiting[request.id] = answers
+                self._samples[request.id] = request.samples
+        self._commands.put(list(requests))
+        return answers
+
+    def end(self, answers: Answers) -> None:
+        """Cancels what is unfinished of these."""
+        with self._lock:
+            left = [request.id for request in answers.requests if self._waiting.pop(request.id, None) is not None]
+            for name in left:
+                del self._samples[name]
+        if left:
+            self._commands.put(left)
+
+    def close(self) -> None:
+        """Ends every wait with an error, and the threads."""
+        with self._lock:
+            self._closing = True
+        self._fail(None, TransportError("the service stops"))
+        self._commands.put(None)
+        self._submitted.set()
+        self._client.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _submit(self) -> None:
+        while (first := self._commands.get()) is not None:
+            batch, cancelled, stop = [], [], False
+            item: list[RolloutRequest] | list[str] | None = first
+            while True:
+                if item is None:
+                    stop = True
+                    break
+                for each in item:
+                    if isinstance(each, str):
+                        cancelled.append(each)
+                    else:
+                        batch.append(each)
+                if self._commands.empty() or len(batch) >= MAX_BATCH:
+                    break
+                item = self._commands.get()
+            # One whose client has gone already is not submitted.
+            with self._lock:
+                batch = [request for request in batch if request.id in self._waiting]
+            try:
+                if batch:
+                    self._client.submit(batch)
+                    self._submitted.set()
+                if cancelled:
+                    self._client.cancel(cancelled)
+            except BlockrollError as error:
+                self._fail([request.id for request in batch], error)
+            if stop:
+                return
+
+    def _take(self) -> None:
+        while not self._closing:
+            self._submitted.clear()
+            try:
+                while (found := self._client.take(None, "raise")) is not None:
+                    self._deliver(found[1])
+            except RequestRefused as refused:
+                self._fail([refused.request_id], HttpError(400, refused.why, refused.why.partition(":")[0]))
+                continue
+            except BlockrollError as error:
+                if self._closing:
+                    return
+                _log.warning("no trajectories for HTTP: %s", error)
+                self._fail(None, error)
+                self._submitted.wait(RETRY_S)
+                continue
+            self._submitted.wait()
+
+    def _deliver(self, trajectory: Trajectory) -> None:
+        name = trajectory.request_id
+        with self._lock:
+            answers = self._waiting.get(name)
+            if answers is not None:
+                self._samples[name] -= 1
+                if not self._samples[name]:
+                    del self._samples[name], self._waiting[name]
+        if answers is not None:
+            answers.put(trajectory)
+
+    def _fail(self, names: Sequence[str] | None, error: Exception) -> None:
+        """Ends the wait for these requests, or for all, with an error."""
+        with self._lock:
+            failed = [self._waiting.pop(name) for name in list(self._waiting if names is None else names) if name in self._waiting]
+            for name in list(self._samples):
+                if name not in self._waiting:
+                    del self._samples[name]
+        for answers in failed:
+            answers.put(error)

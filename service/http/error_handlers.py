@@ -1,0 +1,54 @@
+"""Has an application answer every error in OpenAI's form.
+
+Invariant: what a client sends never gives a status of 500. A 500 is a bug, and its traceback goes to the log.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ...errors import BlockrollError
+from .http_errors import HttpError, as_http_error, body_of
+
+_log = logging.getLogger(__package__)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Has the application answer every error in this form."""
+
+    async def known(request: Request, error: Exception) -> JSONResponse:
+        return _answer(as_http_error(error))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        place = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+        param = ".".join(str(part) for part in place) or None
+        message = f"{param or 'body'}: {first['msg']}"
+        return _answer(HttpError(400, message, param, "unknown_field" if first["type"] == "extra_forbidden" else None))
+
+    async def plain(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        answer = _answer(HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _answer(HttpError(500, "the service failed; its log says why"))
+
+    app.add_exception_handler(HttpError, known)
+    app.add_exception_handler(BlockrollError, known)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, plain)
+    app.add_exception_handler(Exception, bug)
+
+
+def _answer(error: HttpError) -> JSONResponse:
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    return JSONResponse(body_of(error), error.status, headers)

@@ -1,0 +1,33 @@
+"""Whether the service works, and its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+
+from ..metrics import exposition
+from .http_errors import HttpError
+from .routes import ApiRoute
+from .state import HttpState, state_of
+
+router = APIRouter(route_class=ApiRoute, tags=["Health"])
+State = Annotated[HttpState, Depends(state_of)]
+
+
+@router.get("/health")
+async def health(state: State) -> Response:
+    """200 and no body while the gateway answers and reports no trouble."""
+    status = await state.status()
+    if notice := status.figures.get("notice"):
+        raise HttpError(503, str(notice), code="unavailable")
+    return Response()
+
+
+@router.get("/metrics")
+async def metrics(state: State) -> Response:
+    """Prometheus metrics, as on the port of `metrics`."""
+    status = await state.status()
+    body, kind = await asyncio.to_thread(exposition, status)
+    return Response(body, media_type=kind)

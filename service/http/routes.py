@@ -1,0 +1,81 @@
+"""What guards a route before it does anything: keys, origin, and the size and form of the body.
+
+A router is made with `route_class=ApiRoute`, or `ControlRoute` where its routes change the service's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+
+from .http_errors import HttpError
+from .state import HttpState, state_of
+
+
+class BoundedRequest(Request):
+    """A request whose body is read up to a limit and parsed strictly: UTF-8, no NaN, at most 200 levels of nesting."""
+
+    most: int
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            said = self.headers.get("content-length", "")
+            if said.isdecimal() and int(said) > self.most:
+                raise self._too_large()
+            kept = bytearray()
+            async for chunk in self.stream():
+                kept += chunk
+                if len(kept) > self.most:
+                    raise self._too_large()
+            self._body = bytes(kept)
+        return self._body
+
+    async def json(self) -> Any:
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise HttpError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, f"the body is larger than {self.most} bytes (http.max_body_bytes)", code="body_too_large")
+
+
+class ApiRoute(APIRoute):
+    """A route that needs the API key."""
+
+    control = False
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            state: HttpState = state_of(request)
+            check_origin(request)
+            state.keys.check(request.headers.get("authorization"), self.control)
+            bounded = BoundedRequest(request.scope, request.receive)
+            bounded.most = state.options.max_body_bytes
+            if request.method in ("POST", "PUT", "PATCH") and await bounded.body():
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                if kind != "application/json":
+                    raise HttpError(415, f"content-type {kind[:60]!r} is not read; send application/json")
+            return await handle(bounded)
+
+        return guarded
+
+
+class ControlRoute(ApiRoute):
+    """A route that changes the service's state, and needs the control key."""
+
+    control = True
+
+
+def check_origin(request: Request) -> None:
+    """Raises HttpError for a request that a web page of another host has a browser send."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HttpError(403, f"a page of {origin[:100]} may not call this service", code="foreign_origin")
