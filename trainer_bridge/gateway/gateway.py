@@ -122,7 +122,7 @@ class Gateway:
             sessions = Sessions(self._socket)
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing, getattr(self._cluster, "room_for_weights", None))
-            self._generation = GenerationControl(sessions, self._ledger, self._driver)
+            self._generation = GenerationControl(sessions, self._ledger, self._driver, self._retries)
             status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries, self._generation)
             self._operations = Operations(sessions, self._driver, expected, self._generation)
             self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations,
@@ -157,6 +157,11 @@ class Gateway:
     def address(self) -> str:
         """The address clients connect to, with the port that was bound."""
         return self._socket.address
+
+    @property
+    def paused(self) -> str:
+        """Mode of the pause, if generation is paused; any thread may read it."""
+        return self._generation.mode
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until a Shutdown or a failure, which is raised, ends the gateway; whether it has ended."""
@@ -233,7 +238,9 @@ class Gateway:
         self._router.record_parts()
         now = time.monotonic()
         waiting = self._collect(now)
-        waiting |= self._interrupt(now)
+        if not self._weights.undecided:
+            self._router.mark(self._generation.advance(now))
+        waiting |= self._generation.busy
         self._expire(now)
         self._absent.check(now)
         self._dispatch(now)
@@ -280,17 +287,6 @@ class Gateway:
                 self._unrecorded.clear()
                 self._retries.worked("record")
         return bool(self._unrecorded) or self._weights.undecided
-
-    def _interrupt(self, now: float) -> bool:
-        """Goes on with pauses and aborts; whether one of them has not ended."""
-        if self._generation.busy and not self._weights.undecided and self._retries.due("abort", now):
-            try:
-                self._router.mark(self._generation.work())
-            except StorageError as error:
-                self._retries.failed("abort", error, now)
-            else:
-                self._retries.worked("abort")
-        return self._generation.busy
 
     def _dispatch(self, now: float) -> None:
         """Ends revoked leases, then leases queued batches while there is room."""

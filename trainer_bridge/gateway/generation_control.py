@@ -16,13 +16,14 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ...errors import ClusterError
+from ...errors import ClusterError, StorageError
 from ..wire.codec import clip
 from ..wire.messages import Abort, Done, Pause, ResetPrefixCache, Resume
 from .aborting import Aborted
 from .backend_driver import BackendDriver
 from .ledger import Ledger
 from .sessions import Session, Sessions
+from .storage_retries import StorageRetries
 
 _log = logging.getLogger(__package__)
 
@@ -46,8 +47,8 @@ class GenerationControl:
         mode: of the pause; "" while there is none.
     """
 
-    def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver) -> None:
-        self._sessions, self._ledger, self._driver = sessions, ledger, driver
+    def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, retries: StorageRetries) -> None:
+        self._sessions, self._ledger, self._driver, self._retries = sessions, ledger, driver, retries
         self._aborted: list[Aborted] = []
         self._waiting: list[_Waiting] = []
         self.mode = ""
@@ -86,9 +87,19 @@ class GenerationControl:
             if waiting is not None:
                 waiting.calls.append(call)
 
-    def work(self) -> set[str]:
-        """Goes on with what was begun, and answers what has ended; returns the clients that have something new. Raises
-        StorageError."""
+    def advance(self, now: float) -> set[str]:
+        """Goes on with what was begun, and answers what has ended; returns the clients that have something new."""
+        if not self.busy or not self._retries.due("abort", now):
+            return set()
+        try:
+            clients = self._advance()
+        except StorageError as error:
+            self._retries.failed("abort", error, now)
+            return set()
+        self._retries.worked("abort")
+        return clients
+
+    def _advance(self) -> set[str]:
         clients = set[str]()
         for aborted in list(self._aborted):
             clients |= self._ledger.abort_queued(aborted)
