@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -76,11 +76,15 @@ class Dispatch:
     Args:
         address, keys: of the gateway.
         most: samples that may be unfinished at once.
+
+    Attributes:
+        refuses: whether new requests are answered with 503, because generation is paused.
     """
 
     def __init__(self, address: str, keys: ClientKeys | None, most: int) -> None:
         self._client = RolloutClient(address, client_id=CLIENT, keys=keys)
         self._most, self._life = most, uuid.uuid4().hex[:12]
+        self.refuses: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._waiting: dict[str, Answers] = {}
         self._samples: dict[str, int] = {}
@@ -114,6 +118,8 @@ class Dispatch:
 
         Raises HttpError (429) where too many samples are unfinished.
         """
+        if self.refuses():
+            raise HttpError(503, "generation is paused; send the request again after /resume", code="paused")
         wanted = sum(request.samples for request in requests)
         answers = Answers(self, requests)
         with self._lock:

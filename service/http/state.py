@@ -18,6 +18,8 @@ from .. import policy_files
 from ..config import Http, ServiceConfig
 from .dispatch import Dispatch
 from .keys import HttpKeys
+from .request_names import RequestNames
+from .trainer_control import TrainerControl
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class HttpState:
         dispatch: sends requests to the gateway, as a client of it.
         gateway: for what no client message says.
         control: a control session; use `status`, which takes turns.
+        trainer: what trainers change. names: the names that clients gave to requests.
         tokenizer: the policy's; None where it has none.
         created: when the service came up, seconds since the epoch.
     """
@@ -49,6 +52,8 @@ class HttpState:
     tokenizer: Any
     sizes: PolicySizes
     created: int
+    trainer: TrainerControl
+    names: RequestNames = field(default_factory=RequestNames)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property

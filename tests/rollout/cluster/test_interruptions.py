@@ -36,7 +36,8 @@ def collect(cluster, count, seconds=60.0):
 
 
 def long(name, samples=4, tokens=100):
-    return RolloutRequest(name, (4, 5), SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True), seed=3, samples=samples)
+    params = SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True)
+    return RolloutRequest(name, (4, 5), params, seed=3, samples=samples)
 
 
 def steps(cluster):
