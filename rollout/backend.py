@@ -41,6 +41,29 @@ class Completed:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Tokens that an unfinished sample has committed since its last report. A sample whose engine died begins anew on another
+    one, and is reported from its first token again.
+
+    Attributes:
+        start: generated tokens before these.
+        tokens, logprobs, behavior_logprobs, versions: one entry per token, as in `Trajectory`.
+        top: the most probable tokens at each token and their log-probabilities; empty where they are not wanted.
+        forwards: forward passes of decoding so far.
+    """
+
+    request_id: str
+    sample: int
+    start: int
+    tokens: list[int]
+    logprobs: list[float]
+    behavior_logprobs: list[float]
+    versions: list[int]
+    top: list[tuple[list[int], list[float]]]
+    forwards: int
+
+
 class RolloutBackend(Protocol):
     """A pool of engines that serve one weight version.
 
@@ -53,6 +76,10 @@ class RolloutBackend(Protocol):
     `room_for_weights(expected)` gives the arrays that a version is received into; it is called from another thread.
 
     A backend that can be paused is an `InterruptibleBackend` too.
+
+    A backend that can report unfinished samples has a set `watched` of request ids, which another thread changes, and
+    `take_progress()`, which returns the `Progress` that came with the last `poll`. A request has to be watched before it is
+    submitted.
     """
 
     @property

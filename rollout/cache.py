@@ -99,25 +99,25 @@ class PagedCache:
         """An empty block table for a new sequence. A slot must be free."""
         return BlockTable(self._slots.pop(), resets=self._resets)
 
-    def reuse(self, table: BlockTable, tokens: Sequence[int], most: int) -> int:
+    def reuse(self, table: BlockTable, tokens: Sequence[int], most: int, salt: bytes = b"") -> int:
         """Let an empty table begin with the pages that are kept of these tokens; returns the positions it then holds.
 
         Args:
-            most: positions at most.
+            most: positions at most. salt: pages that were kept under another one are passed over.
         """
         assert not table.length and not len(table.pages) and table.resets == self._resets
-        if found := self._prefixes.find(tokens, most // self.page_size):
+        if found := self._prefixes.find(tokens, most // self.page_size, salt):
             for page in found:
                 self._prefixes.use(page)
             table.pages, table.length = np.array(found), len(found) * self.page_size
             self._users[table.pages] += 1
         return table.length
 
-    def keep(self, table: BlockTable, tokens: Sequence[int]) -> None:
+    def keep(self, table: BlockTable, tokens: Sequence[int], salt: bytes = b"") -> None:
         """Keep the full pages below the table's length for reuse, also when the table is released. `tokens` are the
         sequence's."""
         if table.resets == self._resets:
-            self._prefixes.add(tokens, table.pages[: table.length // self.page_size].tolist())
+            self._prefixes.add(tokens, table.pages[: table.length // self.page_size].tolist(), salt)
 
     def reset_prefix_cache(self) -> None:
         """Keep nothing for reuse that was computed so far. Must be called when the weights change."""

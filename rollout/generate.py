@@ -61,6 +61,13 @@ def check_params(request: RolloutRequest, policy: Policy) -> None:
     if params.stop:
         require(policy.tokenizer is not None, "stop", f"request {request.id!r} has stop strings, and the policy has no tokenizer",
                 "use stop_token_ids, or save the tokenizer in the policy's directory")
+    if params.logprob_token_ids:
+        most = max(params.logprob_token_ids)
+        require(len(params.logprob_token_ids) <= vocabulary, "logprob_token_ids",
+                f"request {request.id!r} names {len(params.logprob_token_ids)} tokens and the vocabulary has {vocabulary}",
+                "name each token once")
+        require(most < vocabulary, "logprob_token_ids", f"request {request.id!r} names token {most} and the vocabulary has "
+                f"{vocabulary}", "use the policy's own tokenizer")
     forbidden = set[int]()
     if params.logit_bias:
         biases = cast(tuple[tuple[int, float], ...], params.logit_bias)

@@ -43,6 +43,8 @@ MAX_STOP = 256
 """Bytes of the longest stop string."""
 MAX_SAMPLES = 1 << 16
 """Most samples of one request: each is an object that waits in the engine. The wire carries no more."""
+MAX_LISTED = 1024
+"""Most tokens of `logprob_token_ids`: each is a number recorded per generated token."""
 _WHOLE = {"top_k": (-1, 2**31 - 1), "max_tokens": (1, 2**63 - 1), "n": (1, MAX_SAMPLES), "min_tokens": (0, 2**63 - 1)}
 _NUMBERS = {"presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": REPETITION, "mix_weight": (0, 1)}
 """Fields that are whole numbers, and those that are numbers, with the least and the largest."""
@@ -83,6 +85,7 @@ class SamplingParams:
         presence_penalty: in -2..2; subtracted from the logits of tokens in the sample.
         frequency_penalty: in -2..2; subtracted once for each time a token is in the sample.
         logprobs: also record the k most probable tokens at each generated token, by `logprob`; None or 0 for none.
+        logprob_token_ids: record these tokens at each generated token, in place of the most probable ones; at most 1,024.
         prompt_logprobs: record `logprob` of the prompt tokens from the second on, and the k most probable tokens there; None for
             neither.
         logits_processors: functions f(prefix_tokens, logits_V) -> logits_V (`LogitsProcessor`). They cannot travel to another
@@ -111,6 +114,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
+    logprob_token_ids: tuple[int, ...] | list[int] = ()
 
     def __post_init__(self) -> None:
         # Messages are made only where there is an error: parameters are made for each request that arrives.
@@ -147,9 +151,15 @@ class SamplingParams:
 
     def _normalise(self) -> None:
         """Collections become tuples, so that the parameters can be hashed and compared; None, vLLM's default, is an empty one."""
-        for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors"):
+        for name in ("stop", "stop_token_ids", "logit_bias", "logits_processors", "logprob_token_ids"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
+        if type(self.logprob_token_ids) is not tuple or self.logprob_token_ids:
+            listed = token_ids(self.logprob_token_ids, "logprob_token_ids")
+            require(len(listed) <= MAX_LISTED, "logprob_token_ids", f"{len(listed)} tokens, at most {MAX_LISTED} are recorded",
+                    "leave some out")
+            require(not self.logprobs, "logprob_token_ids", f"given beside logprobs={self.logprobs}", "give one of the two")
+            object.__setattr__(self, "logprob_token_ids", listed)
         object.__setattr__(self, "stop_token_ids", token_ids(self.stop_token_ids, "stop_token_ids"))
         for name in ("n", "top_k", "max_tokens", "min_tokens", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -169,6 +179,11 @@ class SamplingParams:
                 require(callable(processor), "logits_processors", f"{short(processor)} cannot be called",
                         "give functions f(prefix_tokens, logits) -> logits")
             object.__setattr__(self, "logits_processors", processors)
+
+    @property
+    def alternatives(self) -> int:
+        """Tokens recorded beside each generated one."""
+        return len(self.logprob_token_ids) or self.logprobs or 0
 
     @property
     def adjusts(self) -> bool:

@@ -1,8 +1,8 @@
 """PrefixCache: which pages hold the K/V of which beginnings of texts, and which of these pages no sequence uses.
 
 Invariants:
-- A page is found by its own tokens and by the page before it, so by every token from the first one on. Keys hold the tokens
-  themselves, so no text is ever taken for another.
+- A page is found by its own tokens and by the page before it, so by every token from the first one on, and by the salt of the
+  request. Keys hold the tokens themselves, so no text is ever taken for another.
 - A page in the index is full, and no sequence writes to it.
 - Of the unused pages the least recently used one is evicted first. Of one text the last page goes first: without the pages
   before it a page serves nobody.
@@ -18,7 +18,7 @@ _ROOT = 0
 """Number of the node before the first page of every text."""
 
 _Key = tuple[int, bytes]
-"""The node of the page before, and the tokens of the page."""
+"""The node of the page before, and the tokens of the page; the salt follows those of the first page."""
 
 
 class PrefixCache:
@@ -40,15 +40,15 @@ class PrefixCache:
     def __contains__(self, page: int) -> bool:
         return page in self._key
 
-    def find(self, tokens: Sequence[int], most: int) -> list[int]:
-        """The pages of the longest beginning of `tokens` that the index holds, at most `most` pages."""
+    def find(self, tokens: Sequence[int], most: int, salt: bytes = b"") -> list[int]:
+        """The pages of the longest beginning of `tokens` that the index holds under this salt, at most `most` pages."""
         found, node = list[int](), _ROOT
-        while len(found) < most and (page := self._page.get(self._key_of(node, tokens, len(found)))) is not None:
+        while len(found) < most and (page := self._page.get(self._key_of(node, tokens, len(found), salt))) is not None:
             found.append(page)
             node = self._node[page]
         return found
 
-    def add(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def add(self, tokens: Sequence[int], pages: Sequence[int], salt: bytes = b"") -> None:
         """Index the pages that hold the first tokens. Where the index has another page with the same tokens, it keeps that one.
 
         Args:
@@ -56,7 +56,7 @@ class PrefixCache:
         """
         node = _ROOT
         for number, page in enumerate(pages):
-            key = self._key_of(node, tokens, number)
+            key = self._key_of(node, tokens, number, salt)
             known = self._page.setdefault(key, page)
             if known == page and self._key.get(page) != key:
                 if page in self._key:  # The page before it, another one with the same tokens, was evicted.
@@ -88,6 +88,7 @@ class PrefixCache:
             content.clear()
         return unused
 
-    def _key_of(self, node: int, tokens: Sequence[int], number: int) -> _Key:
+    def _key_of(self, node: int, tokens: Sequence[int], number: int, salt: bytes) -> _Key:
         first = number * self._page_size
-        return node, array("q", tokens[first : first + self._page_size]).tobytes()
+        page = array("q", tokens[first : first + self._page_size]).tobytes()
+        return node, page if number else page + salt

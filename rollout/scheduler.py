@@ -261,14 +261,14 @@ class Scheduler:
         table = sample.block_table
         if table is None or len(table.pages) or not self.prefix_caching or sample.experts is not None:
             return
-        found = self.cache.reuse(table, sample.tokens, sample.anchor)
+        found = self.cache.reuse(table, sample.tokens, sample.anchor, sample.request.cache_salt.encode())
         self.cached_tokens += found
         if found and sample.prefilled:
             self.prefilled(sample)
 
     def _keep(self, sample: Sample) -> None:
         if self.prefix_caching and sample.block_table is not None:
-            self.cache.keep(sample.block_table, sample.tokens)
+            self.cache.keep(sample.block_table, sample.tokens, sample.request.cache_salt.encode())
 
     def _make_room(self, sample: Sample, positions: int) -> bool:
         """Reserve pages. Where they lack, free the shared prompts first, then preempt the youngest samples. False when the sample

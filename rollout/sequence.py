@@ -141,7 +141,7 @@ class Sample:
 
     def record_top(self, token_RK: list[list[int]], logprob_RK: list[list[float]]) -> None:
         """Keep the most probable tokens beside the tokens that the last `commit` took."""
-        k, new = self.request.params.logprobs or 0, len(self.logprobs) - len(self.top)
+        k, new = self.request.params.alternatives, len(self.logprobs) - len(self.top)
         if k:
             self.top += [(token_RK[i][:k], logprob_RK[i][:k]) for i in range(new)]
 

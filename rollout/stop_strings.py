@@ -71,11 +71,10 @@ def _completed(stop: str, before: str, after: str) -> int:
     return after.find(stop, max(shared + 1 - len(stop), 0))
 
 
-def cut_text(tokenizer: Any, tokens: Sequence[int], stop: str | None, included: bool) -> str:
-    """The text of a sample's tokens without special tokens, cut before (`included`: after) the stop string that its last token
-    completed."""
-    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+def cut_text(tokenizer: Any, tokens: Sequence[int], stop: str | None, included: bool, skip_special_tokens: bool = True) -> str:
+    """The text of a sample's tokens, cut before (`included`: after) the stop string that its last token completed."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
     if stop is None:
         return text
-    at = _completed(stop, tokenizer.decode(list(tokens[:-1]), skip_special_tokens=True), text)
+    at = _completed(stop, tokenizer.decode(list(tokens[:-1]), skip_special_tokens=skip_special_tokens), text)
     return text if at < 0 else text[: at + len(stop) * included]

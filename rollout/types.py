@@ -28,6 +28,8 @@ from .params import SamplerName as SamplerName
 from .stop_strings import cut_text
 
 FinishReason = Literal["stop", "length", "abort"]
+MAX_SALT = 256
+"""Bytes of the longest `cache_salt`: it is part of the key of every kept page that begins a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class RolloutRequest:
             of the parameters. Where they have none it becomes `derived_seed(0, id)`: the same id has the same seed in every
             process, other ids have others.
         samples: size of the group, >= 1. None, the default, becomes `n` of the parameters.
+        priority: of the requests of one client that wait for an engine, those with the least number go first; -2**31..2**31-1.
+        cache_salt: requests reuse K/V of requests with the same salt alone; at most 256 bytes of text.
     """
 
     id: str
@@ -48,6 +52,8 @@ class RolloutRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = cast(int, None)
     samples: int = cast(int, None)
+    priority: int = 0
+    cache_salt: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
@@ -71,6 +77,20 @@ class RolloutRequest:
             raise RequestError("samples", f"{short(self.samples)} is no whole number in 1..{MAX_SAMPLES}",
                                "ask for at least one sample, and for more in several requests")  # fmt: skip
         object.__setattr__(self, "samples", int(self.samples))
+        if type(self.priority) is not int or self.priority:
+            if not is_whole(self.priority) or not -(2**31) <= self.priority < 2**31:
+                raise RequestError("priority", f"{short(self.priority)} is no whole number in -2**31..2**31-1",
+                                   "use 0, or less for a request that goes first")  # fmt: skip
+            object.__setattr__(self, "priority", int(self.priority))
+        salt = self.cache_salt
+        if salt != "" and not (isinstance(salt, str) and _is_unicode(salt) and len(salt.encode()) <= MAX_SALT):
+            raise RequestError("cache_salt", f"{short(salt)} is no text of at most {MAX_SALT} bytes",
+                               "give a short text, such as a random one per user")  # fmt: skip
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no halves of surrogate pairs, which no encoding takes."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class StepTrace(NamedTuple):
@@ -113,7 +133,8 @@ class Trajectory:
         stop_reason: what ended the sample where finish_reason is `stop`: the stop string, or the stop token's id.
         stop_included: the text ends after the stop string (`include_stop_str_in_output`).
         top_tokens, top_logprobs: int32[N, K], float32[N, K], the K most probable tokens at each generated token, most probable
-            first, by the convention of `logprobs`. None unless SamplingParams.logprobs asks for them.
+            first, by the convention of `logprobs`; or those of SamplingParams.logprob_token_ids, in that order. None unless the
+            parameters ask for them.
         prompt_logprobs: float32[P - 1], by the same convention, of the prompt tokens from the second on.
         prompt_top_tokens, prompt_top_logprobs: int32[P - 1, K], float32[P - 1, K], the most probable tokens there. All three are
             None unless SamplingParams.prompt_logprobs asks for them.

@@ -158,8 +158,9 @@ def table(config: ServiceConfig, record: ServiceRecord, state: ServiceStatus) ->
         f"{figures['missing']} to come of which engines hold {counts['in_flight']}, {figures['acknowledged']} acknowledged",
         f"{figures['sessions']} sessions, {counts['restarts']} restarts, {int(figures['ledger_bytes']) / 1e6:.1f} MB of ledger",
     ]
-    lines += [f"{name}: {value}" for name, value in (("metrics", record.metrics), ("keys", record.keys), ("log", record.log),
-                                                      ("trouble", figures.get("notice"))) if value]  # fmt: skip
+    named = (("http", record.http), ("metrics", record.metrics), ("keys", record.keys), ("log", record.log),
+             ("trouble", figures.get("notice")))
+    lines += [f"{name}: {value}" for name, value in named if value]
     rows = [("engine", "process", "node", "device", "state", "version", "tokens/s", "")]
     rows += [(str(e.id), str(e.pid or "-"), e.node or "-", e.device or "-", e.state, str(e.version), f"{e.tokens_per_s:,.0f}",
               e.reason) for e in state.engines]  # fmt: skip
@@ -169,7 +170,7 @@ def table(config: ServiceConfig, record: ServiceRecord, state: ServiceStatus) ->
 
 
 def _described(record: ServiceRecord) -> str:
-    named = (("keys", record.keys), ("metrics", record.metrics), ("log", record.log))
+    named = (("http", record.http), ("keys", record.keys), ("metrics", record.metrics), ("log", record.log))
     more = "".join(f", {name} {value}" for name, value in named if value)
     return f"the service of {record.policy} is up at {record.address} (process {record.pid}{more})"
 

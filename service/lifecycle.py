@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..trainer_bridge.gateway import Gateway
+from ..trainer_bridge.gateway.departed_client import end_client
 from . import preflight, runtime_file
 from .autoscaler import following_queue
 from .config import ServiceConfig
+from .http import HTTP_CLIENT
 from .metrics import serving_metrics
 from .runtime_file import ServiceRecord
 
@@ -75,6 +77,8 @@ def serve(config: ServiceConfig, log: str | None = None) -> Iterator[Service]:
     record = ServiceRecord(os.getpid(), keys=delivery.keys, log=log, policy=config.policy)
     with runtime_file.held(config.ledger, record) as runtime, ExitStack() as stack:
         keys = preflight.server_keys(config)
+        # Whoever asked by HTTP is gone, with the connection that the answer was for.
+        end_client(config.ledger, HTTP_CLIENT, delivery.keep_requests)
         cluster = stack.enter_context(_cluster(config))
         gateway = stack.enter_context(
             Gateway(cluster, delivery.bind, config.ledger, keys=keys, max_in_flight=config.dispatch.max_in_flight,

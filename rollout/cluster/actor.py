@@ -33,6 +33,7 @@ from ..types import RolloutRequest, SamplingParams
 from .figures import EngineFigures
 from .reports import Heartbeat, Home, Loaded, Part, Report
 from .spec import EngineSpec
+from .watched_samples import WatchedSamples
 from .weight_transport import Ticket
 
 _REPORT_S = 0.02
@@ -56,6 +57,7 @@ class EngineActor:
         self._figures = EngineFigures()
         self._epochs: dict[str, int] = {}
         self._staged: dict[int, StagedWeights] = {}
+        self._watched = WatchedSamples()
         self._turns = self._steps = 0
         self._alone = self._held = False
 
@@ -100,6 +102,8 @@ class EngineActor:
                 self._steps += 1
             self._turns += 1
             now = time.monotonic()
+            if self._watched and now - reported >= _REPORT_S:
+                self._report.progress = self._watched.take(self._engine.scheduler.running)
             if self._news() and (now - reported >= _REPORT_S or not self._steps_on or self._alone):
                 self._report.fresh = self._engine.scheduler.fresh
                 self._report.steps = self._steps if self._alone else 0
@@ -222,7 +226,8 @@ class EngineActor:
         self._engine.forwards = self._engine.decode_tokens = 0
 
     def _news(self) -> bool:
-        return bool(self._report.completed) or self._report.returned is not None or (self._alone and self._steps_on)
+        report = self._report
+        return bool(report.completed or report.progress) or report.returned is not None or (self._alone and self._steps_on)
 
     def _add(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -230,12 +235,15 @@ class EngineActor:
             self._alone, self._steps = part.alone, 0
             try:
                 self._engine.add_samples(part.request, part.numbers, part.client, part.order)
+                if part.watched:
+                    self._watched.add(part.request.id, part.numbers)
             except RequestError as error:
                 self._report.completed.append(Completed(part.epoch, part.request.id, error=str(error)))
         self._forget_epochs()
 
     def _cancel(self, request_ids: Collection[str]) -> None:
         self._engine.cancel(request_ids)
+        self._watched.drop(request_ids)
         for name in request_ids:  # one of its samples may have failed as it was dropped
             self._engine.failed.pop(name, None)
         self._report.completed = [item for item in self._report.completed if item.request_id not in request_ids]
@@ -248,16 +256,21 @@ class EngineActor:
         self._report_failures()
 
     def _give_back(self, count: int) -> None:
-        self._report.returned = (self._report.returned or []) + self._engine.scheduler.give_back(count)
+        given = self._engine.scheduler.give_back(count)
+        for name, number in given:
+            self._watched.end(name, number)
+        self._report.returned = (self._report.returned or []) + given
 
     def _ended(self, request_id: str, trajectory: Any) -> None:
         self._figures.note(trajectory.trace)
+        self._watched.end(request_id, trajectory.sample)
         self._report.completed.append(Completed(self._epochs[request_id], request_id, trajectory))
 
     def _report_failures(self) -> None:
         """Reports the requests that failed while they were decoded."""
         for name, error in self._engine.failed.items():
             self._report.completed.append(Completed(self._epochs[name], name, error=str(error)))
+        self._watched.drop(self._engine.failed)
         self._engine.failed.clear()
 
     def _forget_epochs(self) -> None:

@@ -187,7 +187,7 @@ class EngineHandle:
             self.outstanding += known[number]
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
-        return Part(work.request, list(numbers), work.epoch, work.client, work.order, alone=self.reserved)
+        return Part(work.request, list(numbers), work.epoch, work.client, work.order, self.reserved, work.watched)
 
     def ask_back(self, count: int) -> None:
         """Asks for up to `count` samples that have not begun, unless it was asked already."""

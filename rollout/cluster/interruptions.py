@@ -8,7 +8,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import ray
@@ -32,6 +32,7 @@ class Interruptions:
 
     Attributes:
         held: the pool is held.
+        labels: the engines are given a version number. One that loads meanwhile becomes ready afterwards, and takes it.
     """
 
     def __init__(
@@ -39,16 +40,21 @@ class Interruptions:
         lose: Callable[[EngineHandle, str], None], hand_out: Callable[[Completed], None],
     ) -> None:  # fmt: skip
         self._engines, self._backlog, self._pump, self._lose, self._hand_out = engines, backlog, pump, lose, hand_out
-        self.held = False
+        self.held = self.labels = False
 
     def hold(self, held: bool) -> None:
         """Holds every engine between two steps, or lets them go on. Returns when all have stopped, or go on."""
-        self.held = held
-        self.each("hold", held)
+        if held != self.held:
+            self.held = held
+            self.each("hold", held)
 
     def label(self, version: int) -> None:
         """The engines that serve give their weights this version number between two steps."""
-        self.each("label", version)
+        self.labels = True
+        try:
+            self.each("label", version)
+        finally:
+            self.labels = False
         for engine in self._engines:
             if engine.phase == "ready":
                 engine.version = version
@@ -67,9 +73,10 @@ class Interruptions:
                     if calls[call].phase == "ready":
                         self._lose(calls[call], f"its {method} failed: {one_line(error)}")
 
-    def abort(self, works: Iterable[Work]) -> None:
-        """Ends the unfinished samples of these works where they are."""
-        works = list(works)
+    def abort(self, request_ids: Collection[str] | None) -> None:
+        """Ends the unfinished samples of these requests, or of all, where they are."""
+        known = self._backlog.works
+        works = list(known.values()) if request_ids is None else [known[name] for name in request_ids if name in known]
         for work in works:
             work.aborted = True
         for engine in self._engines:

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from ...errors import ClusterError
-from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy
+from ..backend import IN_FLIGHT_POLICIES, Completed, Dispatch, InFlightPolicy, Progress
 from ..types import RolloutRequest
 from .dispatch import Continuous, Dealer, Ordered, Strategy
 from .fleet import LOOK_S, Fleet
@@ -61,6 +61,7 @@ class RayCluster:
     Attributes:
         version: the weight version that serves.
         restarts: engine processes that were replaced so far.
+        watched: ids of requests whose tokens are reported while they are made; any thread may change it.
 
     Raises:
         ClusterError: there is no Ray, or an engine cannot be started.
@@ -92,6 +93,8 @@ class RayCluster:
         self._transport = transport_of(weight_transport, answer_seconds)
         self._committing = False
         self._early: list[Completed] = []
+        self.watched: set[str] = set()
+        self._progress: list[Progress] = []
         self._fleet = Fleet(spec, engines, answer_seconds, heartbeat_seconds)
         self._engines = self._fleet.engines
         self._expected: Mapping[str, tuple[str, tuple[int, ...]]] = {}
@@ -119,7 +122,10 @@ class RayCluster:
     def submit(self, batch: Sequence[RolloutRequest], epoch: int, clients: Sequence[str] | None = None) -> None:
         """Takes a batch; `clients` says whose each request is. A request that is here under a lower epoch is dropped."""
         self.cancel([request.id for request in batch if request.id in self._backlog.works])
-        self._strategy.submit(self._backlog.add(batch, epoch, clients))
+        works = self._backlog.add(batch, epoch, clients)
+        for work in works:
+            work.watched = work.request.id in self.watched
+        self._strategy.submit(works)
         self._deal()
 
     def poll(self, timeout: float) -> list[Completed]:
@@ -129,6 +135,11 @@ class RayCluster:
         done, self._early = self._early, []
         return done
 
+    def take_progress(self) -> list[Progress]:
+        """What watched samples have made; see `Progress`."""
+        progress, self._progress = self._progress, []
+        return progress
+
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drops the unfinished samples of these requests. Nothing more comes of them."""
         self._early = [item for item in self._early if item.request_id not in request_ids]
@@ -136,14 +147,12 @@ class RayCluster:
 
     def abort(self, request_ids: Collection[str] | None = None) -> None:
         """See `InterruptibleBackend.abort`."""
-        works = self._backlog.works
-        self._interruptions.abort(works.values() if request_ids is None else [works[i] for i in request_ids if i in works])
+        self._interruptions.abort(request_ids)
 
     def hold(self, held: bool) -> None:
         """See `InterruptibleBackend.hold`."""
-        if held != self._interruptions.held:
-            self._interruptions.hold(held)
-            self._deal()
+        self._interruptions.hold(held)
+        self._deal()
 
     def reset_prefix_cache(self) -> None:
         """See `InterruptibleBackend.reset_prefix_cache`."""
@@ -151,11 +160,7 @@ class RayCluster:
 
     def label_version(self, version: int) -> None:
         """See `InterruptibleBackend.label_version`."""
-        self._committing = True  # an engine that loads meanwhile becomes ready afterwards, and takes the label
-        try:
-            self._interruptions.label(version)
-        finally:
-            self._committing = False
+        self._interruptions.label(version)
         self.version = version
 
     def revoke(self, epoch: int) -> None:
@@ -280,7 +285,7 @@ class RayCluster:
                 self._lose(engine, str(lost))
         if now - self._looked >= LOOK_S or not self._engines or any(e.loaded or e.may_start for e in self._engines):
             self._looked = now
-            self._fleet.look(now, self.version, self._transport, hold=self._committing)
+            self._fleet.look(now, self.version, self._transport, hold=self._committing or self._interruptions.labels)
         self._deal()
 
     def _read(self, engine: EngineHandle, call: Any) -> None:
@@ -303,6 +308,7 @@ class RayCluster:
                 self._dealer.take_back(engine, work, item.trajectory.sample)
             else:
                 self._drop([work])
+        self._progress += [item for item in report.progress if item.request_id in self.watched]
         returned: dict[Work, list[int]] = {}
         for name, number in report.returned or ():
             work = self._backlog.works.get(name)

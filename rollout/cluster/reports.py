@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..backend import Completed
+from ..backend import Completed, Progress
 from ..types import RolloutRequest
 
 
@@ -19,6 +19,7 @@ class Part:
         client: whose request it is.
         order: its place among the pool's requests, the oldest first.
         alone: it is tried alone, so every step is reported.
+        watched: report its tokens while they are made.
     """
 
     request: RolloutRequest
@@ -27,6 +28,7 @@ class Part:
     client: str
     order: int
     alone: bool = False
+    watched: bool = False
 
 
 @dataclass(slots=True)
@@ -38,12 +40,14 @@ class Report:
         returned: samples (request id, number) that it gives back, not begun; None where it was not asked to.
         fresh: samples that have not begun.
         steps: made since the last part was added, if that one is alone; else 0.
+        progress: of watched samples that have not ended.
     """
 
     completed: list[Completed] = field(default_factory=list)
     returned: list[tuple[str, int]] | None = None
     fresh: int = 0
     steps: int = 0
+    progress: list[Progress] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Work:
         solo_deaths: those of them that served nothing else. alike: the last of these in a row that died at about the same step,
         `died_at`.
         aborted: its samples that are with no engine end without a token.
+        watched: engines report its tokens while they are made.
     """
 
     request: RolloutRequest
@@ -46,6 +47,7 @@ class Work:
     alike: int = 0
     died_at: int = 0
     aborted: bool = False
+    watched: bool = False
 
     @property
     def left(self) -> int:
@@ -90,13 +92,16 @@ class Backlog:
         return works
 
     def wait(self, work: Work, numbers: Iterable[int], first: bool = False) -> None:
-        """Queues samples that are with no engine; behind the client's other works, or before them."""
+        """Queues samples that are with no engine: behind the client's works that are as urgent, or before all of them."""
         wanted = [number for number in numbers if number not in work.done]
         if self.works.get(work.request.id) is not work or not wanted:
             return
         if not work.waiting:
             queue = self._queues.setdefault(work.client, deque())
-            queue.insert(0 if first else len(queue), work)
+            place = 0 if first else len(queue)
+            while place and not first and queue[place - 1].request.priority > work.request.priority:
+                place -= 1
+            queue.insert(place, work)
         self.waiting += len(wanted)
         work.waiting = sorted(work.waiting + wanted)
 

@@ -45,7 +45,9 @@ class SamplerRows:
     Attributes:
         seed_S: int64, of `seeds.sample_seed`. temperature_S, top_p_S, min_p_S, mix_weight_S: float64. top_k_S: int64.
         groups: a partition of the batch.
-        top: most alternatives that one of the rows records (`SamplingParams.logprobs`).
+        top: most alternatives that one of the rows records (`SamplingParams.alternatives`).
+        listed_SK: int64, the tokens that rows record whatever their probability (`SamplingParams.logprob_token_ids`), -1 in
+            padding; None where no row does.
     """
 
     seed_S: torch.Tensor
@@ -56,6 +58,7 @@ class SamplerRows:
     mix_weight_S: torch.Tensor
     groups: tuple[Group, ...]
     top: int = 0
+    listed_SK: torch.Tensor | None = None
 
     @classmethod
     def make(
@@ -84,6 +87,10 @@ class SamplerRows:
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float64)
 
+        top, listed_SK = max(p.alternatives for p in params), None
+        if any(p.logprob_token_ids for p in params):
+            listed = [[*p.logprob_token_ids] + [-1] * (top - len(p.logprob_token_ids)) for p in params]
+            listed_SK = torch.tensor(listed, dtype=torch.int64)
         rows = cls(
             seed_S=torch.tensor(list(seeds), dtype=torch.int64),
             temperature_S=column([p.temperature for p in params]),
@@ -92,7 +99,8 @@ class SamplerRows:
             min_p_S=column([p.min_p for p in params]),
             mix_weight_S=column([p.mix_weight for p in params]),
             groups=groups,
-            top=max(p.logprobs or 0 for p in params),
+            top=top,
+            listed_SK=listed_SK,
         )
         return upload(rows, device)
 

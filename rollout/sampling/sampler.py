@@ -194,7 +194,7 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     """
     assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
     verdict = _verify_groups(rows, p_logits_SRV, drafts, anchor_S)
-    return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top) if rows.top else verdict
+    return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top, rows.listed_SK) if rows.top else verdict
 
 
 def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:

@@ -26,9 +26,20 @@ def top_logprobs(logits_NV: torch.Tensor, temperature_N: torch.Tensor, k: int) -
     return token_NV[..., :k], value_NV[..., :k].float()
 
 
-def with_top(verdict: Verdict, logits_SRV: torch.Tensor, temperature_S: torch.Tensor, k: int) -> Verdict:
-    """The verdict with the k most probable tokens of each row. A committed token has the very number it has in `logprob_SR`."""
-    token_SRK, logprob_SRK = top_logprobs(logits_SRV, temperature_S[:, None].expand(logits_SRV.shape[:2]), k)
+def with_top(
+    verdict: Verdict, logits_SRV: torch.Tensor, temperature_S: torch.Tensor, k: int, listed_SK: torch.Tensor | None = None
+) -> Verdict:
+    """The verdict with the k most probable tokens of each row, or with the listed ones (int64, -1 in padding) where a row has
+    any. A committed token has the very number it has in `logprob_SR`."""
+    temperature_SR = temperature_S[:, None].expand(logits_SRV.shape[:2])
+    token_SRK, logprob_SRK = top_logprobs(logits_SRV, temperature_SR, k)
+    if listed_SK is not None:
+        logp_SRV = torch.log_softmax(scale(logits_SRV, temperature_SR).double(), -1)
+        # A list is no longer than the vocabulary, so it fits into the columns there are.
+        listed_SRK = listed_SK[:, None, : token_SRK.shape[-1]].expand_as(token_SRK)
+        listed_logp_SRK = logp_SRV.gather(-1, listed_SRK.clamp(min=0)).float()
+        logprob_SRK = torch.where(listed_SRK >= 0, listed_logp_SRK, logprob_SRK)
+        token_SRK = torch.where(listed_SRK >= 0, listed_SRK, token_SRK)
     same_SRK = token_SRK == verdict.token_SR[..., None]
     logprob_SRK = torch.where(same_SRK, verdict.logprob_SR[..., None].float(), logprob_SRK)
     return replace(verdict, top_token_SRK=token_SRK, top_logprob_SRK=logprob_SRK)

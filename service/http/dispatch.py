@@ -4,8 +4,7 @@ Invariants:
 - One thread submits and cancels, another one takes trajectories; the event loop never waits for the gateway.
 - Requests that arrive while a batch is being recorded are the next batch, so one write to the ledger serves many.
 - Whatever ends the wait for a request, a disconnect or an error, cancels what is unfinished of it.
-- An HTTP request is answered to its connection. What a former life of the service has left unfinished under this client id is
-  dropped when it arrives.
+- An HTTP request is answered to its connection. A service that starts drops what its former life has left unfinished.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from types import TracebackType
 from typing import Self
 
 from ...errors import BlockrollError, TransportError
+from ...rollout.backend import Progress
 from ...rollout.types import RolloutRequest, Trajectory
 from ...trainer_bridge.client import RequestRefused, RolloutClient
+from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.keys import ClientKeys
+from . import HTTP_CLIENT
 from .http_errors import HttpError
 
 _log = logging.getLogger(__package__)
-CLIENT = "http"
-"""Client id of the HTTP face."""
 MAX_BATCH = 256
 """Requests submitted in one call."""
 RETRY_S = 1.0
@@ -35,16 +35,16 @@ RETRY_S = 1.0
 
 
 class Answers:
-    """What comes of some requests: an async iterator of trajectories, and an async context manager that cancels what is
-    unfinished at its end. Iterating raises what made a request fail."""
+    """What comes of some requests: an async iterator of trajectories, and of `Progress` before them where it was asked for. Also
+    an async context manager that cancels what is unfinished at its end. Iterating raises what made a request fail."""
 
     def __init__(self, dispatch: Dispatch, requests: Sequence[RolloutRequest]) -> None:
         self.requests = requests
         self._dispatch, self._loop = dispatch, asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Trajectory | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[Trajectory | Progress | Exception] = asyncio.Queue()
         self._missing = sum(request.samples for request in requests)
 
-    def put(self, item: Trajectory | Exception) -> None:
+    def put(self, item: Trajectory | Progress | Exception) -> None:
         """Hands an item to whoever waits. Any thread."""
         try:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
@@ -54,19 +54,20 @@ class Answers:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Trajectory:
+    async def __anext__(self) -> Trajectory | Progress:
         if not self._missing:
             raise StopAsyncIteration
         item = await self._queue.get()
         if isinstance(item, Exception):
             raise item
-        self._missing -= 1
+        self._missing -= isinstance(item, Trajectory)
         return item
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                        trace: TracebackType | None) -> None:
         self._dispatch.end(self)
 
 
@@ -74,15 +75,16 @@ class Dispatch:
     """The HTTP face as a client of the gateway.
 
     Args:
-        address, keys: of the gateway.
+        keys: of the gateway.
         most: samples that may be unfinished at once.
 
     Attributes:
         refuses: whether new requests are answered with 503, because generation is paused.
     """
 
-    def __init__(self, address: str, keys: ClientKeys | None, most: int) -> None:
-        self._client = RolloutClient(address, client_id=CLIENT, keys=keys)
+    def __init__(self, gateway: Gateway, keys: ClientKeys | None, most: int) -> None:
+        self._client = RolloutClient(gateway.address, client_id=HTTP_CLIENT, keys=keys)
+        self._progress = gateway.progress
         self._most, self._life = most, uuid.uuid4().hex[:12]
         self.refuses: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
@@ -113,8 +115,11 @@ class Dispatch:
         self._number += 1
         return f"{self._life}-{self._number}"
 
-    def open(self, requests: Sequence[RolloutRequest]) -> Answers:
+    def open(self, requests: Sequence[RolloutRequest], progress: bool = False) -> Answers:
         """Submits requests; use the result as `async with dispatch.open(...) as answers`. Called in the event loop.
+
+        Args:
+            progress: also bring what samples make before they end.
 
         Raises HttpError (429) where too many samples are unfinished.
         """
@@ -131,11 +136,15 @@ class Dispatch:
             for request in requests:
                 self._waiting[request.id] = answers
                 self._samples[request.id] = request.samples
+        for request in requests if progress else ():
+            self._progress.watch(request.id, answers.put)
         self._commands.put(list(requests))
         return answers
 
     def end(self, answers: Answers) -> None:
         """Cancels what is unfinished of these."""
+        for request in answers.requests:
+            self._progress.unwatch(request.id)
         with self._lock:
             left = [request.id for request in answers.requests if self._waiting.pop(request.id, None) is not None]
             for name in left:
@@ -216,7 +225,8 @@ class Dispatch:
     def _fail(self, names: Sequence[str] | None, error: Exception) -> None:
         """Ends the wait for these requests, or for all, with an error."""
         with self._lock:
-            failed = [self._waiting.pop(name) for name in list(self._waiting if names is None else names) if name in self._waiting]
+            ended = list(self._waiting) if names is None else [name for name in names if name in self._waiting]
+            failed = [self._waiting.pop(name) for name in ended]
             for name in list(self._samples):
                 if name not in self._waiting:
                     del self._samples[name]

@@ -27,8 +27,8 @@ def add_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        place = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
-        param = ".".join(str(part) for part in place) or None
+        # The kind of a field that may be one of several follows its name in the location.
+        param = next((str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")), None)
         message = f"{param or 'body'}: {first['msg']}"
         return _answer(HttpError(400, message, param, "unknown_field" if first["type"] == "extra_forbidden" else None))
 

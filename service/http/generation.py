@@ -1,53 +1,33 @@
-"""Runs a request of a trainer's route to its end."""
+"""Runs the prompt of a trainer's route to its end."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import Request
 
 from ...rollout.params import SamplingParams
 from ...rollout.types import RolloutRequest, Trajectory
 from .http_errors import HttpError
+from .sample_streams import all_samples
 from .state import HttpState
 
 
-def check_model(state: HttpState, model: str | None) -> None:
-    """Raises HttpError (404) for a model that is not the policy."""
-    if model is not None and model != state.policy:
-        raise HttpError(404, f"model {model[:200]!r} is not served; use {state.policy!r}", "model", "model_not_found")
-
-
-def room_behind(state: HttpState, token_ids: list[int], field: str) -> int:
-    """Tokens that fit behind a prompt. Raises HttpError for a prompt that does not fit, or ids out of range."""
-    room = state.sizes.positions - len(token_ids)
-    if room < 1:
-        raise HttpError(400, f"{field}: {len(token_ids)} tokens leave no room in {state.sizes.positions} positions; shorten the "
-                        "prompt", field, "context_length_exceeded")
-    if any(not 0 <= token < state.sizes.vocabulary for token in token_ids):
-        raise HttpError(400, f"{field}: token ids must be in 0..{state.sizes.vocabulary - 1}", field)
-    return room
-
-
-async def generate(state: HttpState, token_ids: list[int], params: SamplingParams, name: str | None) -> list[Trajectory]:
+async def generate(
+    request: Request, state: HttpState, prompt: Sequence[int], params: SamplingParams, name: str | None = None,
+    cache_salt: str = "", priority: int = 0,
+) -> list[Trajectory]:
     """The samples of one prompt, in order, whatever ended them.
 
     Args: name: the client's own name for the request, by which it may be aborted.
+
+    Raises HttpError for more samples, or alternatives per token, than one request may have.
     """
-    if params.n > state.options.max_samples:
-        raise HttpError(400, f"n: {params.n} samples, at most {state.options.max_samples} are taken (http.max_samples)", "n")
-    request = RolloutRequest(state.dispatch.new_id(), tuple(token_ids), params)
-    found = []
-    with state.names.named(name, request.id):
-        async with state.dispatch.open([request]) as answers:
-            async for item in answers:
-                if isinstance(item, Trajectory):
-                    found.append(item)
-    return sorted(found, key=lambda trajectory: trajectory.sample)
-
-
-def version_spans(trajectory: Trajectory) -> list[dict[str, int | str]]:
-    """Which weight version made which tokens, as runs over the generated tokens, in vLLM's form."""
-    spans: list[dict[str, int | str]] = []
-    for place, version in enumerate(trajectory.versions.tolist()):
-        if spans and spans[-1]["version"] == str(version):
-            spans[-1]["end"] = place + 1
-        else:
-            spans.append({"version": str(version), "start": place, "end": place + 1})
-    return spans
+    for field, limit in (("n", state.options.max_samples), ("logprobs", state.options.max_logprobs),
+                         ("prompt_logprobs", state.options.max_logprobs)):  # fmt: skip
+        if (getattr(params, field) or 0) > limit:
+            option = "max_samples" if field == "n" else "max_logprobs"
+            raise HttpError(400, f"{field}: {getattr(params, field)} is more than {limit} (http.{option})", field)
+    rollout = RolloutRequest(state.dispatch.new_id(), tuple(prompt), params, priority=priority, cache_salt=cache_salt)
+    with state.names.named(name, rollout.id):
+        return (await all_samples(request, state.dispatch, [rollout]))[0]

@@ -49,7 +49,8 @@ class HttpKeys:
         given = shown.strip().encode("utf-8", "surrogateescape")
         if scheme.lower() != "bearer" or not any([hmac.compare_digest(given, key) for key in known]):
             what = "control key" if control else "API key"
-            raise HttpError(401, f"this route needs the {what}: send the header `Authorization: Bearer KEY`", code="invalid_api_key")
+            raise HttpError(401, f"this route needs the {what}: send the header `Authorization: Bearer KEY`",
+                            code="invalid_api_key")
 
 
 def read_key(source: str | None, field: str) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ...rollout.params import SamplingParams
+from ...rollout.params import SamplerName, SamplingParams
 from .http_errors import HttpError
 
 _OWN = {field.name for field in fields(SamplingParams)} - {"logits_processors"}
@@ -22,19 +22,20 @@ _SGLANG = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "samp
            "no_stop_trim": "include_stop_str_in_output"}  # fmt: skip
 
 
-def vllm_params(given: Mapping[str, Any], room: int) -> SamplingParams:
+def vllm_params(given: Mapping[str, Any], room: int, sampler: SamplerName) -> SamplingParams:
     """Parameters of `/inference/v1/generate`.
 
-    Args: room: tokens that fit behind the prompt; the default of `max_tokens`.
+    Args: room: tokens that fit behind the prompt; the default of `max_tokens`. sampler: the service's default.
 
     Raises HttpError or RequestError that names the field.
     """
-    return _params(given, {"max_tokens": max(1, room)})
+    return _params(given, {"max_tokens": max(1, room), "sampler": sampler})
 
 
-def sglang_params(given: Mapping[str, Any], room: int) -> SamplingParams:
+def sglang_params(given: Mapping[str, Any], room: int, sampler: SamplerName) -> SamplingParams:
     """Parameters of SGLang's `/generate`; as `vllm_params`. SGLang's own default of `max_new_tokens` is 128."""
-    return _params({_SGLANG.get(name, name): value for name, value in given.items()}, {"max_tokens": max(1, min(128, room))})
+    named = {_SGLANG.get(name, name): value for name, value in given.items()}
+    return _params(named, {"max_tokens": max(1, min(128, room)), "sampler": sampler})
 
 
 def _params(given: Mapping[str, Any], defaults: dict[str, Any]) -> SamplingParams:

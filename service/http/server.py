@@ -20,7 +20,7 @@ from .app import create_app
 from .dispatch import Dispatch
 from .keys import HttpKeys
 from .listener import bind
-from .state import HttpState, read_policy
+from .state import HttpState, read_policy, read_template
 from .trainer_control import TrainerControl
 
 _log = logging.getLogger(__package__)
@@ -40,13 +40,14 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
     keys = HttpKeys.of(options)
     listener = bind(options)
     with listener:
-        tokenizer, sizes = read_policy(config)
+        (tokenizer, sizes), template = read_policy(config), read_template(options)
         bridge_keys = load_client_keys(config.delivery.keys) if config.delivery.keys else None
-        dispatch = Dispatch(gateway.address, bridge_keys, options.max_unfinished)
+        dispatch = Dispatch(gateway, bridge_keys, options.max_unfinished)
         try:
             with ServiceControl(gateway.address, keys=bridge_keys, timeout=5.0) as control:
                 trainer = TrainerControl(gateway, bridge_keys, dispatch)
-                state = HttpState(config, options, gateway, dispatch, control, keys, tokenizer, sizes, int(time.time()), trainer)
+                state = HttpState(config, options, gateway, dispatch, control, keys, tokenizer, template, sizes,
+                                  int(time.time()), trainer)
                 with _running(state, listener):
                     host, port = listener.getsockname()[:2]
                     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

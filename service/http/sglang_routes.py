@@ -7,19 +7,22 @@ import time
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...rollout.types import Trajectory
 from .areal_routes import answered
 from .control_routes import MAX_NAMES, MAX_PATH, check_directory, served_version, version_number
-from .generation import generate, room_behind, version_spans
+from .generation import generate
 from .health_routes import health
 from .http_errors import HttpError
+from .pieces import finite_list, weight_versions
 from .routes import ApiRoute, ControlRoute
+from .sample_streams import json_response
 from .sampling_fields import sglang_params
 from .state import HttpState, state_of
+from .text import check_prompt, encode, whole_text
 
 router = APIRouter(route_class=ApiRoute, tags=["Trainers: SGLang"])
 control_router = APIRouter(route_class=ControlRoute, tags=["Trainers: SGLang"])
@@ -76,21 +79,18 @@ class DiskUpdate(BaseModel):
 
 
 @router.post("/generate")
-async def sglang_generate(body: SglangRequest, state: State) -> Any:
+async def sglang_generate(body: SglangRequest, request: Request, state: State) -> Response:
     """One sample of a prompt, or a list of them where `n` is above 1."""
     begin = time.monotonic()
-    prompt = body.input_ids
-    if (prompt is None) == (body.text is None):
+    if (body.input_ids is None) == (body.text is None):
         raise HttpError(400, "give input_ids or text", "input_ids")
-    if prompt is None:
-        if state.tokenizer is None:
-            raise HttpError(400, "text: the policy has no tokenizer; give input_ids", "text")
-        prompt = list(state.tokenizer(body.text)["input_ids"])
+    given = body.input_ids if body.text is None else await encode(state, body.text, "text")
+    prompt = check_prompt(state, given or (), "input_ids")
     params = sglang_params(body.sampling_params | {"routed_experts": body.return_routed_experts},
-                           room_behind(state, prompt, "input_ids"))
-    found = await generate(state, prompt, params, body.rid)
+                           state.sizes.positions - len(prompt), state.config.sampling.sampler)
+    found = await generate(request, state, prompt, params, body.rid)
     answers = [_answer(body, sample, state, time.monotonic() - begin) for sample in found]
-    return answers[0] if params.n == 1 else answers
+    return json_response(answers[0] if params.n == 1 else answers)
 
 
 def _answer(body: SglangRequest, sample: Trajectory, state: HttpState, seconds: float) -> dict[str, Any]:
@@ -98,13 +98,13 @@ def _answer(body: SglangRequest, sample: Trajectory, state: HttpState, seconds: 
     meta: dict[str, Any] = {
         "id": body.rid or sample.request_id, "finish_reason": _finish_reason(sample), "prompt_tokens": len(sample.prompt_tokens),
         "completion_tokens": len(sample.tokens), "cached_tokens": 0, "weight_version": str(version),
-        "weight_versions": version_spans(sample), "e2e_latency": seconds}  # fmt: skip
+        "weight_versions": weight_versions(sample), "e2e_latency": seconds}  # fmt: skip
     if body.return_logprob:
         meta["output_token_logprobs"] = [[logprob, token, None] for logprob, token in
-                                         zip(sample.logprobs.tolist(), sample.tokens, strict=True)]
+                                         zip(finite_list(sample.logprobs.tolist()), sample.tokens, strict=True)]
     if sample.routed_experts is not None:
         meta["routed_experts"] = base64.b64encode(np.ascontiguousarray(sample.routed_experts, "<i4").tobytes()).decode()
-    text = "" if state.tokenizer is None else sample.text(state.tokenizer)
+    text = "" if state.tokenizer is None else whole_text(state.tokenizer, sample)
     return {"text": text, "output_ids": sample.tokens, "meta_info": meta}
 
 

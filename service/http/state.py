@@ -10,7 +10,8 @@ from typing import Any
 
 from fastapi import Request
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, ConfigError
+from ...inputs import read_input
 from ...model.tokenizer_files import read_tokenizer
 from ...trainer_bridge.client import ServiceControl, ServiceStatus
 from ...trainer_bridge.gateway import Gateway
@@ -20,6 +21,9 @@ from .dispatch import Dispatch
 from .keys import HttpKeys
 from .request_names import RequestNames
 from .trainer_control import TrainerControl
+
+MAX_TEMPLATE_BYTES = 1 << 20
+"""Bytes of the longest chat template."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class HttpState:
         gateway: for what no client message says.
         control: a control session; use `status`, which takes turns.
         trainer: what trainers change. names: the names that clients gave to requests.
-        tokenizer: the policy's; None where it has none.
+        tokenizer: the policy's; None where it has none. chat_template: in place of its own; None for that.
         created: when the service came up, seconds since the epoch.
     """
 
@@ -50,6 +54,7 @@ class HttpState:
     control: ServiceControl
     keys: HttpKeys
     tokenizer: Any
+    chat_template: str | None
     sizes: PolicySizes
     created: int
     trainer: TrainerControl
@@ -80,6 +85,17 @@ def state_of(request: Request) -> HttpState:
     """The state of the application that serves a request; a dependency of routes."""
     state: HttpState = request.app.state.http
     return state
+
+
+def read_template(options: Http) -> str | None:
+    """The chat template that the configuration names. Raises ConfigError."""
+    if options.chat_template is None:
+        return None
+    try:
+        return read_input(options.chat_template, MAX_TEMPLATE_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("http.chat_template", f"{options.chat_template} cannot be read ({error})",
+                          "name a file of a Jinja template") from error
 
 
 def read_policy(config: ServiceConfig) -> tuple[Any, PolicySizes]:

@@ -174,6 +174,30 @@ def test_top_logprobs_are_those_of_transformers(make_policy, temperature):
             assert [next(iter(found)) for found in output.prompt_top_logprobs] == top.indices[: len(prompt) - 1, 0].tolist()
 
 
+def test_chosen_tokens_are_recorded_beside_the_generated_ones(make_policy):
+    """With a neighbour in the batch that records the most probable ones, and one that records nothing."""
+    policy = make_policy(torch.float32, sharpness=0.6)
+    listed = (7, 3, 30)
+    params = [SamplingParams("coupled", 0.7, max_tokens=9, logprob_token_ids=listed, seed=2, ignore_eos=True),
+              SamplingParams("coupled", 0.7, max_tokens=9, logprobs=5, seed=3, ignore_eos=True),
+              SamplingParams("coupled", 0.7, max_tokens=9, seed=4, ignore_eos=True)]  # fmt: skip
+    outputs = Engine(policy, block_size=6).generate([[5, 9, 11]] * 3, params)
+    records = [output.samples[0].trajectory for output in outputs]
+    assert records[0].top_tokens.tolist() == [list(listed)] * 9
+    assert (records[1].top_tokens.shape, records[2].top_tokens) == ((9, 5), None)
+    every = SamplingParams("coupled", 0.7, max_tokens=9, logprobs=policy.config.vocab_size, seed=2, ignore_eos=True)
+    (whole,) = Engine(policy, block_size=6).generate([5, 9, 11], every)
+    for tokens, logprobs, row in zip(whole.samples[0].trajectory.top_tokens, whole.samples[0].trajectory.top_logprobs,
+                                     records[0].top_logprobs, strict=True):  # fmt: skip
+        known = dict(zip(tokens.tolist(), logprobs.tolist(), strict=True))
+        np.testing.assert_array_equal(row, np.array([known[token] for token in listed], np.float32))
+    for wrong, said in (((policy.config.vocab_size,), "names token"), (tuple(range(64)) * 16, "names 1024 tokens")):
+        with pytest.raises(RequestError, match=f"^logprob_token_ids: .*{said}"):
+            Engine(policy).generate([5, 9], SamplingParams(logprob_token_ids=wrong))
+    with pytest.raises(RequestError, match="^logprob_token_ids: given beside logprobs=2"):
+        SamplingParams(logprob_token_ids=(1,), logprobs=2)
+
+
 def python_blocks():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 

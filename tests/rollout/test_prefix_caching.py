@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from blockroll.errors import RequestError
 from blockroll.kernels.dispatch import using
 from blockroll.model.checkpoint import load_policy
 from blockroll.rollout.engine import Engine, EngineConfig
@@ -282,3 +283,26 @@ def test_a_version_that_comes_before_a_sample_is_prefilled_again(policy):
     while engine.has_work:
         done += engine.step()
     assert sorted(sample.request_id for sample in done) == ["r0", "r1", "r2", "r3"] and whole(engine.cache)
+
+
+def test_a_salt_keeps_prefixes_apart_and_changes_no_token(policy):
+    """The first page is what the salt keys; the pages behind it follow."""
+    params = SamplingParams("coupled", max_tokens=8, ignore_eos=True)
+    prompt = tokens(3 * SIZE + 5, 1)
+    engine = Engine(policy, pages=200)
+
+    def cached(name, salt):
+        before = engine.cached_tokens
+        (done,) = engine.rollout([RolloutRequest(name, prompt, params, 3, cache_salt=salt)])
+        return engine.cached_tokens - before, done.tokens
+
+    found = [cached("a", "s"), cached("b", "t"), cached("c", "s"), cached("d", ""), cached("e", "t"), cached("f", "")]
+    assert [count for count, _ in found] == [0, 0, 3 * SIZE, 0, 3 * SIZE, 3 * SIZE]
+    assert len({tuple(made) for _, made in found}) == 1
+    assert whole(engine.cache)
+
+
+@pytest.mark.parametrize("salt", ["x" * 257, 7, None, "\ud800"])
+def test_a_salt_that_cannot_be_a_key_is_refused_by_name(salt):
+    with pytest.raises(RequestError, match="^cache_salt: "):
+        RolloutRequest("a", (5,), cache_salt=salt)

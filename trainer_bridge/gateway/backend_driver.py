@@ -37,6 +37,7 @@ from .driver_commands import (
     Work,
     WorkRefused,
 )
+from .progress_feed import ProgressFeed
 
 _log = logging.getLogger(__package__)
 POLL_S, IDLE_S, STATS_S = 0.02, 0.25, 0.5
@@ -48,6 +49,9 @@ class BackendDriver:
 
     Args:
         wake: called, from the driver's thread, after an event was put into `events`.
+
+    Attributes:
+        progress: tells listeners of this process what unfinished samples have made.
     """
 
     def __init__(self, backend: RolloutBackend, wake: Callable[[], None]) -> None:
@@ -62,6 +66,7 @@ class BackendDriver:
         self._epochs: Counter[int] = Counter()
         self._samples = 0
         self._holding = False
+        self.progress = ProgressFeed(backend)
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._refreshed = time.monotonic()
@@ -294,6 +299,7 @@ class BackendDriver:
             self._stop.wait(IDLE_S)
             return
         self._trouble.pop("poll", None)
+        self.progress.report()
         if completed:
             self._hand_out(completed)
 

@@ -21,7 +21,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +29,8 @@ from typing import Self
 
 import zmq
 
-from ...errors import ClusterError, StorageError
-from ...rollout.backend import Completed, InterruptibleBackend, RolloutBackend
+from ...errors import StorageError
+from ...rollout.backend import Completed, RolloutBackend
 from ...rollout.types import RolloutRequest
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
@@ -45,10 +45,12 @@ from .ledger import Ledger
 from .message_router import MessageRouter
 from .operations import Operations
 from .options import check_options
+from .progress_feed import ProgressFeed
+from .restored_version import restore_version
 from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
-from .weight_receiver import OF_THE_POLICY, WeightReceiver
+from .weight_receiver import WeightReceiver
 
 _log = logging.getLogger(__package__)
 FULL_S, IDLE_S = 0.02, 0.25
@@ -111,7 +113,7 @@ class Gateway:
             self._socket = GatewaySocket(self._bind, self._keys, TO_GATEWAY)
             undo.callback(self._socket.close, 0.0)
             kept = KeptVersions(self._path)
-            version, missing = self._restore(kept, expected)
+            version, missing = restore_version(self._cluster, self._ledger, kept, expected)
             self._wake_in, self._wake_out = socket.socketpair()
             undo.callback(self._wake_in.close)
             undo.callback(self._wake_out.close)
@@ -134,25 +136,6 @@ class Gateway:
             undo.pop_all()
         return self
 
-    def _restore(self, kept: KeptVersions, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, str]:
-        """Brings the cluster to the version committed last; returns that version, and why the cluster cannot serve it,
-        or ""."""
-        last = self._ledger.last_version()
-        kept.sweep(None if last is None else last[0])
-        if last is None or last[0] == self._cluster.version:
-            return self._cluster.version, ""
-        try:
-            if last[1] == OF_THE_POLICY and isinstance(self._cluster, InterruptibleBackend):
-                self._cluster.label_version(last[0])
-            else:
-                self._cluster.commit_weights(last[0], kept.load(*last, expected))
-        except (StorageError, ClusterError) as error:
-            _log.warning("weight version %d cannot be restored: %s", last[0], error)
-            return last[0], (f"no work is handed out: weight version {last[0]} was committed last and cannot be served; push "
-                             f"version {last[0]} again, or version {last[0] + 1} ({error})")
-        _log.info("weight version %d is restored", last[0])
-        return last[0], ""
-
     @property
     def address(self) -> str:
         """The address clients connect to, with the port that was bound."""
@@ -162,6 +145,16 @@ class Gateway:
     def paused(self) -> str:
         """Mode of the pause, if generation is paused; any thread may read it."""
         return self._generation.mode
+
+    @property
+    def version(self) -> int:
+        """The weight version that was committed last."""
+        return self._weights.version
+
+    @property
+    def progress(self) -> ProgressFeed:
+        """What unfinished samples have made, for listeners of this process."""
+        return self._driver.progress
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until a Shutdown or a failure, which is raised, ends the gateway; whether it has ended."""

@@ -94,6 +94,12 @@ class Ledger:
         if owner != key:
             raise TransportError(f"client id {client!r} belongs to another key; choose another client_id")
 
+    def release_client(self, client: str) -> list[str]:
+        """Frees a client id for another key; returns the ids of the client's unfinished requests."""
+        with self._file.transaction():
+            self._file.run("DELETE FROM clients WHERE client=?", (client,))
+            return [row[0] for row in self._file.run(f"SELECT id FROM requests WHERE client=? AND {OPEN}", (client,))]
+
     def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
         """Records parts of batches in one transaction, all or none; returns what to tell the client of each. A batch is queued
         after its final part."""

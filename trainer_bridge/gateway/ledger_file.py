@@ -27,7 +27,7 @@ PAUSED, STAGED, QUEUED, LEASED, DONE, FAILED = range(-1, 5)
 OPEN, SETTLED, UNACKED = "state<3", "settled=1", "acked=0"
 COUNTERS = ("requested", "unique", "failed", "acknowledged", "duplicates", "stale", "kept")
 
-_FORMAT = 2
+_FORMAT = 3
 _SCHEMA = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE counters (id INTEGER PRIMARY KEY, {", ".join(f"[{name}] INTEGER NOT NULL DEFAULT 0" for name in COUNTERS)});

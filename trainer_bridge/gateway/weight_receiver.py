@@ -34,6 +34,7 @@ from .backend_driver import BackendDriver
 from .driver_commands import Commit, CommitEnded
 from .kept_versions import KeptVersions, VersionFile
 from .ledger import Ledger
+from .restored_version import OF_THE_POLICY
 from .sessions import Sessions
 from .weight_stager import WeightStager, without_tied_head
 
@@ -74,10 +75,6 @@ class _Commit:
     def seal(self) -> None:
         if self.file is not None:
             self.file.seal()
-
-
-OF_THE_POLICY = b""
-"""Digest, in the ledger, of a version whose weights are those of the policy's directory."""
 
 
 class WeightReceiver:

@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import TransportError
 from .limits import MAX_FIGURE_TEXT, MAX_HEADER, MAX_ITEMS, MAX_NDIM, MAX_TEXT
 
-PROTOCOL = 2
+PROTOCOL = 3
 DTYPES = ("bool", "uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32",
           "float64")
 Buffer = bytes | bytearray | memoryview

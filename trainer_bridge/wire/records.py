@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ...errors import RequestError, TransportError
-from ...rollout.params import MAX_STOP
-from ...rollout.types import SAMPLERS, RolloutRequest, SamplingParams, StepTrace, Trajectory
+from ...rollout.params import MAX_LISTED, MAX_STOP
+from ...rollout.types import MAX_SALT, SAMPLERS, RolloutRequest, SamplingParams, StepTrace, Trajectory
 from .codec import (
     Buffer,
     Choice,
@@ -46,7 +46,7 @@ PARAMS: dict[str, Field[Any]] = {
     "n": Int(1, MAX_SAMPLES), "seed": Optional(Int()), "stop": Many(Text(MAX_STOP, empty=False), 64),
     "include_stop_str_in_output": Flag(), "min_tokens": Int(), "logit_bias": Many(Row((Int(), Float())), 4096),
     "repetition_penalty": Float(), "presence_penalty": Float(), "frequency_penalty": Float(),
-    "logprobs": Optional(Int()), "prompt_logprobs": Optional(Int()),
+    "logprobs": Optional(Int()), "prompt_logprobs": Optional(Int()), "logprob_token_ids": Many(Int(), MAX_LISTED),
 }
 """SamplingParams in the header of a request; `stop_token_ids` follows as an array, and `logits_processors` cannot travel."""
 ARRAYS: dict[str, tuple[tuple[str, ...], int]] = {
@@ -60,7 +60,8 @@ ARRAYS: dict[str, tuple[tuple[str, ...], int]] = {
 """Arrays of a trajectory: the dtypes that travel, and the number of axes."""
 OPTIONAL = ("support_logmass", "routed_experts", "top_tokens", "top_logprobs", "prompt_logprobs", "prompt_top_tokens",
             "prompt_top_logprobs")
-_REQUEST_FIELDS = Row((_ID, Int(), Int(1, MAX_SAMPLES), *PARAMS.values()))
+_PRIORITY = 2**31
+_REQUEST_FIELDS = Row((_ID, Int(), Int(1, MAX_SAMPLES), Int(-_PRIORITY, _PRIORITY - 1), Text(MAX_SALT), *PARAMS.values()))
 _TRAJECTORY_FIELDS = Row((_ID, Int(0, MAX_SAMPLES - 1), Choice(("stop", "length", "abort")), Int(),
                           Optional(Int()), Optional(Text(MAX_STOP)), Flag()))
 
@@ -75,7 +76,8 @@ def encode_request(request: RolloutRequest) -> bytes:
                            "use them with an engine of this process, or logit_bias")
     values = [getattr(request.params, name) for name in PARAMS]
     try:
-        header = _REQUEST_FIELDS.pack([request.id, request.seed, request.samples, *values], "request")
+        header = _REQUEST_FIELDS.pack(
+            [request.id, request.seed, request.samples, request.priority, request.cache_salt, *values], "request")
         ids = {"prompt_tokens": request.prompt_tokens, "stop_token_ids": request.params.stop_token_ids}
         return write_record(_REQUEST, header, [_ids(values, name) for name, values in ids.items()])
     except (TransportError, OverflowError, TypeError) as error:
@@ -86,12 +88,12 @@ def encode_request(request: RolloutRequest) -> bytes:
 def decode_request(data: Buffer) -> RolloutRequest:
     """The request of a record."""
     header, (prompt, stops) = read_record(data, _REQUEST, 2, MAX_REQUEST)
-    id_, seed, samples, *values = _REQUEST_FIELDS.unpack(header, "request")
+    id_, seed, samples, priority, salt, *values = _REQUEST_FIELDS.unpack(header, "request")
     params = dict(zip(PARAMS, values, strict=True))
     try:
         return RolloutRequest(
-            id=id_, prompt_tokens=_tokens(prompt, "prompt_tokens"), seed=seed, samples=samples,
-            params=SamplingParams(stop_token_ids=_tokens(stops, "stop_token_ids"), **params))
+            id=id_, prompt_tokens=_tokens(prompt, "prompt_tokens"), seed=seed, samples=samples, priority=priority,
+            cache_salt=salt, params=SamplingParams(stop_token_ids=_tokens(stops, "stop_token_ids"), **params))
     except RequestError as error:
         raise refuse("request", str(error)) from None
 

@@ -287,3 +287,15 @@ def test_an_output_under_another_lease_or_twice_is_not_wanted():
 def test_a_spec_that_cannot_be_is_refused_by_name(change, what):
     with pytest.raises(ValueError, match=rf"^{what}: "):
         EngineSpec("tiny-reasoner", **change)
+
+
+def test_a_client_s_more_urgent_request_goes_before_the_others_that_wait():
+    backlog = Backlog()
+    requests = [RolloutRequest(name, (5,), priority=priority) for name, priority in (("a", 0), ("b", 3), ("c", -1), ("d", 0))]
+    for work in backlog.add(requests, 1, ["x"] * 4):
+        backlog.wait(work, [0])
+    order = []
+    while (work := backlog.next()) is not None:
+        order.append(work.request.id)
+        backlog.deal(work, 1)
+    assert order == ["c", "a", "d", "b"]

@@ -26,7 +26,8 @@ requests = st.builds(
     RolloutRequest,
     id=st.text(st.characters(codec="utf-8"), min_size=1, max_size=40),
     prompt_tokens=st.lists(st.integers(0, 2**40), min_size=1, max_size=30).map(tuple),
-    seed=st.integers(0, 2**63 - 1), samples=st.integers(1, 65536),
+    seed=st.integers(0, 2**63 - 1), samples=st.integers(1, 65536), priority=st.integers(-2**31, 2**31 - 1),
+    cache_salt=st.text(st.characters(codec="utf-8"), max_size=60),
     params=st.builds(
         SamplingParams, sampler=st.sampled_from(["ar", "lossless", "coupled", "mixed"]),
         temperature=st.just(0.0) | st.floats(1e-6, 1e4, exclude_max=True), top_k=st.integers(0, 10**6),
@@ -59,7 +60,8 @@ def test_requests_travel_losslessly_and_canonically(asked: RolloutRequest) -> No
 def test_every_field_of_the_public_types_travels() -> None:
     names = {f.name for f in dataclasses.fields(SamplingParams)}
     assert names == {*records.PARAMS, "stop_token_ids", "logits_processors"}
-    assert {f.name for f in dataclasses.fields(RolloutRequest)} == {"id", "prompt_tokens", "params", "seed", "samples"}
+    assert {f.name for f in dataclasses.fields(RolloutRequest)} == {
+        "id", "prompt_tokens", "params", "seed", "samples", "priority", "cache_salt"}
     scalars = {"request_id", "sample", "finish_reason", "forwards", "prompt_tokens", "tokens", "trace", "stop_reason",
                "stop_included"}
     assert {f.name for f in dataclasses.fields(Trajectory)} == {*records.ARRAYS, *scalars}
@@ -150,8 +152,8 @@ def nested(depth: int) -> bytes:
 @pytest.mark.parametrize("frame", [
     b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", nested(100_000),
     nested(900), b"\xdc\x0f\xff" + b"\x80" * 4095, b"\xdc\x0f\xff" + b"\x90" * 4095, msgpack.packb({"a": 1}),
-    msgpack.packb([2, 10, [[]] * 4000]), b"\x93\x02\x0a" + b"\xd6\xff\x00\x00\x00\x00",
-    b"\x93\x02\x0a\xa2\xff\xff", b"\xc1", b"", b"\x80" * (4 << 20), msgpack.packb([3, 5])])
+    msgpack.packb([3, 10, [[]] * 4000]), b"\x93\x03\x0a" + b"\xd6\xff\x00\x00\x00\x00",
+    b"\x93\x03\x0a\xa2\xff\xff", b"\xc1", b"", b"\x80" * (4 << 20), msgpack.packb([4, 5])])
 def test_bombs_cost_little(frame: bytes) -> None:
     record = struct.pack("<I", len(frame)) + frame
     tracemalloc.start()
@@ -180,7 +182,7 @@ def test_array_that_claims_more_than_it_brings_takes_no_memory() -> None:
 
 
 def test_request_below_the_limits_of_its_class_is_refused_as_transport_error() -> None:
-    fields = ["a", 0, 1, "ar", -1.0, 0, 1.0, 0.0, 0.5, 1, False, False, 1, None, [], False, 0, [], 1.0, 0.0, 0.0, None, None]
+    fields = ["a", 0, 1, 0, "", "ar", -1.0, 0, 1.0, 0.0, 0.5, 1, False, False, 1, None, [], False, 0, [], 1.0, 0.0, 0.0, None, None, []]
     record = codec.write_record(1, fields, [np.array([1], np.int32), np.array([], np.int32)])
     with pytest.raises(TransportError, match="temperature"):
         records.decode_request(record)

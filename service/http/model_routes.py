@@ -1,4 +1,4 @@
-"""OpenAI's routes."""
+"""/v1/models."""
 
 from __future__ import annotations
 

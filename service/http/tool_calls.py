@@ -1,0 +1,73 @@
+"""Tool calls in the text of a sample.
+
+Two forms are read between <tool_call> (or <zyphra_tool_call>) and its closing mark:
+
+    {"name": "add", "arguments": {"a": 1}}                                        Hermes and Qwen
+    <function=add><parameter=a>1</parameter></function>                           ZAYA and Qwen's coder
+
+What is neither stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+OPENINGS = ("<tool_call>", "<zyphra_tool_call>")
+_BLOCK = re.compile(r"<(zyphra_)?tool_call>(.*?)(?:</(?:zyphra_)?tool_call>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
+_PARAMETER = re.compile(r"<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call. `arguments`: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+    def as_json(self, index: int | None = None) -> dict[str, Any]:
+        """OpenAI's form; `index` in a stream."""
+        call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+                "function": {"name": self.name, "arguments": self.arguments}}  # fmt: skip
+        return call if index is None else {"index": index, **call}
+
+
+def parse_tool_calls(text: str, tools: Sequence[dict[str, Any]]) -> tuple[str, list[ToolCall]]:
+    """The text before the calls, and the calls. Text whose marks hold no call of the tools is returned whole."""
+    known = {tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools}
+    blocks = list(_BLOCK.finditer(text))
+    calls = [call for block in blocks for call in _calls(block[2], known)]
+    return (text[: blocks[0].start()].rstrip(), calls) if calls else (text, [])
+
+
+def _calls(block: str, known: dict[str, Any]) -> list[ToolCall]:
+    try:
+        found = json.loads(block)
+    except (ValueError, RecursionError):
+        return [ToolCall(name, json.dumps({key: _typed(value, known[name], key) for key, value in _PARAMETER.findall(inside)},
+                                          ensure_ascii=False))
+                for name, inside in _FUNCTION.findall(block) if name in known]  # fmt: skip
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
+        if isinstance(arguments, dict) and call.get("name") in known:
+            calls.append(ToolCall(call["name"], json.dumps(arguments, ensure_ascii=False)))
+    return calls
+
+
+def _typed(text: str, parameters: Any, key: str) -> Any:
+    """A parameter's value: text where the tool's schema says so, else what JSON reads in it."""
+    value = text.removeprefix("\n").removesuffix("\n")
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    schema = properties.get(key) if isinstance(properties, dict) else None
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
