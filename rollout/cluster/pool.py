@@ -103,9 +103,8 @@ class RayCluster:
         self._suspects = Suspects(self._dealer)
         self._interruptions = Interruptions(
             self._engines, self._backlog, self._pump, self._lose, lambda item: self._early.append(item))
-        self._strategy: Strategy = Continuous(self._dealer)
-        if dispatch == "ordered":
-            self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
+        ordered = Ordered(self._dealer, lambda: self._fleet.wanted)
+        self._strategy: Strategy = ordered if dispatch == "ordered" else Continuous(self._dealer)
         self._looked = self._read_at = time.monotonic()
         self._own_ray = owns_ray or start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:

@@ -14,6 +14,8 @@ from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams, order_by_id
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster(policy_dir):
