@@ -103,10 +103,10 @@ def _place(policy: Policy, dtype: torch.dtype, device: torch.device) -> None:
     for module in policy.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter not in placed:
-                placed[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+                placed[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             setattr(module, name, placed[parameter])
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, dtype=wide, device=device))
+            setattr(module, name, torch.empty(buffer.shape, dtype=wide, device=device))
     policy.model.rotary_emb = rotary_embedding(policy.config).to(device=device, dtype=wide)
 
 

@@ -76,4 +76,5 @@ def _default(config: ZayaConfig, kind: str) -> torch.Tensor:
     parameters = config.rope_parameters[kind]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = int(head * parameters.get("partial_rotary_factor", 1.0))
-    return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size))
+    # On the host, also for a policy on the meta device: torch's `arange` there imports its compiler.
+    return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float, device="cpu") / size))

@@ -35,14 +35,13 @@ from .engine import Engine, EngineConfig
 from .failures import unless_failed
 from .input_lines import PROMPT_BYTES, SAMPLE_BYTES, InputFile, Line, shown
 from .kv_memory import most_pages
+from .params import MAX_SAMPLES
 from .progress import Meter
 from .schedule import DEFAULT_LEVELS, Schedule, ScheduleKind
 from .types import RolloutRequest, SamplingParams, Trajectory
 
 SCHEDULES = ("auto", "ar", "two_pass", "fused")
 _TOKENS_PER_SCORING_PASS = 4096
-MAX_SAMPLES = 65_536
-"""Samples of one prompt. All of them are queued when the engine takes the prompt, about a kilobyte each."""
 MAX_BATCH = 65_536
 """Samples decoded at once. The engine keeps arrays of so many rows."""
 

@@ -42,7 +42,7 @@ the largest float32."""
 MAX_STOP = 256
 """Bytes of the longest stop string."""
 MAX_SAMPLES = 1 << 16
-"""Most samples of one request: each is an object that waits in the engine. The wire carries no more."""
+"""Most samples of one request: each is an object of about a kilobyte that waits in the engine. The wire carries no more."""
 MAX_LISTED = 1024
 """Most tokens of `logprob_token_ids`: each is a number recorded per generated token."""
 _WHOLE = {"top_k": (-1, 2**31 - 1), "max_tokens": (1, 2**63 - 1), "n": (1, MAX_SAMPLES), "min_tokens": (0, 2**63 - 1)}

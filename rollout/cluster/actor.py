@@ -256,8 +256,8 @@ class EngineActor:
         self._report_failures()
 
     def _give_back(self, count: int) -> None:
-        given = self._engine.scheduler.give_back(count)
-        for name, number in given:
+        given = [(name, number, self._epochs[name]) for name, number in self._engine.scheduler.give_back(count)]
+        for name, number, _ in given:
             self._watched.end(name, number)
         self._report.returned = (self._report.returned or []) + given
 

@@ -57,6 +57,7 @@ class EngineHandle:
         count, outstanding: samples, and tokens expected of them. clients: samples by client, of those that have any.
         waits: Ray has no place for its process; reason says why.
         fresh: samples of its last report that had not begun. asked: it was asked to give samples back and has not answered.
+        begun: it had none to give back, and has been given none since.
         steps: of its last report, those made with the work that it serves alone.
         reserved: it is given nothing but a work that has to be alone. draining: it leaves when it has ended its work.
         restarts: processes that were replaced.
@@ -74,7 +75,8 @@ class EngineHandle:
 
     def _clear(self) -> None:
         self.samples: dict[Work, dict[int, float]] = {}
-        self.count, self.outstanding, self.fresh, self.steps, self.asked = 0, 0.0, 0, 0, False
+        self.count, self.outstanding, self.fresh, self.steps = 0, 0.0, 0, 0
+        self.asked = self.begun = False
         self.clients: Counter[str] = Counter()
         self.home: Home | None = None
         self.device, self.tokens_per_s = "", 0.0
@@ -144,8 +146,7 @@ class EngineHandle:
         try:
             if call is self._stream:
                 report: Report = ray.get(next(self._stream))
-                self.fresh, self.asked = report.fresh, self.asked and report.returned is None
-                self.steps = report.steps
+                self.note(report)
                 return report
             answer = ray.get(call)
         except StopIteration:
@@ -168,6 +169,14 @@ class EngineHandle:
                 self.version = answer
         return None
 
+    def note(self, report: Report) -> None:
+        """Notes what a report says of the engine itself."""
+        self.fresh, self.steps = report.fresh, report.steps
+        if report.returned is not None:
+            self.asked, self.begun = False, not report.returned
+        if report.fresh:
+            self.begun = False
+
     def take_version(self, version: int, weights: Ticket | None) -> None:
         """A process that has loaded takes the weight version that the pool serves by now."""
         self._taking, self._since = (version, weights), time.monotonic()
@@ -187,11 +196,12 @@ class EngineHandle:
             self.outstanding += known[number]
         self.count += len(numbers)
         self.clients[work.client] += len(numbers)
+        self.begun = False
         return Part(work.request, list(numbers), work.epoch, work.client, work.order, self.reserved, work.watched)
 
     def ask_back(self, count: int) -> None:
-        """Asks for up to `count` samples that have not begun, unless it was asked already."""
-        if count > 0 and not self.asked and self.phase == "ready":
+        """Asks for up to `count` samples that have not begun, unless it was asked already, or has just said that it has none."""
+        if count > 0 and not self.asked and not self.begun and self.phase == "ready":
             self.asked = True
             self.actor.give_back.remote(count)
 

@@ -309,9 +309,9 @@ class RayCluster:
                 self._drop([work])
         self._progress += [item for item in report.progress if item.request_id in self.watched]
         returned: dict[Work, list[int]] = {}
-        for name, number in report.returned or ():
+        for name, number, epoch in report.returned or ():
             work = self._backlog.works.get(name)
-            if work is not None and self._dealer.take_back(engine, work, number):
+            if work is not None and work.epoch == epoch and self._dealer.take_back(engine, work, number):
                 returned.setdefault(work, []).append(number)
         self._interruptions.end_unheld(returned)
         self._strategy.again(list(returned.items()))

@@ -37,14 +37,14 @@ class Report:
 
     Attributes:
         completed: samples that ended, and requests that it refuses.
-        returned: samples (request id, number) that it gives back, not begun; None where it was not asked to.
+        returned: samples (request id, number, lease) that it gives back, not begun; None where it was not asked to.
         fresh: samples that have not begun.
         steps: made since the last part was added, if that one is alone; else 0.
         progress: of watched samples that have not ended.
     """
 
     completed: list[Completed] = field(default_factory=list)
-    returned: list[tuple[str, int]] | None = None
+    returned: list[tuple[str, int, int]] | None = None
     fresh: int = 0
     steps: int = 0
     progress: list[Progress] = field(default_factory=list)

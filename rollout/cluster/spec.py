@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ...errors import ConfigError
+from ...model.device import NAMES, is_name
 from ..engine import EngineConfig
 
 Placement = Literal["pack", "spread"]
@@ -45,8 +45,8 @@ class EngineSpec:
     placement: Placement = "pack"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError("device", f"unknown device {self.device!r}", "use auto, cpu, cuda or cuda:N")
+        if not is_name(self.device):
+            raise ConfigError("device", f"unknown device {self.device!r}", f"use {NAMES}")
         if self.device.startswith("cuda") and self.num_gpus <= 0:
             raise ConfigError("num_gpus", f"{self.num_gpus:g} GPUs for an engine on {self.device!r}",
                               "give each engine a GPU, for instance num_gpus: 1")

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from ...errors import InvalidInput
 from ...seeds import MAX_SEED
 from ..engine import EngineConfig
+from ..params import MAX_SAMPLES
 from ..schedule import DEFAULT_LEVELS, Schedule
 from ..types import SamplerName, SamplingParams
 from .decoding import check_groups
 
 MAX_TASKS = 100_000
 """Held-out tasks. They are drawn before the first is decoded, about 5,000 a second."""
-MAX_SAMPLES = 65_536
-"""Samples of a task, and samples decoded at once: the engine queues all samples of a task when it takes it."""
+MAX_BATCH = 65_536
+"""Samples decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Options:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("tasks", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_SAMPLES)):
+        for name, most in (("tasks", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_BATCH)):
             if not 1 <= getattr(self, name) <= most:
                 problem = "is less than 1" if getattr(self, name) < 1 else f"is more than {most}"
                 raise InvalidInput(name, f"{getattr(self, name)} {problem}", f"use a number from 1 to {most}")

@@ -28,7 +28,7 @@ ROUTERS = (
 def create_app(state: HttpState) -> FastAPI:
     """The application of one service."""
     error = {"description": "The request cannot be served.", "content": {"application/json": {"schema": SCHEMA}}}
-    app = FastAPI(title="blockroll", version="1", docs_url=None, redoc_url=None, responses={"4XX": error, "5XX": error})
+    app = FastAPI(title="blockroll", version="1", openapi_url=None, responses={"4XX": error, "5XX": error})
     app.state.http = state
     for router in ROUTERS:
         app.include_router(router)

@@ -148,11 +148,8 @@ class _Chat:
                 stream = texts.setdefault(number, TextStream(self.state.tokenizer, held, body.skip_special_tokens,
                                                              OPENINGS if self.tools else ()))
                 delta: dict[str, Any] = {"role": "assistant"} if first else {}
-                text, calls = stream.push(piece.tokens), []
-                if end is not None:
-                    whole, calls = self._parsed(end)
-                    text += stream.finish(whole)
-                delta["content"] = text
+                whole, calls = ("", []) if end is None else self._parsed(end)
+                delta["content"] = stream.push(piece.tokens) if end is None else stream.finish(whole)
                 if calls:
                     delta["tool_calls"] = [call.as_json(index) for index, call in enumerate(calls)]
                 tokens += len(piece.tokens)

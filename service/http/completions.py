@@ -43,7 +43,7 @@ async def completions(body: CompletionBody, request: Request, state: Annotated[H
         raise HttpError(400, "echo: given beside logprobs; use prompt_logprobs", "echo")
     prompt = body.prompt
     several = not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], int)
-    given: Sequence[Any] = prompt if several else [prompt]  # type: ignore[assignment]
+    given: Sequence[Any] = prompt if several else [prompt]
     body.check(state, len(given))
     params = body.params(state, body.max_tokens, body.logprobs)
     prompts = [check_prompt(state, await encode(state, each, "prompt") if isinstance(each, str) else each, "prompt")
@@ -80,9 +80,11 @@ class _Completions:
         async with aclosing(pieces(self.state.dispatch, self.requests)) as found:
             async for place, number, piece, end in found:
                 stream = texts.setdefault((place, number), TextStream(self.state.tokenizer, held, body.skip_special_tokens))
-                offset, text = len(stream.emitted), stream.push(piece.tokens)
-                if end is not None:
-                    text += stream.finish(whole_text(self.state.tokenizer, end, body.skip_special_tokens))
+                offset = len(stream.emitted)
+                if end is None:
+                    text = stream.push(piece.tokens)
+                else:
+                    text = stream.finish(whole_text(self.state.tokenizer, end, body.skip_special_tokens))
                 if not piece.start:
                     text = self._prompt_text(place) + text
                 tokens += len(piece.tokens)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from ...errors import BlockrollError, TransportError
+from ...errors import BlockrollError, RequestError, TransportError
 from ...rollout.backend import Progress
 from ...rollout.types import RolloutRequest, Trajectory
 from ...trainer_bridge.client import RequestRefused, RolloutClient
@@ -94,8 +94,8 @@ class Dispatch:
         self._commands: queue.SimpleQueue[list[RolloutRequest] | list[str] | None] = queue.SimpleQueue()
         self._submitted = threading.Event()
         self._closing = False
-        self._threads = [threading.Thread(target=run, name=f"blockroll-http-{run.__name__.strip('_')}", daemon=True)
-                         for run in (self._submit, self._take)]  # fmt: skip
+        self._threads = [threading.Thread(target=self._run, args=(work,), name=f"blockroll-http{work.__name__}", daemon=True)
+                         for work in (self._submit, self._take)]  # fmt: skip
         for thread in self._threads:
             thread.start()
 
@@ -163,35 +163,55 @@ class Dispatch:
         for thread in self._threads:
             thread.join()
 
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            # A bug: whoever waits is told, and the traceback goes to the thread's hook.
+            self._closing = True
+            self._fail(None, error if isinstance(error, Exception) else TransportError("the service stops"))
+            raise
+
     def _submit(self) -> None:
-        while (first := self._commands.get()) is not None:
-            batch, cancelled, stop = [], [], False
-            item: list[RolloutRequest] | list[str] | None = first
+        stop = False
+        while not stop:
+            batch, cancelled = list[RolloutRequest](), list[str]()
+            item = self._commands.get()
             while True:
-                if item is None:
-                    stop = True
-                    break
-                for each in item:
+                stop = item is None
+                for each in item or ():
                     if isinstance(each, str):
                         cancelled.append(each)
                     else:
                         batch.append(each)
-                if self._commands.empty() or len(batch) >= MAX_BATCH:
+                if stop or self._commands.empty() or len(batch) >= MAX_BATCH:
                     break
                 item = self._commands.get()
-            # One whose client has gone already is not submitted.
-            with self._lock:
+            with self._lock:  # one whose client has gone already is not submitted
                 batch = [request for request in batch if request.id in self._waiting]
             try:
-                if batch:
-                    self._client.submit(batch)
-                    self._submitted.set()
+                self._record(batch)
                 if cancelled:
                     self._client.cancel(cancelled)
             except BlockrollError as error:
-                self._fail([request.id for request in batch], error)
-            if stop:
-                return
+                _log.warning("%d requests cannot be submitted: %s", len(batch), error)
+                names = [request.id for request in batch]
+                self._fail(names, error)
+                if names:  # the gateway may have some of them
+                    self._commands.put(names)
+
+    def _record(self, batch: Sequence[RolloutRequest]) -> None:
+        """Submits requests. One that cannot travel, or has an id twice, fails alone."""
+        try:
+            if batch:
+                self._client.submit(batch)
+        except RequestError as error:
+            if len(batch) > 1:
+                for request in batch:
+                    self._record([request])
+            else:
+                self._fail([batch[0].id], error)
+        self._submitted.set()
 
     def _take(self) -> None:
         while not self._closing:

@@ -1,11 +1,11 @@
-"""Whether the service works, and its metrics."""
+"""Whether the service works, its metrics, and what its routes are."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from ..metrics import exposition
 from .http_errors import HttpError
@@ -23,6 +23,13 @@ async def health(state: State) -> Response:
     if notice := status.figures.get("notice"):
         raise HttpError(503, str(notice), code="unavailable")
     return Response()
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def document(request: Request) -> dict[str, Any]:
+    """The OpenAPI document of these routes."""
+    app: FastAPI = request.app
+    return app.openapi()
 
 
 @router.get("/metrics")

@@ -92,7 +92,7 @@ class GenerationBody(Body):
             "stop": self.stop, "stop_token_ids": self.stop_token_ids, "prompt_logprobs": self.prompt_logprobs,
             "logprob_token_ids": self.logprob_token_ids, "max_tokens": max_tokens, "logprobs": logprobs or None,
             "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias), "seed": self.seed}
-        known = {"sampler": defaults.sampler, "temperature": defaults.temperature,
+        known: dict[str, Any] = {"sampler": defaults.sampler, "temperature": defaults.temperature,
                  "max_tokens": max(defaults.max_tokens, self.min_tokens)}  # fmt: skip
         known |= {name: value for name, value in given.items() if value is not None}
         return SamplingParams(

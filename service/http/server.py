@@ -64,6 +64,7 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
 @contextmanager
 def _running(state: HttpState, listener: socket.socket) -> Iterator[None]:
     server = uvicorn.Server(uvicorn.Config(create_app(state), log_config=None, access_log=False, lifespan="off", backlog=BACKLOG,
+                                           loop="asyncio", http="httptools",
                                            server_header=False, timeout_graceful_shutdown=CLOSE_S))
     thread = threading.Thread(target=server.run, args=([listener],), name="blockroll-http", daemon=True)
     thread.start()

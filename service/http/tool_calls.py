@@ -49,14 +49,15 @@ def _calls(block: str, known: dict[str, Any]) -> list[ToolCall]:
     try:
         found = json.loads(block)
     except (ValueError, RecursionError):
-        return [ToolCall(name, json.dumps({key: _typed(value, known[name], key) for key, value in _PARAMETER.findall(inside)},
-                                          ensure_ascii=False))
-                for name, inside in _FUNCTION.findall(block) if name in known]  # fmt: skip
+        return [ToolCall(name, json.dumps({key: _typed(value, known[name], key) for key, value in _PARAMETER.findall(inside)}))
+                for name, inside in _FUNCTION.findall(block) if name in known]
     calls = []
     for call in found if isinstance(found, list) else [found]:
-        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
-        if isinstance(arguments, dict) and call.get("name") in known:
-            calls.append(ToolCall(call["name"], json.dumps(arguments, ensure_ascii=False)))
+        if not isinstance(call, dict) or not isinstance(name := call.get("name"), str) or name not in known:
+            continue
+        arguments = call.get("arguments", call.get("parameters", {}))
+        if isinstance(arguments, dict):
+            calls.append(ToolCall(name, json.dumps(arguments)))
     return calls
 
 

@@ -43,9 +43,10 @@ def test_activations_are_those_of_transformers(name: str) -> None:
     assert torch.equal(activation(name)(x), ACT2FN[name](x))
 
 
-def test_a_policy_loads_without_the_model_code_of_transformers() -> None:
+def test_a_policy_loads_without_the_model_code_of_transformers_and_without_torchs_compiler() -> None:
     program = ("import sys; from blockroll.rollout.engine import Engine; Engine('tiny-reasoner', max_batch=1)\n"
-               "heavy = {'transformers.models.zaya.modeling_zaya', 'transformers.integrations.hub_kernels'}\n"
+               "heavy = {'transformers.models.zaya.modeling_zaya', 'transformers.integrations.hub_kernels',\n"
+               "         'torch._dynamo', 'sympy'}\n"
                "print(*(heavy & sys.modules.keys()))")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ...rollout.params import MAX_SAMPLES as MAX_SAMPLES  # of one request
+
 MAX_HEADER = 128 * 1024
 """Header of a message or a record."""
 MAX_ITEMS = 4096
@@ -17,8 +19,6 @@ MAX_TEXT = 1024
 """Text for people: an error or a notice."""
 MAX_FIGURE_TEXT = 256
 """Text that is the value of a figure."""
-MAX_SAMPLES = 1 << 16
-"""Samples of one request."""
 MAX_REQUEST_SAMPLES = 1 << 14
 """Samples of one request that a gateway takes by default: a request is handed out whole, so this bounds what the engines
 hold beyond `max_in_flight`."""

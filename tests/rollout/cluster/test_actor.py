@@ -48,7 +48,7 @@ def test_what_was_given_back_of_a_cancelled_request_is_not_reported(actor):
     actor._cancel({"dropped"})
     actor._add([part("dropped", samples=4, epoch=2, order=2)])
     report = next(actor.serve())
-    assert len(report.returned) == 4 and {name for name, _ in report.returned} == {"other"}
+    assert len(report.returned) == 4 and {(name, epoch) for name, _, epoch in report.returned} == {("other", 1)}
 
 
 def test_a_request_that_fails_as_it_is_cancelled_is_not_reported(policy_dir, tmp_path):

@@ -67,10 +67,12 @@ class Pool:
         self.deal()
         return [work.request.id for work in failed]
 
-    def give_back(self, engine, *samples):
+    def give_back(self, engine, *samples, epoch=1):
         """The engine gives samples back, in one report; the pool takes it."""
-        pool = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy)
-        RayCluster._take(pool, engine, Report(returned=list(samples)))
+        pool, report = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy), Report()
+        report.returned = [(name, number, epoch) for name, number in samples]
+        engine.note(report)
+        RayCluster._take(pool, engine, report)
 
     def held(self):
         return [{work.request.id: sorted(numbers) for work, numbers in engine.samples.items()} for engine in self.engines]
@@ -139,6 +141,28 @@ def test_samples_that_have_not_begun_are_asked_back_for_an_idle_engine():
     assert pool.engines[0].actor.asked == [2]
 
 
+def test_an_engine_whose_samples_have_all_begun_is_asked_once():
+    """Its pages are few, so samples that have begun wait."""
+    pool = Pool()
+    pool.engines[1].phase = "loading"
+    pool.submit(*[ask(f"r{i}") for i in range(6)])
+    pool.engines[1].phase = "ready"
+    for _ in range(3):
+        pool.deal()
+        pool.give_back(pool.engines[0])
+    assert pool.engines[0].actor.asked == [2]
+    pool.engines[0].note(Report(fresh=1))
+    pool.deal()
+    assert pool.engines[0].actor.asked == [2, 2]
+
+
+def test_what_was_given_back_under_a_former_lease_stays_where_it_is():
+    pool = Pool(engines=1)
+    pool.submit(ask("r", samples=2))
+    pool.give_back(pool.engines[0], ("r", 0), epoch=0)
+    assert pool.held() == [{"r": [0, 1]}] and not pool.backlog.waiting
+
+
 def test_samples_that_moved_to_an_engine_with_places_stay_there():
     """The engine with places has few samples, long ones: more tokens are outstanding there than at the other."""
     pool, moves = Pool(), 0
@@ -150,7 +174,7 @@ def test_samples_that_moved_to_an_engine_with_places_stay_there():
     pool.deal()
     for engine in pool.engines * 5:
         if engine.asked:
-            engine.asked, moves = False, moves + 1
+            moves += 1
             youngest = list(engine.samples)[-engine.actor.asked[-1] :]
             pool.give_back(engine, *[(work.request.id, 0) for work in youngest])
             pool.deal()

@@ -1,0 +1,109 @@
+"""Many clients at once, and what a tool makes of the OpenAPI document. Both take minutes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from blockroll.service.lifecycle import Service
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from http_parts import KEY, MODEL, live_service, url_of
+
+CLIENTS, REQUESTS, TOKENS = 64, 2000, 256
+PROMPT = tuple(range(5, 25))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with live_service(tmp_path_factory.mktemp("load")) as service:
+        yield service
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_64_clients_and_2000_requests_beside_the_bridge(service: Service) -> None:
+    """Each in a process of its own, in turn; every request asks for 256 tokens with temperature 1 (`coupled`)."""
+    found = {}
+    for name, address in (("bridge", service.address), ("http", url_of(service)), ("bridge again", service.address)):
+        command = [sys.executable, __file__, name.split()[0], address, str(service.keys)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)
+        print(name, found[name])
+    assert found["http"]["errors"] == 0 and all(each["tokens"] == REQUESTS * TOKENS for each in found.values())
+    bridge = statistics.mean(found[name]["tokens_per_s"] for name in ("bridge", "bridge again"))
+    assert found["http"]["tokens_per_s"] >= 0.9 * bridge
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nothing_that_fits_the_openapi_document_gives_a_500(service: Service, tmp_path: Path) -> None:
+    document = tmp_path / "openapi.json"
+    document.write_text(httpx.get(f"{url_of(service)}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).text)
+    done = subprocess.run(
+        ["schemathesis", "run", str(document), "--url", url_of(service), "-H", f"Authorization: Bearer {KEY}", "--checks",
+         "not_a_server_error", "--max-examples", "60", "--seed", "1", "--request-timeout", "60", "--suppress-health-check", "all",
+         "--phases", "examples,coverage,fuzzing"],
+        capture_output=True, text=True, timeout=800, cwd=tmp_path)  # fmt: skip
+    print(done.stdout[-3000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def bridge(address: str) -> dict[str, Any]:
+    """All requests through one client of the bridge."""
+    from blockroll import connect
+    from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+    params = SamplingParams("coupled", max_tokens=TOKENS, ignore_eos=True)
+    requests = [RolloutRequest(f"bridge-{time.time_ns()}-{i}", PROMPT, params, i) for i in range(REQUESTS)]
+    with connect(address, keys=sys.argv[3]) as client:
+        start = time.perf_counter()
+        done = client.generate(requests)
+        seconds = time.perf_counter() - start
+    tokens = sum(len(sample.tokens) for sample in done)
+    return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
+
+
+async def openai_clients(address: str) -> dict[str, Any]:
+    """64 clients, each of which asks again as soon as it is answered."""
+    import openai
+
+    latencies: list[float] = []
+    left, errors, tokens = list(range(REQUESTS)), 0, 0
+
+    async def client() -> None:
+        nonlocal errors, tokens
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0, timeout=600) as own:
+            while left:
+                seed, start = left.pop(), time.perf_counter()
+                try:
+                    done = await own.completions.create(model=MODEL, prompt=list(PROMPT), max_tokens=TOKENS, seed=seed,
+                                                        extra_body={"ignore_eos": True})  # fmt: skip
+                    tokens += done.usage.completion_tokens if done.usage else 0
+                except openai.OpenAIError as error:
+                    errors += 1
+                    print(error, file=sys.stderr)
+                latencies.append(time.perf_counter() - start)
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    seconds = time.perf_counter() - start
+    cuts = statistics.quantiles(latencies, n=100)
+    return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds), "errors": errors,
+            "p50_ms": round(1e3 * cuts[49]), "p99_ms": round(1e3 * cuts[98])}
+
+
+if __name__ == "__main__":
+    print(json.dumps(bridge(sys.argv[2]) if sys.argv[1] == "bridge" else asyncio.run(openai_clients(sys.argv[2]))))
