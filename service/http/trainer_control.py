@@ -89,9 +89,10 @@ class TrainerControl:
 
     async def start_chunks(self) -> None:
         """Begins an update of which the tensors follow in chunks."""
+        expected = await self._call(lambda control: control.expected_weights())
+        # Nothing is awaited from here on, so of two that start at once one is refused.
         if self._chunks is not None and time.monotonic() - self._touched < IDLE_S:
             raise _busy()
-        expected = await self._call(lambda control: control.expected_weights())
         self._chunks, self._touched = WeightChunks(expected), time.monotonic()
 
     def add_chunk(self, tensors: Sequence[Tensor]) -> None:

@@ -195,8 +195,8 @@ class ServiceControl:
         return False
 
     def close(self) -> None:
-        """Closes the socket; safe to call twice."""
-        self._connection.drop()
+        """Closes the sockets; safe to call twice."""
+        self._connection.close()
 
     def _act(self, make: Callable[[int], Message], timeout: float | None = None) -> None:
         """Sends a message that Done answers. Raises ClusterError for a refusal."""
