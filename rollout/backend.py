@@ -11,9 +11,9 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,8 @@ class RolloutBackend(Protocol):
     version that serves; None: they may all be. The arrays of the others may be slow to read. One that has a method
     `room_for_weights(expected)` gives the arrays that a version is received into; it is called from another thread.
 
+    A backend that can be paused is an `InterruptibleBackend` too.
+
     A backend that can report unfinished samples has a set `watched` of request ids, which another thread changes, and
     `take_progress()`, which returns the `Progress` that came with the last `poll`. A request has to be watched before it is
     submitted.
@@ -128,4 +130,27 @@ class RolloutBackend(Protocol):
 
     def close(self) -> None:
         """Stops the engines and frees what they hold."""
+        ...
+
+
+@runtime_checkable
+class InterruptibleBackend(Protocol):
+    """What a backend offers so that trainers can pause, abort and relabel what it runs."""
+
+    def hold(self, held: bool) -> None:
+        """Holds every engine between two steps, or lets them go on; returns when all have stopped, or go on. A held backend takes
+        work and begins none of it. Weight versions are committed all the same, but for `finish` with work in flight."""
+        ...
+
+    def abort(self, request_ids: Collection[str] | None = None) -> None:
+        """Ends the unfinished samples of these requests, or of all, where they are: each comes back with the tokens that it
+        has and the finish reason `abort`. Unknown ids are ignored."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets K/V that is kept for other requests. Samples that run keep their own."""
+        ...
+
+    def label_version(self, version: int) -> None:
+        """The weights that serve have this number from now on, between two steps. Nothing ends, and no K/V is forgotten."""
         ...

@@ -161,6 +161,16 @@ class Trajectory:
     prompt_top_tokens: np.ndarray | None = None
     prompt_top_logprobs: np.ndarray | None = None
 
+    @classmethod
+    def aborted(cls, request: RolloutRequest, sample: int) -> Trajectory:
+        """A sample that was ended before an engine had begun it."""
+        none, cut = np.zeros(0, dtype=np.float32), request.params
+        cuts = cut.temperature > 0 and (cut.top_k > 0 or cut.top_p < 1 or cut.min_p > 0)
+        return cls(
+            request.id, sample, request.prompt_tokens, [], none, none, np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool),
+            "abort", 0, support_logmass=none if cuts else None, stop_included=cut.include_stop_str_in_output,
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         tokens = ", ".join(map(str, self.tokens[:6])) + (", ..." if len(self.tokens) > 6 else "")
         return (f"Trajectory({self.request_id!r}, sample={self.sample}, tokens=[{tokens}] ({len(self.tokens)}), "

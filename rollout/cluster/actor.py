@@ -41,7 +41,7 @@ _REPORT_S = 0.02
 _VISIBLE = ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"control": 1, "weights": 1})
+@ray.remote(max_restarts=0, concurrency_groups={"control": 1, "weights": 1, "hold": 1})
 class EngineActor:
     """One engine in a process of its own.
 
@@ -59,7 +59,7 @@ class EngineActor:
         self._staged: dict[int, StagedWeights] = {}
         self._watched = WatchedSamples()
         self._turns = self._steps = 0
-        self._alone = False
+        self._alone = self._held = False
 
     @ray.method(concurrency_group="control")
     def home(self) -> Home:
@@ -75,6 +75,7 @@ class EngineActor:
         self._engine = Engine(load_policy(spec.policy, dtype, device), spec.config)
         if weights is not None:
             self._engine.load_weights(self._stage(version, weights, None), version)
+        self._engine.version = version
         self._start = (version, None)
         if self._engine.planner is None:  # a planner has measured steps
             self._warm_up()
@@ -90,11 +91,11 @@ class EngineActor:
         torch.set_num_threads(max(1, int(self._spec.num_cpus)))  # OpenMP's setting belongs to the thread
         reported = 0.0
         while True:
-            if not self._engine.has_work and not self._news():
+            if not self._steps_on and not self._news():
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
-            if self._engine.has_work:
+            if self._steps_on:
                 for trajectory in self._engine.step():
                     self._ended(trajectory.request_id, trajectory)
                 self._report_failures()
@@ -103,7 +104,7 @@ class EngineActor:
             now = time.monotonic()
             if self._watched and now - reported >= _REPORT_S:
                 self._report.progress = self._watched.take(self._engine.scheduler.running)
-            if self._news() and (now - reported >= _REPORT_S or not self._engine.has_work or self._alone):
+            if self._news() and (now - reported >= _REPORT_S or not self._steps_on or self._alone):
                 self._report.fresh = self._engine.scheduler.fresh
                 self._report.steps = self._steps if self._alone else 0
                 report, self._report, reported = self._report, Report(), now
@@ -128,8 +129,36 @@ class EngineActor:
     def heartbeat(self) -> Heartbeat:
         """Figures of this moment."""
         engine = self._engine
-        return Heartbeat(self._turns, engine.has_work or not self._inbox.empty(), engine.version, engine.decode_tokens,
-                         self._figures.read(engine))
+        works = not self._held and (engine.has_work or not self._inbox.empty())
+        return Heartbeat(self._turns, works, engine.version, engine.decode_tokens, self._figures.read(engine))
+
+    @ray.method(concurrency_group="hold")
+    def hold(self, held: bool) -> None:
+        """Makes no step from now on, or goes on. Returns between two steps."""
+
+        def set_held() -> None:
+            self._held = held
+
+        self._between_steps(set_held)
+
+    @ray.method(concurrency_group="control")
+    def abort(self, request_ids: Collection[str]) -> None:
+        """Ends the unfinished samples of these requests between two steps, and reports each with the tokens that it has."""
+        self._inbox.put(lambda: self._abort(request_ids))
+
+    @ray.method(concurrency_group="hold")
+    def reset_prefix_cache(self) -> None:
+        """Forgets the K/V that is kept for reuse. Returns when that is done, between two steps."""
+        self._between_steps(self._engine.scheduler.forget_prompts)
+
+    @ray.method(concurrency_group="weights")
+    def label(self, version: int) -> None:
+        """The weights that serve have this version number from now on. Returns between two steps."""
+
+        def set_version() -> None:
+            self._engine.version = version
+
+        self._between_steps(set_version)
 
     @ray.method(concurrency_group="weights")
     def stage(self, version: int, weights: Ticket | None, changed: Collection[str] | None = None) -> None:
@@ -155,25 +184,39 @@ class EngineActor:
         Args: in_flight: what happens to unfinished samples. `keep`, `recompute`: see `Engine.load_weights`. `abort`:
             those that have a generated token end where they are. `finish`: the caller has waited until there are none.
         """
-        taken: Future[int] = Future()
         staged = self._staged.pop(version)
 
         def take() -> None:
             begin = time.monotonic()
-            try:
-                if in_flight == "abort":
-                    for trajectory in self._engine.abort_begun():
-                        self._ended(trajectory.request_id, trajectory)
-                    self._report_failures()
-                self._engine.load_weights(staged, version, "recompute" if in_flight == "recompute" else "keep")
-            except BaseException as error:
-                taken.set_exception(error)  # raised to who asked for the commit
-            else:
-                self._figures.commit_seconds = time.monotonic() - begin
-                taken.set_result(version)
+            if in_flight == "abort":
+                for trajectory in self._engine.abort_begun():
+                    self._ended(trajectory.request_id, trajectory)
+                self._report_failures()
+            self._engine.load_weights(staged, version, "recompute" if in_flight == "recompute" else "keep")
+            self._figures.commit_seconds = time.monotonic() - begin
 
-        self._inbox.put(take)
-        return taken.result()
+        self._between_steps(take)
+        return version
+
+    @property
+    def _steps_on(self) -> bool:
+        """Whether the engine makes a step next."""
+        return self._engine.has_work and not self._held
+
+    def _between_steps(self, act: Callable[[], None]) -> None:
+        """Has the engine's thread do something between two steps; returns when it is done, or raises what it raised."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                act()
+            except BaseException as error:
+                done.set_exception(error)  # raised to the caller, in another thread
+            else:
+                done.set_result(None)
+
+        self._inbox.put(run)
+        done.result()
 
     def _warm_up(self) -> None:
         """Decodes a little, so that what is compiled or loaded at first use is there when work comes."""
@@ -184,7 +227,7 @@ class EngineActor:
 
     def _news(self) -> bool:
         report = self._report
-        return bool(report.completed or report.progress) or report.returned is not None or (self._alone and self._engine.has_work)
+        return bool(report.completed or report.progress) or report.returned is not None or (self._alone and self._steps_on)
 
     def _add(self, parts: Sequence[Part]) -> None:
         for part in parts:
@@ -206,6 +249,11 @@ class EngineActor:
         self._report.completed = [item for item in self._report.completed if item.request_id not in request_ids]
         if self._report.returned is not None:
             self._report.returned = [item for item in self._report.returned if item[0] not in request_ids]
+
+    def _abort(self, request_ids: Collection[str]) -> None:
+        for trajectory in self._engine.cancel(request_ids):
+            self._ended(trajectory.request_id, trajectory)
+        self._report_failures()
 
     def _give_back(self, count: int) -> None:
         given = [(name, number, self._epochs[name]) for name, number in self._engine.scheduler.give_back(count)]

@@ -26,6 +26,7 @@ from ..types import RolloutRequest
 from .dispatch import Continuous, Dealer, Ordered, Strategy
 from .fleet import LOOK_S, Fleet
 from .handle import EngineHandle, EngineLost
+from .interruptions import Interruptions
 from .ray_errors import one_line
 from .ray_start import start_ray
 from .reports import Report
@@ -100,9 +101,10 @@ class RayCluster:
         self._backlog = Backlog()
         self._dealer = Dealer(self._backlog, spec.config.max_batch)
         self._suspects = Suspects(self._dealer)
-        self._strategy: Strategy = Continuous(self._dealer)
-        if dispatch == "ordered":
-            self._strategy = Ordered(self._dealer, lambda: self._fleet.wanted)
+        self._interruptions = Interruptions(
+            self._engines, self._backlog, self._pump, self._lose, lambda item: self._early.append(item))
+        ordered = Ordered(self._dealer, lambda: self._fleet.wanted)
+        self._strategy: Strategy = ordered if dispatch == "ordered" else Continuous(self._dealer)
         self._looked = self._read_at = time.monotonic()
         self._own_ray = owns_ray or start_ray(address, math.ceil(max(engines, max_engines or 0) * spec.num_cpus))
         try:
@@ -141,6 +143,24 @@ class RayCluster:
         """Drops the unfinished samples of these requests. Nothing more comes of them."""
         self._early = [item for item in self._early if item.request_id not in request_ids]
         self._drop([self._backlog.works[name] for name in dict.fromkeys(request_ids) if name in self._backlog.works])
+
+    def abort(self, request_ids: Collection[str] | None = None) -> None:
+        """See `InterruptibleBackend.abort`."""
+        self._interruptions.abort(request_ids)
+
+    def hold(self, held: bool) -> None:
+        """See `InterruptibleBackend.hold`."""
+        self._interruptions.hold(held)
+        self._deal()
+
+    def reset_prefix_cache(self) -> None:
+        """See `InterruptibleBackend.reset_prefix_cache`."""
+        self._interruptions.each("reset_prefix_cache")
+
+    def label_version(self, version: int) -> None:
+        """See `InterruptibleBackend.label_version`."""
+        self._interruptions.label(version)
+        self.version = version
 
     def revoke(self, epoch: int) -> None:
         """Drops the work of a lease that is over, and gives up the engines that hang over it."""
@@ -264,7 +284,7 @@ class RayCluster:
                 self._lose(engine, str(lost))
         if now - self._looked >= LOOK_S or not self._engines or any(e.loaded or e.may_start for e in self._engines):
             self._looked = now
-            self._fleet.look(now, self.version, self._transport, hold=self._committing)
+            self._fleet.look(now, self.version, self._transport, hold=self._committing or self._interruptions.labels)
         self._deal()
 
     def _read(self, engine: EngineHandle, call: Any) -> None:
@@ -293,6 +313,7 @@ class RayCluster:
             work = self._backlog.works.get(name)
             if work is not None and work.epoch == epoch and self._dealer.take_back(engine, work, number):
                 returned.setdefault(work, []).append(number)
+        self._interruptions.end_unheld(returned)
         self._strategy.again(list(returned.items()))
 
     def _lose(self, engine: EngineHandle, why: str) -> None:
@@ -300,7 +321,9 @@ class RayCluster:
         _log.warning("engine %d is replaced: %s", engine.id, why)
         self._restarts += 1
         engine.lose(why)
+        had = list(engine.samples)
         go_on, failed = self._suspects.note_death(engine)
+        self._interruptions.end_unheld(had)
         self._strategy.again(go_on)
         for work in failed:
             self._early.append(Completed(work.epoch, work.request.id, error=(
@@ -321,5 +344,7 @@ class RayCluster:
             self._backlog.forget(work)
 
     def _deal(self) -> None:
+        if self._interruptions.held:
+            return
         self._suspects.deal(self._engines)
         self._strategy.deal(self._engines)

@@ -34,6 +34,7 @@ class Work:
         deaths: engines that died with it since its last sample.
         solo_deaths: those of them that served nothing else. alike: the last of these in a row that died at about the same step,
         `died_at`.
+        aborted: its samples that are with no engine end without a token.
         watched: engines report its tokens while they are made.
     """
 
@@ -48,6 +49,7 @@ class Work:
     solo_deaths: int = 0
     alike: int = 0
     died_at: int = 0
+    aborted: bool = False
     watched: bool = False
 
     @property
@@ -126,7 +128,8 @@ class Backlog:
                 return None
             work.done.add(item.trajectory.sample)
             work.deaths = work.solo_deaths = work.alike = 0
-            self._lengths.append(len(item.trajectory.tokens))
+            if item.trajectory.finish_reason != "abort":
+                self._lengths.append(len(item.trajectory.tokens))
         if item.trajectory is None or not work.left:
             self.forget(work)
         return work

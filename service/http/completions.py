@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
@@ -31,6 +31,7 @@ class CompletionBody(GenerationBody):
     echo: bool = Field(False, description="the text begins with the prompt")
     best_of: int | None = Field(None, description="n, or none")
     suffix: None = None
+    use_beam_search: Literal[False] = Field(False, description="no: AReaL sends it")
 
 
 @router.post("/completions")

@@ -77,12 +77,16 @@ class Dispatch:
     Args:
         keys: of the gateway.
         most: samples that may be unfinished at once.
+
+    Attributes:
+        refuses: whether new requests are answered with 503, because generation is paused.
     """
 
     def __init__(self, gateway: Gateway, keys: ClientKeys | None, most: int) -> None:
         self._client = RolloutClient(gateway.address, client_id=HTTP_CLIENT, keys=keys)
         self._progress = gateway.progress
         self._most, self._life = most, uuid.uuid4().hex[:12]
+        self.refuses: Callable[[], bool] = lambda: False
         self._lock = threading.Lock()
         self._waiting: dict[str, Answers] = {}
         self._samples: dict[str, int] = {}
@@ -119,6 +123,8 @@ class Dispatch:
 
         Raises HttpError (429) where too many samples are unfinished.
         """
+        if self.refuses():
+            raise HttpError(503, "generation is paused; send the request again after /resume", code="paused")
         wanted = sum(request.samples for request in requests)
         answers = Answers(self, requests)
         with self._lock:

@@ -21,6 +21,7 @@ from .dispatch import Dispatch
 from .keys import HttpKeys
 from .listener import bind
 from .state import HttpState, read_policy, read_template
+from .trainer_control import TrainerControl
 
 _log = logging.getLogger(__package__)
 START_S, CLOSE_S = 30.0, 5
@@ -44,8 +45,9 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
         dispatch = Dispatch(gateway, bridge_keys, options.max_unfinished)
         try:
             with ServiceControl(gateway.address, keys=bridge_keys, timeout=5.0) as control:
+                trainer = TrainerControl(gateway, bridge_keys, dispatch)
                 state = HttpState(config, options, gateway, dispatch, control, keys, tokenizer, template, sizes,
-                                  int(time.time()))
+                                  int(time.time()), trainer)
                 with _running(state, listener):
                     host, port = listener.getsockname()[:2]
                     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -54,6 +56,7 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
                         yield url
                     finally:
                         dispatch.close()
+                        trainer.close()
         finally:
             dispatch.close()
 

@@ -19,6 +19,8 @@ from .. import policy_files
 from ..config import Http, ServiceConfig
 from .dispatch import Dispatch
 from .keys import HttpKeys
+from .request_names import RequestNames
+from .trainer_control import TrainerControl
 
 MAX_TEMPLATE_BYTES = 1 << 20
 """Bytes of the longest chat template."""
@@ -40,6 +42,7 @@ class HttpState:
         dispatch: sends requests to the gateway, as a client of it.
         gateway: for what no client message says.
         control: a control session; use `status`, which takes turns.
+        trainer: what trainers change. names: the names that clients gave to requests.
         tokenizer: the policy's; None where it has none. chat_template: in place of its own; None for that.
         created: when the service came up, seconds since the epoch.
     """
@@ -54,6 +57,8 @@ class HttpState:
     chat_template: str | None
     sizes: PolicySizes
     created: int
+    trainer: TrainerControl
+    names: RequestNames = field(default_factory=RequestNames)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property

@@ -1,4 +1,5 @@
-"""The operator's end of the bridge: figures and engines of a running service, another number of engines, a stop.
+"""The operator's end of the bridge: figures and engines of a running service, another number of engines, a stop; and what a
+trainer needs beside its rollouts: pauses, aborted requests, weight versions from memory or from a directory.
 
 Imports neither torch, Ray nor an engine.
 """
@@ -7,27 +8,40 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ...errors import ClusterError, TransportError
 from ..wire.keys import ClientKeys
+from ..wire.limits import MAX_ABORTS
 from ..wire.messages import (
+    Abort,
+    Done,
     Drain,
     Engines,
     EnginesRequest,
     Message,
+    Pause,
+    PauseMode,
+    ResetPrefixCache,
+    Resume,
     Scale,
     Scaled,
     Shutdown,
     Status,
     StatusRequest,
     Stopping,
+    Tensors,
+    TensorsRequest,
 )
+from .arguments import check_push, id_list
 from .connection import Connection, SessionLost
+from .weight_directory import directory_weights
+from .weight_pusher import WeightPusher
 
 _WAIT_S = 0.2
 T = TypeVar("T")
@@ -72,6 +86,7 @@ class ServiceControl:
 
     def __init__(self, address: str, *, keys: ClientKeys | None = None, timeout: float = 10.0) -> None:
         self._connection = Connection(address, f"operator-{uuid.uuid4().hex[:12]}", keys=keys, control=True, timeout=timeout)
+        self._pusher = WeightPusher(self._connection)
         self._number = 0
         self.address = address
 
@@ -90,6 +105,67 @@ class ServiceControl:
         have loaded. Raises ClusterError when it refuses."""
         if error := self._ask(lambda number: Scale(number, engines), Scaled, timeout).error:
             raise ClusterError(error)
+
+    def pause(self, mode: PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
+        """Pauses generation; returns when no engine makes a step. Requests that are submitted during a pause run after it.
+
+        Args:
+            mode: `keep` stops the samples that engines hold between two steps, and they go on at `resume`. `wait` lets them
+            finish.
+                `abort` ends every open request where it is: its samples are delivered with the tokens that they have and the
+                finish reason `abort`, so that a trainer can go on from prompt and tokens.
+            reset_cache: then forget K/V that is kept for other requests.
+            timeout: seconds to wait; None for as long as the gateway answers. The pause holds after a TransportError too.
+
+        Raises ClusterError where the cluster cannot be paused, or `resume` was called meanwhile.
+        """
+        self._act(lambda number: Pause(number, mode, reset_cache), timeout)
+
+    def resume(self) -> None:
+        """Ends a pause; returns when the engines go on. Changes nothing where there is no pause."""
+        self._act(Resume)
+
+    def paused(self) -> str:
+        """The mode of the pause; empty while there is none."""
+        return str(dict(self._ask(StatusRequest, Status).figures).get("paused", ""))
+
+    def abort(self, request_ids: Iterable[str] | None = None) -> None:
+        """Ends requests of any client where they are, as `pause("abort")` does; None: all open requests. Unknown ids are ignored.
+        Returns when the ledger has every sample."""
+        names = [] if request_ids is None else id_list(request_ids)
+        for first in range(0, len(names), MAX_ABORTS) if request_ids is not None else [0]:
+            self._act(partial(Abort, ids=tuple(names[first : first + MAX_ABORTS])))
+
+    def reset_prefix_cache(self) -> None:
+        """Has the engines forget K/V that they keep for other requests. Samples that run keep their own."""
+        self._act(ResetPrefixCache)
+
+    def expected_weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (dtype, shape) of every tensor of a weight version, a tied head left out."""
+        rows: list[tuple[Any, ...]] = []
+        while True:
+            page = self._ask(partial(TensorsRequest, first=len(rows)), Tensors)
+            rows += page.rows
+            if len(rows) >= page.total or not page.rows:
+                return {name: (dtype, shape) for name, dtype, shape in rows}
+
+    def push_weights(
+        self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False, in_flight: str = "finish"
+    ) -> int:
+        """See RolloutClient.push_weights."""
+        check_push(version, tensors, allow_gap, in_flight)
+        return self._pusher.push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
+
+    def load_weights(self, version: int, directory: str | Path, *, allow_gap: bool = False, in_flight: str = "finish") -> int:
+        """Makes the weights of a Hugging Face directory, which this process reads, those that serve. As `push_weights`; raises
+        CheckpointError for a directory that does not hold exactly the policy's tensors."""
+        return self.push_weights(version, directory_weights(directory, self.expected_weights()), allow_gap=allow_gap,
+                                 in_flight=in_flight)
+
+    def label_version(self, version: int) -> int:
+        """Gives the weights that serve a greater version number, without a push. Ends nothing and forgets no K/V. Returns
+        the version that serves. Raises TransportError for a smaller number, or while a version is being pushed."""
+        return self._pusher.label(version)
 
     def stop(self, *, drain: bool, watch: Callable[[], Any] = lambda: None, timeout: float | None = None) -> bool:
         """Stops the service; returns whether it has said, within `timeout` seconds, that it stops.
@@ -119,8 +195,13 @@ class ServiceControl:
         return False
 
     def close(self) -> None:
-        """Closes the socket; safe to call twice."""
-        self._connection.drop()
+        """Closes the sockets; safe to call twice."""
+        self._connection.close()
+
+    def _act(self, make: Callable[[int], Message], timeout: float | None = None) -> None:
+        """Sends a message that Done answers. Raises ClusterError for a refusal."""
+        if error := self._ask(make, Done, timeout).error:
+            raise ClusterError(error)
 
     def _ask(self, make: Callable[[int], Message], kind: type[T], timeout: float | None = None) -> T:
         """Sends a message with a new number and waits for the answer of that number."""

@@ -19,7 +19,17 @@ from typing import Any, cast
 from ...errors import TransportError
 from ..wire.codec import Buffer
 from ..wire.manifest import ANY_PARENT
-from ..wire.messages import Message, PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState, Refused
+from ..wire.messages import (
+    Message,
+    PushAbort,
+    PushBegin,
+    PushChunk,
+    PushCommit,
+    PushLabel,
+    PushNeeds,
+    PushState,
+    Refused,
+)
 from .connection import Connection, SessionLost, refusal
 from .host_weights import HostWeights
 
@@ -53,6 +63,19 @@ class WeightPusher:
             except BaseException:
                 self._abort(name)
                 raise
+
+    def label(self, version: int) -> int:
+        """Gives the weights that serve another version number; returns the version that serves."""
+        self._connection.restart_timeout()
+        while True:
+            name = f"label-{version}-{uuid.uuid4().hex}"
+            try:
+                self._open()
+                self._connection.send(PushLabel(name, version))
+                return self._state(name).version
+            except SessionLost:
+                _log.info("label of weight version %d: the session broke; asking again", version)
+                self._connection.drop()
 
     def _stream(self, name: str, weights: HostWeights) -> int:
         """Sends every chunk, commits, and waits until the version serves."""

@@ -5,6 +5,7 @@ Invariants:
 - A commit with policy `finish` starts when no leased work is in flight; work submitted meanwhile waits behind it.
 - A version is on disk before the backend is given it.
 - Outputs are handed to the gateway in the order the backend returned them. The gateway bounds what is in flight.
+- A backend that is held takes work and commits, and begins nothing. A commit with policy `finish` then waits until it goes on.
 """
 
 from __future__ import annotations
@@ -15,93 +16,32 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import numpy as np
-
 from ...errors import BlockrollError, ClusterError, StorageError
-from ...rollout.backend import Completed, RolloutBackend
+from ...rollout.backend import Completed, InterruptibleBackend, RolloutBackend
 from ...rollout.types import RolloutRequest
+from .driver_commands import (
+    Abort,
+    Cancel,
+    Command,
+    Commit,
+    CommitEnded,
+    Crashed,
+    Event,
+    Hold,
+    Outputs,
+    ResetPrefixCache,
+    Revoke,
+    Work,
+    WorkRefused,
+)
 from .progress_feed import ProgressFeed
 
 _log = logging.getLogger(__package__)
 POLL_S, IDLE_S, STATS_S = 0.02, 0.25, 0.5
 """Seconds of one poll with work in flight, of a wait without, and between two readings of the backend's figures."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Leased requests to run, and whose each is."""
-
-    epoch: int
-    batch: Sequence[RolloutRequest]
-    clients: Sequence[str]
-
-    def without(self, request_ids: Collection[str]) -> Work:
-        """The work but for these requests."""
-        left = [i for i, request in enumerate(self.batch) if request.id not in request_ids]
-        return Work(self.epoch, [self.batch[i] for i in left], [self.clients[i] for i in left])
-
-
-@dataclass(frozen=True)
-class Commit:
-    """A complete weight version to commit, after `seal` has written it to disk. `changed`: the names of the tensors that are not
-    those of the version that serves; None where that is not known."""
-
-    version: int
-    arrays: Mapping[str, np.ndarray]
-    in_flight: str
-    seal: Callable[[], None]
-    changed: Collection[str] | None = None
-
-
-@dataclass(frozen=True)
-class Revoke:
-    """A lease that is over. Its outputs are not waited for."""
-
-    epoch: int
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Requests whose unfinished samples are not wanted. Their outputs are not waited for. `epochs`: by request id, the lease
-    that each was in flight under; the same request leased again later is not meant."""
-
-    epochs: Mapping[str, int | None]
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Samples that engines finished, and requests they cannot serve."""
-
-    completed: list[Completed]
-
-
-@dataclass(frozen=True)
-class WorkRefused:
-    """The backend has taken nothing of this lease."""
-
-    epoch: int
-
-
-@dataclass(frozen=True)
-class CommitEnded:
-    """A commit has ended. `error` is None when every engine has the version."""
-
-    version: int
-    error: BlockrollError | None
-
-
-@dataclass(frozen=True)
-class Crashed:
-    """The backend raised something other than ClusterError: a bug, or an interrupt."""
-
-    error: BaseException
-
-
-Event = Outputs | WorkRefused | CommitEnded | Crashed
 
 
 class BackendDriver:
@@ -120,11 +60,12 @@ class BackendDriver:
         self._engines: list[Any] = backend.engines() if hasattr(backend, "engines") else []
         self._trouble: dict[str, str] = {}
         self._backend, self._wake = backend, wake
-        self._commands: queue.SimpleQueue[Work | Commit | Revoke | Cancel | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._flight: dict[str, tuple[int, int, str]] = {}
         self._clients: Counter[str] = Counter()
         self._epochs: Counter[int] = Counter()
         self._samples = 0
+        self._holding = False
         self.progress = ProgressFeed(backend)
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -186,6 +127,31 @@ class BackendDriver:
         with self._lock:
             self._commands.put(Cancel({name: self._flight[name][0] if name in self._flight else None for name in request_ids}))
 
+    @property
+    def holding(self) -> bool:
+        """Whether the backend is held, or will be: the last call of `hold` said so."""
+        return self._holding
+
+    @property
+    def interruptible(self) -> bool:
+        """Whether the backend can be held, and can abort and relabel."""
+        return isinstance(self._backend, InterruptibleBackend)
+
+    def hold(self, held: bool) -> Future[None]:
+        """Queues a hold for the backend, or its end. The result comes when the engines have stopped, or go on."""
+        self._holding = held
+        self._commands.put(command := Hold(held))
+        return command.ended
+
+    def abort(self, request_ids: Collection[str] | None) -> None:
+        """Queues the end of some requests, or of all, whose samples come back as they are. Returns at once."""
+        self._commands.put(Abort(request_ids))
+
+    def reset_prefix_cache(self) -> Future[None]:
+        """Queues that the backend forgets kept K/V. The result comes when it has."""
+        self._commands.put(command := ResetPrefixCache())
+        return command.ended
+
     def stop(self, timeout: float) -> bool:
         """Ends the thread after its current call to the backend; whether it ended within `timeout` seconds."""
         self._stop.set()
@@ -197,6 +163,8 @@ class BackendDriver:
         waiting: Commit | None = None
         held: list[Work] = []
         try:
+            if isinstance(self._backend, InterruptibleBackend):
+                self._backend.hold(False)  # a gateway before may have paused it
             while not self._stop.is_set():
                 command = self._take(busy=waiting is not None or bool(self._samples))
                 if isinstance(command, Commit):
@@ -207,6 +175,10 @@ class BackendDriver:
                 elif isinstance(command, Cancel):
                     held = [work.without(command.epochs) for work in held]
                     self._cancel(command.epochs)
+                elif isinstance(command, Abort):
+                    held = self._abort(command.request_ids, held)
+                elif isinstance(command, Hold | ResetPrefixCache):
+                    self._interrupt(command)
                 elif command is not None and waiting is not None and waiting.in_flight == "finish":
                     held.append(command)
                 elif command is not None:
@@ -224,7 +196,7 @@ class BackendDriver:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))
 
-    def _take(self, busy: bool) -> Work | Commit | Revoke | Cancel | None:
+    def _take(self, busy: bool) -> Command | None:
         try:
             return self._commands.get(timeout=0.0 if busy else IDLE_S)
         except queue.Empty:
@@ -275,13 +247,41 @@ class BackendDriver:
         except ClusterError as error:
             _log.warning("%d requests cannot be cancelled in the cluster: %s", len(epochs), error)
 
+    def _abort(self, request_ids: Collection[str] | None, held: list[Work]) -> list[Work]:
+        """Ends requests in the backend, and those of them in `held`, which it has not been given; returns what stays held."""
+        assert isinstance(self._backend, InterruptibleBackend), "the gateway asks before"
+        if ended := [item for work in held for item in work.aborted(request_ids)]:
+            self._hand_out(ended)
+        try:
+            self._backend.abort(request_ids)
+        except ClusterError as error:
+            _log.warning("requests cannot be aborted in the cluster: %s", error)
+        return [] if request_ids is None else [work.without(request_ids) for work in held]
+
+    def _interrupt(self, command: Hold | ResetPrefixCache) -> None:
+        assert isinstance(self._backend, InterruptibleBackend), "the gateway asks before"
+        try:
+            if isinstance(command, Hold):
+                self._backend.hold(command.held)
+            else:
+                self._backend.reset_prefix_cache()
+        except ClusterError as error:
+            command.ended.set_exception(error)
+        else:
+            command.ended.set_result(None)
+        self._wake()
+
     def _commit(self, commit: Commit) -> None:
         error: BlockrollError | None = None
         options: dict[str, Any] = {} if commit.in_flight == "finish" else {"in_flight": commit.in_flight}
         if getattr(self._backend, "takes_changes", False):
             options["changed"] = commit.changed
         try:
-            self._backend.commit_weights(commit.version, commit.arrays, **options)
+            if commit.arrays is not None:
+                self._backend.commit_weights(commit.version, commit.arrays, **options)
+            else:
+                assert isinstance(self._backend, InterruptibleBackend), "the gateway asks before"
+                self._backend.label_version(commit.version)
         except ClusterError as failure:
             error = failure
         self._refresh()
@@ -301,15 +301,18 @@ class BackendDriver:
         self._trouble.pop("poll", None)
         self.progress.report()
         if completed:
-            # Told before they are subtracted: a gateway that drains must not see an empty flight without them.
-            self._tell(Outputs(completed))
-            with self._lock:
-                for item in completed:
-                    epoch, left, client = self._flight.get(item.request_id, (0, 0, ""))
-                    if epoch == item.epoch:
-                        self._forget(item.request_id)
-                        if item.trajectory is not None and left > 1:
-                            self._fly(item.request_id, epoch, left - 1, client)
+            self._hand_out(completed)
+
+    def _hand_out(self, completed: list[Completed]) -> None:
+        # Told before they are subtracted: a gateway that drains must not see an empty flight without them.
+        self._tell(Outputs(completed))
+        with self._lock:
+            for item in completed:
+                epoch, left, client = self._flight.get(item.request_id, (0, 0, ""))
+                if epoch == item.epoch:
+                    self._forget(item.request_id)
+                    if item.trajectory is not None and left > 1:
+                        self._fly(item.request_id, epoch, left - 1, client)
 
     def _refresh(self) -> None:
         self.version, self.stats, self._refreshed = self._backend.version, self._backend.stats(), time.monotonic()

@@ -21,7 +21,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,21 +29,24 @@ from typing import Self
 
 import zmq
 
-from ...errors import ClusterError, StorageError
+from ...errors import StorageError
 from ...rollout.backend import Completed, RolloutBackend
 from ...rollout.types import RolloutRequest
 from ..wire.gateway_socket import GatewaySocket
 from ..wire.keys import ServerKeys
 from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES, TO_GATEWAY
 from .absent_clients import GRACE_S, AbsentClients
-from .backend_driver import BackendDriver, CommitEnded, Crashed, Outputs, WorkRefused
+from .backend_driver import BackendDriver
+from .driver_commands import CommitEnded, Crashed, Outputs, WorkRefused
 from .gateway_status import GatewayStatus
+from .generation_control import GenerationControl
 from .kept_versions import KeptVersions
 from .ledger import Ledger
 from .message_router import MessageRouter
 from .operations import Operations
 from .options import check_options
 from .progress_feed import ProgressFeed
+from .restored_version import restore_version
 from .retention import KEEP
 from .sessions import Sessions
 from .storage_retries import StorageRetries
@@ -110,7 +113,7 @@ class Gateway:
             self._socket = GatewaySocket(self._bind, self._keys, TO_GATEWAY)
             undo.callback(self._socket.close, 0.0)
             kept = KeptVersions(self._path)
-            version, missing = self._restore(kept, expected)
+            version, missing = restore_version(self._cluster, self._ledger, kept, expected)
             self._wake_in, self._wake_out = socket.socketpair()
             undo.callback(self._wake_in.close)
             undo.callback(self._wake_out.close)
@@ -121,9 +124,11 @@ class Gateway:
             sessions = Sessions(self._socket)
             self._weights = WeightReceiver(expected, policies, self._driver, self._ledger, kept, sessions, self._push_idle,
                                            version, missing, getattr(self._cluster, "room_for_weights", None))
-            status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries)
-            self._operations = Operations(sessions, self._driver)
-            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations)
+            self._generation = GenerationControl(sessions, self._ledger, self._driver, self._retries)
+            status = GatewayStatus(self._ledger, self._driver, sessions, self._weights, self._retries, self._generation)
+            self._operations = Operations(sessions, self._driver, expected, self._generation)
+            self._router = MessageRouter(sessions, self._ledger, self._driver, self._weights, status, self._operations,
+                                         self._generation)
             self._absent = AbsentClients(sessions, self._ledger, self._driver, self._grace)
             thread = threading.Thread(target=self._run, name="blockroll-gateway", daemon=True)
             thread.start()
@@ -131,26 +136,15 @@ class Gateway:
             undo.pop_all()
         return self
 
-    def _restore(self, kept: KeptVersions, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[int, str]:
-        """Brings the cluster to the version committed last; returns that version, and why the cluster cannot serve it,
-        or ""."""
-        last = self._ledger.last_version()
-        kept.sweep(None if last is None else last[0])
-        if last is None or last[0] == self._cluster.version:
-            return self._cluster.version, ""
-        try:
-            self._cluster.commit_weights(last[0], kept.load(*last, expected))
-        except (StorageError, ClusterError) as error:
-            _log.warning("weight version %d cannot be restored: %s", last[0], error)
-            return last[0], (f"no work is handed out: weight version {last[0]} was committed last and cannot be served; push "
-                             f"version {last[0]} again, or version {last[0] + 1} ({error})")
-        _log.info("weight version %d is restored", last[0])
-        return last[0], ""
-
     @property
     def address(self) -> str:
         """The address clients connect to, with the port that was bound."""
         return self._socket.address
+
+    @property
+    def paused(self) -> str:
+        """Mode of the pause, if generation is paused; any thread may read it."""
+        return self._generation.mode
 
     @property
     def version(self) -> int:
@@ -237,6 +231,9 @@ class Gateway:
         self._router.record_parts()
         now = time.monotonic()
         waiting = self._collect(now)
+        if not self._weights.undecided:
+            self._router.mark(self._generation.advance(now))
+        waiting |= self._generation.busy
         self._expire(now)
         self._absent.check(now)
         self._dispatch(now)
@@ -288,7 +285,7 @@ class Gateway:
         """Ends revoked leases, then leases queued batches while there is room."""
         weights = self._weights
         if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
-                or not self._retries.due("dispatch", now)):
+                or self._generation.holds_back or not self._retries.due("dispatch", now)):
             return
         try:
             for epoch in sorted(self._revoked):
@@ -326,7 +323,7 @@ class Gateway:
         self._weights.expire(now)
         for epoch in [epoch for epoch in self._leases if not self._driver.holds(epoch)]:
             del self._leases[epoch]
-        if self._driver.stats.get("loading"):
+        if self._driver.stats.get("loading") or self._driver.holding:
             self._leases = dict.fromkeys(self._leases, now)
         late = {e for e, since in self._leases.items() if self._lease_seconds and now - since > self._lease_seconds}
         if late - self._revoked:

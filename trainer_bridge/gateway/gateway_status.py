@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..wire.codec import clip
 from .backend_driver import BackendDriver
+from .generation_control import GenerationControl
 from .ledger import Ledger
 from .sessions import Sessions
 from .storage_retries import StorageRetries
@@ -20,9 +21,9 @@ class GatewayStatus:
     """
 
     def __init__(self, ledger: Ledger, driver: BackendDriver, sessions: Sessions, weights: WeightReceiver,
-                 retries: StorageRetries) -> None:
+                 retries: StorageRetries, generation: GenerationControl) -> None:
         self._ledger, self._driver, self._sessions, self._weights = ledger, driver, sessions, weights
-        self._retries = retries
+        self._retries, self._generation = retries, generation
         self.malformed = 0
 
     @property
@@ -43,6 +44,7 @@ class GatewayStatus:
             "missing": counters.missing, "outstanding": self._ledger.outstanding,
             "failed": counters.failed, "acknowledged": counters.acknowledged,
             "stale": counters.stale, "malformed": self.malformed, "notice": self.notice(),
+            "paused": self._generation.mode,
             "ledger_bytes": size, "ledger_free_bytes": free, "ledger_kept": counters.kept,
             **{f"engine.{name}": value for name, value in self._driver.stats.items()},
         }

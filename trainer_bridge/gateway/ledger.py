@@ -28,9 +28,11 @@ import numpy as np
 
 from ...errors import TransportError
 from ...rollout.backend import Completed
-from ...rollout.types import RolloutRequest
+from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
 from ..wire.records import FAILURE, encode_trajectory
+from . import aborting
+from .aborting import Aborted
 from .batch_parts import Part, Receipt, record_part
 from .damage import Pending, fail_damaged, read_pending, read_request
 from .leasing import in_turn
@@ -207,6 +209,32 @@ class Ledger:
                     leased.append(request_id)
                 fail(self._file, request_id, client, samples - recorded, reason, new)
         return leased
+
+    def abort_queued(self, aborted: Aborted) -> set[str]:
+        """Answers some of these requests, which are queued, with samples that have no token; returns the clients that have
+        something new. To be called until `any_open` says no."""
+        with self._file.guard():
+            found = aborting.queued(self._file, aborted)
+        if not found:
+            return set()
+        epoch, requests, _ = self._leased(found)
+        return self.record([Completed(epoch, request.id, Trajectory.aborted(request, number))
+                            for request in requests for number in range(request.samples)])
+
+    def any_open(self, aborted: Aborted) -> bool:
+        """Whether one of these requests is queued or leased."""
+        with self._file.guard():
+            return aborting.any_open(self._file, aborted)
+
+    def any_leased(self) -> bool:
+        """Whether any request is leased."""
+        with self._file.guard():
+            return aborting.any_leased(self._file)
+
+    def newest(self) -> int:
+        """The row of the newest request."""
+        with self._file.guard():
+            return aborting.newest(self._file)
 
     @property
     def outstanding(self) -> int:

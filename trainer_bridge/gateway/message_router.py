@@ -19,6 +19,7 @@ from ..wire.codec import clip
 from ..wire.gateway_socket import Inbound
 from ..wire.limits import MAX_FIGURE_TEXT, MAX_NAME, MAX_STATS
 from ..wire.messages import (
+    Abort,
     Ack,
     Acked,
     Cancel,
@@ -30,14 +31,18 @@ from ..wire.messages import (
     Failure,
     Hello,
     Message,
+    Pause,
     Ping,
     Pong,
     PushAbort,
     PushBegin,
     PushChunk,
     PushCommit,
+    PushLabel,
     Refused,
     Reset,
+    ResetPrefixCache,
+    Resume,
     Scale,
     Shutdown,
     Status,
@@ -45,6 +50,7 @@ from ..wire.messages import (
     Stopping,
     Submit,
     Submitted,
+    TensorsRequest,
     Welcome,
     decode,
 )
@@ -52,6 +58,7 @@ from ..wire.records import FAILURE, decode_request
 from .backend_driver import BackendDriver
 from .batch_parts import Part
 from .gateway_status import GatewayStatus
+from .generation_control import GenerationControl
 from .ledger import Ledger
 from .operations import Operations
 from .sessions import MAX_SESSIONS, Session, Sessions
@@ -74,14 +81,15 @@ class MessageRouter:
         weights: takes the messages of weight pushes.
         status: answers Ping and StatusRequest, and counts malformed messages.
         operations: answers operators.
+        generation: pauses generation and aborts requests.
 
     Attributes:
         shutdown: a control session asked the gateway to stop.
     """
 
     def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, weights: WeightReceiver,
-                 status: GatewayStatus, operations: Operations) -> None:
-        self._operations = operations
+                 status: GatewayStatus, operations: Operations, generation: GenerationControl) -> None:
+        self._operations, self._generation = operations, generation
         self._sessions, self._ledger, self._driver = sessions, ledger, driver
         self._weights, self._status = weights, status
         self._probed = self._retry = 0.0
@@ -190,12 +198,17 @@ class MessageRouter:
                         for name, value in self._status.figures().items())
         self._sessions.reply(session.peer, Status(message.number, figures[:MAX_STATS]))
 
-    def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
+    def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort | PushLabel) -> None:
         self._weights.handle(session.peer, session.client, message)
 
-    def _operate(self, session: Session, message: EnginesRequest | Scale | Drain) -> None:
+    def _interrupt(self, session: Session, message: Pause | Resume | Abort | ResetPrefixCache) -> None:
+        self._generation.handle(session, message)
+
+    def _operate(self, session: Session, message: EnginesRequest | TensorsRequest | Scale | Drain) -> None:
         if isinstance(message, EnginesRequest):
             self._operations.engines(session, message)
+        elif isinstance(message, TensorsRequest):
+            self._operations.tensors(session, message)
         elif isinstance(message, Scale):
             self._operations.scale(session, message)
         else:
@@ -304,5 +317,7 @@ _DATA: _Acts = _ANY | {
     Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
 _CONTROL: _Acts = _ANY | {
     PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
-    PushAbort: MessageRouter._push, Shutdown: MessageRouter._shutdown, EnginesRequest: MessageRouter._operate,
-    Scale: MessageRouter._operate, Drain: MessageRouter._operate}
+    PushAbort: MessageRouter._push, PushLabel: MessageRouter._push, Shutdown: MessageRouter._shutdown,
+    EnginesRequest: MessageRouter._operate, TensorsRequest: MessageRouter._operate, Scale: MessageRouter._operate,
+    Drain: MessageRouter._operate, Pause: MessageRouter._interrupt, Resume: MessageRouter._interrupt,
+    Abort: MessageRouter._interrupt, ResetPrefixCache: MessageRouter._interrupt}

@@ -1,4 +1,5 @@
-"""What operators ask of a running service: which engines there are, another number of them, a drain.
+"""What operators ask of a running service: which engines there are, another number of them, a drain, which tensors a weight
+version has.
 
 Invariants:
 - Only control sessions reach this module.
@@ -8,13 +9,24 @@ Invariants:
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ClusterError
 from ..wire.codec import clip
-from ..wire.limits import MAX_ENGINE_FIGURE, MAX_ENGINE_FIGURES, MAX_ENGINE_ROWS, MAX_ENGINES, MAX_FIGURE_TEXT, MAX_NAME
-from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled
+from ..wire.limits import (
+    MAX_ENGINE_FIGURE,
+    MAX_ENGINE_FIGURES,
+    MAX_ENGINE_ROWS,
+    MAX_ENGINES,
+    MAX_FIGURE_TEXT,
+    MAX_FORMS,
+    MAX_NAME,
+    MAX_TENSOR_NAME,
+)
+from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled, Tensors, TensorsRequest
 from .backend_driver import BackendDriver
+from .generation_control import GenerationControl
 from .sessions import Session, Sessions
 
 _log = logging.getLogger(__package__)
@@ -23,13 +35,25 @@ _log = logging.getLogger(__package__)
 class Operations:
     """Used from the gateway's thread alone.
 
+    Args:
+        expected: name -> (dtype, shape) of every tensor of a weight version.
+        generation: pauses, which a drain ends.
+
     Attributes:
         draining: an operator asked for a drain.
     """
 
-    def __init__(self, sessions: Sessions, driver: BackendDriver) -> None:
-        self._sessions, self._driver = sessions, driver
+    def __init__(self, sessions: Sessions, driver: BackendDriver, expected: Mapping[str, tuple[str, tuple[int, ...]]],
+                 generation: GenerationControl) -> None:
+        self._sessions, self._driver, self._generation = sessions, driver, generation
+        self._tensors = [(clip(name, MAX_TENSOR_NAME), clip(dtype, MAX_NAME), tuple(shape))
+                         for name, (dtype, shape) in expected.items()]
         self.draining = False
+
+    def tensors(self, session: Session, message: TensorsRequest) -> None:
+        """Answers with the tensors of a weight version from a place on."""
+        rows = tuple(self._tensors[message.first : message.first + MAX_FORMS])
+        self._sessions.reply(session.peer, Tensors(message.number, len(self._tensors), rows))
 
     def engines(self, session: Session, message: EnginesRequest) -> None:
         """Answers with the engines from a place on."""
@@ -51,6 +75,7 @@ class Operations:
         """The gateway leases nothing more, and stops when no work is left with the engines."""
         if not self.draining:
             _log.info("client %s asks the gateway to drain: %d samples are in flight", session.client, self._driver.in_flight)
+            self._generation.resume()
         self.draining = session.asked_to_stop = True
 
 

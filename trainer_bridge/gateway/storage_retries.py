@@ -12,7 +12,7 @@ RETRY_S = 0.5
 
 
 class StorageRetries:
-    """Kinds of work are words: "record", "dispatch", "commit", "send", "acknowledge". Times are of the monotonic clock.
+    """Kinds of work are words: "record", "dispatch", "commit", "send", "acknowledge", "abort". Times are of the monotonic clock.
 
     Args:
         patience: seconds one kind of work may be refused without end before the error is raised; None for ever.

@@ -10,6 +10,9 @@ Invariants:
 - Tensors whose digest is that of the version that serves do not travel. They are in the engines, and in that version's file.
 - A version follows the last committed one, or its manifest allows a gap. A version that was committed is not committed
   again.
+- A version that is only another number for the weights that serve ends nothing and forgets no K/V. Its file is a copy. Where the
+  weights are those of the policy's directory there is no file, and the ledger's digest is empty.
+- A paused gateway takes pushes, but for policy `finish` while samples are held: they would not end.
 - A gateway that drains stages nothing more. A commit that has begun ends: the gateway stops after it is recorded.
 - A stage that receives no chunk for `idle` seconds is replaced by another client's push.
 """
@@ -26,10 +29,12 @@ import numpy as np
 from ...errors import BlockrollError, ClusterError, StorageError, TransportError
 from ..wire.codec import clip
 from ..wire.manifest import ANY_PARENT, Manifest
-from ..wire.messages import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState, Refused
-from .backend_driver import BackendDriver, Commit, CommitEnded
+from ..wire.messages import PushAbort, PushBegin, PushChunk, PushCommit, PushLabel, PushNeeds, PushState, Refused
+from .backend_driver import BackendDriver
+from .driver_commands import Commit, CommitEnded
 from .kept_versions import KeptVersions, VersionFile
 from .ledger import Ledger
+from .restored_version import OF_THE_POLICY
 from .sessions import Sessions
 from .weight_stager import WeightStager, without_tied_head
 
@@ -57,6 +62,21 @@ class _Stage:
     received: int = 0
 
 
+@dataclass
+class _Commit:
+    """A version that is with the engines, and whom to tell. `file`: None where there is none (OF_THE_POLICY)."""
+
+    push: str
+    peer: bytes
+    version: int
+    digest: bytes
+    file: VersionFile | None
+
+    def seal(self) -> None:
+        if self.file is not None:
+            self.file.seal()
+
+
 class WeightReceiver:
     """Handles the push messages of every control session.
 
@@ -78,7 +98,7 @@ class WeightReceiver:
         self._expected, self._policies, self._driver, self._ledger = expected, policies, driver, ledger
         self._kept, self._sessions, self._idle, self._room = kept, sessions, idle, room
         self._stage: _Stage | None = None
-        self._committing: _Stage | None = None
+        self._committing: _Commit | None = None
         self._taken = self.draining = False
         self.version, self.missing = version, missing
 
@@ -92,11 +112,13 @@ class WeightReceiver:
         """Whether the engines have a version that the ledger has not recorded."""
         return self._taken
 
-    def handle(self, peer: bytes, client: str, message: PushBegin | PushChunk | PushCommit | PushAbort) -> None:
+    def handle(self, peer: bytes, client: str, message: PushBegin | PushChunk | PushCommit | PushAbort | PushLabel) -> None:
         """Acts on one message of a push. The peer is told why a push is refused."""
         try:
             if isinstance(message, PushBegin):
                 self._begin(peer, client, message)
+            elif isinstance(message, PushLabel):
+                self._label(peer, message)
             elif isinstance(message, PushAbort):
                 self._drop(message.push)
             else:
@@ -115,28 +137,29 @@ class WeightReceiver:
     def ended(self, event: CommitEnded) -> None:
         """The backend has ended a commit. A version the engines have taken is `undecided` until `settle` has recorded
         it."""
-        stage = self._committing
-        assert stage is not None and stage.manifest.version == event.version, "a commit ended that was not begun here"
+        commit = self._committing
+        assert commit is not None and commit.version == event.version, "a commit ended that was not begun here"
         if event.error is None:
             self._taken = True
             return
         _log.warning("weight version %d is not committed: %s", event.version, event.error)
         self._committing = None
-        stage.file.discard()
+        if commit.file is not None:
+            commit.file.discard()
         self._kept.sweep(self.version)
-        self._sessions.reply(stage.peer, _refused(stage.push, event.error))
+        self._sessions.reply(commit.peer, _refused(commit.push, event.error))
 
     def settle(self) -> None:
         """Records the version that the engines have taken; from then on it serves. On StorageError call it again."""
-        stage = self._committing
-        if stage is None or not self._taken:
+        commit = self._committing
+        if commit is None or not self._taken:
             return
-        self._ledger.record_version(stage.manifest.version, stage.manifest.digest)
+        self._ledger.record_version(commit.version, commit.digest)
         self._committing, self._taken = None, False
-        self.version, self.missing = stage.manifest.version, ""
+        self.version, self.missing = commit.version, ""
         self._kept.sweep(self.version)
         _log.info("weight version %d is committed", self.version)
-        self._sessions.reply(stage.peer, PushState(stage.push, 0, True, self.version))
+        self._sessions.reply(commit.peer, PushState(commit.push, 0, True, self.version))
 
     def expire(self, now: float) -> None:
         """Drops a stage that has received no chunk for `idle` seconds."""
@@ -155,9 +178,8 @@ class WeightReceiver:
         manifest, head = without_tied_head(Manifest.decode(message.manifest[0]), self._expected)
         running = self._committing
         if running is not None:
-            if running.manifest.digest != manifest.digest:
-                raise TransportError(f"weight version {running.manifest.version} is being committed; "
-                                     "push again after it")
+            if running.digest != manifest.digest:
+                raise TransportError(f"weight version {running.version} is being committed; push again after it")
             running.push, running.peer = message.push, peer
             return
         if self._known(manifest):
@@ -166,6 +188,7 @@ class WeightReceiver:
         if self.draining:
             raise TransportError(f"weight version {manifest.version} is not taken: the service drains and stops; push it again "
                                  "when the service is back")
+        self._check_pause(message.in_flight)
         other = self._stage
         if other is not None and other.client != client and time.monotonic() - other.touched < self._idle:
             raise TransportError(f"weight version {other.manifest.version} is being pushed by client {other.client!r}; "
@@ -209,12 +232,44 @@ class WeightReceiver:
             self._sessions.reply(stage.peer, PushState(stage.push, stage.received, False, self.version))
 
     def _commit(self, stage: _Stage) -> None:
+        self._check_pause(stage.in_flight)
         arrays = stage.stager.finish()
         if stage.base is not None:
             arrays |= self._kept.mapped(stage.base, self._expected.keys() - stage.needed)
-        self._stage, self._committing = None, stage
+        commit = _Commit(stage.push, stage.peer, stage.manifest.version, stage.manifest.digest, stage.file)
+        self._stage, self._committing = None, commit
         changed = None if stage.base is None else stage.needed
-        self._driver.commit(Commit(stage.manifest.version, arrays, stage.in_flight, stage.file.seal, changed))
+        self._driver.commit(Commit(commit.version, arrays, stage.in_flight, commit.seal, changed))
+
+    def _label(self, peer: bytes, message: PushLabel) -> None:
+        """Begins to give the weights that serve another version number."""
+        version = message.version
+        if version == self.version and not self.missing:
+            self._sessions.reply(peer, PushState(message.push, 0, True, version))
+            return
+        if version < self.version:
+            raise TransportError(f"weight version {version} is less than {self.version}, which serves; versions only grow")
+        if self.missing or self._committing is not None or self._stage is not None or self.draining:
+            why = self.missing or ("the service drains" if self.draining else "another version is being pushed")
+            raise TransportError(f"weight version {version} cannot be a new label now: {why}")
+        if not self._driver.interruptible:
+            raise ClusterError("this cluster cannot label its weights; push the version instead")
+        digest = self._ledger.committed(self.version)
+        base = self._kept.manifest(self.version, digest)
+        if base is None and digest:
+            raise StorageError(f"the file of weight version {self.version} cannot be read; push version {version} instead")
+        commit = _Commit(message.push, peer, version, OF_THE_POLICY, None)
+        if base is not None:
+            manifest = Manifest(version, self.version, base.tensors)
+            commit.digest = manifest.digest
+            commit.file = self._kept.begin(manifest, base, [spec.name for spec in base.tensors])
+        self._committing = commit
+        self._driver.commit(Commit(version, None, "keep", commit.seal))
+
+    def _check_pause(self, in_flight: str) -> None:
+        if in_flight == "finish" and self._driver.holding and self._driver.in_flight:
+            raise ClusterError(f"in_flight: the service is paused and holds {self._driver.in_flight} samples, which cannot "
+                               "finish; use keep, recompute or abort, or resume first")
 
     def _drop(self, push: str) -> None:
         """Ends the stage of this push, if there is one."""

@@ -43,12 +43,18 @@ MAX_ACKS = 128
 """Samples of one Ack."""
 MAX_CANCELS = 128
 """Requests of one Cancel."""
+MAX_ABORTS = 128
+"""Requests of one Abort."""
 MAX_STATS = 512
 """Figures of one Status."""
 MAX_ENGINES = 1 << 16
 """Engines of one service."""
 MAX_ENGINE_ROWS, MAX_ENGINE_FIGURES, MAX_ENGINE_FIGURE = 32, 48, 32
 """Engines of one Engines message, figures of one engine, and the name of one; all of the longest fill a header."""
+MAX_TENSORS = 1 << 20
+"""Tensors of one weight version."""
+MAX_FORMS, MAX_TENSOR_NAME = 128, 512
+"""Tensors of one Tensors message, and the name of one; all of the longest fill a header."""
 
 MAX_FRAMES = 1 + MAX_PER_SUBMIT
 """Frames of one message."""

@@ -9,10 +9,26 @@ A docstring that starts with C describes a message the client sends; G stands fo
 subclass of `Message` in one of these files: its `SCHEMA` and `BLOBS` bound every field with the numbers of `limits`.
 
 `message`: the base class, `encode`, `decode`. `session`: opening and watching a session. `requests`: requests,
-deliveries, acknowledgements, cancellations, figures. `weights`: weight pushes. `control`: engines, their number, drain.
+deliveries, acknowledgements, cancellations, figures. `weights`: weight pushes. `control`: engines, their number, drain,
+pauses, aborted requests.
 """
 
-from .control import Drain, Engines, EnginesRequest, Scale, Scaled
+from .control import (
+    PAUSE_MODES,
+    Abort,
+    Done,
+    Drain,
+    Engines,
+    EnginesRequest,
+    Pause,
+    PauseMode,
+    ResetPrefixCache,
+    Resume,
+    Scale,
+    Scaled,
+    Tensors,
+    TensorsRequest,
+)
 from .message import KINDS, Blobs, Message, decode, encode
 from .requests import (
     Ack,
@@ -28,11 +44,12 @@ from .requests import (
     Submitted,
 )
 from .session import Hello, Ping, Pong, Refused, Reset, Shutdown, Stopping, Welcome
-from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushNeeds, PushState
+from .weights import PushAbort, PushBegin, PushChunk, PushCommit, PushLabel, PushNeeds, PushState
 
 __all__ = [
-    "KINDS", "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Drain", "Engines",
-    "EnginesRequest", "Failure", "Hello", "Message", "Ping", "Pong", "PushAbort", "PushBegin", "PushChunk",
-    "PushCommit", "PushNeeds", "PushState", "Refused", "Reset", "Scale", "Scaled", "Shutdown", "Status", "StatusRequest",
-    "Stopping", "Submit", "Submitted", "Welcome", "decode", "encode",
+    "KINDS", "PAUSE_MODES", "Abort", "Ack", "Acked", "Blobs", "Cancel", "Cancelled", "Credit", "Delivery", "Done", "Drain",
+    "Engines", "EnginesRequest", "Failure", "Hello", "Message", "Pause", "PauseMode", "Ping", "Pong", "PushAbort", "PushBegin",
+    "PushChunk", "PushCommit", "PushLabel", "PushNeeds", "PushState", "Refused", "Reset", "ResetPrefixCache", "Resume", "Scale",
+    "Scaled", "Shutdown", "Status", "StatusRequest", "Stopping", "Submit", "Submitted", "Tensors", "TensorsRequest", "Welcome",
+    "decode", "encode",
 ]

@@ -70,6 +70,16 @@ class PushAbort(_OfPush):
 
 
 @dataclass(frozen=True)
+class PushLabel(Message):
+    """C: the weights that serve must have this version number. A PushState, or a Refused, about `push` answers."""
+
+    push: str
+    version: int
+    KIND = 36
+    SCHEMA = (_NAME, _COUNT)
+
+
+@dataclass(frozen=True)
 class PushState(Message):
     """G: `received` chunks of a push are staged, or the version is `committed`. `version` is the one that serves."""
 

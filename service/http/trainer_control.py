@@ -1,0 +1,150 @@
+"""What trainers change over HTTP: pauses, aborted requests, weight versions. Each call is one of a control session.
+
+Invariants:
+- One weight update at a time. Another one is refused with 409 while it lasts, and changes nothing.
+- A version comes from a directory that the service can read, or from chunks. Chunks are kept in this process until the last one
+  is there; they take at most the memory of one policy.
+- The event loop never waits for the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from ...errors import TransportError
+from ...trainer_bridge.client import ServiceControl
+from ...trainer_bridge.gateway import Gateway
+from ...trainer_bridge.wire.keys import ClientKeys
+from ...trainer_bridge.wire.messages import PauseMode
+from .dispatch import Dispatch
+from .http_errors import HttpError
+from .weight_chunks import Tensor, WeightChunks
+
+T = TypeVar("T")
+MAX_CALLS = 16
+"""Control calls at once. A pause that waits for samples takes one, and so does a weight update."""
+IDLE_S = 300.0
+"""Seconds without a chunk after which another update may replace one that was started."""
+
+
+class TrainerControl:
+    """Control of one service. Used from the event loop.
+
+    Args:
+        keys: of the gateway.
+        dispatch: refuses new requests while a pause says so.
+    """
+
+    def __init__(self, gateway: Gateway, keys: ClientKeys | None, dispatch: Dispatch) -> None:
+        self._address, self._keys, self._gateway = gateway.address, keys, gateway
+        self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
+        self._updating = threading.Lock()
+        self._chunks: WeightChunks | None = None
+        self._touched = 0.0
+        self._in_flight, self._refuses = "keep", False
+        dispatch.refuses = lambda: self._refuses and bool(self.paused)
+
+    @property
+    def paused(self) -> str:
+        """Mode of the pause; empty while there is none."""
+        return self._gateway.paused
+
+    async def pause(self, mode: PauseMode, *, reset_cache: bool, refuse: bool, in_flight: str = "keep") -> None:
+        """Pauses; returns when no engine makes a step.
+
+        Args:
+            refuse: answer new requests with 503 until the pause is over; otherwise they wait.
+            in_flight: what a weight update does to held samples, where it does not say so itself.
+        """
+        self._refuses, self._in_flight = refuse, in_flight
+        await self._call(lambda control: control.pause(mode, reset_cache=reset_cache))
+
+    async def resume(self) -> None:
+        """Ends the pause."""
+        self._refuses, self._in_flight = False, "keep"
+        await self._call(lambda control: control.resume())
+
+    async def abort(self, request_ids: Sequence[str] | None) -> None:
+        """Ends requests where they are; None for all. Their clients are answered with what they have."""
+        await self._call(lambda control: control.abort(request_ids))
+
+    async def reset_prefix_cache(self) -> None:
+        """Has the engines forget K/V that they keep for other requests."""
+        await self._call(lambda control: control.reset_prefix_cache())
+
+    async def label(self, version: int) -> int:
+        """Gives the weights that serve another version number; returns it."""
+        return await self._update(lambda control: control.label_version(version))
+
+    async def load(self, directory: str, version: int | None, in_flight: str | None) -> int:
+        """Makes the weights of a directory those that serve; returns their version: `version`, or the next one."""
+        policy = in_flight or self._in_flight
+        return await self._update(lambda control: control.load_weights(
+            _next(control, version), directory, allow_gap=True, in_flight=policy))
+
+    async def start_chunks(self) -> None:
+        """Begins an update of which the tensors follow in chunks."""
+        expected = await self._call(lambda control: control.expected_weights())
+        # Nothing is awaited from here on, so of two that start at once one is refused.
+        if self._chunks is not None and time.monotonic() - self._touched < IDLE_S:
+            raise _busy()
+        self._chunks, self._touched = WeightChunks(expected), time.monotonic()
+
+    def add_chunk(self, tensors: Sequence[Tensor]) -> None:
+        """Takes parts of tensors. An error leaves what came before."""
+        self._begun().add(tensors)
+        self._touched = time.monotonic()
+
+    async def finish_chunks(self, version: int | None, in_flight: str | None) -> int:
+        """Makes the tensors that came those that serve; returns their version. The update is over, however this ends."""
+        chunks, self._chunks = self._begun(), None
+        tensors = chunks.finish()
+        policy = in_flight or self._in_flight
+        return await self._update(lambda control: control.push_weights(
+            _next(control, version), tensors, allow_gap=True, in_flight=policy))
+
+    def close(self) -> None:
+        """Frees the threads after their calls."""
+        self._calls.shutdown(wait=False, cancel_futures=True)
+
+    def _begun(self) -> WeightChunks:
+        if self._chunks is None:
+            raise HttpError(409, "no weight update is started; call /start_weight_update first", code="no_weight_update")
+        return self._chunks
+
+    async def _update(self, act: Callable[[ServiceControl], int]) -> int:
+        """One weight update. What the gateway refuses of it is answered with 409."""
+        if not self._updating.acquire(blocking=False):
+            raise _busy()
+
+        def run(control: ServiceControl) -> int:
+            try:
+                return act(control)
+            finally:
+                self._updating.release()
+
+        try:
+            return await self._call(run)
+        except TransportError as error:
+            raise HttpError(409, str(error), code="weights_refused") from error
+
+    async def _call(self, act: Callable[[ServiceControl], T]) -> T:
+        def run() -> T:
+            with ServiceControl(self._address, keys=self._keys) as control:
+                return act(control)
+
+        return await asyncio.get_running_loop().run_in_executor(self._calls, run)
+
+
+def _next(control: ServiceControl, version: int | None) -> int:
+    return int(control.status().figures["version"]) + 1 if version is None else version
+
+
+def _busy() -> HttpError:
+    return HttpError(409, "another weight update is under way; start this one when that has ended",
+                     code="weight_update_in_progress")

@@ -1,0 +1,225 @@
+"""Pauses, aborted requests and relabelled weights: nothing is lost, and every token says the version that made it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bridge_parts import ToyBackend, request, until, weights
+
+from blockroll.errors import ClusterError, TransportError
+from blockroll.rollout.backend import Completed
+from blockroll.rollout.types import Trajectory
+from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, connect
+from blockroll.trainer_bridge.gateway import Gateway
+
+Serve = Callable[..., Gateway]
+
+
+class Pausable(ToyBackend):
+    """A backend that can be interrupted, and that takes weights while work is in flight."""
+
+    in_flight_policies = ("finish", "keep", "abort")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.held, self.resets = False, 0
+        self.ended: list[Completed] = []
+
+    def hold(self, held: bool) -> None:
+        self.held = held
+
+    def reset_prefix_cache(self) -> None:
+        self.resets += 1
+
+    def label_version(self, version: int) -> None:
+        self.version = version
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> None:
+        for work in [w for w in self._work if request_ids is None or w[1].id in request_ids]:
+            self._work.remove(work)
+            self.ended.append(Completed(work[0], work[1].id, Trajectory.aborted(work[1], work[2])))
+
+    def poll(self, timeout: float) -> list[Completed]:
+        ended, self.ended = self.ended, []
+        if not self.held:
+            return ended + super().poll(timeout)
+        time.sleep(0.002)
+        self._last = time.monotonic()
+        return ended
+
+    def commit_weights(self, version: int, arrays: Mapping[str, np.ndarray], in_flight: str = "finish") -> None:
+        super().commit_weights(version, arrays)
+
+
+def settled(client: RolloutClient) -> None:
+    """requested = unique + failed, and no sample came twice."""
+    figures = client.status()
+    assert figures["requested"] == figures["unique"] + figures["failed"] and figures["missing"] == figures["duplicates"] == 0
+
+
+def test_keep_holds_what_runs_and_queues_what_comes(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        client.submit([request("a", samples=40)])
+        until(lambda: gateway._driver.in_flight > 0)
+        backend.rate = 100
+        until(lambda: gateway._driver.in_flight < 40)
+        control.pause("keep")
+        assert control.paused() == "keep" and backend.held
+        client.submit([request("b", samples=3)])
+        left = gateway._driver.in_flight
+        time.sleep(0.2)
+        assert gateway._driver.in_flight == left > 0 and backend.batches == [(1, ["a"])]
+        with pytest.raises(ClusterError, match=r"in_flight: the service is paused and holds \d+ samples"):
+            client.push_weights(1, weights(1))
+        assert client.push_weights(1, weights(1), in_flight="keep") == 1
+        control.resume()
+        backend.rate = 1e9
+        found = list(client.results(timeout=20))
+        assert control.paused() == "" and len(found) == 43
+        versions = {int(version) for t in found for version in t.versions}
+        assert versions == {0, 1} and all(t.versions[0] == 1 for t in found if t.request_id == "b")
+        settled(client)
+
+
+def test_wait_lets_what_runs_finish(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend, max_in_flight=20)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        for name in "abcd":
+            client.submit([request(name, samples=20)])
+        until(lambda: gateway._driver.in_flight > 0)
+        backend.rate = 100
+        control.pause("wait", reset_cache=True)
+        figures = client.status()
+        assert gateway._driver.in_flight == 0 and 0 < int(figures["unique"]) < 80 and figures["outstanding"] == 80 - int(
+            figures["unique"]) and backend.resets == 1  # fmt: skip
+        backend.rate = 1e9
+        time.sleep(0.1)
+        assert client.status()["unique"] == figures["unique"]
+        control.resume()
+        assert len(list(client.results(timeout=20))) == 80
+        settled(client)
+
+
+def test_abort_answers_what_runs_and_what_waits(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend, max_in_flight=20)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        for i in range(300):
+            client.submit([request(f"r{i}", samples=4)])
+        until(lambda: gateway._driver.in_flight > 0)
+        control.pause("abort")
+        assert gateway._driver.in_flight == 0
+        client.submit([request("later")])
+        found = [t for _, t in zip(range(1200), client.results(timeout=20), strict=False)]
+        assert len({t.key for t in found}) == 1200 and {t.finish_reason for t in found} == {"abort"}
+        backend.rate = 1e9
+        control.resume()
+        assert [t.request_id for t in client.results(timeout=20)] == ["later"]
+        settled(client)
+
+
+def test_named_requests_are_aborted_and_the_others_go_on(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend, max_in_flight=4)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        client.submit([request("runs", samples=4), request("queued", samples=2), request("other", samples=2)])
+        until(lambda: gateway._driver.in_flight > 0)
+        control.abort(["runs", "queued", "unknown"])
+        control.abort([])
+        backend.rate = 1e9
+        reasons = {t.key: t.finish_reason == "abort" for t in client.results(timeout=20)}
+        assert len(reasons) == 8 and all(aborted == (name != "other") for (name, _), aborted in reasons.items())
+        control.abort()
+        settled(client)
+
+
+def test_an_abort_reaches_work_that_waits_behind_a_commit(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend)
+    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
+          ThreadPoolExecutor() as pool):  # fmt: skip
+        client.submit([request("runs")])
+        until(lambda: gateway._driver.in_flight == 1)
+        pushed = pool.submit(client.push_weights, 1, weights(1))  # waits for `runs` to finish
+        until(lambda: gateway._weights.busy)
+        client.submit([request("behind", samples=2)])
+        until(lambda: gateway._driver.in_flight == 3)
+        control.abort()
+        assert pushed.result(10) == 1
+        assert sorted(t.key for t in client.results(timeout=10)) == [("behind", 0), ("behind", 1), ("runs", 0)]
+        settled(client)
+
+
+def test_a_resume_ends_a_pause_that_has_not_begun(serve: Serve) -> None:
+    gateway = serve(Pausable(rate=0.0))
+    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
+          ServiceControl(gateway.address) as other, ThreadPoolExecutor() as pool):  # fmt: skip
+        client.submit([request("a")])
+        until(lambda: gateway._driver.in_flight == 1)
+        paused = pool.submit(control.pause, "wait")
+        until(lambda: gateway._generation.mode == "wait")
+        other.resume()
+        with pytest.raises(ClusterError, match="ended before it had begun"):
+            paused.result(10)
+        other.abort()
+
+
+def test_a_label_aborts_nothing_and_survives_a_restart(serve: Serve, tmp_path: Path) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        assert control.label_version(3) == backend.version == 3 and not list(tmp_path.glob("*.weights-*"))
+        assert control.label_version(3) == 3
+        with pytest.raises(TransportError, match="4 follows 2|less than 3"):
+            control.label_version(2)
+        gateway.stop()
+        restarted = Pausable(rate=0.0)
+    gateway = serve(restarted)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        assert client.version == restarted.version == 3 and not client.status()["notice"]
+        client.submit([request("a", samples=5)])
+        until(lambda: gateway._driver.in_flight == 5)
+        client.push_weights(4, weights(4), in_flight="keep")
+        assert control.label_version(9) == restarted.version == 9 and gateway._driver.in_flight == 5
+        assert [path.name for path in tmp_path.glob("*.weights-*")] == ["ledger.sqlite.weights-9"]
+        gateway.stop()
+    backend = Pausable()
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client:
+        client.submit([request("a", samples=5)])
+        assert len(list(client.results(timeout=20))) == 5 and backend.version == client.version == 9
+        assert {name: a.tobytes() for name, a in backend.arrays.items()} == {n: a.tobytes() for n, a in weights(4).items()}
+        assert client.push_weights(10, weights(4)) == 10
+        settled(client)
+
+
+def test_a_backend_that_cannot_be_interrupted_says_so(serve: Serve) -> None:
+    gateway = serve(ToyBackend())
+    with ServiceControl(gateway.address) as control:
+        for act in (control.pause, control.resume, control.abort, control.reset_prefix_cache):
+            with pytest.raises(ClusterError, match="can neither be paused"):
+                act()
+        with pytest.raises(ClusterError, match="cannot label"):
+            control.label_version(1)
+        assert control.expected_weights()["embed.weight"] == ("float32", (32, 8))
+
+
+def test_a_drain_ends_a_pause(serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        client.submit([request("a", samples=20)])
+        until(lambda: gateway._driver.in_flight > 0)
+        control.pause("keep")
+        backend.rate = 1e9
+        assert control.stop(drain=True, timeout=20) and gateway.wait(10)
+        client.close(acknowledge=False)
