@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ class PolicyConfig(PreTrainedConfig):
     """What trainers read of a policy's configuration, and the directory that the policy is loaded from."""
 
     model_type = "blockroll"
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it; no code of a directory is ever run
     policy: str = ""
     vocab_size: int = 0
     hidden_size: int = 0
