@@ -5,16 +5,16 @@
         trainer.train()
 
 Invariants:
-- A weight version commits between two decode steps. Samples in flight go on under it, each token with its version; none is aborted.
+- A weight version commits between two decode steps. Samples in flight go on under it, each token with its version.
 - A sample's old log-probabilities are those it was drawn with. Its `model_version` is the oldest version among its tokens.
 - At most `max_inflight_tasks` samples are in the engines or wait to be trained on, so few become too old.
 - An exception of the worker's thread, a reward function's too, is raised in the trainer.
 
-What is changed in TRL: it is given a `rollout_worker` and a `weight_transfer`, which it documents. It loads its model from a path:
-`model_directory` writes one that leads to `PolicyModel`. `AsyncGRPOTrainer` is a subclass that adds the draft loss to
-`compute_loss`, and sets `token_budget` where it is None, because TRL would ask a vLLM server for it. One function of TRL's module
-is replaced while the trainer is constructed on a machine without CUDA: `get_peak_flops_per_device`, which asks for the name of a
-CUDA device, and fails there.
+What is changed in TRL: one function, `get_peak_flops_per_device` in the trainer's module, is replaced while a trainer is
+constructed on a machine without CUDA, because it asks for the name of a CUDA device. The rest is what TRL documents:
+`rollout_worker`, `weight_transfer`, and a path to load the model from, which `model_directory` writes. `AsyncGRPOTrainer` is a
+subclass that adds the draft loss to `compute_loss`, and sets `token_budget` where it is None, because TRL would ask a vLLM server
+for it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,17 @@ from ..client import RolloutClient
 from ..trainers.grpo.config import DraftTraining as DraftTraining
 from .draft_loss import DraftLossMixin
 from .policy_model import PolicyModel, load_tokenizer, model_directory
-from .samples import Prompt, WeightSync, advantages, completion, name_of, prompt_tokens, reward, reward_fields, sampling_params
+from .samples import (
+    Prompt,
+    WeightSync,
+    advantages,
+    completion,
+    name_of,
+    prompt_tokens,
+    reward,
+    reward_fields,
+    sampling_params,
+)
 
 _WAIT_S = 0.01
 """Seconds between two looks at a queue that is full."""
@@ -65,7 +75,7 @@ class _Group:
 
 
 class RolloutWorker:
-    """TRL's `RolloutWorkerProtocol`: keeps prompts in the engines and scores what comes back, in a thread of the trainer's process.
+    """TRL's `RolloutWorkerProtocol`: keeps prompts in the engines and scores what comes back, in a thread of this process.
 
     Args:
         client: not used by anyone else for `results` while the worker runs.
@@ -96,7 +106,7 @@ class RolloutWorker:
         """Cancels what is in flight and ends the thread."""
         self._stop.set()
         if self._thread.is_alive():
-            self._client.cancel(list(self._groups))
+            self._client.cancel(list(self._groups))  # ends the wait for results
             self._thread.join(_STOP_S)
 
     def update_model_version(self, model_version: int) -> None:
@@ -108,21 +118,26 @@ class RolloutWorker:
         if self._failed:
             raise self._failed[0]
         if (quiet := time.monotonic() - self._seen) > stale_after_s:
-            raise TransportError(f"no rollout has arrived for {quiet:.0f} s, and heartbeat_stale_after_s is {stale_after_s:.0f}; look "
-                                 "at `blockroll status`")
+            raise TransportError(f"no rollout has arrived for {quiet:.0f} s, and heartbeat_stale_after_s is {stale_after_s:.0f}; "
+                                 "look at `blockroll status`")
 
     def _work(self) -> None:
         try:
             while not self._stop.is_set():
                 self._submit()
                 for trajectory in self._client.results():
+                    if self._stop.is_set():
+                        break
                     self._seen = time.monotonic()
-                    group = self._groups[trajectory.request_id]
+                    group = self._groups.get(trajectory.request_id)
+                    if group is None:
+                        continue  # an earlier worker of this client asked for it
                     group.found.append(trajectory)
                     if len(group.found) == self._args.num_generations:
                         self._deliver(self._groups.pop(trajectory.request_id))
                     self._submit()
                 self._stop.wait(_WAIT_S)  # the queue is full: nothing is in the engines
+            self._client.cancel(list(self._groups))
         except BaseException as error:
             self._failed.append(error)
 
@@ -144,10 +159,15 @@ class RolloutWorker:
 
     def _repeated(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows of the data set, again and again, with the number of their group."""
-        numbers = count()
+        numbers, before = count(), -1
         while True:
+            number = before
             for row in self._dataset:
-                yield next(numbers), row
+                number = next(numbers)
+                yield number, row
+            if number == before:
+                raise InvalidInput("train_dataset", "has no rows", "give rows with a column `prompt`")
+            before = number
 
     def _deliver(self, group: _Group) -> None:
         """Scores a group and hands it to the trainer, once the trainer's queue has room."""
@@ -167,7 +187,8 @@ class RolloutWorker:
         tokens, forwards = sum(len(t.tokens) for t in found), sum(t.forwards for t in found)
         self.metrics_queue.put({"rollout/tokens_per_forward": (float(tokens), float(forwards))})
 
-    def _sample(self, trajectory: Trajectory, group: _Group, text: Any, advantage: float, metrics: dict[str, float]) -> RolloutSample:
+    def _sample(self, trajectory: Trajectory, group: _Group, text: Any, advantage: float,
+                metrics: dict[str, float]) -> RolloutSample:
         prompt, answer = trajectory.prompt_tokens, trajectory.tokens
         old = np.concatenate([np.zeros(len(prompt), np.float32), trajectory.behavior_logprobs])
         assert self._before_first is not None, "weights are pushed before rollouts begin"
@@ -188,8 +209,8 @@ class RolloutWorker:
 
 
 class WeightTransfer:
-    """TRL's `WeightTransferProtocol`: pushes each version TRL sends. `pause` and `resume` do nothing, since engines take a version
-    between two decode steps.
+    """TRL's `WeightTransferProtocol`: pushes each version that TRL sends. `pause` and `resume` do nothing, since engines take a
+    version between two decode steps.
 
     Args:
         dtype: of the service's parameters, where that is not the trainer's.
@@ -249,8 +270,8 @@ class AsyncGRPOTrainer(DraftLossMixin, async_grpo.AsyncGRPOTrainer):
         drafts: the draft loss. Further arguments are TRL's own.
     """
 
-    def __init__(self, client: RolloutClient, *, model: str, reward_funcs: Any, args: async_grpo.AsyncGRPOConfig, train_dataset: Any,
-                 sampler: SamplerName = "coupled", in_flight: str = "keep", dtype: str | None = None,
+    def __init__(self, client: RolloutClient, *, model: str, reward_funcs: Any, args: async_grpo.AsyncGRPOConfig,
+                 train_dataset: Any, sampler: SamplerName = "coupled", in_flight: str = "keep", dtype: str | None = None,
                  drafts: DraftTraining | None = None, **options: Any) -> None:
         tokenizer = options.setdefault("processing_class", load_tokenizer(model))
         path = model_directory(model, Path(args.output_dir) / "policy_reference")

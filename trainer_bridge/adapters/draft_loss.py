@@ -23,8 +23,8 @@ _KEPT = 4096
 
 
 class DraftLossMixin:
-    """Adds the draft loss to `compute_loss` of a trainer, and `draft/overlap` to its log: the mean of sum min(p, q), the chance that
-    a draft is accepted at temperature 1. Stands before the trainer's class among the bases.
+    """Adds the draft loss to `compute_loss` of a trainer, and `draft/overlap` to its log: the mean of sum min(p, q), the chance
+    that a draft is accepted. Stands before the trainer's class among the bases.
 
     Args:
         drafts: weight and form of the draft loss; a weight of 0 adds none.

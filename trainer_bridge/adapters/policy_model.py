@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -154,7 +155,8 @@ class Backbone(nn.Module):
         policy.recompute_layers = self.gradient_checkpointing and self.training
         hidden_TD = policy(layout.to(policy.device))
         if drafting is not None and any(blocks):
-            drafting.hidden_TD, drafting.layout, drafting.target_T = hidden_TD, layout.to(policy.device), target_T.to(policy.device)
+            drafting.hidden_TD = hidden_TD
+            drafting.layout, drafting.target_T = layout.to(policy.device), target_T.to(policy.device)
         clean_T = torch.nonzero(layout.block_T == CLEAN)[:, 0].tolist()
         row_N, end = torch.full((len(flat),), -1), len(clean_T)
         for places in reversed(documents):  # of a shared prefix, the first document's rows stand
@@ -176,8 +178,8 @@ def padded_documents(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 def tree_documents(kv_index: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Places:
     """The documents of a packed row of samples that share prefixes: the path from the root to each leaf."""
     index, ends_q, ends_k = kv_index.tolist(), cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    paths = [index[start:end] for start, end in zip(ends_k[:-1], ends_k[1:], strict=True)]
-    lengths = [end - start for start, end in zip(ends_q[:-1], ends_q[1:], strict=True)]
+    paths = [index[start:end] for start, end in pairwise(ends_k)]
+    lengths = [end - start for start, end in pairwise(ends_q)]
     continued = {path[-length - 1] for path, length in zip(paths, lengths, strict=True) if length < len(path)}
     return [path for path in paths if path[-1] not in continued]
 
@@ -211,14 +213,14 @@ class PolicyModel(PreTrainedModel):
         return self._policy[0]
 
     @classmethod
-    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], *_: Any, dtype: Any = None, **__: Any) -> PolicyModel:  # type: ignore[override]
+    def from_pretrained(cls, name_or_dir: str | os.PathLike[str], *_: Any, dtype: Any = None, **__: Any) -> PolicyModel:
         """A shipped policy, a policy's directory, or a directory that `model_directory` wrote."""
         path = Path(name_or_dir)
         config = PolicyConfig.from_pretrained(path) if _is_reference(path) else PolicyConfig.of(name_or_dir)
         kept = "float32" if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
         return cls(config, load_policy(config.policy, kept))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **_: Any) -> None:
         """Writes the policy: a directory that blockroll and transformers load."""
         if is_main_process:
             save_policy(self.policy, save_directory)

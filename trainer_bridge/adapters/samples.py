@@ -108,7 +108,10 @@ class WeightSync:
         self._client, self._dtype, self._in_flight = client, None if dtype is None else DTYPES[dtype], in_flight
 
     def push(self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> int:
-        """Makes these serve, and returns their version when every engine has it. Only tensors that differ from those that serve are
-        sent. Raises as `RolloutClient.push_weights`; the version before then serves."""
-        kept = parameters if self._dtype is None else {name: tensor.detach().to(self._dtype) for name, tensor in parameters.items()}
-        return self._client.push_weights(self._client.version + 1, {**kept, **buffers}, in_flight=self._in_flight)
+        """Makes these serve, and returns their version when every engine has it. Only tensors that differ from those that serve
+        are sent. Raises as `RolloutClient.push_weights`; the version before then serves."""
+        kept = dict(parameters)
+        if self._dtype is not None:
+            kept = {name: tensor.detach().to(self._dtype) for name, tensor in kept.items()}
+        serving = int(self._client.status()["version"])
+        return self._client.push_weights(serving + 1, {**kept, **buffers}, in_flight=self._in_flight)

@@ -86,7 +86,7 @@ class Rollouts:
             self._sync.push({name: t for name, t in state.items() if name not in buffers},
                             {name: t for name, t in state.items() if name in buffers})
         accelerator.wait_for_everyone()
-        self.version = self._client.status()["version"]
+        self.version = int(self._client.status()["version"])
 
     def __call__(self, prompts: Sequence[Any], trainer: trl.GRPOTrainer) -> dict[str, Any]:
         """One completion for each prompt, as TRL's `rollout_func` returns them. Prompts come repeated, once per sample."""
@@ -99,8 +99,10 @@ class Rollouts:
             **reward_fields(found),
         }
 
-    def generate(self, prompts: Sequence[Sequence[int]], images: Any = None, num_generations: int = 1, profiler: Any = None) -> tuple:
-        """As the method of TRL's `VLLMGeneration`, which TRL calls for turns after a tool call and where it has no rollout_func."""
+    def generate(self, prompts: Sequence[Sequence[int]], images: Any = None, num_generations: int = 1,
+                 profiler: Any = None) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], None]:
+        """As the method of TRL's `VLLMGeneration`, which TRL calls for turns after a tool call, and where it has no
+        `rollout_func`."""
         if images is not None and any(images):
             raise InvalidInput("images", "given", "the policy reads text alone")
         found = self._roll_out([tuple(prompt) for prompt in prompts])
@@ -134,7 +136,7 @@ class Rollouts:
 
     def _check_versions(self, found: Sequence[Trajectory]) -> None:
         if self.version is not None and (others := {int(v) for t in found for v in t.versions} - {self.version}):
-            raise TransportError(f"the service answered with weight version {sorted(others)[0]} in place of {self.version}: another "
+            raise TransportError(f"the service answered with weight version {min(others)} in place of {self.version}: another "
                                  "trainer pushes to it; give each trainer a service of its own")
 
 
@@ -160,8 +162,9 @@ class GRPOTrainer(DraftLossMixin, trl.GRPOTrainer):
         rollouts: the connection to the service.
     """
 
-    def __init__(self, client: RolloutClient, *, model: PolicyModel, sampler: SamplerName = "coupled", timeout: float | None = None,
-                 dtype: str | None = None, drafts: DraftTraining | None = None, **options: Any) -> None:
+    def __init__(self, client: RolloutClient, *, model: PolicyModel, sampler: SamplerName = "coupled",
+                 timeout: float | None = None, dtype: str | None = None, drafts: DraftTraining | None = None,
+                 **options: Any) -> None:
         self.rollouts = Rollouts(client, sampler, timeout, dtype)
         options.setdefault("processing_class", model.policy.tokenizer)
         super().__init__(model=model, rollout_func=self.rollouts, drafts=drafts, **options)
