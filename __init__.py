@@ -20,6 +20,7 @@ _PUBLIC = {
     "RolloutRequest": "rollout.types",
     "SampleOutput": "rollout.outputs",
     "SamplingParams": "rollout.types",
+    "Schedule": "rollout.schedule",
     "Trajectory": "rollout.types",
     "connect": "trainer_bridge.client",
     "load_policy": "model.checkpoint",
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .model.checkpoint import load_policy, save_policy
     from .rollout.engine import Engine, EngineConfig
     from .rollout.outputs import RolloutOutput, SampleOutput
+    from .rollout.schedule import Schedule
     from .rollout.types import RolloutRequest, SamplingParams, Trajectory
     from .trainer_bridge.client import RolloutClient, connect
     from .trainer_bridge.client.async_client import AsyncRolloutClient

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated
@@ -39,19 +39,16 @@ app.add_typer(bench, name="bench")
 kernels = typer.Typer(help="The Triton kernels.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(kernels, name="kernels")
 
-for _command in (service.up, service.status, service.scale, service.down, service.logs, service.doctor):
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    service.up, service.status, service.scale, service.down, service.logs, service.doctor,
+    training.grpo, training.convert, training.ablate,
+    decoding.ask, decoding.generate, decoding.score, measuring.plan,
+)  # fmt: skip
+for _command in _COMMANDS:
     app.command()(_command)
-app.command("grpo")(training.grpo)
-app.command("convert")(training.convert)
-app.command("ablate")(training.ablate)
 app.command("eval")(measuring.evaluate)
-app.command("ask")(decoding.ask)
-app.command("generate")(decoding.generate)
-app.command("score")(decoding.score)
-app.command("plan")(measuring.plan)
-bench.command("decode")(measuring.bench_decode)
-bench.command("gpu")(measuring.bench_gpu)
-bench.command("planner")(measuring.bench_planner)
+for _name, _command in (("decode", measuring.bench_decode), ("gpu", measuring.bench_gpu), ("planner", measuring.bench_planner)):
+    bench.command(_name)(_command)
 kernels.command("check")(measuring.kernels_check)
 
 

@@ -14,7 +14,8 @@ def grpo(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the output directory.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output directory.")] = False,
     address: Annotated[
-        str | None, typer.Option(metavar="tcp://HOST:PORT", help="The gateway of a service that is up; the run starts none.")
+        str | None, typer.Option(metavar="tcp://HOST:PORT|CONFIG", help="A service that is up, by its address or by the "
+                                 "configuration it was started with; the run starts none.")
     ] = None,
     keys: Annotated[
         str | None, typer.Option(metavar="DIR", help="With --address: the directory of that service's keys.")
@@ -30,7 +31,7 @@ def grpo(
     Example:
       blockroll grpo configs/grpo/quickstart.yaml
       blockroll grpo configs/grpo/quickstart.yaml --resume
-      blockroll grpo configs/grpo/quickstart.yaml --address tcp://127.0.0.1:5555
+      blockroll grpo configs/grpo/quickstart.yaml --address configs/cluster/local.yaml
     """
     from functools import partial
 

@@ -93,6 +93,17 @@ def _has_numba() -> bool:
     return find_spec("numba") is not None
 
 
+@cache
+def compiled_where_installed(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function of arrays and numbers as numba compiles it; itself where numba is not installed. The caller's module does not
+    import numba before the first call."""
+    if not _has_numba():
+        return function
+    from .compiled import compiled
+
+    return compiled()(function)
+
+
 def dispatched(
     reference: Callable[Arguments, Result], triton: str = "triton", numba: str | None = None, wide: bool = True
 ) -> Callable[Arguments, Result]:

@@ -14,14 +14,13 @@ Legend: T rows, S sequences, A = hops + 1 ancestors, H tail entries of a sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 
 from ..kernels.cca import NOTHING
+from ..kernels.dispatch import compiled_where_installed
 from .layout import CLEAN, FROM_TAIL, TokenLayout
 
 
@@ -68,7 +67,8 @@ class Visibility:
         ranges, window = np.empty((len(sizes), 4, rows), np.int64), np.array([size or 0 for size in sizes], np.int64)
         if tail_SH is None:
             tail_SH = np.empty((sequences, 0), np.int64)
-        _fill()(sequence, position, limit, block, parent, start, tail_SH, window, first, clean, source, ranges)
+        fill = compiled_where_installed(_fill_rows)
+        fill(sequence, position, limit, block, parent, start, tail_SH, window, first, clean, source, ranges)
         return cls(first, clean, start, source, {kind: ranges[sizes.index(size)] for kind, size in windows.items()})
 
     @property
@@ -79,16 +79,6 @@ class Visibility:
     def by_sequence(self, of_S: np.ndarray) -> np.ndarray:
         """A number of each sequence, for each row."""
         return np.repeat(of_S, self.count_S)
-
-
-@cache
-def _fill() -> Callable[..., Any]:
-    """Compiled where numba is installed; imported at first use, so that importing the network stays light."""
-    try:
-        from ..kernels.compiled import compiled
-    except ImportError:
-        return _fill_rows
-    return compiled()(_fill_rows)
 
 
 def _fill_rows(sequence_T, position_T, limit_T, block_T, parent_T, start_S, tail_SH, window_W, first_S1, clean_S, source_TA,

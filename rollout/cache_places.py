@@ -5,13 +5,12 @@ Legend: T rows, S sequences, P pages of the longest table, H hops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..kernels.cca import NOTHING
+from ..kernels.dispatch import compiled_where_installed
 from ..model.layout import CLEAN, TokenLayout
 
 
@@ -66,18 +65,8 @@ class CachePlaces(NamedTuple):
         write, tail = np.full((2, layout.rows), NOTHING)
         tail_SH = np.empty((len(slot_S), hops), np.int64)
         rows = (x.numpy() for x in (layout.sequence_T, layout.position_T, layout.block_T, layout.start_S))
-        apart = _fill()(*rows, slot_S, pages_S, table_SP, *sizes, write, tail, tail_SH)
+        apart = compiled_where_installed(_fill_places)(*rows, slot_S, pages_S, table_SP, *sizes, write, tail, tail_SH)
         return cls(write, tail, tail_SH, bool(apart))
-
-
-@cache
-def _fill() -> Callable[..., Any]:
-    """Compiled where numba is installed; imported at first use, as in `visibility`."""
-    try:
-        from ..kernels.compiled import compiled
-    except ImportError:
-        return _fill_places
-    return compiled()(_fill_places)
 
 
 def _fill_places(sequence_T, position_T, block_T, start_S, slot_S, pages_S, table_SP, page_size, ring, page_tail, first_page_tail,

@@ -16,6 +16,7 @@ from ..trainer_bridge.wire.key_files import load_client_keys
 from ..trainer_bridge.wire.sockets import check_address
 from .config import ServiceConfig
 from .lifecycle import serve
+from .located import located
 
 DISK_PATIENCE_S = 5.0
 """Seconds the disk under a run's ledger may stay full before the run ends: without the ledger it cannot go on, and a person waits
@@ -26,7 +27,7 @@ def service_of(run: GrpoConfig, address: str | None = None, keys: str | None = N
     """What brings the service of a run up. Everything that the configuration says is checked here.
 
     Args:
-        address, keys: of a service that is up, in place of what the configuration says.
+        address, keys: of a service that is up, in place of what the configuration says; see `located`.
 
     Raises:
         InvalidInput: what is wrong, in one line.
@@ -35,7 +36,7 @@ def service_of(run: GrpoConfig, address: str | None = None, keys: str | None = N
         raise InvalidInput("--keys", f"{keys} without --address", "give the address of the service that has these keys")
     where = address or run.address
     if where is not None:
-        directory = keys or run.keys
+        where, directory = located(where, keys or run.keys)
         try:
             check_address(where, has_keys=directory is not None)
         except TransportError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import ZayaConfig
 
+from blockroll.model import checkpoint
+from blockroll.model.policy import Policy
+
 
 def zaya_config(**changes) -> ZayaConfig:
     """A ZAYA of a few thousand parameters."""
@@ -30,3 +33,16 @@ def randomise(model: torch.nn.Module, seed: int = 0, sharpness: float = 1.0) -> 
             buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
             buffer[-1] = 0.1  # so that some rows take the skip expert
     model.get_parameter("lm_head.weight").mul_(sharpness)
+
+
+@torch.no_grad()
+def large_policy(layers: int = 12) -> Policy:
+    """A policy whose weights take about 170 MB a layer in float32; nothing else is kept in memory."""
+    config = ZayaConfig(vocab_size=32_000, num_hidden_layers=layers, hidden_size=1024, moe_intermediate_size=1024, num_experts=12,
+                        head_dim=128, router_hidden_size=64, max_position_embeddings=4096)  # fmt: skip
+    with torch.device("meta"):
+        policy = Policy(config)
+    checkpoint._place(policy, torch.float32, torch.device("cpu"))
+    for tensor in policy.state_dict().values():
+        tensor.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(tensor.numel()))
+    return policy

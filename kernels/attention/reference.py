@@ -32,14 +32,9 @@ def attend(
 
 
 def paged_attend(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    k_pool_KGD: torch.Tensor,
-    v_pool_KGD: torch.Tensor,
-    rows: Rows,
-    scale: float,
-) -> torch.Tensor:
+    q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, k_pool_KGD: torch.Tensor, v_pool_KGD: torch.Tensor,
+    rows: Rows, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """Returns out_THD; a row that sees nothing gives 0.
 
     Args:

@@ -198,14 +198,9 @@ def combine(
 
 
 def paged_attend(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    k_pool_KGD: torch.Tensor,
-    v_pool_KGD: torch.Tensor,
-    rows: Rows,
-    scale: float,
-) -> torch.Tensor:
+    q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, k_pool_KGD: torch.Tensor, v_pool_KGD: torch.Tensor,
+    rows: Rows, scale: float,
+) -> torch.Tensor:  # fmt: skip
     """`blockroll.kernels.attention.paged_attend` on an accelerator."""
     T, H, D = q_THD.shape
     G, tile = k_TGD.shape[1], rows.tile

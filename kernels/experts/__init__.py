@@ -29,13 +29,9 @@ route = dispatched(reference.route, wide=False)
 
 
 def route_top1(
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    weight_T: torch.Tensor,
-    gate_up_E2FD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    x_TD: torch.Tensor, expert_T: torch.Tensor, weight_T: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns out_TD; see `reference.route_top1`. Activations other than silu, and float64, take the reference."""
     silu = activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
     if silu and x_TD.dtype != torch.float64 and takes_triton(x_TD, weight_T, gate_up_E2FD, down_EDF):

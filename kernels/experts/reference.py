@@ -56,13 +56,9 @@ def route(
 
 
 def route_top1(
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    weight_T: torch.Tensor,
-    gate_up_E2FD: torch.Tensor,
-    down_EDF: torch.Tensor,
+    x_TD: torch.Tensor, expert_T: torch.Tensor, weight_T: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Returns out_TD.
 
     Args:

@@ -167,12 +167,8 @@ def _sort(expert_T: torch.Tensor, classes: int, padded: int) -> tuple[torch.Tens
 
 
 def route_top1(
-    x_TD: torch.Tensor,
-    expert_T: torch.Tensor,
-    weight_T: torch.Tensor,
-    gate_up_E2FD: torch.Tensor,
-    down_EDF: torch.Tensor,
-) -> torch.Tensor:
+    x_TD: torch.Tensor, expert_T: torch.Tensor, weight_T: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """As the reference, with silu."""
     rows, d = x_TD.shape
     experts, f = len(gate_up_E2FD), down_EDF.shape[2]

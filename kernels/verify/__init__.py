@@ -66,17 +66,10 @@ verify_rejection = dispatched(reference.verify_rejection, triton="rejection", nu
 
 
 def draft_chain(
-    q_logits_SMV: torch.Tensor,
-    markov: Callable[[torch.Tensor], torch.Tensor],
-    previous_S: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int,
-    purpose: int,
-    markov_from: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q_logits_SMV: torch.Tensor, markov: Callable[[torch.Tensor], torch.Tensor], previous_S: torch.Tensor,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, excluded: int,
+    purpose: int, markov_from: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
     Args:
@@ -106,13 +99,9 @@ def draft_chain(
 
 
 def verify_matching(
-    p_logits_SRV: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-) -> Rejection:
+    p_logits_SRV: torch.Tensor, draft_SM: torch.Tensor, count_S: torch.Tensor, temperature_S: torch.Tensor,
+    seed_S: torch.Tensor, anchor_S: torch.Tensor,
+) -> Rejection:  # fmt: skip
     """Accept drafts while they are the tokens of `sample_gumbel`, for `ar`, `coupled` and temperature 0.
 
     Args: as of `reference.verify_rejection`.

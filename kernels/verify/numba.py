@@ -149,13 +149,9 @@ def _empty(*shape: int, like: type = np.int64) -> np.ndarray:
 
 
 def sample_cdf(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int = -1,
-    purpose: int = Purpose.DRAFT,
-) -> Sampled:
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
+    excluded: int = -1, purpose: int = Purpose.DRAFT,
+) -> Sampled:  # fmt: skip
     """`reference.sample_cdf`, and with purpose NOISE `reference.sample_gumbel`."""
     shape = logits_SRV.shape[:2]
     out = _empty(*shape), _empty(*shape, like=np.float32), _empty(*shape, like=np.float64)
@@ -167,17 +163,10 @@ sample_gumbel = partial(sample_cdf, purpose=Purpose.NOISE)
 
 
 def draft_chain(
-    logits_SMV: torch.Tensor,
-    pair_VV: torch.Tensor,
-    previous_S: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int,
-    purpose: int,
+    logits_SMV: torch.Tensor, pair_VV: torch.Tensor, previous_S: torch.Tensor, count_S: torch.Tensor,
+    temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, excluded: int, purpose: int,
     markov_from: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As the package's, of a table of pairs."""
     assert logits_SMV.is_contiguous()
     out = _empty(*logits_SMV.shape[:2]), _empty(*logits_SMV.shape[:2], like=np.float64)
@@ -188,13 +177,9 @@ def draft_chain(
 
 
 def verify_matching(
-    p_logits_SRV: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-) -> Rejection:
+    p_logits_SRV: torch.Tensor, draft_SM: torch.Tensor, count_S: torch.Tensor, temperature_S: torch.Tensor,
+    seed_S: torch.Tensor, anchor_S: torch.Tensor,
+) -> Rejection:  # fmt: skip
     """As the package's."""
     s, r = p_logits_SRV.shape[:2]
     out = _empty(s), _empty(s, r), _empty(s, r, like=np.float32)
@@ -204,17 +189,10 @@ def verify_matching(
 
 
 def verify_rejection(
-    p_logits_SRV: torch.Tensor,
-    q_logits_SMV: torch.Tensor,
-    q_lse_SM: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-    excluded: int = -1,
+    p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
     mix_weight_S: torch.Tensor | None = None,
-) -> Rejection:
+) -> Rejection:  # fmt: skip
     """`reference.verify_rejection`."""
     s, r = p_logits_SRV.shape[:2]
     out = _empty(s), _empty(s, r), _empty(s, r, like=np.float32), _empty(s, r, like=np.float32)

@@ -192,13 +192,9 @@ def sample_gumbel(
 
 
 def sample_cdf(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int = -1,
-    purpose: int = Purpose.DRAFT,
-) -> Sampled:
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
+    excluded: int = -1, purpose: int = Purpose.DRAFT,
+) -> Sampled:  # fmt: skip
     """One draw per row by inverse CDF, with a uniform number keyed by (seed, position, purpose); arguments as for
     `sample_gumbel`, temperatures above 0."""
     scaled_SRV = _scaled(logits_SRV, temperature_S, excluded)
@@ -208,17 +204,10 @@ def sample_cdf(
 
 
 def verify_rejection(
-    p_logits_SRV: torch.Tensor,
-    q_logits_SMV: torch.Tensor,
-    q_lse_SM: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-    excluded: int = -1,
+    p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
     mix_weight_S: torch.Tensor | None = None,
-) -> Rejection:
+) -> Rejection:  # fmt: skip
     """Accept drafts with min(1, p / q), and draw the token after them from the residual.
 
     Args:

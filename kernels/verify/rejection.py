@@ -220,17 +220,10 @@ def _verdict_kernel(
 
 
 def verify_rejection(
-    p_logits_SRV: torch.Tensor,
-    q_logits_SMV: torch.Tensor,
-    q_lse_SM: torch.Tensor,
-    draft_SM: torch.Tensor,
-    count_S: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    anchor_S: torch.Tensor,
-    excluded: int = -1,
+    p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
     mix_weight_S: torch.Tensor | None = None,
-) -> Rejection:
+) -> Rejection:  # fmt: skip
     """As the reference."""
     s, r, vocab_size = p_logits_SRV.shape
     device = p_logits_SRV.device

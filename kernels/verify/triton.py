@@ -154,13 +154,9 @@ def sample_gumbel(
 
 
 def sample_cdf(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
-    excluded: int = -1,
-    purpose: int = Purpose.DRAFT,
-) -> Sampled:
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
+    excluded: int = -1, purpose: int = Purpose.DRAFT,
+) -> Sampled:  # fmt: skip
     """As the reference."""
     return _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, int(purpose), False)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_zaya import large_policy
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, ZayaConfig
+from transformers import AutoModelForCausalLM
 
 import blockroll
 from blockroll.errors import StorageError
@@ -131,14 +132,7 @@ print(kilobytes("/proc/self/smaps_rollup", "Pss:"))
 def test_loading_takes_the_memory_of_the_policy(tmp_path, dtype, shard):
     """A policy of 2 GB in float32. One process takes at most 1.25 times its size, Python and torch included; four take at
     most 4.1 times its size beside those."""
-    config = ZayaConfig(vocab_size=32_000, num_hidden_layers=12, hidden_size=1024, moe_intermediate_size=1024, num_experts=12,
-                        head_dim=128, router_hidden_size=64, max_position_embeddings=4096)  # fmt: skip
-    with torch.device("meta"):
-        policy = Policy(config)
-    checkpoint._place(policy, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        for tensor in policy.state_dict().values():
-            tensor.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(tensor.numel()))
+    policy = large_policy()
     directory = save_policy(policy, tmp_path / "policy", dtype, shard)
     del policy
     command = [sys.executable, "-c", LOAD, str(directory)]

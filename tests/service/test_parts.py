@@ -16,6 +16,7 @@ from blockroll.errors import ClusterError, ConfigError, InvalidInput, StorageErr
 from blockroll.service import detached, logs, runtime_file
 from blockroll.service.autoscaler import Decision
 from blockroll.service.config import Engines
+from blockroll.service.located import located
 from blockroll.service.of_run import service_of
 from blockroll.service.runtime_file import ServiceRecord
 from blockroll.settings import parse
@@ -179,3 +180,19 @@ def test_time_is_not_lost_to_stale_descriptors(tmp_path: Path) -> None:
         for _ in range(50):
             runtime_file.read(ledger)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_service_is_named_by_its_configuration(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "service.yaml", tmp_path / "ledger.sqlite"
+    file.write_text(f"policy: tiny-reasoner\ndelivery: {{ledger: {ledger}}}\n")
+    assert located("tcp://127.0.0.1:9", "k") == ("tcp://127.0.0.1:9", "k")
+    with pytest.raises(ClusterError, match="no service of it is up; run `blockroll up"):
+        located(str(file), None)
+    with runtime_file.held(ledger, ServiceRecord(7, address="tcp://127.0.0.1:1")) as held:
+        with pytest.raises(ClusterError, match="is still starting"):
+            located(str(file), None)
+        held.update(state="ready", keys="made")
+        assert located(str(file), None) == ("tcp://127.0.0.1:1", "made")
+        assert located(str(file), "mine") == ("tcp://127.0.0.1:1", "mine")
+    with pytest.raises(ConfigError, match="none.yaml"):
+        located(str(tmp_path / "none.yaml"), None)

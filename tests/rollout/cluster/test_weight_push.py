@@ -17,11 +17,9 @@ import numpy as np
 import pytest
 import ray
 import torch
-from transformers import ZayaConfig
+from random_zaya import large_policy
 
-from blockroll.model import checkpoint
 from blockroll.model.checkpoint import save_policy
-from blockroll.model.policy import Policy
 from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.engine import EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams
@@ -31,18 +29,6 @@ from blockroll.trainer_bridge.gateway import Gateway
 LAYERS = int(os.environ.get("BLOCKROLL_PUSH_LAYERS", "12"))
 """12 layers are 2 GB in float32."""
 ENGINES = 4
-
-
-def random_policy() -> Policy:
-    config = ZayaConfig(vocab_size=32_000, num_hidden_layers=LAYERS, hidden_size=1024, moe_intermediate_size=1024, num_experts=12,
-                        head_dim=128, router_hidden_size=64, max_position_embeddings=4096)  # fmt: skip
-    with torch.device("meta"):
-        policy = Policy(config)
-    checkpoint._place(policy, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        for tensor in policy.state_dict().values():
-            tensor.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(tensor.numel()))
-    return policy
 
 
 def plain_copies(arrays: list[np.ndarray], folder: Path) -> float:
@@ -69,7 +55,7 @@ def plain_copies(arrays: list[np.ndarray], folder: Path) -> float:
 def trainer(pipe) -> None:
     """A process of its own: waits for the address, then pushes all, one small tensor, and nothing new. Sends the seconds of the
     plain copies and of each push."""
-    policy = random_policy()
+    policy = large_policy(LAYERS)
     address, folder = pipe.recv()
     state = {name: tensor for name, tensor in policy.state_dict().items() if name != "lm_head.weight"}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: the same memory twice
@@ -95,7 +81,7 @@ def test_a_push_of_two_gigabytes(tmp_path, transport):
     pipe, end = fork.Pipe()
     process = fork.Process(target=trainer, args=(end,), daemon=True)
     process.start()
-    policy = random_policy()
+    policy = large_policy(LAYERS)
     size = sum(tensor.nbytes for name, tensor in policy.state_dict().items() if name != "lm_head.weight")
     directory = str(save_policy(policy, tmp_path / "policy", "float32"))
     del policy

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, cast
 
-from ..codec import Buffer, Field, read_header, refuse, write_header
+from ..codec import Buffer, Field, Int, read_header, refuse, write_header
 
 KINDS: dict[int, type[Message]] = {}
 """Every message class by its number on the wire."""
@@ -35,8 +35,17 @@ class Message:
     BLOBS: ClassVar[Blobs | None] = None
 
     def __init_subclass__(cls) -> None:
-        assert cls.KIND not in KINDS, f"two messages have number {cls.KIND}"
-        KINDS[cls.KIND] = cls
+        if "KIND" in vars(cls):
+            assert cls.KIND not in KINDS, f"two messages have number {cls.KIND}"
+            KINDS[cls.KIND] = cls
+
+
+@dataclass(frozen=True)
+class Numbered(Message):
+    """A question of a client, or the answer of the gateway that has the same number."""
+
+    number: int
+    SCHEMA = (Int(),)
 
 
 def encode(message: Message) -> list[Buffer]:

@@ -18,7 +18,7 @@ from ..limits import (
     MAX_TEXT,
     MAX_TRAJECTORY,
 )
-from .message import Blobs, Message
+from .message import Blobs, Message, Numbered
 
 _ID = Text(MAX_ID, empty=False)
 _NAME = Text(MAX_NAME, empty=False)
@@ -106,13 +106,10 @@ class Ack(Message):
     SCHEMA = (_COUNT, Many(Row((_ID, Int(-1, MAX_SAMPLES - 1))), MAX_ACKS))
 
 
-@dataclass(frozen=True)
-class Acked(Message):
+class Acked(Numbered):
     """G: the Ack of this number is in the ledger. None of its samples is sent again."""
 
-    number: int
     KIND = 16
-    SCHEMA = (_COUNT,)
 
 
 @dataclass(frozen=True)
@@ -127,22 +124,16 @@ class Cancel(Message):
     SCHEMA = (_COUNT, _TEXT, Many(_ID, MAX_CANCELS))
 
 
-@dataclass(frozen=True)
-class Cancelled(Message):
+class Cancelled(Numbered):
     """G: the Cancel of this number is in the ledger. A Failure follows for each request that it ended."""
 
-    number: int
     KIND = 20
-    SCHEMA = (_COUNT,)
 
 
-@dataclass(frozen=True)
-class StatusRequest(Message):
+class StatusRequest(Numbered):
     """C: asks for a Status of the same number."""
 
-    number: int
     KIND = 17
-    SCHEMA = (_COUNT,)
 
 
 @dataclass(frozen=True)

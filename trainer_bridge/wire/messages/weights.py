@@ -14,6 +14,12 @@ _COUNT = Int()
 
 
 @dataclass(frozen=True)
+class _OfPush(Message):
+    push: str
+    SCHEMA = (_NAME,)
+
+
+@dataclass(frozen=True)
 class PushBegin(Message):
     """C: a weight version follows, whose manifest is `manifest[0]`. `in_flight`: what its commit does to sequences in
     flight."""
@@ -51,22 +57,16 @@ class PushChunk(Message):
     BLOBS = Blobs(1, MAX_CHUNK)
 
 
-@dataclass(frozen=True)
-class PushCommit(Message):
+class PushCommit(_OfPush):
     """C: every chunk that is needed is sent. The gateway commits the version."""
 
-    push: str
     KIND = 32
-    SCHEMA = (_NAME,)
 
 
-@dataclass(frozen=True)
-class PushAbort(Message):
+class PushAbort(_OfPush):
     """C: the gateway must drop what it has staged of this push."""
 
-    push: str
     KIND = 33
-    SCHEMA = (_NAME,)
 
 
 @dataclass(frozen=True)
