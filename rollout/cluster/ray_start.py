@@ -26,7 +26,8 @@ def start_ray(address: str | None, cpus: int) -> bool:
         if colon and port.isdecimal():
             # Ray itself tries for minutes.
             socket.create_connection((host, int(port)), timeout=10.0).close()
-        ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
+        # "local": without it Ray joins a cluster of someone else that was started on this machine.
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
                  logging_level=logging.ERROR, num_cpus=None if address else max(cpus, 2))  # fmt: skip
     except (OSError, RuntimeError, ValueError) as error:
         where, remedy = (f"the one at {address} cannot be reached", "check the address and that it runs") if address else \

@@ -273,6 +273,9 @@ class AsyncGRPOTrainer(DraftLossMixin, async_grpo.AsyncGRPOTrainer):
     def __init__(self, client: RolloutClient, *, model: str, reward_funcs: Any, args: async_grpo.AsyncGRPOConfig,
                  train_dataset: Any, sampler: SamplerName = "coupled", in_flight: str = "keep", dtype: str | None = None,
                  drafts: DraftTraining | None = None, **options: Any) -> None:
+        for name in ("tools", "environment_factory", "peft_config"):
+            if options.get(name) is not None:
+                raise InvalidInput(name, "given", "leave it out; the service samples one turn of the policy itself")
         tokenizer = options.setdefault("processing_class", load_tokenizer(model))
         path = model_directory(model, Path(args.output_dir) / "policy_reference")
         worker = RolloutWorker(client, train_dataset, reward_funcs, tokenizer, args, sampler)

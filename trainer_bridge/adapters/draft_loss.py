@@ -36,7 +36,9 @@ class DraftLossMixin:
         super().__init__(*arguments, **options)
         found = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         if not isinstance(found, PolicyModel):
-            raise InvalidInput("model", f"a {type(found).__name__} has no mask rows", "give load_model(policy)")
+            raise InvalidInput("model", f"a {type(found).__name__} has no mask rows", "give load_model(policy), without LoRA")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            raise InvalidInput("trainer", "its parameters are sharded", "train on one device, or with DDP")
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> torch.Tensor:

@@ -132,6 +132,7 @@ class Constructed:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.accelerator = model, self
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False
 
     def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
