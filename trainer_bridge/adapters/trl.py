@@ -67,6 +67,9 @@ class Rollouts:
         """Has the trainer push its weights before each step's rollouts, and correct by the recorded log-probabilities."""
         if trainer.use_vllm:
             raise InvalidInput("args.use_vllm", "True", "leave it at False; the service makes the rollouts")
+        if trainer.args.generation_kwargs:
+            raise InvalidInput("args.generation_kwargs", f"{trainer.args.generation_kwargs}", "leave it out; use the arguments "
+                               "temperature, top_p, top_k, min_p and repetition_penalty")
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InvalidInput("trainer", "its parameters are sharded", "train on one device, or with DDP")
         if not isinstance(trainer.accelerator.unwrap_model(trainer.model), PolicyModel):

@@ -81,7 +81,7 @@ def test_grpo_trainer_for_two_steps(
 
 def test_async_trainer_for_two_steps(address: str, backend: EngineBackend, tmp_path: Path) -> None:
     began = backend.version
-    trainer, before, after = trl_async.main(address, POLICY, steps=2, heldout=6, tokens=400, output=tmp_path, temperature=0.8)
+    trainer, before, after = trl_async.main(address, POLICY, steps=2, heldout=6, tokens=300, samples=32, output=tmp_path, temperature=0.8)
     assert backend.version == began + 1 + 3  # before the evaluation, before the first step, after each step
     first, second = lines(trainer, "ratio")
     assert abs(first - 1) < 1e-4 and 0 < abs(second - 1) < 0.2
@@ -118,6 +118,10 @@ def test_what_cannot_work_is_refused_by_name(address: str, tmp_path: Path) -> No
                          **shared)  # fmt: skip
         with pytest.raises(InvalidInput, match=r"rollout_func: not attached"):
             own.train()
+        own.args.generation_kwargs = {"stop": "A"}
+        with pytest.raises(InvalidInput, match=r"args.generation_kwargs"):
+            rollouts.attach(own)
+        own.args.generation_kwargs = None
         rollouts.attach(own)
         with pytest.raises(InvalidInput, match=r"args.use_vllm"):
             rollouts.attach(own)
