@@ -21,15 +21,17 @@ from blockroll.trainer_bridge.adapters.async_grpo import AsyncGRPOTrainer, Draft
 OUTPUT = Path("runs/trl_async")
 
 
-def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, tokens=1024, samples=96, output=OUTPUT, learning_rate=5e-5, **options):
+def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, tokens=1024, samples=96, output=OUTPUT,
+         learning_rate=5e-5, **options):  # fmt: skip
     """Trains; returns the trainer, and the figures before and after."""
     torch.set_num_threads(1)
     tasks = make_tasks("rl", 1000, only=FAMILIES)
     dataset = Dataset.from_list([{"prompt": task.prompt, "task": task.id} for task in tasks])
     args = AsyncGRPOConfig(
         str(output), gradient_accumulation_steps=2, token_budget=tokens, num_generations=8, max_completion_length=192,
-        max_steps=steps, max_staleness=4, max_inflight_tasks=samples, learning_rate=learning_rate, warmup_steps=2, logging_steps=1,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True, **options,
+        max_steps=steps, max_staleness=4, max_inflight_tasks=samples, learning_rate=learning_rate, warmup_steps=2,
+        logging_steps=1, use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", report_to=[],
+        disable_tqdm=True, **options,
     )  # fmt: skip
     with blockroll.connect(address) as client:
         trainer = AsyncGRPOTrainer(client, model=policy, reward_funcs=right, args=args, train_dataset=dataset,

@@ -81,7 +81,8 @@ def test_grpo_trainer_for_two_steps(
 
 def test_async_trainer_for_two_steps(address: str, backend: EngineBackend, tmp_path: Path) -> None:
     began = backend.version
-    trainer, before, after = trl_async.main(address, POLICY, steps=2, heldout=6, tokens=300, samples=32, output=tmp_path, temperature=0.8)
+    options = {"heldout": 6, "tokens": 300, "samples": 32, "temperature": 0.8}
+    trainer, before, after = trl_async.main(address, POLICY, steps=2, output=tmp_path, **options)
     assert backend.version == began + 1 + 3  # before the evaluation, before the first step, after each step
     first, second = lines(trainer, "ratio")
     assert abs(first - 1) < 1e-4 and 0 < abs(second - 1) < 0.2
