@@ -46,7 +46,6 @@ from .draft_loss import DraftLossMixin
 from .policy_model import PolicyModel, load_tokenizer, model_directory
 from .samples import (
     Prompt,
-    WeightSync,
     advantages,
     completion,
     name_of,
@@ -55,6 +54,7 @@ from .samples import (
     reward_fields,
     sampling_params,
 )
+from .weight_sync import WeightSync
 
 _WAIT_S = 0.01
 """Seconds between two looks at a queue that is full."""

@@ -38,7 +38,8 @@ from ..trainers.grpo.config import DraftTraining as DraftTraining
 from .draft_loss import DraftLossMixin
 from .policy_model import PolicyModel
 from .policy_model import load_model as load_model
-from .samples import WeightSync, prompt_tokens, reward_fields, sampling_params
+from .samples import prompt_tokens, reward_fields, sampling_params
+from .weight_sync import WeightSync
 
 
 class Rollouts:

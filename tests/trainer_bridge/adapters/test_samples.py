@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from bridge_parts import ToyBackend
 from engine_backend import EngineBackend
 
 pytest.importorskip("trl")
@@ -22,6 +24,7 @@ from blockroll.errors import InvalidInput, TransportError
 from blockroll.trainer_bridge.adapters.async_grpo import RolloutWorker, WeightTransfer
 from blockroll.trainer_bridge.adapters.policy_model import load_tokenizer
 from blockroll.trainer_bridge.adapters.samples import advantages, completion, prompt_tokens, reward, sampling_params
+from blockroll.trainer_bridge.adapters.weight_sync import WeightSync
 from blockroll.trainer_bridge.client import RolloutClient
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -121,6 +124,22 @@ def test_a_full_queue_does_not_hold_up_the_end(client: RolloutClient, tmp_path: 
     began = time.monotonic()
     made.stop()
     assert not made._thread.is_alive() and time.monotonic() - began < 10
+
+
+def test_weights_are_pushed_in_the_dtype_of_the_service(tmp_path: Path) -> None:
+    """The gateway takes a version only in its own dtypes; buffers keep theirs. The gateway is asked for the serving number, so it
+    does not matter who pushed before."""
+    backend = ToyBackend(expected={"weight": ("bfloat16", (3,)), "bias": ("float32", (2,))})
+    gateway = Gateway(backend, "tcp://127.0.0.1:*", tmp_path / "ledger.sqlite").start()
+    parameters, buffers = {"weight": torch.tensor([1.0, 2.0, 3.0], requires_grad=True)}, {"bias": torch.zeros(2)}
+    with blockroll.connect(gateway.address) as one, blockroll.connect(gateway.address) as other:
+        with pytest.raises(TransportError):
+            WeightSync(one).push(parameters, buffers)
+        assert WeightSync(one, "bfloat16").push(parameters, buffers) == 1
+        assert WeightSync(other, "bfloat16").push(parameters, buffers) == 2
+        assert WeightSync(one, "bfloat16").push(parameters, buffers) == 3
+    assert backend.arrays["weight"].dtype == np.uint16
+    gateway.stop()
 
 
 def test_rewards_may_be_coroutines_or_missing() -> None:
