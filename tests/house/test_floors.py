@@ -62,7 +62,9 @@ def test_errors_import_nothing(graph: grimp.ImportGraph) -> None:
         ("blockroll.rollout.types", {"torch", "ray", "zmq", "pydantic"}),
         ("blockroll.rollout.engine", {"ray", "zmq", "pydantic"}),
         ("blockroll.rollout.bench.gpu.runner", {"ray", "zmq", "pydantic", "typer", "rich"}),
-        ("blockroll.trainer_bridge.client", {"ray", "torch", "transformers", "blockroll.rollout.engine"}),
+        ("blockroll.trainer_bridge.client", {"ray", "torch", "transformers", "trl", "blockroll.rollout.engine"}),
+        ("blockroll.trainer_bridge.adapters", {"torch", "transformers", "trl"}),
+        ("blockroll.trainer_bridge.adapters.policy_model", {"trl"}),
     ],
 )
 def test_light_parts_import_without_heavy_ones(module: str, unwanted: set[str], tmp_path: Path) -> None:

@@ -54,8 +54,17 @@ class Rollouts(Config):
         "them. recompute: as keep, but their keys and values are computed again")
 
 
-class Loss(Config):
-    """Clipped policy gradient, plus the draft loss that lets the draft follow the policy."""
+class DraftTraining(Config):
+    """The draft loss beside a policy gradient, which lets the draft follow the policy."""
+
+    draft_weight: float = Field(0.3, ge=0, le=1e6, description="weight of the draft loss; 0 leaves the mask rows untrained")
+    draft_share: float = Field(1.0, gt=0, le=1, description="share of the samples that carry mask rows. The draft loss is "
+        "a mean over them, so its weight does not depend on the share; its time does")
+    draft: DraftLoss = DraftLoss(ce=0.0, tv=1.0, slot_decay=0.95)
+
+
+class Loss(DraftTraining):
+    """Clipped policy gradient, plus the draft loss."""
 
     scale_rewards: Literal["group", "none"] = Field("group", description="what a group's centred rewards are divided by: "
         "their standard deviation (arXiv 2402.03300), or nothing (Dr. GRPO, arXiv 2503.20783)")
@@ -66,10 +75,6 @@ class Loss(Config):
     importance_cap: float = Field(2.0, ge=1, le=1e6, description="largest weight p / behaviour of a token")
     kl_weight: float = Field(0.0, ge=0, le=1e6, description="weight of KL(p || p of the starting policy) per token, estimated by "
         "r - 1 - log r with r = p_start / p (http://joschu.net/blog/kl-approx.html); 0 computes none")
-    draft_weight: float = Field(0.3, ge=0, le=1e6, description="weight of the draft loss; 0 leaves the mask rows untrained")
-    draft_share: float = Field(1.0, gt=0, le=1, description="share of the samples that carry mask rows. The draft loss is "
-        "a mean over them, so its weight does not depend on the share; its time does")
-    draft: DraftLoss = DraftLoss(ce=0.0, tv=1.0, slot_decay=0.95)
 
 
 class Optimizer(Config):

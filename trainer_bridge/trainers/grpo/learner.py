@@ -86,7 +86,8 @@ class Learner:
         """Packs samples of similar length, at most `pack_rows` clean rows in a pack, and chooses their mask blocks."""
         loss, size = self._config.loss, self.policy.block_size
         drafting = set(draw.sample(range(len(samples)), round(loss.draft_share * len(samples)) or 1))
-        blocks = [mask_blocks(s, size, draw) if loss.draft_weight and i in drafting else [] for i, s in enumerate(samples)]
+        blocks = [mask_blocks(len(s.trajectory.prompt_tokens), s.rows, size, draw) if loss.draft_weight and i in drafting else []
+                  for i, s in enumerate(samples)]  # fmt: skip
         order = sorted(range(len(samples)), key=lambda i: (bool(blocks[i]), samples[i].rows))
         numbers = packing.packs(order, lambda i: samples[i].rows, self._config.optimizer.pack_rows)
         packs: list[Pack] = [([samples[i] for i in pack], [blocks[i] for i in pack]) for pack in numbers]

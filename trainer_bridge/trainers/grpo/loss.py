@@ -56,12 +56,11 @@ class Figures:
     drafted: int
 
 
-def mask_blocks(sample: LearningSample, size: int, draw: random.Random) -> Blocks:
-    """(start, length) of mask blocks over a sample's answer; the first one has a random length, so that every alignment
-    is trained."""
-    start = len(sample.trajectory.prompt_tokens)
+def mask_blocks(start: int, end: int, size: int, draw: random.Random) -> Blocks:
+    """(start, length) of mask blocks over an answer at the positions `start` to `end`; the second one begins at a random distance
+    from the first, so that every alignment is trained."""
     first = start + draw.randint(1, size)
-    return [(s, size) for s in (start, *range(first, start + len(sample.trajectory.tokens), size))]
+    return [(s, size) for s in (start, *range(first, end, size))]
 
 
 def draft_weight(samples: Sequence[LearningSample], blocks: Sequence[Blocks], slot_decay: float) -> float:

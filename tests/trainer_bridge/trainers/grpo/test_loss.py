@@ -88,7 +88,7 @@ def test_kl_to_the_starting_policy_by_its_formula(policy):
 
 def test_draft_loss_trains_the_draft_and_leaves_p_its_target(policy):
     one = sample(policy, list(range(40, 70)), 0.0)
-    blocks = [mask_blocks(one, policy.block_size, random.Random(0))]
+    blocks = [mask_blocks(len(one.trajectory.prompt_tokens), one.rows, policy.block_size, random.Random(0))]
     update = Update(1, 30, draft_weight([one], blocks, 0.95))
     value, figures = pack_loss(policy, [one], blocks, update, 1.0, Loss(draft_weight=1.0))
     gradient = torch.autograd.grad(value, policy.model.embed_tokens.weight)[0]
