@@ -24,7 +24,7 @@ import typer
 from ..errors import BlockrollError
 from ..files import storage_error
 from ..service import logs
-from . import decoding, measuring, service, training
+from . import decoding, measuring, searching, service, training
 
 app = typer.Typer(
     name="blockroll",
@@ -48,6 +48,7 @@ app.command("eval")(measuring.evaluate)
 app.command("ask")(decoding.ask)
 app.command("generate")(decoding.generate)
 app.command("score")(decoding.score)
+app.command("sample")(searching.sample)
 app.command("plan")(measuring.plan)
 bench.command("decode")(measuring.bench_decode)
 bench.command("gpu")(measuring.bench_gpu)
