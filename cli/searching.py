@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import LEVELS, DeviceOption, DtypeOption, integers
+from .options import LEVELS, DeviceOption, DtypeOption, integers, numbers, words
 
 
 def sample(
@@ -113,6 +113,48 @@ def sample(
         schedule=Schedule(schedule, levels=integers("levels", levels)), candidates=candidates,  # type: ignore[arg-type]
     )
     print(summary, file=sys.stderr if output is None else sys.stdout)
+
+
+def tradeoff(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
+    tasks: Annotated[int, typer.Option(help="Held-out tasks.")] = 400,
+    samples: Annotated[int, typer.Option(help="Of each task; k goes over the powers of two up to it.")] = 16,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    samplers: Annotated[str, typer.Option(help="Beside ar, which is always measured.")] = "lossless,coupled,mixed",
+    mix_weights: Annotated[str, typer.Option(help="mixed: weights of p's logits.")] = "0.25,0.5,0.75",
+    levels: Annotated[str, typer.Option(help="How many proposals a step drafts.")] = "3,5,8,16",
+    planner: Annotated[bool, typer.Option("--planner/--no-planner", help="Also lossless with the planner's schedules.")] = True,
+    batches: Annotated[str, typer.Option(help="Samples decoded at once where seconds are measured.")] = "1,2,4,8",
+    rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more.")] = 5,
+    clock_tasks: Annotated[int, typer.Option(help="Tasks of a round.")] = 16,
+    batch: Annotated[int, typer.Option(help="Samples decoded at once where accuracy is measured.")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
+    seed: Annotated[int, typer.Option(help="Another one draws other held-out tasks.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the report there, a plot beside.")] = None,
+) -> None:
+    """Measure what ways to decode cost and what they are worth: accuracy against tokens, forwards and seconds.
+
+    Accuracy is pass@k and majority@k on held-out tasks. Seconds are measured interleaved, every way in turn.
+
+    \b
+    Example:
+      blockroll tradeoff tiny-reasoner --json tradeoff.json
+      blockroll tradeoff tiny-reasoner --samplers lossless --levels 3 --batches 1,8 --json quick.json
+    """
+    from ..rollout.evaluation.tradeoff import TradeoffOptions, table
+    from ..rollout.evaluation.tradeoff import tradeoff as measure
+    from ..rollout.evaluation.tradeoff_plot import conclusion
+
+    options = TradeoffOptions(
+        tasks=tasks, samples=samples, temperature=temperature, samplers=tuple(words(samplers)),  # type: ignore[arg-type]
+        mix_weights=numbers("mix_weights", mix_weights), level_counts=integers("levels", levels), planner=planner,
+        batches=integers("batches", batches), rounds=rounds, clock_tasks=clock_tasks, batch=batch, max_tokens=max_tokens,
+        seed=seed, device=device, dtype=dtype,
+    )  # fmt: skip
+    report = measure(policy, options, json_path=json)
+    print("\n".join([conclusion(report), *table(report)]))
 
 
 def _service(address: str, keys: Path | None):

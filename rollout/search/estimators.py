@@ -17,6 +17,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Mapping
 from fractions import Fraction
+from typing import TypeVar
+
+Answer = TypeVar("Answer", bound=Hashable)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -24,7 +27,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def majority_at_k(votes: Mapping[Hashable, int], right: Collection[Hashable], samples: int, k: int) -> float:
+def majority_at_k(votes: Mapping[Answer, int], right: Collection[Answer], samples: int, k: int) -> float:
     """The chance that the most frequent answer of k of the samples, drawn without replacement, is right.
 
     Args:
