@@ -54,26 +54,28 @@ def conclusion(report: Mapping[str, Any]) -> str:
     for way in (fastest,) if fastest is most else (fastest, most):
         points = 100 * (way["pass_at"]["1"] - reference["pass_at"]["1"])
         parts.append(f"{way['name']}: {way['tokens_per_forward']:.1f} tokens per forward, "
-                     f"{1 / way['ratio_to_ar'][batch]:.1f}x ar's speed at batch {batch}, pass@1 {points:+.1f} points")  # fmt: skip
+                     f"{1 / way['ratio_to_ar'][batch]:.1f}x the speed of ar at batch {batch}, pass@1 {points:+.1f}")  # fmt: skip
     return "; ".join(parts)
 
 
 def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a PNG, whole or not at all. Bars are two standard errors long, one to each side."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     ways = report["ways"]
-    figure = Figure(figsize=(13, 5.2 + 0.26 * len(ways)), layout="constrained")
+    figure = Figure(figsize=(15, 5.4 + 0.26 * len(ways)), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(4.2, 1 + 0.26 * len(ways)))
     upper, lower = halves
     figure.suptitle(conclusion(report), fontsize=10)
     batches = [str(report["batches"][0]), str(report["batches"][-1])]
-    panels = upper.subplots(1, 3, sharey=True)
-    curves = _shown(ways)
+    panels = upper.subplots(1, 4, sharey=True)
+    curves = _shown(ways, batches[0])
     for axes, (label, cost) in zip(panels, (
         (f"seconds per question, batch {batches[0]}", lambda way: way["seconds"][batches[0]]),
         (f"seconds per question, batch {batches[1]}", lambda way: way["seconds"][batches[1]]),
-        ("forward passes per question", lambda way: way["forwards"]),
+        ("forwards per question", lambda way: way["forwards"]),
+        ("tokens per question", lambda way: way["tokens"]),
     ), strict=True):  # fmt: skip
         for colour, way in zip(_COLOURS, curves, strict=False):
             ks = [int(k) for k in way["majority_at"]]
@@ -81,21 +83,24 @@ def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             axes.errorbar(costs, list(way["majority_at"].values()), list(way["standard_error"]["majority_at"].values()),
                           marker="o", markersize=4, color=colour, label=way["name"])  # fmt: skip
             axes.plot(costs, list(way["pass_at"].values()), linestyle=":", color=colour)
-        axes.set(xscale="log", xlabel=f"{label} (k = 1 to {report['k'][-1]})")
+        axes.set_xscale("log", base=4)
+        axes.set_xlabel(f"{label} (k = 1 to {report['k'][-1]})")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("right answers: majority@k (line), pass@k (dots)")
-    panels[2].legend(fontsize=8, loc="lower right")
+    upper.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     _rows(lower, report, batches)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _shown(ways: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`ar`, and of each sampler and weight the way with the most tokens per forward; the planner's too."""
-    best: dict[tuple[str, Any, bool], dict[str, Any]] = {}
+def _shown(ways: Sequence[dict[str, Any]], batch: str) -> list[dict[str, Any]]:
+    """`ar`, and of each sampler and weight the fastest way by the clock."""
+    best: dict[tuple[str, Any], dict[str, Any]] = {}
     for way in ways:
-        key = way["sampler"], way["mix_weight"], way["schedule"] == "auto"
-        if key not in best or way["tokens_per_forward"] > best[key]["tokens_per_forward"]:
+        key = way["sampler"], way["mix_weight"]
+        if key not in best or way["seconds"][batch] < best[key]["seconds"][batch]:
             best[key] = way
     return list(best.values())[: _CURVES + 1]
 
@@ -114,10 +119,11 @@ def _rows(figure: Any, report: Mapping[str, Any], batches: Sequence[str]) -> Non
     for colour, marker, (name, k) in zip(_COLOURS[1:], "os", (("pass_at", "1"), ("majority_at", last)), strict=False):
         right.errorbar([way[name][k] for way in ways], places, xerr=[way["standard_error"][name][k] for way in ways], fmt=marker,
                        color=colour, label=f"{name.removesuffix('_at')}@{k}")  # fmt: skip
-    forward.set(yticks=list(places), yticklabels=[way["name"] for way in ways], xlabel="tokens per forward", xlim=(0, None))
+    forward.set(yticks=list(places), yticklabels=[way["name"] for way in ways], xlim=(0, None),
+                xlabel=f"tokens per forward (planner: at batch {report['batch']})")  # fmt: skip
     clock.set(xlabel="speed over ar, by the clock", xlim=(0, None))
     right.set(xlabel=f"right answers, {report['tasks']} tasks, T={report['temperature']:g}")
     for axes in (forward, clock, right):
         axes.grid(alpha=0.3)
     for axes in (clock, right):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False)

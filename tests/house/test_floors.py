@@ -63,6 +63,8 @@ def test_errors_import_nothing(graph: grimp.ImportGraph) -> None:
         ("blockroll.rollout.engine", {"ray", "zmq", "pydantic"}),
         ("blockroll.rollout.bench.gpu.runner", {"ray", "zmq", "pydantic", "typer", "rich"}),
         ("blockroll.trainer_bridge.client", {"ray", "torch", "transformers", "blockroll.rollout.engine"}),
+        ("blockroll.trainer_bridge.client.sample_source", {"ray", "torch", "transformers", "blockroll.rollout.engine"}),
+        ("blockroll.rollout.search.driver", {"ray", "zmq", "torch", "transformers", "pydantic"}),
     ],
 )
 def test_light_parts_import_without_heavy_ones(module: str, unwanted: set[str], tmp_path: Path) -> None:
