@@ -18,7 +18,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ...errors import RequestError
+from ..params import SamplingParams
 from .candidates import Candidate, Verdict
+from .config import SearchConfig
 from .context import Method, Search
 
 CHUNK = 32
@@ -26,13 +28,18 @@ CHUNK = 32
 _EMPTY = Candidate((), 0.0, 0, False, "", None)
 
 
+def most_steps(config: SearchConfig, params: SamplingParams) -> int:
+    """Tokens of the steps. Raises RequestError where the answer takes them all."""
+    limit = params.max_tokens if config.budget_tokens is None else min(config.budget_tokens, params.max_tokens)
+    if limit <= config.answer_tokens:
+        raise RequestError("answer_tokens", f"{config.answer_tokens} of {limit} tokens leave none for the steps", "lower it")
+    return limit - config.answer_tokens
+
+
 def budget_forcing(search: Search) -> Method:
     """One candidate: the steps, and the answer after `force`."""
     config, spending = search.config, search.spending
-    limit = search.params.max_tokens if config.budget_tokens is None else min(config.budget_tokens, search.params.max_tokens)
-    steps_limit = limit - config.answer_tokens
-    if steps_limit < 1:
-        raise RequestError("answer_tokens", f"{config.answer_tokens} of {limit} tokens leave none for the steps", "lower it")
+    steps_limit = most_steps(config, search.params)
     prompt, mark = search.question.prompt_tokens, search.encode(config.force)
     thought, extensions, slowest, used = _EMPTY, config.extensions, 0.0, 0
     while used < steps_limit:

@@ -116,6 +116,11 @@ class SearchConfig:
         require(self.method != "markovian_rsa" or self.samples is None or self.aggregate <= self.samples, "aggregate",
                 f"{self.aggregate} is more than the {self.samples} candidates of a round", "lower it, or raise samples")
 
+    @property
+    def scores(self) -> bool:
+        """Whether the method asks the scorer."""
+        return self.method in _SCORED
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, functions: bool = False) -> SearchConfig:
         """The configuration that a mapping, such as a JSON object, holds.

@@ -29,6 +29,12 @@ Waves = Generator[list[RolloutRequest], list[Trajectory], Any]
 Method = Generator[list[RolloutRequest], list[Trajectory], Verdict]
 
 
+def check_question(question: Question, config: SearchConfig) -> None:
+    """Raise RequestError where the configuration needs what the question does not have."""
+    if config.scores and config.scorer == "verifier" and question.verifier is None:
+        raise RequestError("scorer", f"question {short(question.id)} has no verifier", "use logprob, or module:function")
+
+
 class Search:
     """One search: a question under a configuration.
 
@@ -45,8 +51,7 @@ class Search:
         self.spending = Spending(config.budget_tokens, config.budget_seconds)
         self._positions, self._answer, self._scorer = max_positions, answer, scorer
         self._number, self._cut = 0, False
-        if config.scorer == "verifier" and question.verifier is None and config.method in ("best_of_n", "weighted_vote", "beam"):
-            raise RequestError("scorer", f"question {short(question.id)} has no verifier", "use logprob, or module:function")
+        check_question(question, config)
 
     def sample(
         self, prompts: Sequence[tuple[int, ...]], max_tokens: int | None = None, **changes: Any

@@ -18,11 +18,11 @@ from ..params import SamplingParams
 from ..types import RolloutRequest, Trajectory
 from .beam import beam
 from .best_of_n import best_of_n
-from .budget_forcing import budget_forcing
+from .budget_forcing import budget_forcing, most_steps
 from .candidates import Question, SearchResult
 from .config import SearchConfig
 from .context import Method, Search
-from .functions import answer_function, score_function
+from .functions import AnswerFunction, ScoreFunction, answer_function, score_function
 from .markovian_rsa import markovian_rsa
 from .self_consistency import self_consistency
 from .source import SampleSource
@@ -98,6 +98,17 @@ def search(
     return [found[name] for name in names]
 
 
+def functions_of(config: SearchConfig, params: SamplingParams) -> tuple[AnswerFunction, ScoreFunction | None]:
+    """The functions that find and score answers.
+
+    Raises:
+        InvalidInput: there is no such function, or the configuration does not go with the parameters.
+    """
+    if config.method == "budget_forcing":
+        most_steps(config, params)
+    return answer_function(config.answer), score_function(config.scorer) if config.scores else None
+
+
 def run_searches(
     source: SampleSource, questions: Iterable[Question], config: SearchConfig, params: SamplingParams | None = None, *,
     ahead: int = _AHEAD,
@@ -109,8 +120,8 @@ def run_searches(
     """
     require(source.tokenizer is not None, "policy", "has no tokenizer",
             "searches read texts; save the tokenizer beside the weights")
-    answer, scorer = answer_function(config.answer), score_function(config.scorer)
     params = params or SamplingParams()
+    answer, scorer = functions_of(config, params)
     left = iter(questions)
     owners: dict[str, _Running] = {}
     try:

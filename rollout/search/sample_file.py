@@ -37,7 +37,8 @@ from ..progress import Meter
 from ..schedule import Schedule
 from .candidates import Question, SearchResult
 from .config import SearchConfig
-from .driver import run_searches
+from .context import check_question
+from .driver import functions_of, run_searches
 from .engine_source import EngineSource
 from .source import SampleSource
 
@@ -110,6 +111,7 @@ def sample_file(
         raise InvalidInput("batch", f"{batch} is outside 1..{MAX_BATCH}", "use a number in that range")
     if output is not None:
         check_output(output, *([] if prompts.input is None else [prompts.input]))
+    functions_of(config, params)
     read: Any
     if connect is None:
         read = load_policy(policy_name, *placement(device, dtype))
@@ -123,6 +125,7 @@ def sample_file(
         count = longest = 0
         names = set[str]()
         for each in questions():
+            check_question(each, config)
             if each.id in names:
                 raise InvalidInput("id", f"{short(each.id)} names two questions", "give each question an id of its own")
             names.add(each.id)

@@ -106,7 +106,6 @@ CASES = [
     command("sample tiny-reasoner --tasks 1 --answer nowhere:f", "answer:", "'nowhere'"),
     command("sample tiny-reasoner --tasks 1 --answer json:nothing", "answer:", "'nothing'"),
     command("sample tiny-reasoner --tasks 1 --method best_of_n --scorer best", "scorer:", "'best'"),
-    command("sample tiny-reasoner --tasks 1 --method beam --scorer math:sqrt", "scorer:", "math:sqrt", "TypeError"),
     command("sample tiny-reasoner --prompt a --method best_of_n --scorer verifier", "scorer:", "verifier"),
     command("sample tiny-reasoner --tasks 1 --method markovian_rsa --aggregation x", "aggregation:", "'x'"),
     command("sample tiny-reasoner --tasks 1 --method budget_forcing --answer-tokens 300", "answer_tokens:", "300"),
