@@ -87,14 +87,15 @@ def stops(votes: Mapping[str, float], left: int, rule: str, confidence: float) -
     return "sure" if sure >= confidence else None
 
 
-def least_more(votes: Mapping[str, float], left: int, rule: str, confidence: float) -> int:
-    """The fewest further samples after which a rule can hold: those that all go to the leader. 1 <= it <= left."""
+def least_more(votes: Mapping[str, float], left: int, rule: str, confidence: float, most: int = WAVE) -> int:
+    """The fewest further samples after which a rule can hold: those that all go to the leader. At least 1, at most `left` and
+    `most`."""
     leader = winner(votes)
     name = "" if leader is None else leader
-    for more in range(1, left):
+    for more in range(1, min(left, most)):
         if stops({**votes, name: votes.get(name, 0.0) + more}, left - more, rule, confidence):
             return more
-    return left
+    return min(left, most)
 
 
 def self_consistency(search: Search) -> Method:
@@ -105,8 +106,7 @@ def self_consistency(search: Search) -> Method:
     votes: dict[str, float] = {}
     used, reason = 0, None
     while used < most and reason is None:
-        # Waves are bounded, because the search for their size is as long as they are.
-        wave = min(least_more(votes, min(most - used, WAVE), config.stop_rule, config.confidence), most - used)
+        wave = least_more(votes, most - used, config.stop_rule, config.confidence)
         found = yield from search.sample([search.question.prompt_tokens] * wave)
         candidates += [search.candidate(found[place]) for place in sorted(found)]
         votes, used = tally(candidates), used + wave

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockroll import cli
-from blockroll.rollout.evaluation.tradeoff import TradeoffOptions, levels_of, table
+from blockroll.rollout.evaluation.tradeoff import TradeoffOptions, levels_of, table, tradeoff
 from blockroll.rollout.evaluation.tradeoff_plot import conclusion, draw, reach
 
 
@@ -67,8 +67,6 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.slow
 def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path) -> None:
-    from blockroll.rollout.evaluation.tradeoff import tradeoff
-
     report = tradeoff("tiny-reasoner", TradeoffOptions(
         samples=2, samplers=("lossless", "mixed"), mix_weights=(0.5,), level_counts=(3, 8), planner=False, batches=(1,), rounds=3,
         clock_tasks=4, device="cpu", temperature=0.7,
@@ -78,3 +76,20 @@ def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path) -
     assert found["lossless, 3 levels"] >= 6.4
     assert found["lossless, 8 levels"] >= 7.4
     assert found["mixed(0.5), 8 levels"] >= 7.7
+
+
+@pytest.mark.slow
+def test_lossless_reaches_the_accuracies_of_ar_in_half_its_seconds() -> None:
+    """For a quiet machine: seconds are by the clock."""
+    report = tradeoff("tiny-reasoner", TradeoffOptions(
+        samples=4, samplers=("lossless",), level_counts=(3,), batches=(1, 2, 4, 8), clock_tasks=32, device="cpu", temperature=0.7,
+    ))  # fmt: skip
+    print("\n".join(table(report)))
+    reference, *lossless = report["ways"]
+    for way in lossless:
+        for name in ("pass_at", "majority_at"):
+            for k, accuracy in way[name].items():
+                error = way["standard_error"][name][k] + reference["standard_error"][name][k]
+                assert abs(accuracy - reference[name][k]) <= 3 * error
+    for batch in map(str, report["batches"]):
+        assert min(way["ratio_to_ar"][batch] for way in lossless) <= 0.5, batch
