@@ -24,7 +24,7 @@ import typer
 from ..errors import BlockrollError
 from ..files import storage_error
 from ..service import logs
-from . import decoding, inspecting, measuring, service, training
+from . import decoding, inspecting, measuring, searching, service, training
 
 app = typer.Typer(
     name="blockroll",
@@ -42,7 +42,7 @@ app.add_typer(kernels, name="kernels")
 _COMMANDS: tuple[Callable[..., None], ...] = (
     service.up, service.status, service.scale, service.down, service.logs, service.doctor,
     training.grpo, training.convert, training.ablate,
-    decoding.ask, decoding.generate, decoding.score, inspecting.inspect, measuring.plan,
+    decoding.ask, decoding.generate, decoding.score, searching.sample, searching.tradeoff, inspecting.inspect, measuring.plan,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.command()(_command)

@@ -9,7 +9,8 @@ One request's life in one engine: `params` says how tokens are drawn, `types` ho
 reports requests whose log-probabilities are not finite. `schedule` names what a step runs, `backend` is the
 protocol between the bridge and the engines that serve it.
 
-Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `evaluation` measures policies,
+Folders around the engine: `planning` chooses schedules, `cluster` runs engines on Ray, `search` makes one answer of many samples,
+`evaluation` measures policies,
 `conversion` converts and measures them, `bench` measures machines. `offline` decodes and scores files. `progress` shows the
 progress of a command, `machine` describes the machine it ran on.
 """

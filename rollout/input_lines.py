@@ -15,11 +15,10 @@ from array import array
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from ..errors import DataError
 from ..inputs import json_object, open_input, read_lines, unreadable
-from ..model.policy import Policy
 from ..model.tokenizer import encode_prompt
 
 PROMPT_BYTES, SAMPLE_BYTES = 64, 1024
@@ -37,6 +36,15 @@ TOKEN_MARGIN = 256
 """Tokens by which a part may have more than the same characters of the whole text have: those that its end cuts through."""
 
 
+class TextPolicy(Protocol):
+    """What lines are read for: the sizes and the tokenizer of a policy, whose weights may be elsewhere."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of an input file: where it stands and what it holds."""
@@ -48,7 +56,7 @@ class Line:
         """The error of one of its fields."""
         return DataError(f"{self.place}: {field}", problem, remedy)
 
-    def tokens(self, field: str, policy: Policy) -> array[int]:
+    def tokens(self, field: str, policy: TextPolicy) -> array[int]:
         """The token ids in `field`, each one of the policy's."""
         ids = self.record.get(field)
         if not isinstance(ids, list) or not all(type(token) is int for token in ids):
@@ -71,7 +79,7 @@ class Line:
             raise self.error("id", f"{shown(name)} has {len(str(name))} characters", f"use at most {MAX_ID}")
         return name
 
-    def prompt(self, policy: Policy) -> tuple[int, ...]:
+    def prompt(self, policy: TextPolicy) -> tuple[int, ...]:
         """The tokens of its prompt, which leave room for one more."""
         given = [field for field in ("prompt", "prompt_tokens") if self.record.get(field) is not None]
         if len(given) != 1:
@@ -120,7 +128,7 @@ class InputFile(AbstractContextManager["InputFile"]):
         DataError: it cannot be read, or has no lines (when it is iterated over: a line is no JSON object, or is too long).
     """
 
-    def __init__(self, path: str | os.PathLike[str], policy: Policy, position_bytes: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], policy: TextPolicy, position_bytes: int) -> None:
         self._name = os.fspath(path)
         self._most = LINE_BYTES + position_bytes * policy.config.max_position_embeddings
         try:

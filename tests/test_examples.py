@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SAYS = {
     "generate.py": ["Q:47+85-12", "120", "tokens per forward"],
     "constrained.py": ["'\\nA:", "stop"],
+    "search.py": ["120", "samples", "tokens"],
     "policy_gradient.py": ["differ by at most", "version 1"],
 }
 TWO_STEPS = {

@@ -8,7 +8,6 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -43,12 +42,6 @@ def by_task(samples: Iterable[Trajectory], value: Callable[[Trajectory], float])
     for sample in samples:
         sums[sample.request_id] += value(sample)
     return [sums[task] for task in sorted(sums)]
-
-
-def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one: unbiased for the chance that k fresh
-    samples do (arXiv 2107.03374). 1 <= k <= samples."""
-    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def acceptance_by_slot(samples: Sequence[Trajectory]) -> tuple[tuple[float, ...], tuple[float, ...]]:

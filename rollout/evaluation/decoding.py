@@ -24,6 +24,7 @@ from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
 from ..offline import pool_size, serve
 from ..schedule import Schedule
+from ..search.estimators import pass_at_k
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
 from .counts import (
     Kind,
@@ -32,7 +33,6 @@ from .counts import (
     by_task,
     kinds_of,
     mean,
-    pass_at_k,
     ratio,
     tokens_per_step_by_position,
 )  # fmt: skip

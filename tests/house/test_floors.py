@@ -65,6 +65,8 @@ def test_errors_import_nothing(graph: grimp.ImportGraph) -> None:
         ("blockroll.trainer_bridge.client", {"ray", "torch", "transformers", "trl", "blockroll.rollout.engine"}),
         ("blockroll.trainer_bridge.adapters", {"torch", "transformers", "trl"}),
         ("blockroll.trainer_bridge.adapters.policy_model", {"trl"}),
+        ("blockroll.trainer_bridge.client.sample_source", {"ray", "torch", "transformers", "blockroll.rollout.engine"}),
+        ("blockroll.rollout.search.driver", {"ray", "zmq", "torch", "transformers", "pydantic"}),
     ],
 )
 def test_light_parts_import_without_heavy_ones(module: str, unwanted: set[str], tmp_path: Path) -> None:

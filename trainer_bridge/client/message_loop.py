@@ -45,6 +45,10 @@ Figures = dict[str, float | int | str]
 Keys = tuple[tuple[str, int], ...]
 
 
+class NoTrajectory(TransportError):
+    """None arrived in the time that the caller gave. The gateway answers."""
+
+
 class MessageLoop:
     """Sends what is to be sent and enters what arrives into `pending`.
 
@@ -100,8 +104,8 @@ class MessageLoop:
                 wait = _WAIT_S if timeout is None else min(_WAIT_S, timeout)
                 if timeout is not None and time.monotonic() - max(start, self._last_delivery) > timeout:
                     notice = self.connection.notice or "the gateway answers and reports no trouble"
-                    raise TransportError(f"no trajectory for {timeout:g} s, {self.pending.missing} samples are outstanding "
-                                         f"({notice}); wait longer, or see status()")
+                    raise NoTrajectory(f"no trajectory for {timeout:g} s, {self.pending.missing} samples are outstanding "
+                                       f"({notice}); wait longer, or see status()")
         finally:
             self._awaited.remove(batch)
 

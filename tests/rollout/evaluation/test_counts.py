@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 
 from blockroll.model.policy import Policy
-from blockroll.rollout.evaluation.counts import acceptance_by_kind, acceptance_by_slot, kinds_of, mean, pass_at_k, ratio
+from blockroll.rollout.evaluation.counts import acceptance_by_kind, acceptance_by_slot, kinds_of, mean, ratio
 from blockroll.rollout.types import StepTrace
 
 # Prompt of 3, so the first anchor is at 2. Steps commit 3, 1, then 2 of the 4 that were accepted: the second ends it.
@@ -47,14 +45,6 @@ def test_kinds(policy: Policy) -> None:
         (token,) = policy.tokenizer.encode(text, add_special_tokens=False)
         assert kind_of(token) == kind
     assert kind_of(policy.tokenizer.eos_token_id) == "eos"
-
-
-@pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (5, 0), (5, 2), (7, 6), (6, 6)])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples: int, right: int) -> None:
-    outcomes = [True] * right + [False] * (samples - right)
-    for k in range(1, samples + 1):
-        subsets = list(combinations(outcomes, k))
-        assert pass_at_k(samples, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_errors_are_those_of_repeated_draws() -> None:

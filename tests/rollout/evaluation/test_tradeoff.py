@@ -1,0 +1,95 @@
+"""`blockroll tradeoff`: what its report holds, and what it says of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from blockroll import cli
+from blockroll.rollout.evaluation.tradeoff import TradeoffOptions, levels_of, table, tradeoff
+from blockroll.rollout.evaluation.tradeoff_plot import conclusion, draw, reach
+
+
+def test_levels_are_spread_over_the_block() -> None:
+    assert levels_of(3, 16) == (0, 4, 8)
+    assert levels_of(5, 16) == (0, 3, 6, 9, 12)
+    assert levels_of(8, 16) == tuple(range(0, 16, 2))
+    assert levels_of(16, 16) == levels_of(64, 16) == tuple(range(16))
+    assert levels_of(3, 4) == (0, 3)
+    assert levels_of(1, 16) == (0,)
+
+
+def test_the_seconds_to_reach_an_accuracy_are_interpolated() -> None:
+    def way(seconds: float, *accuracy: float) -> dict:
+        return {"majority_at": {"1": accuracy[0], "2": accuracy[1], "4": accuracy[2]}, "seconds": {"8": seconds}}
+
+    slow, fast = way(2.0, 0.5, 0.6, 0.8), way(1.0, 0.4, 0.6, 0.7)
+    assert reach(slow, slow, "8") == [{"k": k, "accuracy": a, "ratio": 1.0} for k, a in ((1, 0.5), (2, 0.6), (4, 0.8))]
+    found = [row["ratio"] for row in reach(slow, fast, "8")]
+    assert found[:2] == pytest.approx([1.5 * 1.0 / 2.0, 2 * 1.0 / 4.0]) and found[2] is None
+    assert [row["ratio"] for row in reach(fast, slow, "8")] == pytest.approx([2.0, 2.0, 3 * 2.0 / 4.0])
+
+
+def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "out" / "tradeoff.json"
+    arguments = ["tiny-reasoner", "--tasks", 4, "--samples", 3, "--levels", "8", "--mix-weights", 0.5, "--batches", "1,2",
+                 "--rounds", 3, "--clock-tasks", 1, "--batch", 12, "--no-planner", "--device", "cpu", "--json", path]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["blockroll", "tradeoff", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    report = json.loads(path.read_text())
+    ways = {way["name"]: way for way in report["ways"]}
+    assert list(ways) == ["ar", "lossless, 8 levels", "coupled, 8 levels", "mixed(0.5), 8 levels"]
+    assert ways["lossless, 8 levels"]["levels"] == list(range(0, 16, 2))
+    for figure in ("tokens", "pass_at", "majority_at"):  # the same tokens
+        assert ways["coupled, 8 levels"][figure] == ways["ar"][figure]
+    for name, way in ways.items():
+        assert way["forwards"] == pytest.approx(way["tokens"]) if name == "ar" else way["forwards"] < way["tokens"]
+        assert list(way["pass_at"]) == list(way["majority_at"]) == ["1", "2"] and set(way["seconds"]) == {"1", "2"}
+        assert way["pass_at"]["1"] == pytest.approx(way["majority_at"]["1"])
+        assert all(0 < seconds < 60 for seconds in way["seconds"].values())
+        assert way["ratio_to_ar"]["1"] == pytest.approx(way["seconds"]["1"] / ways["ar"]["seconds"]["1"])
+        assert [row["k"] for row in way["reach"]["2"]] == [1, 2]
+    assert ways["ar"]["tokens_per_forward"] == 1 < ways["lossless, 8 levels"]["tokens_per_forward"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed.splitlines() == [conclusion(report), *table(report)]
+    assert "tokens per forward" in conclusion(report) and "speed of ar at batch 1" in conclusion(report)
+    assert str(tmp_path) not in path.read_text()
+    only = report | {"ways": report["ways"][:1]}
+    draw(only, tmp_path / "ar.png")
+    assert conclusion(only).startswith("ar: ")
+
+
+@pytest.mark.slow
+def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path) -> None:
+    report = tradeoff("tiny-reasoner", TradeoffOptions(
+        samples=2, samplers=("lossless", "mixed"), mix_weights=(0.5,), level_counts=(3, 8), planner=False, batches=(1,), rounds=3,
+        clock_tasks=4, device="cpu", temperature=0.7,
+    ), json_path=tmp_path / "tradeoff.json")  # fmt: skip
+    found = {way["name"]: way["tokens_per_forward"] for way in report["ways"]}
+    print("\n".join(table(report)))
+    assert found["lossless, 3 levels"] >= 6.4
+    assert found["lossless, 8 levels"] >= 7.4
+    assert found["mixed(0.5), 8 levels"] >= 7.7
+
+
+@pytest.mark.slow
+def test_lossless_reaches_the_accuracies_of_ar_in_half_its_seconds() -> None:
+    """For a quiet machine: seconds are by the clock."""
+    report = tradeoff("tiny-reasoner", TradeoffOptions(
+        samples=4, samplers=("lossless",), level_counts=(3,), batches=(1, 2, 4, 8), clock_tasks=32, device="cpu", temperature=0.7,
+    ))  # fmt: skip
+    print("\n".join(table(report)))
+    reference, *lossless = report["ways"]
+    for way in lossless:
+        for name in ("pass_at", "majority_at"):
+            for k, accuracy in way[name].items():
+                error = way["standard_error"][name][k] + reference["standard_error"][name][k]
+                assert abs(accuracy - reference[name][k]) <= 3 * error
+    for batch in map(str, report["batches"]):
+        assert min(way["ratio_to_ar"][batch] for way in lossless) <= 0.5, batch
