@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from .http_errors import HttpError
-from .state import HttpState, state_of
+from .state import HttpState
 
 
 class BoundedRequest(Request):
@@ -55,7 +55,7 @@ class ApiRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            state: HttpState = state_of(request)
+            state: HttpState = request.app.state.http
             check_origin(request)
             state.keys.check(request.headers.get("authorization"), self.control)
             bounded = BoundedRequest(request.scope, request.receive)

@@ -81,8 +81,9 @@ class HttpState:
         return await asyncio.to_thread(ask)
 
 
-def state_of(request: Request) -> HttpState:
-    """The state of the application that serves a request; a dependency of routes."""
+async def state_of(request: Request) -> HttpState:
+    """The state of the application that serves a request; a dependency of routes. A coroutine, because FastAPI calls a plain
+    function in another thread."""
     state: HttpState = request.app.state.http
     return state
 
