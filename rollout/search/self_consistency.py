@@ -11,7 +11,7 @@ Three rules, with v_1 votes for the leader, v_2 for the next, r samples left:
 Source: Adaptive-Consistency, Aggarwal et al. 2023, arXiv 2305.11860, whose default is `beta` at 0.95.
 
 Samples are taken in waves. A wave is as large as it can be without ever taking a sample that one-by-one sampling would not
-take: as many as the leader would need, if all were for it, before a rule could hold.
+take: as many as the leader would need, if all were for it, before a rule could hold; at most WAVE.
 """
 
 from __future__ import annotations

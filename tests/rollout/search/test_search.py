@@ -133,8 +133,8 @@ def test_after_a_budget_of_seconds_nothing_runs_on(engine: Engine) -> None:
     results = found(engine, TASKS[:2], samples=None, budget_seconds=0.4)
     for result in results:
         assert result.verdict.reason == "budget_seconds"
-        assert result.spent.seconds < 3  # a few steps later, on a slow machine too
-        assert result.spent.samples == len(result.verdict.candidates) > 0
+        assert 0.4 <= result.spent.seconds < 10  # a step later, on a busy machine too
+        assert result.spent.samples == len(result.verdict.candidates)
         assert result.spent.cancelled > 0
         assert result.spent.tokens > sum(c.count for c in result.verdict.candidates)  # the cancelled ones' count too
 
