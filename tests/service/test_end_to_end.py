@@ -89,7 +89,6 @@ def test_local_yaml_with_a_trainer_and_a_client(commands: Commands) -> None:
     pid = int(commands.run("status", LOCAL).split("process ")[1].split(",")[0])
     os.kill(pid, signal.SIGKILL)
     assert "no service of runs/local/ledger.sqlite runs" in commands.run("status", LOCAL, status=2)
-    assert not (commands.directory / "runs/local/ledger.sqlite.service").exists()
     commands.wait_until_none_is_left(60.0)
     commands.run("up", LOCAL, "--detach")
     again = commands.status(LOCAL)

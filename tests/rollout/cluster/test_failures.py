@@ -38,7 +38,11 @@ class Watch:
 
     def __init__(self, cluster, how, seed=SEED, kills=KILLS):
         self.cluster, self.how, self.rng, self.left = cluster, how, random.Random(seed), kills
-        self.next, self.homeless, self.seconds = time.monotonic() + 3.0, {}, []
+        self.next, self.homeless, self.seconds, self.hit = time.monotonic() + 3.0, {}, [], set()
+
+    def survivors(self):
+        """Engines that serve, but for those that have been hit and not been missed yet."""
+        return [engine for engine in self.cluster._engines if engine.phase == "ready" and engine.home.pid not in self.hit]
 
     def look(self):
         now, works = time.monotonic(), self.cluster._backlog.works
@@ -48,12 +52,15 @@ class Watch:
             if placed[key] or works.get(key[0].request.id) is not key[0] or key[1] in key[0].done:
                 self.seconds.append(now - since)
                 del self.homeless[key]
+        if not self.survivors():  # there is no other to go to, so time does not count
+            self.homeless = {key: (now, pid) for key, (_, pid) in self.homeless.items()}
         if self.left and now >= self.next:
-            victims = [engine for engine in self.cluster._engines if engine.phase == "ready" and engine.samples]
+            victims = [engine for engine in self.survivors() if engine.samples]
             if victims:
                 victim = self.rng.choice(victims)
                 os.kill(victim.home.pid, self.how)
-                if any(engine.phase == "ready" and engine is not victim for engine in self.cluster._engines):
+                self.hit.add(victim.home.pid)
+                if self.survivors():
                     for work, numbers in victim.samples.items():
                         self.homeless.update({(work, number): (now, victim.home.pid) for number in numbers})
                 self.left -= 1
