@@ -117,7 +117,7 @@ def test_which_key_opens_which_route() -> None:
     """(no key, the API key, the control key) on a route that changes nothing, and on one that does."""
     for keys, reads, changes in (
         (HttpKeys(None, None, True), (True, True, True), (True, True, True)),
-        (HttpKeys("a", None, True), (False, True, False), (True, True, True)),
+        (HttpKeys("a", None, True), (False, True, False), (False, True, False)),
         (HttpKeys(None, "c", True), (True, True, True), (False, False, True)),
         (HttpKeys("a", "c", True), (False, True, True), (False, False, True)),
         (HttpKeys("a", "c", False), (False, True, True), (False, False, True)),
