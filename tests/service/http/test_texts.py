@@ -18,6 +18,7 @@ from blockroll.service.http.http_errors import HttpError, as_http_error
 from blockroll.service.http.keys import HttpKeys
 from blockroll.service.http.listener import bind
 from blockroll.service.http.pieces import weight_versions
+from blockroll.service.http.routes import check_origin
 from blockroll.service.http.text import TextStream, whole_text
 from blockroll.service.http.tool_calls import OPENINGS, parse_tool_calls
 
@@ -125,6 +126,23 @@ def test_which_key_opens_which_route() -> None:
     ):
         assert tuple(opens(keys, key, False) for key in (None, "a", "c")) == reads, keys
         assert tuple(opens(keys, key, True) for key in (None, "a", "c")) == changes, keys
+
+
+@pytest.mark.parametrize(("origin", "host", "keyless", "keyed"), [
+    (None, "evil.example", True, True), ("http://localhost:8000", "localhost:8000", True, True),
+    ("http://127.0.0.1", "127.0.0.1", True, True), ("http://[::1]:80", "[::1]:80", True, True),
+    ("https://runs.example", "runs.example", False, True),  # a name may be pointed at this machine; a key it has not
+    ("http://evil.example:8000", "evil.example:8000", False, True), ("http://evil.example", "localhost:8000", False, False),
+    ("http://[", "localhost:8000", False, False), ("null", "localhost:8000", False, False), ("", "", False, True),
+])
+def test_pages_of_other_hosts_may_not_call(origin: str | None, host: str, keyless: bool, keyed: bool) -> None:
+    for unguarded, wanted in ((True, keyless), (False, keyed)):
+        try:
+            check_origin(origin, host, unguarded)
+        except HttpError as error:
+            assert error.status == 403 and not wanted
+        else:
+            assert wanted
 
 
 def test_keys_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
