@@ -12,13 +12,14 @@ import pytest
 
 from blockroll.errors import ConfigError, InvalidInput, StorageError, TransportError
 from blockroll.model.tokenizer import train_tokenizer
-from blockroll.rollout.types import Trajectory
+from blockroll.rollout.types import SamplingParams, Trajectory
 from blockroll.service.config import Http
 from blockroll.service.http.http_errors import HttpError, as_http_error
 from blockroll.service.http.keys import HttpKeys
 from blockroll.service.http.listener import bind
 from blockroll.service.http.pieces import weight_versions
 from blockroll.service.http.routes import check_origin
+from blockroll.service.http.sampling_fields import vllm_params
 from blockroll.service.http.text import TextStream, whole_text
 from blockroll.service.http.tool_calls import OPENINGS, parse_tool_calls
 
@@ -159,6 +160,15 @@ def test_keys_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: p
             HttpKeys.of(Http(control_key=source if source.startswith("env:") else str(path)))
     with pytest.raises(ValueError, match="api_key: missing"):
         Http(host="0.0.0.0")
+
+
+def test_a_sampling_field_that_cannot_be_served_is_refused_unless_it_means_none() -> None:
+    none = {"length_penalty": 1.0, "best_of": 1, "use_beam_search": False, "bad_words": [], "structured_outputs": None}
+    assert vllm_params({**none, "top_k": 3, "detokenize": True}, 10, "ar") == SamplingParams("ar", top_k=3, max_tokens=10)
+    for name, value in (("use_beam_search", True), ("best_of", 2), ("bad_words", ["x"]), ("length_penalty", 0.5), ("", "")):
+        with pytest.raises(HttpError, match=f"^sampling_params.{name}: this service cannot serve it") as error:
+            vllm_params({name: value}, 10, "ar")
+        assert error.value.status == 400
 
 
 def test_a_port_that_is_taken_is_refused_by_name() -> None:
