@@ -23,6 +23,8 @@ from .config import MAX_SAMPLES, SearchConfig
 from .functions import AnswerFunction, ScoreFunction, checked_score
 from .spending import Spending
 
+LOGPROBS = ("logprob", "mean_logprob")
+"""Scorers whose scores are log-probabilities."""
 WAVE = 16
 """Samples that are begun together where the configuration gives no number."""
 Waves = Generator[list[RolloutRequest], list[Trajectory], Any]
@@ -122,15 +124,18 @@ class Search:
             score = candidate.logprob if name == "logprob" else candidate.mean_logprob
         return replace(candidate, score=score)
 
-    def weight(self, candidate: Candidate) -> float:
+    def weight(self, candidate: Candidate, best: float = 0.0) -> float:
         """The candidate's weight in a vote: its probability, or the geometric mean over its tokens, or what the scorer says.
+
+        Args:
+            best: a log-probability; probabilities are given as multiples of exp(best). exp of -746 is 0.
 
         Raises:
             RequestError: the scorer said a negative number.
         """
         assert candidate.score is not None
-        if self.config.scorer in ("logprob", "mean_logprob"):
-            return math.exp(candidate.score)
+        if self.config.scorer in LOGPROBS:
+            return math.exp(candidate.score - best)
         if candidate.score < 0:
             raise RequestError("scorer", f"{self.config.scorer} returned {candidate.score:g} as a weight", "return 0 or more")
         return candidate.score
