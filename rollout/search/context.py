@@ -56,19 +56,20 @@ class Search:
         check_question(question, config)
 
     def sample(
-        self, prompts: Sequence[tuple[int, ...]], max_tokens: int | None = None, **changes: Any
+        self, prompts: Sequence[tuple[int, ...]], max_tokens: int | Sequence[int] | None = None, **changes: Any
     ) -> Generator[list[RolloutRequest], list[Trajectory], dict[int, Trajectory]]:
         """One sample of each prompt, as far as the budget goes.
 
         Args:
-            max_tokens: most tokens of each, up to those of the parameters, which is the default.
+            max_tokens: most tokens of all, or of each, up to those of the parameters, which is the default.
             changes: other fields of the parameters.
 
         Returns: trajectories by the place of their prompt. Those that the budget cut off before they began, or cancelled, are
             missing.
         """
         found: dict[int, Trajectory] = {}
-        most = self.params.max_tokens if max_tokens is None else max_tokens
+        given = self.params.max_tokens if max_tokens is None else max_tokens
+        most = [given] * len(prompts) if isinstance(given, int) else given
         begun = 0
         while begun < len(prompts):
             longest = max(map(len, prompts[begun:]))
@@ -77,11 +78,11 @@ class Search:
                 raise RequestError("prompt_tokens", f"a prompt of question {name} has {longest} tokens and the policy's maximum "
                                    f"is {self._positions}", "shorten the question, or what is put into prompts")  # fmt: skip
             shortest = min(map(len, prompts[begun:]))
-            count, each = self.spending.affords(len(prompts) - begun, min(most, self._positions - shortest))
+            count, each = self.spending.affords(len(prompts) - begun, min(max(most[begun:]), self._positions - shortest))
             if not count:
                 self._cut = True
                 break
-            requests = [self._request(prompt, each, changes) for prompt in prompts[begun : begun + count]]
+            requests = [self._request(prompts[i], min(each, most[i]), changes) for i in range(begun, begun + count)]
             places = {request.id: begun + i for i, request in enumerate(requests)}
             for trajectory in (yield requests):
                 found[places[trajectory.request_id]] = trajectory

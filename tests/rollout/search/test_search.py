@@ -163,6 +163,10 @@ def test_beam_grows_the_texts_that_its_scorer_prefers(engine: Engine) -> None:
         assert result.spent.samples > 8  # first steps, and what grew of them
         scored = engine.policy.tokenizer.decode(list(chosen.tokens), skip_special_tokens=True)
         assert chosen.text == scored and answer(scored) is not None
+    # Steps of any length, which leave the texts of a round unequal room.
+    wild = SamplingParams(sampler="coupled", temperature=3.0, max_tokens=24)
+    for result in found(engine, TASKS[:2], wild, method="beam", scorer="logprob", width=2, step_end="1"):
+        assert max(c.count for c in result.verdict.candidates) <= 24
     refused = found(engine, TASKS[:1], method="beam", scorer=f"{__name__}:by_length", width=8, samples=8)[0]
     assert len(refused.verdict.candidates) == 1
 
