@@ -77,7 +77,7 @@ def test_text_before_a_tool_call_is_sent_and_nothing_behind_it() -> None:
     stream = TextStream(TOKENIZER, [], True, OPENINGS)
     sent = "".join(stream.push([token]) for token in TOKENIZER.encode(text, add_special_tokens=False))
     content, calls = parse_tool_calls(text, TOOLS)
-    assert (sent, content, [call.name for call in calls]) == ("let me < see ", "let me < see", ["now"])
+    assert (sent, content, [call.name for call in calls]) == ("let me < see", "let me < see", ["now"])
     assert stream.finish(content) == ""
 
 
