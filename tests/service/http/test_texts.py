@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,14 @@ def test_tool_calls_are_read_in_both_forms(text: str, content: str | None, calls
     assert found == (text if content is None else content)
     assert [(call.name, json.loads(call.arguments)) for call in parsed] == calls
     assert all({*call.as_json(0)} == {"index", "id", "type", "function"} for call in parsed)
+
+
+@pytest.mark.parametrize("repeated", ["<function=add><parameter=a>", "<function=", "<function=add><parameter="])
+def test_marks_without_an_end_take_no_longer_than_other_text(repeated: str) -> None:
+    first, _, again = repeated.rpartition("<")
+    began = time.perf_counter()
+    parse_tool_calls("<tool_call>" + first + f"<{again}" * 8000, TOOLS)
+    assert time.perf_counter() - began < 1  # it runs in the event loop
 
 
 def test_weight_versions_are_runs_of_tokens() -> None:
