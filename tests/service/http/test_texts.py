@@ -60,6 +60,17 @@ def test_pieces_of_text_add_up_wherever_they_are_cut(seed: int) -> None:
             assert "\N{REPLACEMENT CHARACTER}" not in whole and all("\N{REPLACEMENT CHARACTER}" not in part for part in parts)
 
 
+def test_bytes_that_are_no_text_are_sent_while_they_come() -> None:
+    broken = [token for token in range(4, len(TOKENIZER)) if TOKENIZER.decode([token]) == "\N{REPLACEMENT CHARACTER}"]
+    draw, sign = random.Random(1), TOKENIZER.encode("\U0001f642", add_special_tokens=False)
+    tokens = [token for _ in range(600) for token in (draw.choice(broken), *(sign if draw.random() < 0.01 else ()))]
+    tokens += [broken[0]] * 300
+    parts = streamed(tokens, list(range(1, len(tokens) + 1)), sample(tokens), [])
+    whole = TOKENIZER.decode(tokens)
+    assert "".join(parts) == whole and "\U0001f642" in whole
+    assert len("".join(parts[:-1])) > len(whole) - 40 and max(map(len, parts)) < 40
+
+
 @pytest.mark.parametrize("included", [False, True])
 @pytest.mark.parametrize("stop", ["46", "= 46\n", "é"])
 def test_nothing_of_a_stop_string_is_sent_before_it_is_known_not_to_be_one(stop: str, included: bool) -> None:
