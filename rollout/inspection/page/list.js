@@ -65,7 +65,7 @@ class List {
     const every = Math.max(1, Math.floor(1 / unit));
     for (let t = 0; t < count; t += every) {
       pen.fillStyle = colours[run.tokens.origin[from + t]];
-      pen.fillRect(t * unit, 0, Math.max(unit * every, 0.5), 9);
+      pen.fillRect(Math.floor(t * unit), 0, Math.ceil(unit * every), 9);
     }
   }
 

@@ -331,7 +331,7 @@ def test_a_long_trajectory_is_filled_where_it_is_seen(browser: Browser, tmp_path
     page = opened(browser, path, complaints)
     assert 1024 <= page.locator("#text b").count() < count / 2
     page.evaluate("document.getElementById('text').scrollTop = 1e9")
-    page.wait_for_selector(f"#text b[data-t='{count - 1}']", timeout=10_000)
+    page.wait_for_selector(f"#text b[data-t='{count - 1}']", state="attached", timeout=10_000)
     page.keyboard.press("l")
     assert page.get_attribute("#text b.at", "data-t") == "0" and complaints == []
     page.close()
