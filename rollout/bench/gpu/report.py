@@ -254,11 +254,10 @@ def _plot_speed(axis: Any, rows: Sequence[Mapping[str, Any]], context: int) -> N
         axis.plot([int(batch) for batch in known], list(known.values()), style, color=GREY, label=f"published: {kind}")
     fast = [max((row for row in rows if row["batch"] == batch), key=lambda row: row["measured"]["tokens_per_s"])
             for batch in sorted({row["batch"] for row in rows})]  # fmt: skip
-    ratios = [row["measured"].get("ratio_to_ar") for row in fast]
-    known = [ratio for ratio in ratios if ratio]
-    finding = f"Context {kibi(context)}: {span(known)}x ar" if known else f"Context {kibi(context)}"
+    ratios = [row["measured"]["ratio_to_ar"] for row in fast if "ratio_to_ar" in row["measured"]]
+    finding = f"Context {kibi(context)}: {span(ratios)}x ar" if ratios else f"Context {kibi(context)}"
     head(axis, finding, "tokens per second by batch, the fastest schedule in the title")
-    batches = sorted({row["batch"] for row in rows} | {int(batch) for batch in PUBLISHED["ar"]})  # type: ignore[arg-type]
+    batches = sorted({row["batch"] for row in rows} | {int(batch) for batch in PUBLISHED["ar"]})
     axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", xticks=batches, xticklabels=batches)
     axis.minorticks_off()
     axis.legend(loc="best", fontsize=7)
