@@ -107,7 +107,8 @@ def test_async_trainer_learns(up: Callable[[str], str], tmp_path: Path, monkeypa
 
 
 def test_rollouts_beside_those_of_trl_itself(up: Callable[[str], str], tmp_path: Path) -> None:
-    """The same trainer, prompts and batch; TRL's own generation is transformers' with its K/V cache."""
+    """The same trainer, prompts and batch. TRL's own generation is transformers' with its K/V cache, on one thread. The service
+    has two engines of one thread each."""
     steps, prompts, policy = 3, 10, "tiny-reasoner"
     tasks = make_tasks("rl", steps * prompts, only=trl_grpo.FAMILIES)
     bos = load_policy(policy).tokenizer.bos_token
