@@ -11,6 +11,7 @@
 - An audit precedes each replay: the captured call runs again, from the state that the pool had at the capture. It must record the
   same list: kernels, grids, numbers, addresses. The replay must then give what that run gave, to the last bit.
 - As on a real device a capture refuses what makes the host wait, copies from memory of the host, and work on other streams.
+- Each `PinnedCopy.send` must leave the host's present values on the device, in every tensor of its tree.
 - A stream must have waited for the stream that touched a tensor last.
 """
 
@@ -30,9 +31,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from blockroll.kernels.graphs import GraphPool
+from blockroll.kernels.transfer import PinnedCopy, _unique
 from blockroll.rollout.steps import shapes
 
-_POOL_BYTES, _ALIGNMENT = 32 << 20, 64
+_POOL_BYTES, _ALIGNMENT = 8 << 20, 64
+_UNWRITTEN = "empty", "new_empty"
+"""Operations whose results hold what the memory held before."""
 
 
 class GraphFault(AssertionError):
@@ -156,15 +160,13 @@ class Graph:
             for node in self.nodes:
                 self.device.touch(node)
                 out = node.call(*node.args, **node.kwargs)
-                if not node.name.startswith(("empty", "new_empty")):
+                if not node.name.startswith(_UNWRITTEN):
                     given = tree_flatten(out)[0]
                     for i, memory in node.fresh:
                         memory.copy_(given[i])
-            for memory, value in expected:
-                same = torch.equal(memory.nan_to_num(), value.nan_to_num()) if memory.is_floating_point() else \
-                    torch.equal(memory, value)
-                if not same:
-                    raise GraphFault(f"a replay gives other numbers than the call: {tuple(memory.shape)} {memory.dtype}")
+            for name, memory, value in expected:
+                if not torch.equal(memory, value):
+                    raise GraphFault(f"a replay gives other numbers than the call, of {name}")
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -186,7 +188,7 @@ class EmulatedDevice(PretendDevice):
     def __enter__(self) -> EmulatedDevice:
         EmulatedDevice.entered = self
         super().__enter__()
-        cuda, capture = torch.cuda, GraphPool.capture
+        cuda, capture, make, send = torch.cuda, GraphPool.capture, PinnedCopy.__init__, PinnedCopy.send
 
         def remembered(pool: GraphPool, call: Callable[[], object]) -> Graph:
             graph = capture(pool, call)
@@ -194,8 +196,18 @@ class EmulatedDevice(PretendDevice):
             self.graphs.append(graph)
             return graph
 
+        def made(copy: Any, tree: Any, device: torch.device, moving: Any = ()) -> None:
+            make(copy, tree, device, moving)
+            copy.host = _unique(tree)
+
+        def sent(copy: Any) -> None:
+            send(copy)
+            for i, (here, there) in enumerate(zip(copy.host, _unique(copy.tree), strict=True)):
+                if not torch.equal(here, there.near):
+                    raise GraphFault(f"tensor {i} of a tree is not sent again: {tuple(here.shape)} {here.dtype}")
+
         new = {
-            (cuda, "Stream"): Stream, (cuda, "stream"): self._on, (cuda, "current_stream"): lambda device=None: self.stream,
+            (PinnedCopy, "__init__"): made, (PinnedCopy, "send"): sent, (cuda, "Stream"): Stream, (cuda, "stream"): self._on, (cuda, "current_stream"): lambda device=None: self.stream,
             (cuda, "graph"): self._captured, (cuda, "CUDAGraph"): Graph, (cuda, "graph_pool_handle"): Pool,
             (cuda, "synchronize"): lambda device=None: None, (GraphPool, "capture"): remembered,
             (shapes, "can_capture"): lambda device: device.type == "cuda",
@@ -257,7 +269,7 @@ class EmulatedDevice(PretendDevice):
                 i = next(places)
                 if not isinstance(x, torch.Tensor) or x.untyped_storage().data_ptr() in known or not x.numel():
                     return x
-                there = self._place(graph, x)
+                there = self._place(graph, x, not name.startswith(_UNWRITTEN))
                 fresh.append((i, there))
                 return there
 
@@ -265,14 +277,14 @@ class EmulatedDevice(PretendDevice):
             graph.nodes.append(Node(name, call, args, kwargs, fresh))
             return out
 
-    def _place(self, graph: Graph, x: torch.Tensor) -> torch.Tensor:
-        """A copy of a result in the pool's memory."""
+    def _place(self, graph: Graph, x: torch.Tensor, written: bool) -> torch.Tensor:
+        """A result in the pool's memory."""
         assert graph.pool is not None
         length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
         block = graph.pool.holes.take(length * x.itemsize)
         self._fresh.append(block)
         there = torch.empty(0, dtype=x.dtype).set_(graph.pool.memory, block.start // x.itemsize, x.shape, x.stride())
-        return there.copy_(x)
+        return there.copy_(x) if written else there
 
     def memory_of(self, near: torch.Tensor) -> object:
         pools = {id(graph.pool): graph.pool for graph in (*self.graphs, self._capturing) if graph is not None}
@@ -289,8 +301,8 @@ class EmulatedDevice(PretendDevice):
         for x in _tensors((node.args, node.kwargs, [x for _, x in node.fresh])):
             self._touched[x.untyped_storage().data_ptr()] = stream, stream.done
 
-    def audit(self, graph: Graph) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Run the captured call again from the pool's state at its capture; (memory, value) of what it leaves."""
+    def audit(self, graph: Graph) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Run the captured call again from the pool's state at its capture; (name, memory, value) of what it leaves."""
         pool, call, stream = graph.pool, graph.call, graph.stream
         assert pool is not None and call is not None and stream is not None and graph.before is not None
         # The call replaces the results of the capture, whose memory must stay taken in the pool's present state.
@@ -300,7 +312,8 @@ class EmulatedDevice(PretendDevice):
         pool.holes = graph.before.copy()
         with self._captured(again, pool, stream):
             call()
-        left = [x for node in again.nodes for _, x in node.fresh if pool.block_of(x) is not None]
+        names = {x.data_ptr() - pool.start: f"{node.name} {tuple(x.shape)}" for node in again.nodes for _, x in node.fresh}
+        left = [(names[block.start], block.start, block.end) for ref in pool.holes.blocks.values() if (block := ref()) is not None]
         self.stream.wait_stream(stream)
         pool.holes = now
         for i, (mine, its) in enumerate(zip(graph.nodes, again.nodes)):
@@ -310,4 +323,5 @@ class EmulatedDevice(PretendDevice):
         if len(graph.nodes) != len(again.nodes):
             raise GraphFault(f"a graph of {len(graph.nodes)} operations would now record {len(again.nodes)}")
         with _disable_current_modes():
-            return [(x, x.clone()) for x in left]
+            memory = torch.empty(0, dtype=torch.uint8).set_(pool.memory)
+            return [(name, memory[start:end], memory[start:end].clone()) for name, start, end in left]

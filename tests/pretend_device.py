@@ -139,6 +139,7 @@ class PretendDevice(TorchDispatchMode):
         self.waits: list[str] = []
         self.operations = 0
         self._pinned: dict[int, torch.Tensor] = {}
+        self._under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> PretendDevice:
         self._lifts = torch._C._only_lift_cpu_tensors()
@@ -177,6 +178,9 @@ class PretendDevice(TorchDispatchMode):
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         near_args, near_kwargs = tree_map(_near, (_on_cpu(args), kwargs))
+        if goal == "host" and away and name == "copy_" and self._is_pinned(args[0]):
+            self._under_way.append((args[0], away[0].near))
+            return args[0]
         if name == "to" and (goal == "away") != bool(away):
             out = self.execute("to", _moved, (near_args, near_kwargs), {})
         elif away or goal == "away":
@@ -230,6 +234,8 @@ class PretendDevice(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             up, down = goal == "away" and not isinstance(source, Away), goal == "host" and isinstance(source, Away)
             free = kwargs.get("non_blocking", False) or any(x is True for x in args[1:])
+            if down and free and name == "copy_" and self._is_pinned(args[0]):
+                return  # the values are there when an event has come
             if down or (up and not (free and self._is_pinned(source))):
                 self.wait(f"{name} {'to' if up else 'from'} the device {tuple(source.shape)}")
         elif away and (name in _READS or (name == "repeat_interleave" and func._overloadname != "self_int")):
@@ -327,7 +333,19 @@ def _patched_torch(mode: PretendDevice) -> Iterator[None]:
         finally:
             mode.current = before
 
-    new = {"device": device, "current_device": lambda: mode.current, "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
+    class Event:
+        """Says that the copies to the host which were launched before it have come."""
+
+        def record(self) -> None:
+            self.copies = [(there, near.clone()) for there, near in mode._under_way]
+            mode._under_way.clear()
+
+        def synchronize(self) -> None:
+            mode.wait("an event")
+            for there, near in self.copies:
+                there.copy_(near)
+
+    new = {"device": device, "Event": Event, "current_device": lambda: mode.current, "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
     old = {name: getattr(torch.cuda, name) for name in new}
     for name, value in new.items():
         setattr(torch.cuda, name, value)

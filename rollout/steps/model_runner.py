@@ -58,7 +58,7 @@ class ModelRunner:
 
     Attributes:
         backend: runs the network, always under the policy's present weights.
-        head: hidden states [..., D] to logits [..., V].
+        head: hidden states [..., D] to logits [..., V]. head_into: writes them into a given tensor.
         markov: what a token adds to the logits of the mask row after it; None where the policy has no such head.
     """
 
@@ -66,7 +66,7 @@ class ModelRunner:
         self._policy, self._cache, self._captured = policy, cache, captured
         self._device = policy.device
         self.backend = choose(policy)
-        self.head, self.markov = self.backend.head, self.backend.markov
+        self.head, self.markov, self.head_into = self.backend.head, self.backend.markov, policy.head_into
         self.shapes = ShapeCache(policy, self.backend, cache)
 
     def take_weights(self, folded: Any = None) -> None:

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 
 from ....errors import InvalidInput
-from ....kernels.transfer import upload
+from ....kernels.transfer import PinnedCopy
 from ....model.policy import Policy
 from ...cache import PagedCache, pages_for
 from ...engine import Engine, EngineConfig
 from ...placed import placed
 from ...sampling.drafts import Drafts, SamplerRows, Verdict
+from ...sampling.sampler import verify
 from ...schedule import Schedule
 from ...steps.plan import StepPlan
-from ...steps.runner import sampler_verifier
+from ...steps.recurring import bucket
 from ...types import RolloutRequest, SamplingParams
 from .parts import fill
 
@@ -37,31 +38,38 @@ from .parts import fill
 class ForcedAcceptance:
     """A verifier that replaces the number of accepted drafts. The draft in slot j of its block is accepted with probability
     `rate_B[j]` if the drafts before it were; slots past the end of `rate_B` have its last rate.
+
+    Args:
+        samples: most of a step, padding included.
     """
 
-    def __init__(self, device: torch.device, rate_B: Sequence[float], seed: int = 0) -> None:
-        self._device = device
-        self._rate_B, self._draw = np.array(rate_B, dtype=np.float64), np.random.default_rng(seed)
+    def __init__(self, device: torch.device, samples: int, rate_B: Sequence[float] = (1.0,), seed: int = 0) -> None:
+        self._accepted_S = torch.zeros(samples, dtype=torch.int64)
+        self._copy = PinnedCopy(self._accepted_S, device, [self._accepted_S])
+        self._draw = np.random.default_rng(seed)
+        self.rate_B = np.array(rate_B, dtype=np.float64)
 
-    def __call__(
-        self, plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
-    ) -> Verdict:
+    def prepare(self, plan: StepPlan) -> None:
+        """Draw this step's numbers and send them."""
+        self._accepted_S.numpy()[: len(plan.count_D)] = self._accepted(plan, int(plan.count_D.max()))
+        self._copy.send()
+
+    def __call__(self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
         """The samplers' verdict, with another number of accepted drafts."""
-        verdict = sampler_verifier(plan, sampling, p_logits_DRV, drafts, anchor_D)
-        most = drafts.token_SM.shape[1]
-        if not most:
+        verdict = verify(sampling, p_logits_SRV, drafts, anchor_S)
+        if not drafts.token_SM.shape[1]:
             return verdict
-        accepted_D = upload(torch.from_numpy(self._accepted(plan, most)), self._device)
         # Rows of drafts that were rejected hold no token.
-        return replace(verdict, accepted_S=accepted_D, token_SR=verdict.token_SR.clamp_min(0))
+        accepted_S = self._copy.tree[: len(anchor_S)]
+        return replace(verdict, accepted_S=accepted_S, token_SR=verdict.token_SR.clamp_min(0))
 
     def _accepted(self, plan: StepPlan, most: int) -> np.ndarray:
         """Forced counts. One number per sample decides, drawn from as many strata as there are samples: each count has its
         own distribution, and their mean varies less than that of independent ones."""
         count_D1 = plan.count_D[:, None]
         slot_D1 = (np.array(plan.forward.start_D) + 1 - np.array(plan.block_start_D))[:, None]
-        line, last = np.arange(most), len(self._rate_B) - 1
-        rate_DM = np.where(line < count_D1, self._rate_B[np.minimum(slot_D1 + line, last)], 0.0)
+        line, last = np.arange(most), len(self.rate_B) - 1
+        rate_DM = np.where(line < count_D1, self.rate_B[np.minimum(slot_D1 + line, last)], 0.0)
         samples = len(count_D1)
         u_D = (self._draw.permutation(samples) + self._draw.random(samples)) / samples
         return (u_D[:, None] < rate_DM.cumprod(1)).sum(1)
@@ -80,6 +88,8 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * pages_for(context + tokens, page_size)
     engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, capture_batches=()))
+    # Steps are captured with the verifier that is there.
+    engine.runner.verifier = ForcedAcceptance(policy.device, bucket(batch))
     with placed(engine):
         engine.runner.capture([schedule], [batch], pages_for(context + tokens, page_size))
     fill(engine.cache)
@@ -113,7 +123,8 @@ def measure(engine: Engine, rate_B: Sequence[float], warm: int, count: int) -> d
         host_seconds, the rest; passes; tokens_per_step of one sample; tokens_per_s of all, at the median step.
     """
     runner = engine.runner
-    runner.verifier = ForcedAcceptance(engine.policy.device, rate_B)
+    assert isinstance(runner.verifier, ForcedAcceptance)
+    runner.verifier.rate_B = np.array(rate_B, dtype=np.float64)
     batch = len(engine.scheduler.running)
     for _ in range(warm):
         engine.step()

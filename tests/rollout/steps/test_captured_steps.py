@@ -1,9 +1,8 @@
-"""Captured steps on an emulated device: what is captured is executed, and would be captured again by the next step."""
+"""Captured steps on an emulated device: what is captured is executed, and the next step would be captured just so."""
 
 from __future__ import annotations
 
 import copy
-import time
 
 import numpy as np
 import pytest
@@ -13,31 +12,110 @@ pytest.importorskip("triton")
 
 from graph_emulator import EmulatedDevice, GraphFault
 
+from blockroll.kernels import graphs
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps import recurring, sampling_graphs
+from blockroll.rollout.steps.captured import SamplerKind
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
+FUSED = Schedule("fused", levels=(0, 2))
 
 
 @pytest.fixture(scope="module")
 def policy(make_policy):
+    """With a Markov head."""
     made = make_policy(torch.float32, sharpness=0.6, **SMALL)
     made.add_markov(4, torch.Generator().manual_seed(3))
     made.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(4))
     return made
 
 
-def test_try(policy):
-    asked = [RolloutRequest(str(i), (3 + i,), SamplingParams("ar", max_tokens=3, ignore_eos=True), seed=i) for i in range(1)]
-    sizes = dict(block_size=4, page_size=8, pages=6, max_batch=1)
-    expected = Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A pass takes long in the interpreter, which has nothing to warm up."""
+    monkeypatch.setattr(graphs, "_WARM_UP", 0)
+
+
+def run(policy, schedule, asked, device=None, later=(), **config):
+    """Trajectories by id, and what each step waited for; `later` requests arrive after the first step."""
+    sizes = dict(block_size=4, page_size=8, pages=8, max_batch=2, capture_batches=(2,)) | config
+    engine, done, waits = Engine(policy, EngineConfig(schedule, **sizes)), [], []
+    for request in asked:
+        engine.add(request)
+    while engine.has_work:
+        before = 0 if device is None else len(device.waits)
+        done += engine.step()
+        waits.append([] if device is None else device.waits[before:])
+        for request in later:
+            engine.add(request)
+        later = ()
+    return sorted(done, key=lambda sample: sample.key), waits
+
+
+@pytest.mark.parametrize(
+    ("schedule", "sampler", "temperature"),
+    [
+        (FUSED, "lossless", 1.0),
+        pytest.param(Schedule("ar"), "ar", 1.0, marks=pytest.mark.slow),
+        pytest.param(FUSED, "coupled", 1.0, marks=pytest.mark.slow),
+        pytest.param(FUSED, "mixed", 0.7, marks=pytest.mark.slow),
+        pytest.param(FUSED, "lossless", 0.0, marks=pytest.mark.slow),
+        pytest.param(Schedule("ar"), "lossless", 1.0, marks=pytest.mark.slow),
+        pytest.param(Schedule("two_pass"), "lossless", 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, schedule, sampler, temperature):
+    """One sample, then two, of which one ends early: batches of drafts change their places, and eager steps lie between."""
+    kind = SamplerKind("coupled", temperature == 0) if sampler == "ar" or temperature == 0 else SamplerKind(sampler)
+    monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", (kind,))
+
+    def request(name, prompt, most):
+        params = SamplingParams(sampler, temperature=temperature, max_tokens=most, ignore_eos=True)
+        return RolloutRequest(name, prompt, params, seed=len(prompt))
+
+    arguments = schedule, [request("b", (3,), 7)]
+    later = [request("a", (4, 5), 3)]
+    expected, _ = run(policy, *arguments, later=later)
     away = copy.deepcopy(policy)
-    t = time.process_time()
     with EmulatedDevice() as device:
-        engine = Engine(away.to("cuda:0"), EngineConfig(Schedule("ar"), **sizes))
-        print("made", time.process_time() - t, [len(g.nodes) for g in device.graphs])
-        got = engine.rollout(asked)
-        print("run", time.process_time() - t, [g.replays for g in device.graphs])
-    print([x[0] for x in (n.signature for n in device.graphs[0].nodes)])
-    assert [s.tokens for s in got] == [s.tokens for s in expected]
+        got, waits = run(away.to("cuda:0"), *arguments, device, later)
+    for mine, its in zip(got, expected, strict=True):
+        assert mine.tokens == its.tokens and [step.accepted for step in mine.trace] == [step.accepted for step in its.trace]
+        np.testing.assert_allclose(mine.logprobs, its.logprobs, atol=1e-4)
+        np.testing.assert_allclose(mine.behavior_logprobs, its.behavior_logprobs, atol=1e-4)
+    assert [len(what) for what in waits] == [1] * len(waits), waits
+    passes = {"fused": 1, "ar": 1, "two_pass": 2}[schedule.kind]
+    replays = [graph.replays for graph in device.graphs]
+    if passes == 1:
+        assert replays == [len(waits) - 1] * (3 if schedule == FUSED else 2)  # the step that prefills is no captured one
+    else:
+        assert len(replays) == 2 and min(replays) > 0
+
+
+def test_drafts_on_the_host_and_what_waits_for_them(policy, monkeypatch):
+    """While the device draws drafts the host commits: it waits for the verdict, which was launched before them."""
+    order = []
+    monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", (SamplerKind("coupled"),))
+    with EmulatedDevice(audits=False) as device:
+        engine = Engine(copy.deepcopy(policy).to("cuda:0"), block_size=4, page_size=8, pages=4, max_batch=1, schedule=FUSED)
+        for name, graph in zip(("forward", "verify", "draft"), device.graphs, strict=True):
+            graph.replay = lambda name=name, replay=graph.replay: order.append(name) or replay()
+        (found,) = engine.runner._graphs._known.values()
+        found._graphs = [graph.replay for graph in device.graphs[1:]]
+        monkeypatch.setattr(device, "wait", lambda what: order.append("wait"))
+        engine.rollout([RolloutRequest("r", (3,), SamplingParams("coupled", max_tokens=2, ignore_eos=True))])
+    assert order[:4] == ["forward", "verify", "draft", "wait"]
+
+
+def test_inputs_that_are_not_sent_again_are_found(policy, monkeypatch):
+    real = recurring.RecurringInputs.pinned_copy
+
+    def forgetful(self, device):
+        self._moving = [each for each in self._moving if each is not self.plan.places.write_T]
+        return real(self, device)
+
+    monkeypatch.setattr(recurring.RecurringInputs, "pinned_copy", forgetful)
+    with EmulatedDevice(), pytest.raises(GraphFault, match="is not sent again"):
+        run(copy.deepcopy(policy).to("cuda:0"), Schedule("ar"), [RolloutRequest("r", (3,), SamplingParams("ar", max_tokens=2))])
