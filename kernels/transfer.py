@@ -10,7 +10,8 @@ A tree consists of tensors in tuples, lists, dicts and dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,21 @@ Tree = TypeVar("Tree")
 _ALIGNMENT = 16
 _NAMES: dict[type, tuple[str, ...]] = {}
 """Field names by dataclass."""
+
+
+_apart = False
+
+
+@contextmanager
+def cpu_apart() -> Iterator[None]:
+    """Within it a CPU is taken for a device with memory of its own: `PinnedCopy` copies there, from memory that is not pinned. For
+    measuring the host's work where there is no device."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 class PinnedCopy(Generic[Tree]):
@@ -33,7 +49,7 @@ class PinnedCopy(Generic[Tree]):
     """
 
     def __init__(self, tree: Tree, device: torch.device, moving: Sequence[torch.Tensor] = ()) -> None:
-        if device.type == "cpu":
+        if device.type == "cpu" and not _apart:
             self.tree: Tree = tree
             self._moving: list[tuple[torch.Tensor, int, int]] = []
             return
@@ -58,7 +74,7 @@ class PinnedCopy(Generic[Tree]):
 
 def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     """Pinned memory that holds the bytes of each tensor at its (start, end)."""
-    packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=not _apart)
     into = packed.numpy()
     for part, start, end in parts:
         flat = part.numpy().ravel()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,7 +75,9 @@ class ForcedAcceptance:
         return (u_D[:, None] < rate_DM.cumprod(1)).sum(1)
 
 
-def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int) -> Engine:
+def engine_for(
+    policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int, captured: bool = True
+) -> Engine:
     """An engine about to decode `batch` samples of `context` tokens each, which can take `tokens` more.
 
     Args:
@@ -87,7 +89,7 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * pages_for(context + tokens, page_size)
-    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, capture_batches=()))
+    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, captured=captured, capture_batches=()))
     # Steps are captured with the verifier that is there.
     engine.runner.verifier = ForcedAcceptance(policy.device, bucket(batch))
     with placed(engine):
@@ -116,8 +118,11 @@ def _shuffle(cache: PagedCache) -> None:
     cache.release(every)
 
 
-def measure(engine: Engine, rate_B: Sequence[float], warm: int, count: int) -> dict[str, Any]:
-    """Median wall-clock of `count` steps after `warm` others, of an engine whose samples go on for longer than that.
+def measure(
+    engine: Engine, rate_B: Sequence[float], warm: int, count: int, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Median seconds of `count` steps after `warm` others, of an engine whose samples go on for longer than that, by the clock
+    `now`: the wall's, unless nothing is waited for.
 
     Returns: seconds, fastest, repeats; waited_seconds, the median of what the host waited for the verdict, and
         host_seconds, the rest; passes; tokens_per_step of one sample; tokens_per_s of all, at the median step.
@@ -131,9 +136,9 @@ def measure(engine: Engine, rate_B: Sequence[float], warm: int, count: int) -> d
     tokens, forwards = engine.decode_tokens, engine.forwards
     seconds, waited = [], []
     for _ in range(count):
-        waited_before, start = runner.wait_seconds, time.perf_counter()
+        waited_before, start = runner.wait_seconds, now()
         engine.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
         waited.append(runner.wait_seconds - waited_before)
     assert len(engine.scheduler.running) == batch and not engine.scheduler.preemptions, "a sample ended or was preempted"
     median, waiting = statistics.median(seconds), statistics.median(waited)
