@@ -118,10 +118,16 @@ class DraftMemory:
         if not most or self.holds(drafts):
             return
         self.token_SM[:count, :most].copy_(drafts.token_SM)
-        self.row_token_SM[:count, :most].copy_(torch.where(drafts.token_SM >= 0, drafts.token_SM, self._mask_token))
+        self.tokens_replaced(drafts)
         if drafts.q_logits_SMV is not None and drafts.q_lse_SM is not None and self.q_SMV is not None:
             self.q_SMV[:count, :most].copy_(drafts.q_logits_SMV)
             self.lse_SM[:count, :most].copy_(drafts.q_lse_SM)
+
+
+    def tokens_replaced(self, drafts: Drafts) -> None:
+        """Make the tokens of rows those of these drafts, which are those of the first sequences."""
+        count, most = drafts.token_SM.shape
+        self.row_token_SM[:count, :most].copy_(torch.where(drafts.token_SM >= 0, drafts.token_SM, self._mask_token))
 
 
 @dataclass(frozen=True)
@@ -261,8 +267,7 @@ class CapturedSampling:
         )
         place.token_SM.copy_(made.token_SM)
         place.count_S.copy_(count_S)
-        real_SM = made.token_SM >= 0
-        memory.row_token_SM[:sequences, : self._drafts].copy_(torch.where(real_SM, made.token_SM, self._mask))
+        memory.tokens_replaced(made)
         if q_SMV is not None and made.q_logits_SMV is not None and made.q_lse_SM is not None:
             if made.q_logits_SMV.data_ptr() != q_SMV.data_ptr():
                 q_SMV.copy_(made.q_logits_SMV)

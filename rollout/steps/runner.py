@@ -208,6 +208,12 @@ class StepRunner:
             drafts = self._draft(sampling, forward.output, row_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
         return _step_output(plan, verdict, drafts)
 
+    def replace_drafts(self, drafts: Drafts, token_SM: torch.Tensor) -> None:
+        """Put other tokens (int64, on the host, -1 for none) in place of drafts that wait. Only for samplers that compare tokens:
+        q stays."""
+        drafts.token_SM.copy_(upload(token_SM, self._device))
+        self._graphs.tokens_replaced(drafts)
+
     def _run(self, request: ForwardRequest, drafts: Drafts | None) -> ForwardOutput:
         """One forward pass; the experts that samples record are kept for the next download."""
         output = self.model.run(request, None if drafts is None else drafts.token_SM)

@@ -110,6 +110,11 @@ class SamplingGraphs:
             found, None if memory is None else memory.drafts(len(batch.decoding), drafts, kind.keeps_q)
         )
 
+    def tokens_replaced(self, drafts: Drafts) -> None:
+        """Must be called when tokens of waiting drafts were replaced."""
+        if self._memory is not None and self._memory.holds(drafts):
+            self._memory.tokens_replaced(drafts)
+
     def forget_samples(self) -> None:
         """Drop every reference to samples."""
         for sampling in self._known.values():

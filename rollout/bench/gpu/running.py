@@ -31,6 +31,7 @@ from ...sampling.sampler import verify
 from ...schedule import Schedule
 from ...steps.plan import StepPlan
 from ...steps.recurring import bucket
+from ...params import SamplerName
 from ...types import RolloutRequest, SamplingParams
 from .parts import fill
 
@@ -76,12 +77,14 @@ class ForcedAcceptance:
 
 
 def engine_for(
-    policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int, captured: bool = True
-) -> Engine:
+    policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int, captured: bool = True,
+    sampler: SamplerName | None = None,
+) -> Engine:  # fmt: skip
     """An engine about to decode `batch` samples of `context` tokens each, which can take `tokens` more.
 
     Args:
         schedule: with sizes; `ar` decodes with the sampler of that name, the others with `lossless`.
+        sampler: another one, whose own verdicts count; None: acceptance is forced.
     Raises:
         InvalidInput: the policy's positions end before that.
     """
@@ -89,15 +92,17 @@ def engine_for(
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * pages_for(context + tokens, page_size)
-    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, captured=captured, capture_batches=()))
-    # Steps are captured with the verifier that is there.
-    engine.runner.verifier = ForcedAcceptance(policy.device, bucket(batch))
+    config = EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, captured=captured, capture_batches=())
+    engine = Engine(policy, config)
+    if sampler is None:  # steps are captured with the verifier that is there
+        engine.runner.verifier = ForcedAcceptance(policy.device, bucket(batch))
     with placed(engine):
         engine.runner.capture([schedule], [batch], pages_for(context + tokens, page_size))
     fill(engine.cache)
     _shuffle(engine.cache)
     draw = torch.Generator().manual_seed(0)
-    params = SamplingParams("ar" if schedule.kind == "ar" else "lossless", max_tokens=tokens, ignore_eos=True)
+    sampler = sampler or ("ar" if schedule.kind == "ar" else "lossless")
+    params = SamplingParams(sampler, max_tokens=tokens, ignore_eos=True)
     for i, prompt in enumerate(torch.randint(policy.mask_token_id, (batch, context), generator=draw).tolist()):
         engine.add(RolloutRequest(str(i), tuple(prompt), params, seed=i))
     engine.scheduler.next(engine.block_size + 1)
