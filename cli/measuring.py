@@ -160,7 +160,9 @@ def bench_gpu(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="The same code on a CPU, on a few numbers, through Triton's interpreter.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep what the JSON holds of this machine; run what it lacks.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what the JSON holds of this machine; run what it lacks.")
+    ] = False,
 ) -> None:
     """Measure this accelerator: correctness, kernels, and decode steps of a ZAYA1-8B with random weights.
 

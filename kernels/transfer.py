@@ -28,8 +28,8 @@ _apart = False
 
 @contextmanager
 def cpu_apart() -> Iterator[None]:
-    """Within it a CPU is taken for a device with memory of its own: `PinnedCopy` copies there, from memory that is not pinned. For
-    measuring the host's work where there is no device."""
+    """Within it a CPU is taken for a device with memory of its own: `PinnedCopy` copies there, from memory that is not pinned.
+    For measuring the host's work where there is no device."""
     global _apart
     before, _apart = _apart, True
     try:

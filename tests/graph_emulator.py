@@ -1,4 +1,4 @@
-"""Graphs of a device that is not there: what a capture records is a list of operations at fixed addresses, and replay runs the list.
+"""Graphs of a device that is not there: a capture records a list of operations at fixed addresses, and a replay runs the list.
 
     with EmulatedDevice() as device:
         engine = Engine(policy.to("cuda:0"))   # captures its steps
@@ -114,7 +114,8 @@ class Stream:
         self.name, self.done, self.seen = f"stream {next(self.numbers)}", 0, dict[str, int]()
 
     def wait_stream(self, other: Stream) -> None:
-        self.seen = {**other.seen, **{name: max(at, other.seen.get(name, 0)) for name, at in self.seen.items()}, other.name: other.done}
+        for name, at in (*other.seen.items(), (other.name, other.done)):
+            self.seen[name] = max(self.seen.get(name, 0), at)
 
 
 @dataclass
@@ -134,7 +135,8 @@ class Node:
         def seen(x: Any) -> Any:
             if isinstance(x, torch.Tensor):
                 return f"{x.dtype} {tuple(x.shape)} {tuple(x.stride())} at {x.data_ptr():x}"
-            return repr(x) if isinstance(x, int | float | str | bool | torch.dtype | torch.device) or x is None else type(x).__name__
+            plain = isinstance(x, int | float | str | bool | torch.dtype | torch.device) or x is None
+            return repr(x) if plain else type(x).__name__
 
         given = [seen(x) for x in tree_flatten((self.args, self.kwargs))[0]]
         return self.name, *given, "->", *(seen(x) for _, x in self.fresh)
@@ -207,7 +209,8 @@ class EmulatedDevice(PretendDevice):
                     raise GraphFault(f"tensor {i} of a tree is not sent again: {tuple(here.shape)} {here.dtype}")
 
         new = {
-            (PinnedCopy, "__init__"): made, (PinnedCopy, "send"): sent, (cuda, "Stream"): Stream, (cuda, "stream"): self._on, (cuda, "current_stream"): lambda device=None: self.stream,
+            (PinnedCopy, "__init__"): made, (PinnedCopy, "send"): sent, (cuda, "Stream"): Stream, (cuda, "stream"): self._on,
+            (cuda, "current_stream"): lambda device=None: self.stream,
             (cuda, "graph"): self._captured, (cuda, "CUDAGraph"): Graph, (cuda, "graph_pool_handle"): Pool,
             (cuda, "synchronize"): lambda device=None: None, (GraphPool, "capture"): remembered,
             (shapes, "can_capture"): lambda device: device.type == "cuda",
@@ -313,13 +316,14 @@ class EmulatedDevice(PretendDevice):
         with self._captured(again, pool, stream):
             call()
         names = {x.data_ptr() - pool.start: f"{node.name} {tuple(x.shape)}" for node in again.nodes for _, x in node.fresh}
-        left = [(names[block.start], block.start, block.end) for ref in pool.holes.blocks.values() if (block := ref()) is not None]
+        blocks = [block for ref in pool.holes.blocks.values() if (block := ref()) is not None]
+        left = [(names[block.start], block.start, block.end) for block in blocks]
         self.stream.wait_stream(stream)
         pool.holes = now
         for i, (mine, its) in enumerate(zip(graph.nodes, again.nodes)):
             if mine.signature != its.signature:
-                changed = [f"{a} -> {b}" for a, b in zip(mine.signature, its.signature) if a != b]
-                raise GraphFault(f"operation {i} of a graph would be recorded otherwise now, {mine.name}: {'; '.join(changed)[:400]}")
+                changed = "; ".join(f"{a} -> {b}" for a, b in zip(mine.signature, its.signature) if a != b)
+                raise GraphFault(f"operation {i} of a graph would be recorded otherwise now, {mine.name}: {changed[:400]}")
         if len(graph.nodes) != len(again.nodes):
             raise GraphFault(f"a graph of {len(graph.nodes)} operations would now record {len(again.nodes)}")
         with _disable_current_modes():

@@ -345,7 +345,8 @@ def _patched_torch(mode: PretendDevice) -> Iterator[None]:
             for there, near in self.copies:
                 there.copy_(near)
 
-    new = {"device": device, "Event": Event, "current_device": lambda: mode.current, "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
+    new = {"device": device, "Event": Event, "current_device": lambda: mode.current,
+           "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
     old = {name: getattr(torch.cuda, name) for name in new}
     for name, value in new.items():
         setattr(torch.cuda, name, value)

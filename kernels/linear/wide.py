@@ -31,7 +31,8 @@ def linear_float32(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Te
 
 
 def linear_float32_into(x_TD: torch.Tensor, weight_FD: torch.Tensor, out_TF: torch.Tensor) -> None:
-    """Write the product into `out_TF`, float32 and contiguous; where the library can it writes there itself. Without gradients."""
+    """Write the product into `out_TF`, float32 and contiguous. The library writes there itself where it can. Without
+    gradients."""
     if not (takes_triton(x_TD, weight_FD) and batch_invariant()) and _library_writes(x_TD.device, x_TD.dtype):
         torch.mm(x_TD, weight_FD.T, out_dtype=torch.float32, out=out_TF)
     else:

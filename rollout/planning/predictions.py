@@ -1,6 +1,6 @@
 """Predictions registered before measuring: `predictions.json` holds, by device, milliseconds and share of the roofline of every
-kernel and step that `bench gpu` measures. `plan` shows the same numbers. `python -m blockroll.rollout.bench.gpu.predict` writes the
-file; its commit is the registration.
+kernel and step that `bench gpu` measures. `plan` shows the same numbers. `python -m blockroll.rollout.bench.gpu.predict` writes
+the file; its commit is the registration.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from ..schedule import Schedule
 from .survival import chain, lasting
 
 KERNELS_PER_LAYER, KERNELS_PER_PASS = 13, 18
-"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4; and those
-of a pass around its layers: embedding, positions, the last norm."""
+"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4; and
+those of a pass around its layers: embedding, positions, the last norm."""
 KERNELS_OF_AR, KERNELS_OF_DRAFTS = 18, 47
 """Launches of a captured step's sampling: AR's draw; verification, the choice of a proposal and the draw of drafts."""
 HIP_LAUNCH, CUDA_LAUNCH = 3.85e-6, 2e-6

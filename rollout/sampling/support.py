@@ -35,7 +35,8 @@ def support(
     keep_NV = torch.empty_like(flat_NV, dtype=torch.bool)
     for start in range(0, len(flat_NV), at_once):
         rows = slice(start, start + at_once)
-        _support(flat_NV[rows], *(each[rows, None] for each in parameters), any_top_k, keep_NV[rows])
+        k_N1, p_N1, m_N1 = (each[rows, None] for each in parameters)
+        _support(flat_NV[rows], k_N1, p_N1, m_N1, any_top_k, keep_NV[rows])
     return keep_NV.view(scaled.shape)
 
 

@@ -1,4 +1,4 @@
-"""Sampling of captured steps: verification, the choice of a proposal, and the next drafts, as graphs over memory that stays in place.
+"""Sampling of captured steps: verification, choice of a proposal and the next drafts, as graphs over memory that stays in place.
 
 A captured step is three graphs, which the host launches one after another: the forward pass (`shapes`), the verification, the
 drafts. The host waits for the verification alone, and commits it while the device draws the drafts.
@@ -73,8 +73,12 @@ class ModelParts(Protocol):
     """What sampling needs of a policy."""
 
     markov: Callable[[torch.Tensor], torch.Tensor] | None
-    head: Callable[[torch.Tensor], torch.Tensor]
-    head_into: Callable[[torch.Tensor, torch.Tensor], None]
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See `Backend.head`."""
+
+    def head_into(self, hidden_RD: torch.Tensor, logits_RV: torch.Tensor) -> None:
+        """See `Policy.head_into`."""
 
 
 class DraftMemory:

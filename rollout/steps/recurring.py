@@ -25,7 +25,6 @@ from ...model.policy import Policy
 from ...model.visibility import Visibility
 from ..cache import BlockTable, CacheView, PagedCache
 
-
 _NO_PAGES = np.zeros(0, dtype=np.int64)
 """Of a sequence of padding."""
 
@@ -123,8 +122,8 @@ class RecurringInputs:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)
 
     def _write_pages(self, tables: Sequence[BlockTable], table_SP: np.ndarray, pages_S: np.ndarray) -> None:
-        """Write the pages of each sequence, and their number. A row whose block table has the same array of pages as the last time
-        stays: `BlockTable.pages` is replaced, never written to."""
+        """Write the pages of each sequence, and their number. A row whose block table has the same array of pages as the last
+        time stays: `BlockTable.pages` is replaced, never written to."""
         written, rows = self._written, [each.pages for each in tables]
         rows += [_NO_PAGES] * (len(written) - len(rows))
         for i, own in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Which steps are captured whole: graphs of sampling for each shape of a forward pass that has a graph, and for each kind of sampler.
+"""Which steps are captured whole: graphs of sampling, by shape of a forward pass that has a graph and by kind of sampler.
 
 Invariants: as of the graphs of forward passes (`shapes`), whose budget these share. A step without these graphs samples eagerly,
 and gives the same.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,6 @@ from transformers import ZayaConfig
 
 from ....kernels import graphs, launch
 from ....kernels.dispatch import using
-from ....kernels.graphs import Captured, GraphBudget
 from ....kernels.transfer import cpu_apart
 from ...planning.roofline import geometric_survival
 from ...schedule import Schedule
@@ -75,9 +75,8 @@ def null_device() -> Iterator[None]:
 
 def host_seconds(batch: int, captured: bool, context: int = CONTEXT, steps: int = _STEPS, layers: int = 40) -> dict[str, Any]:
     """Median seconds of the host per `fused` step of `batch` samples, each with `context` cached positions."""
-    policy = random_policy(
-        ZayaConfig(**{**_NARROW, "num_hidden_layers": layers, "layer_types": ["hybrid"] * layers}), torch.float32, torch.device("cpu")
-    )
+    config = ZayaConfig(**{**_NARROW, "num_hidden_layers": layers, "layer_types": ["hybrid"] * layers})
+    policy = random_policy(config, torch.float32, torch.device("cpu"))
     schedule = _SCHEDULE.within(policy.block_size)
     with null_device():
         most = (_WARM + steps) * policy.block_size + 2 * (policy.block_size + 1)
@@ -90,6 +89,6 @@ def host_seconds(batch: int, captured: bool, context: int = CONTEXT, steps: int 
 def items() -> dict[str, Callable[[], dict[str, Any]]]:
     """By name."""
     return {
-        f"{'captured' if captured else 'eager'} {batch}": lambda batch=batch, captured=captured: host_seconds(batch, captured)
+        f"{'captured' if captured else 'eager'} {batch}": partial(host_seconds, batch, captured)
         for batch in BATCHES for captured in (True, False)
     }  # fmt: skip

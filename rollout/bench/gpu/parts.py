@@ -26,7 +26,6 @@ from ....model.policy import Layer, Policy
 from ...cache import BlockTable, CacheView, PagedCache, pages_for
 from ...schedule import Schedule
 
-
 _DRAWN = 4099
 """Experts that are drawn for each layer: a prime, so that keys spread."""
 
@@ -59,8 +58,8 @@ def layers(policy: Policy) -> list[Layer]:
 
 
 def force_experts(policy: Policy) -> None:
-    """Every row's expert drawn uniformly and layer by layer, whatever the router says; its work is still done. The draw depends on
-    the row's sequence and position, and on whether it is a mask row: so a token has the experts it has under any schedule."""
+    """Every row's expert drawn uniformly and layer by layer, whatever the router says; its work is still done. The draw depends
+    on the row's sequence and position, and on whether it is a mask row: so a token has the same experts under any schedule."""
     experts, count = policy.config.num_experts, len(layers(policy))
     generator = torch.Generator(policy.device).manual_seed(0)
     drawn_LN = torch.randint(0, experts, (count, _DRAWN), generator=generator, device=policy.device)

@@ -18,8 +18,8 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
     """The content of the file."""
     return {
         "policy": "ZAYA1-8B",
-        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a step "
-                "takes its parts one after another (planning/roofline.py)",
+        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a "
+                "step takes its parts one after another (planning/roofline.py)",
         "devices": {name: _of(hardware, sizes) for name, hardware in HARDWARE.items()},
     }  # fmt: skip
 
@@ -54,7 +54,8 @@ def _of(hardware: Hardware, sizes: Sizes) -> dict[str, Any]:
                     "launches": step.kernels,
                 }  # fmt: skip
     names = "products", "copies", "attention_products", "attention_reads"
-    assumed = {**dict(zip(names, hardware.reached, strict=True)), "launch_us": _digits(1e6 * hardware.launch), "basis": hardware.basis}
+    assumed: dict[str, Any] = dict(zip(names, hardware.reached, strict=True))
+    assumed |= {"launch_us": _digits(1e6 * hardware.launch), "basis": hardware.basis}
     return {"assumed": assumed, "kernels": kernels, "steps": steps}
 
 
@@ -64,7 +65,8 @@ def _digits(value: float) -> float:
 
 def text(made: dict[str, Any]) -> str:
     """The file, a row on a line."""
-    return re.sub(r"\{\s+(\"ms\"[^{}]*?)\s+\}", lambda row: "{" + " ".join(row[1].split()) + "}", json.dumps(made, indent=1)) + "\n"
+    rows = re.compile(r"\{\s+(\"ms\"[^{}]*?)\s+\}")
+    return rows.sub(lambda row: "{" + " ".join(row[1].split()) + "}", json.dumps(made, indent=1)) + "\n"
 
 
 if __name__ == "__main__":

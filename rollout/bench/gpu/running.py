@@ -25,13 +25,13 @@ from ....kernels.transfer import PinnedCopy
 from ....model.policy import Policy
 from ...cache import PagedCache, pages_for
 from ...engine import Engine, EngineConfig
+from ...params import SamplerName
 from ...placed import placed
 from ...sampling.drafts import Drafts, SamplerRows, Verdict
 from ...sampling.sampler import verify
 from ...schedule import Schedule
 from ...steps.plan import StepPlan
 from ...steps.recurring import bucket
-from ...params import SamplerName
 from ...types import RolloutRequest, SamplingParams
 from .parts import fill
 

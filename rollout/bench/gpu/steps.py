@@ -32,8 +32,8 @@ _WARM = 5
 
 
 class StepBench:
-    """The steps of one process, by item name: small contexts and large batches first, where the claims are (`order`). `items` have
-    forced acceptance; `oracles` verify the known continuation.
+    """The steps of one process, by item name: small contexts and large batches first, where the claims are (`order`). `items`
+    have forced acceptance; `oracles` verify the known continuation.
     """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
@@ -73,7 +73,8 @@ class StepBench:
         if name in self.oracles:
             schedule, batch, context = self.oracles[name]
             self._make_room()
-            return replay_oracle(self.policy, schedule.within(self._block), batch, context, self.sizes.page_size, self.sizes.steps)
+            schedule = schedule.within(self._block)
+            return replay_oracle(self.policy, schedule, batch, context, self.sizes.page_size, self.sizes.steps)
         schedule, batch, context = self.items[name]
         policy, schedule = self.policy, schedule.within(self._block)
         away = self.device.type == "cuda"

@@ -1,7 +1,7 @@
 """Whole runs of an engine on this device: captured against eager, bit for bit, and the replay oracle.
 
-The oracle drafts the known continuation: first `ar` decodes it, then `coupled`, which gives the tokens of `ar`, verifies it as its
-drafts. What that engine commits per second is the engine's ceiling; what a trained policy reaches of it is the drafts' quality.
+The oracle drafts the known continuation: first `ar` decodes it, then `coupled`, which gives the tokens of `ar`, verifies it as
+its drafts. What that engine commits per second is the engine's ceiling; the share that a trained policy reaches is the drafts'.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from ....kernels.dispatch import using
 from ....model.policy import Policy
 from ...engine import Engine, EngineConfig
+from ...params import SamplerName
 from ...placed import placed
 from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
@@ -23,7 +24,10 @@ from .parts import random_policy
 from .running import engine_for
 from .sizes import Sizes
 
-_SAMPLERS = (("ar", 1.0), ("coupled", 1.0), ("lossless", 1.0), ("mixed", 0.8), ("lossless", 0.0))
+_SAMPLERS: tuple[tuple[SamplerName, float], ...] = (
+    ("ar", 1.0), ("coupled", 1.0), ("lossless", 1.0), ("mixed", 0.8), ("lossless", 0.0),
+)  # fmt: skip
+"""And their temperatures."""
 
 
 def captured_and_eager(sizes: Sizes, device: torch.device, few_layers: Sizes) -> dict[str, Any]:
@@ -37,8 +41,8 @@ def captured_and_eager(sizes: Sizes, device: torch.device, few_layers: Sizes) ->
         schedule, made = Schedule("ar") if sampler == "ar" else Schedule("fused", levels=(0, 2)), []
         for captured in (True, False):
             with using(batch_invariant=True):
-                config = EngineConfig(schedule, max_batch=many, page_size=sizes.page_size, captured=captured, batch_invariant=True,
-                                      pages=many * 8)  # fmt: skip
+                config = EngineConfig(schedule, max_batch=many, page_size=sizes.page_size, pages=many * 8, captured=captured,
+                                      batch_invariant=True)  # fmt: skip
                 engine = Engine(policy, config)
                 graphs += engine.runner.model.shapes.budget.graphs
                 params = [

@@ -133,7 +133,8 @@ def test_bisection_finds_the_support_of_a_sort(dtype: torch.dtype, monkeypatch: 
         logits = torch.randn(rows, vocab_size, generator=generator, dtype=dtype) * 3
         logits[rows // 4 : rows // 2] = (logits[rows // 4 : rows // 2] * 2).round() / 2
         logits[rows // 2] = 1.25
-        logits[rows // 2 + 1 :: 7, 1:][torch.rand(len(logits[rows // 2 + 1 :: 7]), vocab_size - 1, generator=generator) < 0.5] = -torch.inf
+        excluded = logits[rows // 2 + 1 :: 7, 1:]
+        excluded[torch.rand(excluded.shape, generator=generator) < 0.5] = -torch.inf
         logits[-1] = torch.where(logits[-1] > 0, 0.0, -0.0).to(dtype)
         cuts = cut_rows(rows, generator)
         expected = kept(logits, *cuts)
