@@ -63,7 +63,7 @@ class PoolConfig(Protocol):
     @property
     def page_size(self) -> int: ...
     @property
-    def prefill_rows(self) -> int: ...
+    def prefill_rows(self) -> int | None: ...
     @property
     def captured(self) -> bool: ...
     @property
@@ -162,6 +162,12 @@ def schedules_of(schedule: Schedule, block_size: int) -> tuple[Schedule, ...]:
     return candidates(block_size) if schedule.kind == "auto" else (schedule.within(block_size),)
 
 
+def prefill_rows(config: PoolConfig, policy: Policy) -> int:
+    """Most prompt rows of a step. A step that prefills runs eagerly: the host launches each of its kernels, which on a GPU takes
+    as long for 2048 rows as for 512."""
+    return config.prefill_rows or (512 if policy.device.type == "cpu" else 2048)
+
+
 def page_bytes(policy: Policy, page_size: int) -> int:
     """One page in all layers: its keys and values, and the tail of the convolutions that lies with it (`PagedCache`)."""
     z = policy.config
@@ -179,7 +185,7 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     z, item, batch = policy.config, policy.dtype.itemsize, config.max_batch
     known = schedules_of(config.schedule, block_size)
     row = max(map(rows, known))
-    step = config.prefill_rows + batch * row
+    step = prefill_rows(config, policy) + batch * row
     logit_rows = batch * max(max((s.drafts or 0) + 1, s.block or 1) for s in known)
     channels = (z.num_attention_heads + z.num_key_value_heads) * z.head_dim
     each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
