@@ -106,7 +106,8 @@ def gpu_host(
     if not hip:
         return
     if environment.get("HIP_FORCE_DEV_KERNARG") != "1":
-        yield Finding("kernel arguments", "in host memory: a launch takes 2 to 3 us longer", "warn", "set HIP_FORCE_DEV_KERNARG=1")
+        yield Finding("kernel arguments", "in host memory: a launch takes 2 to 3 us longer", "warn",
+                      "set HIP_FORCE_DEV_KERNARG=1")  # fmt: skip
     if numa.is_file() and numa.read_text().strip() not in ("", "0"):
         yield Finding("NUMA balancing", "on", "warn", f"turn it off on the host: echo 0 > {numa}")
 
