@@ -155,6 +155,15 @@ class Graph:
     held: list[Block | None] = field(default_factory=list)
     replays: int = 0
 
+    @property
+    def launches(self) -> int:
+        """Operations that run something on the device: not views, not fresh memory."""
+        return sum(
+            bool(node.fresh or node.name.endswith("_") or node.name in ("paged", "setitem") or node.name.endswith("_kernel"))
+            and not node.name.startswith(_UNWRITTEN)
+            for node in self.nodes
+        )
+
     def replay(self) -> None:
         self.replays += 1
         expected = self.device.audit(self) if self.device.audits else []

@@ -164,3 +164,32 @@ def test_bisection_at_the_vocabulary_of_a_large_policy() -> None:
     before = mass.double().cumsum(-1) - mass
     kept_sorted = before < top_p[:, None] * mass.double().sum(-1, keepdim=True)
     assert torch.equal(got, torch.zeros_like(got).scatter_(-1, token, kept_sorted))
+
+
+def test_an_accelerator_neither_sorts_nor_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And takes rows a few at a time: nothing but the result, and what is made of it once, is as large as all of them."""
+    pytest.importorskip("triton")
+    from pretend_device import PretendDevice
+
+    logits, cuts = torch.randn(40, 50, generator=torch.Generator().manual_seed(4)) * 3, columns(*CUTS * 4)
+    expected = process(logits, *cuts)
+    monkeypatch.setattr(by_bisection, "_NUMBERS_AT_ONCE", 4 * 50)
+    operations, large = [], []
+    with PretendDevice() as device:
+        run = device.execute
+
+        def noted(name, call, args, kwargs):
+            out = run(name, call, args, kwargs)
+            operations.append(name)
+            large.extend(name for x in (out if isinstance(out, tuple) else (out,)) if x is not None and x.numel() >= logits.numel())
+            return out
+
+        monkeypatch.setattr(device, "execute", noted)
+        there = [x.pin_memory().to("cuda:0", non_blocking=True) for x in (logits, *cuts)]
+        operations.clear()
+        large.clear()
+        got = processed(*there, any_cut=True, any_greedy=True).logp
+        assert not device.waits
+        assert torch.equal(got.cpu(), expected)
+    assert "sort" not in operations and "cumsum" in operations
+    assert large.count("cumsum") == large.count("exp_") == large.count("__xor__") == 0 and len(large) < 25

@@ -14,6 +14,7 @@ from graph_emulator import EmulatedDevice, GraphFault
 
 from blockroll.kernels import graphs
 from blockroll.rollout.engine import Engine, EngineConfig
+from blockroll.rollout.planning.roofline import KERNELS_OF_DRAFTS, KERNELS_PER_LAYER, KERNELS_PER_PASS
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.steps import recurring, sampling_graphs
 from blockroll.rollout.steps.captured import SamplerKind
@@ -92,6 +93,11 @@ def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, sched
         assert replays == [len(waits) - 1] * (3 if schedule == FUSED else 2)  # the step that prefills is no captured one
     else:
         assert len(replays) == 2 and min(replays) > 0
+    if (schedule, sampler, temperature) == (FUSED, "lossless", 1.0):
+        # As `plan` counts them. Two of a layer run at large batches only: the count before a sort, and the merge of splits. Five
+        # of a pass are casts, which a float32 policy has none of.
+        forward, verify, _ = (graph.launches for graph in device.graphs)
+        assert forward == KERNELS_PER_PASS - 5 + KERNELS_PER_LAYER - 2 and verify == KERNELS_OF_DRAFTS - 39
 
 
 def test_drafts_on_the_host_and_what_waits_for_them(policy, monkeypatch):
