@@ -86,9 +86,10 @@ def host_seconds(batch: int, captured: bool, context: int = CONTEXT, steps: int 
             **{name: row[name] for name in ("seconds", "fastest", "repeats", "tokens_per_step")}}  # fmt: skip
 
 
-def items() -> dict[str, Callable[[], dict[str, Any]]]:
-    """By name."""
+def items(dry: bool) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By name. `dry`: of a few layers and steps."""
+    few: dict[str, int] = {"steps": 3, "layers": 2} if dry else {}
     return {
-        f"{'captured' if captured else 'eager'} {batch}": partial(host_seconds, batch, captured)
+        f"{'captured' if captured else 'eager'} {batch}": partial(host_seconds, batch, captured, **few)
         for batch in BATCHES for captured in (True, False)
     }  # fmt: skip

@@ -99,7 +99,7 @@ def _decode(
     if {"copy_bytes_per_s", "matmul_flops_per_s"} <= ceilings.keys():
         copies, products = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
         rates = Rates(products, copies, products, copies)
-    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float)]
+    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float) and "schedule" in row]
     ar = {(row["batch"], row["context"]): row for row in measured if row["kind"] == "ar"}
     rows = []
     for row in measured:
@@ -213,6 +213,19 @@ def text(made: Mapping[str, Any]) -> str:
         tokens = [cell for kind in kinds for cell in (f"tokens {kind}", "tokens/s", "x ar")]
         parts.append(_columns(("step", "batch", "context", "ms", "predicted", "x", "host ms", "x roofline", *tokens), rows))
         parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
+    host = [
+        (name, f"{row['seconds'] * 1e3:.2f}", f"{row['fastest'] * 1e3:.2f}")
+        for name, row in sections.get("host", {}).items() if "seconds" in row
+    ]  # fmt: skip
+    if host:
+        parts.append(_columns(("host of a step, no device", "ms", "fastest"), host))
+    oracle = [
+        (name, f"{row['seconds'] * 1e3:.2f}", f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_s']:,.0f}",
+         f"{row['ratio_to_ar']:.2f}", f"{row['diverged']} of {row['samples']}")
+        for name, row in sections.get("steps", {}).items() if "diverged" in row
+    ]  # fmt: skip
+    if oracle:
+        parts.append(_columns(("every draft stands", "ms", "tokens", "tokens/s", "x ar", "diverged"), oracle))
     failed = [
         f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
     ]

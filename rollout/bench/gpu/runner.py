@@ -60,7 +60,7 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
     if section == "host":
         from .host import items as host_items
 
-        host = host_items()
+        host = host_items(dry)
         return list(host), lambda name: host[name]()
     if section == "compile":
         ahead = compilation.items(dry)

@@ -181,7 +181,8 @@ def test_an_accelerator_neither_sorts_nor_waits(monkeypatch: pytest.MonkeyPatch)
         def noted(name, call, args, kwargs):
             out = run(name, call, args, kwargs)
             operations.append(name)
-            large.extend(name for x in (out if isinstance(out, tuple) else (out,)) if x is not None and x.numel() >= logits.numel())
+            made = out if isinstance(out, tuple) else (out,)
+            large.extend(name for x in made if x is not None and x.numel() >= logits.numel())
             return out
 
         monkeypatch.setattr(device, "execute", noted)

@@ -16,7 +16,7 @@ from blockroll.kernels import graphs
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning.roofline import KERNELS_OF_DRAFTS, KERNELS_PER_LAYER, KERNELS_PER_PASS
 from blockroll.rollout.schedule import Schedule
-from blockroll.rollout.steps import recurring, sampling_graphs
+from blockroll.rollout.steps import recurring, runner, sampling_graphs
 from blockroll.rollout.steps.captured import SamplerKind
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
@@ -125,3 +125,19 @@ def test_inputs_that_are_not_sent_again_are_found(policy, monkeypatch):
     monkeypatch.setattr(recurring.RecurringInputs, "pinned_copy", forgetful)
     with EmulatedDevice(), pytest.raises(GraphFault, match="is not sent again"):
         run(copy.deepcopy(policy).to("cuda:0"), Schedule("ar"), [RolloutRequest("r", (3,), SamplingParams("ar", max_tokens=2))])
+
+
+def test_sampling_that_cannot_be_captured_runs_eagerly(policy, monkeypatch, caplog):
+    class Asks(runner.SamplerVerifier):
+        def __call__(self, sampling, p_logits_SRV, *rest):
+            p_logits_SRV.sum().item()
+            return super().__call__(sampling, p_logits_SRV, *rest)
+
+    monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", (SamplerKind("coupled"),))
+    asked = [RolloutRequest("r", (3,), SamplingParams("ar", max_tokens=2, ignore_eos=True))]
+    expected, _ = run(policy, Schedule("ar"), asked)
+    monkeypatch.setattr(runner, "SamplerVerifier", Asks)
+    with EmulatedDevice() as device:
+        got, _ = run(copy.deepcopy(policy).to("cuda:0"), Schedule("ar"), asked, capture_batches=(1,))
+    assert "sample without a graph: operation not permitted" in caplog.text
+    assert got[0].tokens == expected[0].tokens and [graph.replays for graph in device.graphs] == [2]
