@@ -9,7 +9,7 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
     attention     partial sums of keys that programs share: 4 (d + 1) * H * T * splits; as many as fill the device, or one
                   per 1024 keys with batch_invariant
     tails         2 B slots of the convolutions' past, in every layer
-    drafts        4 * B * m * V: q of the m drafts that wait between two captured steps
+    drafts        4 * B * m * V, B rounded up: q of the m drafts that wait between two captured steps
     graphs        1/32 of the device, where passes are captured
     libraries     512 MB: workspaces of two streams, compiled kernels
 
@@ -34,6 +34,7 @@ from .host_memory import host_memory
 from .planning.planner import candidates
 from .planning.step_costs import rows
 from .schedule import Schedule
+from .steps.recurring import bucket
 from .steps.shapes import GRAPH_SHARE
 
 DEFAULT_SHARE = 0.9
@@ -199,7 +200,7 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
         "activations": step * each,
         "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
         "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
-        "drafts": 4 * batch * max(s.drafts or 0 for s in known) * z.vocab_size if away and config.captured else 0,
+        "drafts": 4 * bucket(batch) * max(s.drafts or 0 for s in known) * z.vocab_size if away and config.captured else 0,
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
         "libraries": _LIBRARIES if away else 0,
     }

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from graph_emulator import EmulatedDevice, GraphFault
 
 from blockroll.kernels import graphs
+from blockroll.rollout.bench.gpu.running import engine_for, measure
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning.roofline import KERNELS_OF_DRAFTS, KERNELS_PER_LAYER, KERNELS_PER_PASS
 from blockroll.rollout.schedule import Schedule
@@ -141,3 +142,14 @@ def test_sampling_that_cannot_be_captured_runs_eagerly(policy, monkeypatch, capl
         got, _ = run(copy.deepcopy(policy).to("cuda:0"), Schedule("ar"), asked, capture_batches=(1,))
     assert "sample without a graph: operation not permitted" in caplog.text
     assert got[0].tokens == expected[0].tokens and [graph.replays for graph in device.graphs] == [2]
+
+
+@pytest.mark.slow
+def test_forced_acceptance_is_captured(policy, monkeypatch):
+    """What `bench gpu` measures runs in the graphs of an engine that serves."""
+    monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", (SamplerKind("lossless"),))
+    with EmulatedDevice() as device:
+        schedule = Schedule("fused", levels=(0,), block=4).within(4)
+        engine = engine_for(copy.deepcopy(policy).to("cuda:0"), schedule, 2, 9, 40, 8)
+        row = measure(engine, (1.0,), 1, 2)
+    assert row["tokens_per_step"] == (4 + 1) / 2 and [graph.replays for graph in device.graphs] == [3, 3, 3]
