@@ -16,17 +16,17 @@ from .sizes import DEVICE, Sizes
 
 def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
     """The content of the file."""
+    roofline = Roofline.of(sizes.zaya)
     return {
         "policy": "ZAYA1-8B",
         "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a "
                 "step takes its parts one after another (planning/roofline.py)",
-        "devices": {name: _of(hardware, sizes) for name, hardware in HARDWARE.items()},
+        "devices": {name: _of(hardware, sizes, roofline) for name, hardware in HARDWARE.items()},
     }  # fmt: skip
 
 
-def _of(hardware: Hardware, sizes: Sizes) -> dict[str, Any]:
-    config, roofline = sizes.zaya, Roofline.of(sizes.zaya)
-    block = roofline.block
+def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
+    config, block = roofline.config, roofline.block
 
     def row(work: KernelWork) -> dict[str, float]:
         seconds = work.seconds(hardware.achieved)

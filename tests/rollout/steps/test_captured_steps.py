@@ -77,8 +77,8 @@ def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, sched
         params = SamplingParams(sampler, temperature=temperature, max_tokens=most, ignore_eos=True)
         return RolloutRequest(name, prompt, params, seed=len(prompt))
 
-    arguments = schedule, [request("b", (3,), 7)]
-    later = [request("a", (4, 5), 3)]
+    arguments = schedule, [request("b", (3,), 5)]
+    later = [request("a", (4, 5), 2)]
     expected, _ = run(policy, *arguments, later=later)
     away = copy.deepcopy(policy)
     with EmulatedDevice() as device:
@@ -101,6 +101,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, sched
         assert forward == KERNELS_PER_PASS - 5 + KERNELS_PER_LAYER - 2 and verify == KERNELS_OF_DRAFTS - 39
 
 
+@pytest.mark.slow
 def test_drafts_on_the_host_and_what_waits_for_them(policy, monkeypatch):
     """While the device draws drafts the host commits: it waits for the verdict, which was launched before them."""
     order = []
@@ -128,6 +129,7 @@ def test_inputs_that_are_not_sent_again_are_found(policy, monkeypatch):
         run(copy.deepcopy(policy).to("cuda:0"), Schedule("ar"), [RolloutRequest("r", (3,), SamplingParams("ar", max_tokens=2))])
 
 
+@pytest.mark.slow
 def test_sampling_that_cannot_be_captured_runs_eagerly(policy, monkeypatch, caplog):
     class Asks(runner.SamplerVerifier):
         def __call__(self, sampling, p_logits_SRV, *rest):
