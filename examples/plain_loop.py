@@ -28,7 +28,7 @@ def main(address, steps=4):
         for step in range(steps):
             sums = [(11 + 7 * i + 13 * step, 12 + 5 * i) for i in range(PROMPTS)]
             prompts = [tuple([policy.tokenizer.bos_token_id, *policy.tokenizer.encode(f"Q:{a}*{b}\nS:")]) for a, b in sums]
-            requests = [blockroll.RolloutRequest(f"{client.client_id}/{step}/{i}", p, params) for i, p in enumerate(prompts)]
+            requests = [blockroll.RolloutRequest(f"{client.client_id}/{step}/{i:03}", p, params) for i, p in enumerate(prompts)]
             samples = client.generate(requests)  # ordered by id and sample: the group of a prompt lies together
             rewards = torch.tensor([reward(s.text(policy.tokenizer), str(a * b))
                                     for (a, b), i in zip(sums, range(0, len(samples), GROUP), strict=True)

@@ -3,7 +3,7 @@
 Invariants:
 - All that can be wrong with rows and function is found before anything is decoded.
 - No prompt is both trained on and held out.
-- An epoch uses every row that is trained on once, in an order that the seed decides.
+- An epoch goes through every row that is trained on once, in an order that the seed decides.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class OwnTasks:
             found = self._process.each([self._match_arguments(task, answer) for task, answer in pairs])
         elif self.source.reward.batched:
             each = [self._arguments(task, answer) for task, answer in pairs]
-            found = self._process.batch({name: [one[name] for one in each] for name in self._parameters}, len(each))
+            found = self._process.batch({name: [one.get(name) for one in each] for name in self._parameters}, len(each))
         else:
             found = self._process.each([self._arguments(task, answer) for task, answer in pairs])
         if pairs and all(value is None for value in found):
@@ -138,10 +138,12 @@ class OwnTasks:
         return self._epoch[1][row]
 
     def _arguments(self, task: OwnTask, answer: Answer) -> dict[str, Any]:
+        """What the function is given of one sample. A field that the row lacks is left out."""
         chat = isinstance(task.prompt, list) and isinstance(task.prompt[0], Mapping)
         completion = [{"role": "assistant", "content": answer.text}] if chat else answer.text
         given = dict(zip(_ONE, (task.prompt, completion, list(answer.tokens), answer.finish_reason), strict=True))
-        return {name: task.row.get(name) if ours is None else given[ours] for name, ours in self._parameters.items()}
+        return {name: task.row[name] if ours is None else given[ours] for name, ours in self._parameters.items()
+                if ours is not None or name in task.row}
 
     def _match_arguments(self, task: OwnTask, answer: Answer) -> dict[str, Any]:
         reward = self.source.reward

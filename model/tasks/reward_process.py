@@ -1,7 +1,8 @@
 """Calls a reward function in a process of its own.
 
 Invariants:
-- What takes longer than `timeout_s` is ended with its process, whatever it does; the next call begins another one.
+- What takes longer than `timeout_s` is ended with its process and what that has started, whatever it does; the next call begins
+  another one.
 - A value is a finite number, or None where there is none: the function gave none, or took too long. Everything else that a
   function returns or raises is an error, in one line: a reward is never made up.
 """
@@ -12,10 +13,12 @@ import json
 import math
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +55,15 @@ class RewardProcess:
         self._function, self._timeout, self._field = function, timeout_s, field
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
+        self._together = False
         self.late = 0
 
     def start(self) -> Parameters:
         """Begins the process. Raises ConfigError where the function cannot be used."""
         path = [*sys.path, os.getcwd()] if os.getcwd() not in sys.path else sys.path
         command = [sys.executable, "-P", str(_WORKER)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                                         start_new_session=True)  # fmt: skip
         self._unread = b""
         self._send({"path": path, "function": self._function, "timeout": self._timeout})
         answer = self._read(time.monotonic() + START_S)
@@ -67,6 +72,7 @@ class RewardProcess:
             why = f"its module was not imported within {START_S:g} s" if answer is None else answer["refused"]
             raise ConfigError(self._field, f"{self._function} cannot be used: {why}",
                               "give module:function, of a module that can be imported from the working directory")
+        self._together = answer["together"]
         return Parameters(answer["parameters"], answer["any"])
 
     def batch(self, arguments: Mapping[str, Any], count: int) -> list[float | None]:
@@ -85,13 +91,20 @@ class RewardProcess:
     def each(self, calls: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """One call for each sample. One that takes too long leaves the others their values."""
         values: dict[int, float | None] = {}
+        alone = False
         while left := [i for i in range(len(calls)) if i not in values]:
             self._ready()
+            left = left[:1] if alone else left
             self._send({"calls": [calls[i] for i in left]})
             for _ in left:
                 answer = self._read(time.monotonic() + self._timeout + GRACE_S)
+                if answer is None and self._together and not alone:
+                    # A coroutine that does not wait blocks those that run beside it. From here on each is called alone.
+                    self.close()
+                    alone = True
+                    break
                 if answer is None:
-                    # Calls are made in their order; of coroutines, which run together, all that are left are given up.
+                    # Calls are made in their order.
                     self._took_too_long(True)
                     values[next(i for i in left if i not in values)] = None
                     break
@@ -103,9 +116,10 @@ class RewardProcess:
         return [values[i] for i in range(len(calls))]
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and what it has started."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             assert self._process.stdin is not None and self._process.stdout is not None
             self._process.stdin.close()

@@ -1,10 +1,11 @@
 """The process in which a reward function runs. Run as a script; the standard library alone.
 
 The function is the user's, and what it judges was written by a policy: it may take for ever or take the process down. So it has
-a process of its own, which `reward_process` ends. Lines of JSON pass through the standard input and the former standard output;
-what the function prints goes to standard error. The process ends when its input does.
+a process and a session of its own, which `reward_process` ends. Lines of JSON pass through the standard input and the former
+standard output; what the function prints goes to standard error. The process ends when its input does.
 
-    {"path", "function", "timeout"}   ->  {"parameters": {name: has a default}, "any": takes any name} or {"refused": why}
+    {"path", "function", "timeout"}   ->  {"parameters": {name: has a default}, "any": takes any name, "together": calls run side
+                                          by side} or {"refused": why}
     {"arguments": {..}}               ->  {"values": [..]}, {"error": why} or {"late": true}
     {"calls": [{..}, ..]}             ->  for each, in any order: {"call": i, "value": v}, or as above
 """
@@ -44,12 +45,13 @@ def main() -> None:
     except _Refused as error:
         tell(refused=str(error))
         return
-    tell(parameters=parameters, any=any_name)
+    together = inspect.iscoroutinefunction(function)
+    tell(parameters=parameters, any=any_name, together=together)
     while True:
         message = json.loads(lines.get())
         if "arguments" in message:
             tell(**_called(function, message["arguments"], _values, first["timeout"]))
-        elif inspect.iscoroutinefunction(function):
+        elif together:
             asyncio.run(_together(function, message["calls"], first["timeout"], tell))
         else:
             for i, arguments in enumerate(message["calls"]):
@@ -63,6 +65,8 @@ class _Refused(Exception):
 def _read(lines: queue.Queue[str]) -> None:
     for line in sys.stdin:
         lines.put(line)
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # also what the function has started
     os._exit(0)
 
 

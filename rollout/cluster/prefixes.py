@@ -5,12 +5,13 @@ What is known here is a guess: the engine may have needed the pages for other sa
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 PAGE = 32
 """Tokens of a page here. The pages of an engine may have another size."""
 MOST = 1 << 15
-"""Pages remembered of an engine, those last given: a million tokens, about 4 MB."""
+"""Pages remembered of an engine, those last given: a million tokens, about 6 MB."""
 
 
 def pages_of(tokens: Sequence[int]) -> tuple[int, ...]:
@@ -26,15 +27,15 @@ class Prefixes:
     """The pages of one engine, the latest last."""
 
     def __init__(self) -> None:
-        self._pages: dict[int, None] = {}
+        self._pages: OrderedDict[int, None] = OrderedDict()  # a dict finds its first key slowly once earlier ones were removed
 
     def note(self, pages: Sequence[int]) -> None:
         """The engine was given a prompt of these pages."""
         for page in reversed(pages):  # the beginning, which most prompts share, is forgotten last
-            self._pages.pop(page, None)
             self._pages[page] = None
+            self._pages.move_to_end(page)
         while len(self._pages) > MOST:
-            del self._pages[next(iter(self._pages))]
+            self._pages.popitem(last=False)
 
     def known(self, pages: Sequence[int]) -> int:
         """How many tokens of such a prompt the engine has."""

@@ -32,7 +32,7 @@ def page(content: Mapping[str, Any]) -> bytes:
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return Template((_FOLDER / "page.html").read_text(encoding="utf-8")).substitute(
         title=escape(str(content["title"])), policy=policy, style=style, script=script, payload=data
-    ).encode()  # fmt: skip
+    ).encode(errors="replace")  # fmt: skip  # the title is a file's name, which may be no text
 
 
 def _hash(text: str) -> str:

@@ -24,7 +24,7 @@ def beam(search: Search) -> Method:
     kept: list[tuple[Candidate, bool]] = []  # candidates, and whether they go on
     growing: list[Candidate | None] = [None] * config.samples
     while growing:
-        room = max(search.params.max_tokens - (0 if each is None else each.count) for each in growing)
+        room = [search.params.max_tokens - (0 if each is None else each.count) for each in growing]
         found = yield from search.sample(
             [(*prompt, *(() if each is None else each.tokens)) for each in growing], room,
             stop=(*search.params.stop, config.step_end), include_stop_str_in_output=True,

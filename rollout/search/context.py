@@ -23,6 +23,8 @@ from .config import MAX_SAMPLES, SearchConfig
 from .functions import AnswerFunction, ScoreFunction, checked_score
 from .spending import Spending
 
+LOGPROBS = ("logprob", "mean_logprob")
+"""Scorers whose scores are log-probabilities."""
 WAVE = 16
 """Samples that are begun together where the configuration gives no number."""
 Waves = Generator[list[RolloutRequest], list[Trajectory], Any]
@@ -54,19 +56,20 @@ class Search:
         check_question(question, config)
 
     def sample(
-        self, prompts: Sequence[tuple[int, ...]], max_tokens: int | None = None, **changes: Any
+        self, prompts: Sequence[tuple[int, ...]], max_tokens: int | Sequence[int] | None = None, **changes: Any
     ) -> Generator[list[RolloutRequest], list[Trajectory], dict[int, Trajectory]]:
         """One sample of each prompt, as far as the budget goes.
 
         Args:
-            max_tokens: most tokens of each, up to those of the parameters, which is the default.
+            max_tokens: most tokens of all, or of each, up to those of the parameters, which is the default.
             changes: other fields of the parameters.
 
         Returns: trajectories by the place of their prompt. Those that the budget cut off before they began, or cancelled, are
             missing.
         """
         found: dict[int, Trajectory] = {}
-        most = self.params.max_tokens if max_tokens is None else max_tokens
+        given = self.params.max_tokens if max_tokens is None else max_tokens
+        most = [given] * len(prompts) if isinstance(given, int) else given
         begun = 0
         while begun < len(prompts):
             longest = max(map(len, prompts[begun:]))
@@ -75,11 +78,11 @@ class Search:
                 raise RequestError("prompt_tokens", f"a prompt of question {name} has {longest} tokens and the policy's maximum "
                                    f"is {self._positions}", "shorten the question, or what is put into prompts")  # fmt: skip
             shortest = min(map(len, prompts[begun:]))
-            count, each = self.spending.affords(len(prompts) - begun, min(most, self._positions - shortest))
+            count, each = self.spending.affords(len(prompts) - begun, min(max(most[begun:]), self._positions - shortest))
             if not count:
                 self._cut = True
                 break
-            requests = [self._request(prompt, each, changes) for prompt in prompts[begun : begun + count]]
+            requests = [self._request(prompts[i], min(each, most[i]), changes) for i in range(begun, begun + count)]
             places = {request.id: begun + i for i, request in enumerate(requests)}
             for trajectory in (yield requests):
                 found[places[trajectory.request_id]] = trajectory
@@ -122,15 +125,18 @@ class Search:
             score = candidate.logprob if name == "logprob" else candidate.mean_logprob
         return replace(candidate, score=score)
 
-    def weight(self, candidate: Candidate) -> float:
+    def weight(self, candidate: Candidate, best: float = 0.0) -> float:
         """The candidate's weight in a vote: its probability, or the geometric mean over its tokens, or what the scorer says.
+
+        Args:
+            best: a log-probability; probabilities are given as multiples of exp(best). exp of -746 is 0.
 
         Raises:
             RequestError: the scorer said a negative number.
         """
         assert candidate.score is not None
-        if self.config.scorer in ("logprob", "mean_logprob"):
-            return math.exp(candidate.score)
+        if self.config.scorer in LOGPROBS:
+            return math.exp(candidate.score - best)
         if candidate.score < 0:
             raise RequestError("scorer", f"{self.config.scorer} returned {candidate.score:g} as a weight", "return 0 or more")
         return candidate.score

@@ -10,10 +10,12 @@ seen first wins. Samples without an answer vote for nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 from .candidates import Candidate, Verdict
-from .context import Method, Search
+from .context import LOGPROBS, Method, Search
 
 
 def tally(candidates: Iterable[Candidate], weight: Callable[[Candidate], float] = lambda candidate: 1.0) -> dict[str, float]:
@@ -47,4 +49,8 @@ def weighted_vote(search: Search) -> Method:
     """Every sample votes with the weight that the scorer gives."""
     candidates = yield from search.candidates(search.config.samples)
     candidates = [search.scored(candidate) for candidate in candidates]
-    return verdict(search, candidates, tally(candidates, search.weight), search.reason())
+    # Probabilities of long samples are too small for a float, so they are compared as multiples of the largest one.
+    scores = [c.score for c in candidates if c.answer is not None and c.score is not None]
+    best = max(scores, default=0.0) if search.config.scorer in LOGPROBS else 0.0
+    decided = verdict(search, candidates, tally(candidates, lambda c: search.weight(c, best)), search.reason())
+    return replace(decided, votes={name: votes * math.exp(best) for name, votes in decided.votes.items()})

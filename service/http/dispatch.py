@@ -198,7 +198,7 @@ class Dispatch:
                 names = [request.id for request in batch]
                 self._fail(names, error)
                 if names:  # the gateway may have some of them
-                    self._commands.put(names)
+                    self._commands.put([*names, *cancelled])
 
     def _record(self, batch: Sequence[RolloutRequest]) -> None:
         """Submits requests. One that cannot travel, or has an id twice, fails alone."""
@@ -226,7 +226,8 @@ class Dispatch:
                 if self._closing:
                     return
                 _log.warning("no trajectories for HTTP: %s", error)
-                self._fail(None, error)
+                if ended := self._fail(None, error):
+                    self._commands.put(ended)
                 self._submitted.wait(RETRY_S)
                 continue
             self._submitted.wait()
@@ -242,8 +243,8 @@ class Dispatch:
         if answers is not None:
             answers.put(trajectory)
 
-    def _fail(self, names: Sequence[str] | None, error: Exception) -> None:
-        """Ends the wait for these requests, or for all, with an error."""
+    def _fail(self, names: Sequence[str] | None, error: Exception) -> list[str]:
+        """Ends the wait for these requests, or for all, with an error; returns the ids of those that were waited for."""
         with self._lock:
             ended = list(self._waiting) if names is None else [name for name in names if name in self._waiting]
             failed = [self._waiting.pop(name) for name in ended]
@@ -252,3 +253,4 @@ class Dispatch:
                     del self._samples[name]
         for answers in failed:
             answers.put(error)
+        return ended

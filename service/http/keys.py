@@ -2,7 +2,7 @@
 
 - The API key: every route, once one is configured. Off loopback one must be.
 - The control key: every route that changes the service's state, once one is configured; off loopback such a route is refused
-  without one. The control key opens the other routes too.
+  without one, and on loopback it then needs the API key. The control key opens the other routes too.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class HttpKeys:
         Args:
             control: the route changes the service's state.
         """
-        wanted = [self.control] if control else [self.api, self.control] if self.api is not None else []
         if control and self.control is None and not self.local:
             raise HttpError(403, "this route changes the service and no http.control_key is configured", code="no_control_key")
+        control = control and self.control is not None
+        wanted = [self.control] if control else [self.api, self.control] if self.api is not None else []
         known = [key.encode() for key in wanted if key is not None]
         if not known:
             return

@@ -5,14 +5,15 @@ A router is made with `route_class=ApiRoute`, or `ControlRoute` where its routes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
+from ...trainer_bridge.wire.sockets import is_local
 from .http_errors import HttpError
 from .state import HttpState
 
@@ -56,7 +57,7 @@ class ApiRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             state: HttpState = request.app.state.http
-            check_origin(request)
+            check_origin(request.headers.get("origin"), request.headers.get("host"), state.keys.local and state.keys.api is None)
             state.keys.check(request.headers.get("authorization"), self.control)
             bounded = BoundedRequest(request.scope, request.receive)
             bounded.most = state.options.max_body_bytes
@@ -76,8 +77,16 @@ class ControlRoute(ApiRoute):
     control = True
 
 
-def check_origin(request: Request) -> None:
-    """Raises HttpError for a request that a web page of another host has a browser send."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+def check_origin(origin: str | None, host: str | None, unguarded: bool) -> None:
+    """Raises HttpError for a request that a web page of another host has a browser send.
+
+    Args:
+        unguarded: no key keeps others out, but the address does. Then the page has to be of this machine: any other name may
+            have been pointed at this address after the browser had loaded its page.
+    """
+    if origin is None:
+        return
+    place = origin.partition("://")[2]
+    name = re.sub(r":\d+$", "", place)
+    if place != host or (unguarded and not is_local(f"tcp://{name}:0")):
         raise HttpError(403, f"a page of {origin[:100]} may not call this service", code="foreign_origin")

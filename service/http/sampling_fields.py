@@ -44,7 +44,7 @@ def _params(given: Mapping[str, Any], defaults: dict[str, Any]) -> SamplingParam
         if name in _WITHOUT_EFFECT or value is None:
             continue
         if name not in _OWN:
-            if value not in (False, 0, 1.0, "", [], {}) or name == "":
+            if value is True or value not in (False, 0, 1.0, "", [], {}) or name == "":  # True equals 1, and means something
                 raise HttpError(400, f"sampling_params.{name[:100]}: this service cannot serve it; leave it out",
                                 f"sampling_params.{name[:100]}", "unsupported_parameter")
             continue

@@ -106,7 +106,8 @@ class TextStream:
 
     Args:
         held: strings of which no beginning is emitted before it is known whether the rest follows: stop strings.
-        barriers: strings of which neither the beginning nor anything behind them is emitted: marks of tool calls.
+        barriers: strings of which neither the beginning nor anything behind them is emitted: marks of tool calls. Nor are blanks
+            at the end, which are no part of the text before a call.
     """
 
     def __init__(self, tokenizer: Any, held: Sequence[str], skip_special: bool, barriers: Sequence[str] = ()) -> None:
@@ -128,7 +129,8 @@ class TextStream:
             return ""
         self._text += after[len(before) :]
         self._prefix, self._read = self._read, len(self._tokens)
-        return self._emit(self._text[: len(self._text) - self._withheld()])
+        upto = self._text[: len(self._text) - self._withheld()]
+        return self._emit(upto.rstrip() if self._barriers else upto)
 
     def finish(self, whole: str) -> str:
         """The rest of the text, given all of it."""

@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 OPENINGS = ("<tool_call>", "<zyphra_tool_call>")
 _BLOCK = re.compile(r"<(zyphra_)?tool_call>(.*?)(?:</(?:zyphra_)?tool_call>|\Z)", re.DOTALL)
-_FUNCTION = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\s]+)>(.*?)</parameter>", re.DOTALL)
+# Time grows with the text alone: a name is bounded, and where one parameter has no end, none that follows has one.
+_FUNCTION = re.compile(r"<function=([^>\s]{1,256})>(.*?)(?:</function>|\Z)", re.DOTALL)
+_PARAMETER, _PARAMETER_END = re.compile(r"<parameter=([^>\s]{1,256})>"), "</parameter>"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def _calls(block: str, known: dict[str, Any]) -> list[ToolCall]:
     try:
         found = json.loads(block)
     except (ValueError, RecursionError):
-        return [ToolCall(name, json.dumps({key: _typed(value, known[name], key) for key, value in _PARAMETER.findall(inside)}))
+        return [ToolCall(name, json.dumps({key: _typed(value, known[name], key) for key, value in _parameters(inside)}))
                 for name, inside in _FUNCTION.findall(block) if name in known]
     calls = []
     for call in found if isinstance(found, list) else [found]:
@@ -59,6 +60,13 @@ def _calls(block: str, known: dict[str, Any]) -> list[ToolCall]:
         if isinstance(arguments, dict):
             calls.append(ToolCall(name, json.dumps(arguments)))
     return calls
+
+
+def _parameters(text: str) -> Iterator[tuple[str, str]]:
+    at = 0
+    while (begin := _PARAMETER.search(text, at)) is not None and (end := text.find(_PARAMETER_END, begin.end())) >= 0:
+        yield begin[1], text[begin.end() : end]
+        at = end + len(_PARAMETER_END)
 
 
 def _typed(text: str, parameters: Any, key: str) -> Any:

@@ -62,14 +62,20 @@ def reward_fields(trajectories: Sequence[Trajectory]) -> dict[str, list[Any]]:
 
 
 def reward(function: Callable[..., Any], arguments: Mapping[str, Any], samples: int) -> np.ndarray:
-    """Rewards of one function, float64 per sample; NaN where it returned None. Coroutine functions are run to their end."""
+    """Rewards of one function, float64 per sample; NaN where it returned None or NaN. Coroutine functions are run to their end.
+
+    Raises InvalidInput for another number of rewards, and for an infinite one, whose group would have NaN for advantages.
+    """
     found = function(**arguments)
     if inspect.isawaitable(found):
         found = asyncio.run(_awaited(found))
     if len(found) != samples:
         raise InvalidInput("reward_funcs", f"{name_of(function)} returned {len(found)} rewards for {samples} samples",
                            "return one reward per sample, or None")
-    return np.array([np.nan if value is None else value for value in found], dtype=float)
+    values = np.array([np.nan if value is None else value for value in found], dtype=float)
+    if np.isinf(values).any():
+        raise InvalidInput("reward_funcs", f"{name_of(function)} returned an infinite reward", "return a finite one, or None")
+    return values
 
 
 async def _awaited(found: Any) -> Any:

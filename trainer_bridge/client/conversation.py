@@ -162,9 +162,7 @@ def converse(source: RolloutClient | Generate, conversations: Iterable[Conversat
         RequestError: two conversations share an id, or the client has other requests under way.
         RequestRefused: a turn cannot be served, for instance because the text fills the policy.
     """
-    played = list(conversations)
-    if len({conversation.id for conversation in played}) < len(played):
-        raise RequestError("conversations", "two of them share an id", "give each its own")
+    played = _distinct(conversations)
     _reply([conversation for conversation in played if conversation.awaits_reply], environment)
     if isinstance(source, RolloutClient):
         _stream(source, played, environment, timeout)
@@ -173,6 +171,13 @@ def converse(source: RolloutClient | Generate, conversations: Iterable[Conversat
             for trajectory in source([conversation.request() for conversation in going.values()]):
                 going[trajectory.request_id].add(trajectory)
             _reply([conversation for conversation in going.values() if conversation.awaits_reply], environment)
+    return played
+
+
+def _distinct(conversations: Iterable[Conversation]) -> list[Conversation]:
+    played = list(conversations)
+    if len({conversation.id for conversation in played}) < len(played):
+        raise RequestError("conversations", "two of them share an id", "give each its own")
     return played
 
 
@@ -206,10 +211,11 @@ def _stream(client: RolloutClient, played: Sequence[Conversation], environment: 
 
 async def converse_async(client: AsyncRolloutClient, conversations: Iterable[Conversation], environment: AsyncEnvironment,
                          timeout: float | None = None) -> list[Conversation]:
-    """`converse` for asyncio. Each conversation is a task, so environments wait for their tools side by side."""
+    """`converse` for asyncio. Each conversation is a task, so environments wait for their tools side by side. An error of one
+    ends the others where they are before it is raised."""
     import asyncio  # takes 50 ms, and a trainer without it does not need it
 
-    played = list(conversations)
+    played = _distinct(conversations)
 
     async def play(conversation: Conversation) -> None:
         while conversation.finish_reason is None:
@@ -219,5 +225,11 @@ async def converse_async(client: AsyncRolloutClient, conversations: Iterable[Con
             if conversation.awaits_reply:
                 conversation.reply(await environment(conversation))
 
-    await asyncio.gather(*(play(conversation) for conversation in played))
+    tasks = [asyncio.ensure_future(play(conversation)) for conversation in played]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return played

@@ -38,6 +38,9 @@ def ids(completion_ids):
 def nothing(completions):
     return [None] * len(completions)
 
+def weighs(completion, weight=3):
+    return weight
+
 def blind(answer):
     return answer
 
@@ -142,6 +145,10 @@ def test_rewards(own: Callable[..., OwnTasks]) -> None:
     task = one.training[0]
     assert one.score([(task, said(str(task.row["answer"]))), (task, said("no"))]) == [1.0, 0.0]
     assert own(rows(30), reward={"function": "own_rewards:ids"}).score([(task, said("abc"))]) == [3.0]
+    weighed = own([*rows(20), *({"prompt": str(i), "weight": 2} for i in range(20))],
+                  reward={"function": "own_rewards:weighs", "batched": False})  # fmt: skip
+    found = weighed.score([(task, said("a")) for task in weighed.training])
+    assert found == [task.row.get("weight", 3) for task in weighed.training] and set(found) == {2.0, 3.0}
     with pytest.raises(InvalidInput, match="none of 2 samples was given a reward but None"):
         own(rows(30), reward={"function": "own_rewards:nothing"}).score([(task, said("a"))] * 2)
 

@@ -16,7 +16,7 @@ from blockroll.errors import ConfigError, DataError
 from blockroll.model.tasks.reward_process import RewardProcess
 
 MODULE = """
-import asyncio, os, time
+import asyncio, os, subprocess, time
 import numpy as np
 
 def lengths(completions, **others):
@@ -37,6 +37,16 @@ async def waits(completion, wait=0.0):
 def sleeps(completion, wait=0.0):
     time.sleep(wait)
     return 1.0
+
+async def blocks(completion, wait=0.0):
+    time.sleep(wait)
+    await asyncio.sleep(0.01)
+    return 1.0
+
+def runs(completion):
+    sleeper = subprocess.Popen(["sleep", "60"])
+    open(completion, "w").write(str(sleeper.pid))
+    sleeper.wait()
 
 def never(completions):
     while True:
@@ -122,6 +132,30 @@ def test_what_takes_too_long_has_no_value_and_leaves_the_others_theirs(process: 
     assert sleeps.each(calls) == [1.0, None, 1.0, None, 1.0] and sleeps.late == 2
     waits = process("waits", 0.3)
     assert waits.each(calls) == [1.0, None, 1.0, None, 1.0] and waits.late == 2
+
+
+def test_a_coroutine_that_blocks_leaves_the_others_their_values(process: Callable[..., RewardProcess]) -> None:
+    """It blocks those that run beside it too; they are called again."""
+    blocks = process("blocks", 0.3)
+    assert blocks.each([{"completion": "a", "wait": wait} for wait in (0, 0, 0, 60, 0)]) == [1.0, 1.0, 1.0, None, 1.0]
+    assert blocks.late == 1
+
+
+def test_what_a_function_has_started_ends_with_it(process: Callable[..., RewardProcess], tmp_path: Path) -> None:
+    runs = process("runs", 0.5)
+    assert runs.each([{"completion": str(tmp_path / "pid")}]) == [None]
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs, 2 s from now at the latest."""
+    try:
+        psutil.Process(pid).wait(timeout=2)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.TimeoutExpired:
+        return True
+    return False
 
 
 @pytest.mark.parametrize("name", ["never", "grows"])

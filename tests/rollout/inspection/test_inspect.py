@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -20,6 +21,7 @@ from blockroll.rollout.inspection import inspect as command
 from blockroll.rollout.inspection import payload as packing
 from blockroll.rollout.inspection.inspect import inspect
 from blockroll.rollout.inspection.origins import ACCEPTED, ORIGINS
+from blockroll.rollout.inspection.page import page
 from blockroll.rollout.inspection.run import Run
 
 GOOD: dict[str, Any] = {"id": "a", "prompt_tokens": [1, 20], "tokens": [30, 31, 2], "logprobs": [-0.5, -0.25, -1.0],
@@ -65,6 +67,12 @@ def test_text_of_a_run_stays_text(tmp_path: Path) -> None:
     page = inspect(write(tmp_path / "in.jsonl", [GOOD | {"id": bad, "text": bad, "finish_reason": bad}]))
     assert payload_of(page)["names"] == [bad]
     assert "alert(1)" in page.read_text() and "<script>alert" not in page.read_text()
+
+
+def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+    run = Run.find(write(tmp_path / os.fsdecode(b"\xff.jsonl"), [GOOD]), 5)
+    run.read()
+    assert b"<title>?.jsonl" in page(packing.payload(run, None, None))
 
 
 def test_entropies_only_where_the_policy_gives_the_recorded_log_probabilities(tmp_path: Path) -> None:

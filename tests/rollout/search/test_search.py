@@ -12,8 +12,9 @@ from blockroll.errors import RequestError
 from blockroll.model.tasks import Task, answer, make_tasks, score
 from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine
-from blockroll.rollout.search.candidates import Question, SearchResult
+from blockroll.rollout.search.candidates import Candidate, Question, SearchResult
 from blockroll.rollout.search.config import METHODS, SearchConfig
+from blockroll.rollout.search.context import Search
 from blockroll.rollout.search.driver import run_searches, search
 from blockroll.rollout.search.engine_source import EngineSource
 from blockroll.rollout.search.functions import canonical
@@ -101,6 +102,20 @@ def test_votes_and_best_of_n_decide_by_their_formulas(engine: Engine) -> None:
     assert rights >= 2
 
 
+def test_a_weighted_vote_tells_long_samples_apart(engine: Engine, monkeypatch) -> None:
+    """Samples of thousands of tokens have probabilities below the least float."""
+    candidates = [Candidate((5,), -900.0, 2000, True, "A:1", "1"), Candidate((5,), -760.0, 2000, True, "A:2", "2"),
+                  Candidate((5,), -900.5, 2000, True, "A:1", "1"), Candidate((5,), -1.0, 9, False, "", None)]  # fmt: skip
+
+    def made(search: Search, count: int | None):
+        yield from ()
+        return candidates
+
+    monkeypatch.setattr(Search, "candidates", made)
+    (result,) = found(engine, TASKS[:1], method="weighted_vote", scorer="logprob")
+    assert result.answer == "2" and result.verdict.chosen is not None and result.verdict.chosen.logprob == -760.0
+
+
 @pytest.mark.parametrize("rule", ["beta", "dirichlet", "certain"])
 def test_an_early_stop_uses_the_first_samples_of_the_whole_vote(engine: Engine, rule: str) -> None:
     whole, early = found(engine), found(engine, method="self_consistency", stop_rule=rule, confidence=0.9)
@@ -148,6 +163,10 @@ def test_beam_grows_the_texts_that_its_scorer_prefers(engine: Engine) -> None:
         assert result.spent.samples > 8  # first steps, and what grew of them
         scored = engine.policy.tokenizer.decode(list(chosen.tokens), skip_special_tokens=True)
         assert chosen.text == scored and answer(scored) is not None
+    # Steps of any length, which leave the texts of a round unequal room.
+    wild = SamplingParams(sampler="coupled", temperature=3.0, max_tokens=24)
+    for result in found(engine, TASKS[:2], wild, method="beam", scorer="logprob", width=2, step_end="1"):
+        assert max(c.count for c in result.verdict.candidates) <= 24
     refused = found(engine, TASKS[:1], method="beam", scorer=f"{__name__}:by_length", width=8, samples=8)[0]
     assert len(refused.verdict.candidates) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 
 from blockroll.errors import ConfigError, InvalidInput, StorageError, TransportError
 from blockroll.model.tokenizer import train_tokenizer
-from blockroll.rollout.types import Trajectory
+from blockroll.rollout.types import SamplingParams, Trajectory
 from blockroll.service.config import Http
 from blockroll.service.http.http_errors import HttpError, as_http_error
 from blockroll.service.http.keys import HttpKeys
 from blockroll.service.http.listener import bind
 from blockroll.service.http.pieces import weight_versions
+from blockroll.service.http.routes import check_origin
+from blockroll.service.http.sampling_fields import vllm_params
 from blockroll.service.http.text import TextStream, whole_text
 from blockroll.service.http.tool_calls import OPENINGS, parse_tool_calls
 
@@ -75,7 +78,7 @@ def test_text_before_a_tool_call_is_sent_and_nothing_behind_it() -> None:
     stream = TextStream(TOKENIZER, [], True, OPENINGS)
     sent = "".join(stream.push([token]) for token in TOKENIZER.encode(text, add_special_tokens=False))
     content, calls = parse_tool_calls(text, TOOLS)
-    assert (sent, content, [call.name for call in calls]) == ("let me < see ", "let me < see", ["now"])
+    assert (sent, content, [call.name for call in calls]) == ("let me < see", "let me < see", ["now"])
     assert stream.finish(content) == ""
 
 
@@ -95,6 +98,14 @@ def test_tool_calls_are_read_in_both_forms(text: str, content: str | None, calls
     assert found == (text if content is None else content)
     assert [(call.name, json.loads(call.arguments)) for call in parsed] == calls
     assert all({*call.as_json(0)} == {"index", "id", "type", "function"} for call in parsed)
+
+
+@pytest.mark.parametrize("repeated", ["<function=add><parameter=a>", "<function=", "<function=add><parameter="])
+def test_marks_without_an_end_take_no_longer_than_other_text(repeated: str) -> None:
+    first, _, again = repeated.rpartition("<")
+    began = time.perf_counter()
+    parse_tool_calls("<tool_call>" + first + f"<{again}" * 8000, TOOLS)
+    assert time.perf_counter() - began < 1  # it runs in the event loop
 
 
 def test_weight_versions_are_runs_of_tokens() -> None:
@@ -117,7 +128,7 @@ def test_which_key_opens_which_route() -> None:
     """(no key, the API key, the control key) on a route that changes nothing, and on one that does."""
     for keys, reads, changes in (
         (HttpKeys(None, None, True), (True, True, True), (True, True, True)),
-        (HttpKeys("a", None, True), (False, True, False), (True, True, True)),
+        (HttpKeys("a", None, True), (False, True, False), (False, True, False)),
         (HttpKeys(None, "c", True), (True, True, True), (False, False, True)),
         (HttpKeys("a", "c", True), (False, True, True), (False, False, True)),
         (HttpKeys("a", "c", False), (False, True, True), (False, False, True)),
@@ -125,6 +136,23 @@ def test_which_key_opens_which_route() -> None:
     ):
         assert tuple(opens(keys, key, False) for key in (None, "a", "c")) == reads, keys
         assert tuple(opens(keys, key, True) for key in (None, "a", "c")) == changes, keys
+
+
+@pytest.mark.parametrize(("origin", "host", "keyless", "keyed"), [
+    (None, "evil.example", True, True), ("http://localhost:8000", "localhost:8000", True, True),
+    ("http://127.0.0.1", "127.0.0.1", True, True), ("http://[::1]:80", "[::1]:80", True, True),
+    ("https://runs.example", "runs.example", False, True),  # a name may be pointed at this machine; a key it has not
+    ("http://evil.example:8000", "evil.example:8000", False, True), ("http://evil.example", "localhost:8000", False, False),
+    ("http://[", "localhost:8000", False, False), ("null", "localhost:8000", False, False), ("", "", False, True),
+])
+def test_pages_of_other_hosts_may_not_call(origin: str | None, host: str, keyless: bool, keyed: bool) -> None:
+    for unguarded, wanted in ((True, keyless), (False, keyed)):
+        try:
+            check_origin(origin, host, unguarded)
+        except HttpError as error:
+            assert error.status == 403 and not wanted
+        else:
+            assert wanted
 
 
 def test_keys_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +169,15 @@ def test_keys_come_from_files_and_the_environment(tmp_path: Path, monkeypatch: p
             HttpKeys.of(Http(control_key=source if source.startswith("env:") else str(path)))
     with pytest.raises(ValueError, match="api_key: missing"):
         Http(host="0.0.0.0")
+
+
+def test_a_sampling_field_that_cannot_be_served_is_refused_unless_it_means_none() -> None:
+    none = {"length_penalty": 1.0, "best_of": 1, "use_beam_search": False, "bad_words": [], "structured_outputs": None}
+    assert vllm_params({**none, "top_k": 3, "detokenize": True}, 10, "ar") == SamplingParams("ar", top_k=3, max_tokens=10)
+    for name, value in (("use_beam_search", True), ("best_of", 2), ("bad_words", ["x"]), ("length_penalty", 0.5), ("", "")):
+        with pytest.raises(HttpError, match=f"^sampling_params.{name}: this service cannot serve it") as error:
+            vllm_params({name: value}, 10, "ar")
+        assert error.value.status == 400
 
 
 def test_a_port_that_is_taken_is_refused_by_name() -> None:

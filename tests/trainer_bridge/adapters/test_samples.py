@@ -169,6 +169,8 @@ def test_rewards_may_be_coroutines_or_missing() -> None:
     async def later(completions: list[str], **_: Any) -> list[float | None]:
         return [1.0, None]
 
+    with pytest.raises(InvalidInput, match="reward_funcs: <lambda> returned an infinite reward"):
+        reward(lambda **_: [1.0, float("-inf")], {}, 2)
     scores = reward(later, {"completions": ["a", "b"]}, 2)
     assert scores[0] == 1.0 and np.isnan(scores[1])
     found = advantages(np.array([1.0, 3.0, np.nan]))

@@ -148,6 +148,33 @@ def test_after_an_error_of_the_environment_the_same_conversations_go_on(serve: C
         check(talk)
 
 
+def test_an_error_of_one_conversation_leaves_no_other_running(serve: Callable[..., Gateway]) -> None:
+    gateway, talks, ran = serve(Stopping()), toys(4), list[str]()
+
+    async def slow(conversation: Conversation) -> list[int] | None:
+        if not ran:
+            ran.append("failed")
+            raise OSError("the tool is away")
+        await asyncio.sleep(0.1)
+        ran.append(conversation.id)
+        return reply(conversation)
+
+    async def play() -> None:
+        async with await AsyncRolloutClient.connect(gateway.address) as client:
+            with pytest.raises(RequestError, match="conversations: two of them share an id"):
+                await converse_async(client, [talks[0], talks[0]], slow)
+            with pytest.raises(OSError, match="tool"):
+                await converse_async(client, talks, slow, 10)
+            await asyncio.sleep(0.3)
+            assert ran == ["failed"]
+            await converse_async(client, talks, slow, 10)
+            assert len(ran) == 1 + len(talks) * TURNS and client.delivery["missing"] == 0
+
+    asyncio.run(play())
+    for talk in talks:
+        check(talk)
+
+
 TRAINER = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:4]

@@ -24,15 +24,19 @@ def log_groups(path: Path, step: int, groups: Sequence[tuple[Sequence[Trajectory
     """Appends the samples of these groups, whole or not at all.
 
     Args:
-        groups: of each the trajectories and their rewards_K.
+        groups: of each the trajectories and their rewards_K. NaN, for a sample without a reward, is null in its line.
         prefix: what the ids of this run begin with; the lines leave it out.
     """
     append_jsonl(path, *(
         sample_line(sample.request_id.removeprefix(prefix), sample, tokenizer,
-                    {"step": step, "reward": float(reward), "advantage": float(advantage)})
+                    {"step": step, "reward": _number(reward), "advantage": _number(advantage)})
         for (samples, rewards_K), advantage_K in zip(groups, advantage_GK, strict=True)
         for sample, reward, advantage in zip(samples, rewards_K, advantage_K, strict=True)
     ))  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def drop_later(path: Path, step: int) -> None:
