@@ -22,12 +22,14 @@ _PUBLIC = {
     "SampleOutput": "rollout.outputs",
     "SamplingParams": "rollout.types",
     "Schedule": "rollout.schedule",
+    "SearchConfig": "rollout.search.config",
     "Trajectory": "rollout.types",
     "connect": "trainer_bridge.client",
     "converse": "trainer_bridge.client",
     "converse_async": "trainer_bridge.client",
     "load_policy": "model.checkpoint",
     "save_policy": "model.checkpoint",
+    "search": "rollout.search.of_prompts",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -40,6 +42,8 @@ if TYPE_CHECKING:  # `as` tells type checkers that the names are to be imported 
     from .rollout.outputs import RolloutOutput as RolloutOutput
     from .rollout.outputs import SampleOutput as SampleOutput
     from .rollout.schedule import Schedule as Schedule
+    from .rollout.search.config import SearchConfig as SearchConfig
+    from .rollout.search.of_prompts import search as search
     from .rollout.types import RolloutRequest as RolloutRequest
     from .rollout.types import SamplingParams as SamplingParams
     from .rollout.types import Trajectory as Trajectory

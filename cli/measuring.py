@@ -178,6 +178,9 @@ def bench_gpu(
         bool, typer.Option("--dry-run", help="The same code on a CPU, on a few numbers, through Triton's interpreter.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Print every kernel and every forced acceptance.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what the JSON holds of this machine; run what it lacks.")
+    ] = False,
 ) -> None:
     """Measure this accelerator: correctness, kernels, and decode steps of a ZAYA1-8B with random weights.
 
@@ -193,7 +196,7 @@ def bench_gpu(
     """
     from ..rollout.bench.gpu import runner
 
-    if not runner.bench_gpu(json, minutes, dry_run, everything=everything):
+    if not runner.bench_gpu(json, minutes, dry_run, everything=everything, resume=resume):
         raise typer.Exit(1)
 
 

@@ -2,7 +2,7 @@
 
 Invariants:
 - A copy up never waits: it starts from pinned memory, which torch's allocator keeps until the copy has finished.
-- `download` makes the host wait for the device. Nothing else here does.
+- `download` and `Download.wait` make the host wait for the device. Nothing else here does.
 - On a CPU nothing is copied: both directions return their arguments.
 
 A tree consists of tensors in tuples, lists, dicts and dataclasses.
@@ -10,7 +10,8 @@ A tree consists of tensors in tuples, lists, dicts and dataclasses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +21,21 @@ Tree = TypeVar("Tree")
 _ALIGNMENT = 16
 _NAMES: dict[type, tuple[str, ...]] = {}
 """Field names by dataclass."""
+
+
+_apart = False
+
+
+@contextmanager
+def cpu_apart() -> Iterator[None]:
+    """Within it a CPU is taken for a device with memory of its own: `PinnedCopy` copies there, from memory that is not pinned.
+    For measuring the host's work where there is no device."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 class PinnedCopy(Generic[Tree]):
@@ -33,7 +49,7 @@ class PinnedCopy(Generic[Tree]):
     """
 
     def __init__(self, tree: Tree, device: torch.device, moving: Sequence[torch.Tensor] = ()) -> None:
-        if device.type == "cpu":
+        if device.type == "cpu" and not _apart:
             self.tree: Tree = tree
             self._moving: list[tuple[torch.Tensor, int, int]] = []
             return
@@ -58,7 +74,7 @@ class PinnedCopy(Generic[Tree]):
 
 def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
     """Pinned memory that holds the bytes of each tensor at its (start, end)."""
-    packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=True)
+    packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=not _apart)
     into = packed.numpy()
     for part, start, end in parts:
         flat = part.numpy().ravel()
@@ -80,13 +96,59 @@ def download(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors on the host. Tensors of an accelerator come in one copy, for which the host waits."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
-    # Wide items first: each then begins at a multiple of its own size.
-    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)
-    flat = [tensors[i].contiguous().view(-1).view(torch.uint8) for i in order]
-    here = torch.cat(flat).cpu().split([len(part) for part in flat])
-    out = list(tensors)
-    for i, part in zip(order, here, strict=True):
-        out[i] = part.view(tensors[i].dtype).view(tensors[i].shape)
+    return _unpacked(_one_piece(tensors).cpu(), tensors)
+
+
+class Download:
+    """A copy of device tensors on the host, in pinned memory, that is made again and again from the same addresses.
+
+    `pack` and `start` run on the device, and `pack` may be captured. Only `wait` makes the host wait, and it does not wait for
+    what was launched after `start`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cpu = device.type == "cpu"
+        self._tensors: list[torch.Tensor] = []
+        self._packed = self._here = torch.empty(0, dtype=torch.uint8)
+        self._event = None if self._on_cpu else torch.cuda.Event()
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The tensors that are copied from now on."""
+        self._tensors = list(tensors)
+        if not self._on_cpu:
+            self._packed = _one_piece(tensors)
+
+    def start(self) -> None:
+        """Launch the copy. The values of the copy before must have been read."""
+        if self._event is not None:
+            if self._here.shape != self._packed.shape:
+                self._here = torch.empty(self._packed.shape, dtype=torch.uint8, pin_memory=True)
+            self._here.copy_(self._packed, non_blocking=True)
+            self._event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors on the host; valid until the next `start`."""
+        if self._event is None:
+            return list(self._tensors)
+        self._event.synchronize()
+        return _unpacked(self._here, self._tensors)
+
+
+def _wide_first(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Indices, those of wide items first: each tensor then begins at a multiple of its items' size."""
+    return sorted(range(len(tensors)), key=lambda i: -tensors[i].itemsize)
+
+
+def _one_piece(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of all of them."""
+    return torch.cat([tensors[i].contiguous().view(-1).view(torch.uint8) for i in _wide_first(tensors)])
+
+
+def _unpacked(piece: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors whose bytes `_one_piece` has put together."""
+    out, order = list(like), _wide_first(like)
+    for i, part in zip(order, piece.split([like[i].numel() * like[i].itemsize for i in order]), strict=True):
+        out[i] = part.view(like[i].dtype).view(like[i].shape)
     return out
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import ZayaConfig
 
 from ..kernels.dispatch import takes_triton
-from ..kernels.linear import linear_float32
+from ..kernels.linear import linear_float32, linear_float32_into
 from ..kernels.residual import Scales, scale_residual, scale_residual_norm
 from ..kernels.transfer import upload
 from .arguments import is_whole, require, short
@@ -275,6 +275,14 @@ class Policy(nn.Module):
         if head.weight.dtype.itemsize > 2:
             return head(hidden_RD)
         return linear_float32(hidden_RD.to(head.weight.dtype), head.weight, head.bias)
+
+    def head_into(self, hidden_RD: torch.Tensor, logits_RV: torch.Tensor) -> None:
+        """Write the logits of `head` into `logits_RV`, contiguous and of their dtype. Without gradients."""
+        head = self.lm_head
+        if head.weight.dtype.itemsize > 2 or head.bias is not None:
+            logits_RV.copy_(self.head(hidden_RD))
+        else:
+            linear_float32_into(hidden_RD.to(head.weight.dtype), head.weight, logits_RV)
 
     def draft_head(self, hidden_RD: torch.Tensor, previous_R: torch.Tensor) -> torch.Tensor:
         """logits_RV of q for mask rows whose preceding tokens are `previous_R` (int64)."""

@@ -127,12 +127,13 @@ class PagedCache:
     def reserve(self, table: BlockTable, positions: int) -> bool:
         """Allocate pages for positions 0..positions-1; False, and nothing changes, when the pool has too few pages."""
         missing = self.pages_for(positions) - len(table.pages)
+        if missing <= 0:
+            return True
         if missing > self.free_pages:
             return False
-        if missing > 0:
-            pages = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)]
-            self._users[pages] = 1
-            table.pages = np.append(table.pages, pages)
+        pages = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)]
+        self._users[pages] = 1
+        table.pages = np.append(table.pages, pages)
         return True
 
     def fork(self, table: BlockTable) -> BlockTable | None:

@@ -25,7 +25,8 @@ def check_config(config: EngineConfig) -> None:
             "use the policy's own, or 4 to 32")
     for name in ("max_batch", "page_size", "prefill_rows", "pages"):
         value = getattr(config, name)
-        require((is_whole(value) and 1 <= value <= MOST) or (name == "pages" and value is None), name,
+        optional = name in ("pages", "prefill_rows")
+        require((is_whole(value) and 1 <= value <= MOST) or (optional and value is None), name,
                 f"{short(value)} is no whole number in 1..{MOST}", "use a positive number")
     for name in ("enable_prefix_caching", "captured", "batch_invariant", "repeatable"):
         require(isinstance(getattr(config, name), bool), name, f"{short(getattr(config, name))} is neither True nor False",

@@ -24,7 +24,7 @@ from .cache import PagedCache
 from .checks import check_config, check_requests
 from .failures import trajectories, unless_failed
 from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
-from .kv_memory import check_kv_memory, pool_pages, schedules_of
+from .kv_memory import check_kv_memory, pool_pages, prefill_rows, schedules_of
 from .outputs import RolloutOutput, as_outputs
 from .placed import placed, where_placed
 from .planning.calibration import AR, calibrated_planner
@@ -52,7 +52,7 @@ class EngineConfig:
         block_size: mask rows per block, 2..64; None for the policy's own.
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
-        prefill_rows: most prompt rows of one step.
+        prefill_rows: most prompt rows of one step; None for 512 on a CPU and 2048 on a GPU (`kv_memory.prefill_rows`).
         enable_prefix_caching: a request reuses the K/V of earlier requests whose tokens begin as its own do, page by page. Pages
             that no sample uses are kept within the pool, the least recently used ones are given up first, and none outlives its
             weight version.
@@ -68,7 +68,7 @@ class EngineConfig:
     max_batch: int = 32
     pages: int | None = None
     page_size: int = 32
-    prefill_rows: int = 512
+    prefill_rows: int | None = None
     kv_memory: float | str | None = None
     enable_prefix_caching: bool = True
     captured: bool = True
@@ -115,7 +115,7 @@ class Engine:
         pages = pool_pages(policy, self.config, self.block_size)
         self.cache = PagedCache(policy, pages, self.config.page_size, 2 * self.config.max_batch, self.block_size + 1)
         reuses = self.config.enable_prefix_caching
-        self.scheduler = Scheduler(self.cache, self.config.max_batch, self.config.prefill_rows, reuses)
+        self.scheduler = Scheduler(self.cache, self.config.max_batch, prefill_rows(self.config, policy), reuses)
         self.runner = StepRunner(policy, self.cache, self.config.captured)
         self.version = self.forwards = self.decode_tokens = self._arrivals = self._calls = 0
         self.schedule = self.config.schedule.within(self.block_size)

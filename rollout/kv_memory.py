@@ -9,6 +9,7 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
     attention     partial sums of keys that programs share: 4 (d + 1) * H * T * splits; as many as fill the device, or one
                   per 1024 keys with batch_invariant
     tails         2 B slots of the convolutions' past, in every layer
+    drafts        4 * B * m * V, B rounded up: q of the m drafts that wait between two captured steps
     graphs        1/32 of the device, where passes are captured
     libraries     512 MB: workspaces of two streams, compiled kernels
 
@@ -33,6 +34,7 @@ from .host_memory import host_memory
 from .planning.planner import candidates
 from .planning.step_costs import rows
 from .schedule import Schedule
+from .steps.recurring import bucket
 from .steps.shapes import GRAPH_SHARE
 
 DEFAULT_SHARE = 0.9
@@ -62,7 +64,7 @@ class PoolConfig(Protocol):
     @property
     def page_size(self) -> int: ...
     @property
-    def prefill_rows(self) -> int: ...
+    def prefill_rows(self) -> int | None: ...
     @property
     def captured(self) -> bool: ...
     @property
@@ -161,6 +163,12 @@ def schedules_of(schedule: Schedule, block_size: int) -> tuple[Schedule, ...]:
     return candidates(block_size) if schedule.kind == "auto" else (schedule.within(block_size),)
 
 
+def prefill_rows(config: PoolConfig, policy: Policy) -> int:
+    """Most prompt rows of a step. A step that prefills runs eagerly: the host launches each of its kernels, which on a GPU takes
+    as long for 2048 rows as for 512."""
+    return config.prefill_rows or (512 if policy.device.type == "cpu" else 2048)
+
+
 def page_bytes(policy: Policy, page_size: int) -> int:
     """One page in all layers: its keys and values, and the tail of the convolutions that lies with it (`PagedCache`)."""
     z = policy.config
@@ -178,7 +186,7 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     z, item, batch = policy.config, policy.dtype.itemsize, config.max_batch
     known = schedules_of(config.schedule, block_size)
     row = max(map(rows, known))
-    step = config.prefill_rows + batch * row
+    step = prefill_rows(config, policy) + batch * row
     logit_rows = batch * max(max((s.drafts or 0) + 1, s.block or 1) for s in known)
     channels = (z.num_attention_heads + z.num_key_value_heads) * z.head_dim
     each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
@@ -192,6 +200,7 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
         "activations": step * each,
         "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
         "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
+        "drafts": 4 * bucket(batch) * max(s.drafts or 0 for s in known) * z.vocab_size if away and config.captured else 0,
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
         "libraries": _LIBRARIES if away else 0,
     }

@@ -25,7 +25,7 @@ _DASHES = ("-", "--", ":", "-.")
 WIDTH = 8.3
 """Inches. At DPI a picture has twice the pixels of a README's column, for dense screens."""
 DPI = 200
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8.5, "axes.labelsize": 8.5, "axes.titlesize": 9.5, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "legend.fontsize": 8, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": SOFT, "xtick.color": SOFT, "ytick.color": SOFT, "axes.labelcolor": BLACK, "text.color": BLACK,
@@ -56,10 +56,11 @@ def picture(
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+        layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.03)
+        figure = Figure(figsize=(WIDTH, height), layout=layout)
         yield figure.subplots(rows, columns, squeeze=False, **options)
         if detail:
             figure.supxlabel("\n".join(textwrap.wrap(detail, 130)), fontsize=7.5, color=SOFT, x=0.01, ha="left")

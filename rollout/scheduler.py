@@ -171,17 +171,19 @@ class Scheduler:
         step: list[ScheduledSample] = []
         budget = self.prefill_rows
         for sample in in_turn(self.running):
-            if sample.block_table is None:
+            table = sample.block_table
+            if table is None:
                 continue
-            if budget and not sample.block_table.length:
+            if budget and not table.length:
                 self._reuse(sample)
-            missing = sample.anchor - sample.block_table.length
+            anchor = sample.anchor
+            missing = anchor - table.length
             chunk = min(missing, budget)
             if missing and not chunk:
                 continue
             decodes = chunk == missing
-            target = sample.anchor + min(rows, sample.remaining + 1) if decodes else sample.block_table.length + chunk
-            if self._make_room(sample, target):
+            target = anchor + min(rows, sample.remaining + 1) if decodes else table.length + chunk
+            if self.cache.reserve(table, target) or self._make_room(sample, target):
                 budget -= chunk
                 step.append(ScheduledSample(sample, chunk, decodes))
         step = [each for each in step if each.sample.block_table is not None]

@@ -121,13 +121,14 @@ class Sample:
         version: int,
     ) -> None:
         """Append one step's tokens, `accepted` drafts and one more, up to the first token that ends the sample."""
-        count = min(accepted + 1, self.remaining)
+        remaining = self.limit - len(self.tokens)
+        count = min(accepted + 1, remaining)
         taken = tokens[:count]
         if not self.stops.isdisjoint(taken):
             count, self.finish = 1 + next(i for i, token in enumerate(taken) if token in self.stops), "stop"
             taken = taken[:count]
             self.stop_reason = taken[-1]
-        elif count == self.remaining:
+        elif count == remaining:
             self.finish = "length"
         if self.stop_strings is not None and (found := self.stop_strings.first(self.tokens, taken)) is not None:
             count, self.finish, self.stop_reason = found[0], "stop", found[1]

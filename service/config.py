@@ -48,7 +48,8 @@ class Engines(Config):
     kv_memory: float | str | None = Field(None, description="instead of pages: share of the memory that is free once the policy "
                                           "is loaded, such as 0.9, or a size, such as 40GB")
     page_size: int = Field(32, ge=1, le=1 << 16, description="positions per page")
-    prefill_rows: int = Field(512, ge=1, le=1 << 24, description="most prompt rows of one step")
+    prefill_rows: int | None = Field(None, ge=1, le=1 << 24, description="most prompt rows of one step; none: 512 on a CPU, 2048 "
+                                     "on a GPU")
     enable_prefix_caching: bool = Field(True, description="a request reuses the K/V of earlier ones that begin alike")
     batch_invariant: bool = Field(False, description="on a GPU: results of a request do not depend on what shares its batch")
 

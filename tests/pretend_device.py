@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Away(torch.Tensor):
     """A tensor of the pretended device; `near` holds its data."""
 
     near: torch.Tensor
+    memory: object
 
     @staticmethod
     def __new__(cls, near: torch.Tensor, device: torch.device | None = None) -> Away:
@@ -47,6 +49,7 @@ class Away(torch.Tensor):
                 device=device or _entered().device, requires_grad=near.requires_grad,
             )  # fmt: skip
             away.near = near.detach()
+        away.memory = _present[-1].memory_of(away.near) if _present else None
         return away
 
     @property
@@ -70,24 +73,24 @@ class Away(torch.Tensor):
     # From here on: what Python's side of torch asks a guard of the device for, which a build without CUDA has none of.
 
     def tolist(self) -> Any:
-        _entered().waits.append(f"tolist {tuple(self.shape)}")
+        _entered().wait(f"tolist {tuple(self.shape)}")
         return self.near.tolist()
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         mode = _entered()
         mode.operations += 1
         if not isinstance(source, Away) and not (non_blocking and source.is_pinned()):
-            mode.waits.append(f"copy_ to the device {tuple(source.shape)}")
-        self.near.copy_(_near(source))
+            mode.wait(f"copy_ to the device {tuple(source.shape)}")
+        mode.execute("copy_", torch.Tensor.copy_, (self.near, _near(source)), {})
         return self
 
     def nonzero(self, *, as_tuple: bool = False) -> Any:
-        _entered().waits.append("nonzero")
+        _entered().wait("nonzero")
         found = self.near.nonzero(as_tuple=as_tuple)
         return tuple(map(Away, found)) if as_tuple else Away(found)
 
     def item(self) -> Any:
-        _entered().waits.append("item")
+        _entered().wait("item")
         return self.near.item()
 
     def __invert__(self) -> torch.Tensor:
@@ -100,13 +103,13 @@ class Away(torch.Tensor):
         return float(self.item())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return Away(self.near[_index(index)])
+        return Away(_entered().execute("getitem", torch.Tensor.__getitem__, (self.near, _index(index)), {}))
 
     def __setitem__(self, index: Any, value: Any) -> None:
         near_index = _index(index)
         if isinstance(value, torch.Tensor) and not isinstance(value, Away):
-            _entered().waits.append("an assignment from the host")
-        self.near[near_index] = _near(value)
+            _entered().wait("an assignment from the host")
+        _entered().execute("setitem", torch.Tensor.__setitem__, (self.near, near_index, _near(value)), {})
 
     def __repr__(self, **_: Any) -> str:
         return f"Away({self.near!r})"
@@ -136,6 +139,7 @@ class PretendDevice(TorchDispatchMode):
         self.waits: list[str] = []
         self.operations = 0
         self._pinned: dict[int, torch.Tensor] = {}
+        self._under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> PretendDevice:
         self._lifts = torch._C._only_lift_cpu_tensors()
@@ -149,9 +153,11 @@ class PretendDevice(TorchDispatchMode):
         self._torch = _patched_torch(self)
         self._torch.__enter__()
         super().__enter__()
+        _present.append(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
+        _present.pop()
         super().__exit__(*error)
         self._torch.__exit__(None, None, None)
         self._interpreter.__exit__(None, None, None)
@@ -172,8 +178,13 @@ class PretendDevice(TorchDispatchMode):
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         near_args, near_kwargs = tree_map(_near, (_on_cpu(args), kwargs))
+        if goal == "host" and away and name == "copy_" and self._is_pinned(args[0]):
+            self._under_way.append((args[0], away[0].near))
+            return args[0]
         if name == "to" and (goal == "away") != bool(away):
-            out = _moved(near_args, near_kwargs)
+            out = self.execute("to", _moved, (near_args, near_kwargs), {})
+        elif away or goal == "away":
+            out = self.execute(name, func, near_args, near_kwargs)
         else:
             out = func(*near_args, **near_kwargs)
         if goal == "host":
@@ -187,6 +198,17 @@ class PretendDevice(TorchDispatchMode):
             return known[id(x)] if id(x) in known else Away(x, self.device)
 
         return tree_map(sent, out)
+
+    def execute(self, name: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run one operation or kernel of the device over the data of its tensors; every one of them passes through here."""
+        return call(*args, **kwargs)
+
+    def wait(self, what: str) -> None:
+        """Note that the host waits for the device."""
+        self.waits.append(what)
+
+    def memory_of(self, near: torch.Tensor) -> object:
+        """Whose life the life of a tensor's memory depends on, where somebody keeps account of that."""
 
     @staticmethod
     def _goal(name: str, args: Any, kwargs: Any, away: bool) -> str:
@@ -212,15 +234,17 @@ class PretendDevice(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             up, down = goal == "away" and not isinstance(source, Away), goal == "host" and isinstance(source, Away)
             free = kwargs.get("non_blocking", False) or any(x is True for x in args[1:])
+            if down and free and name == "copy_" and self._is_pinned(args[0]):
+                return  # the values are there when an event has come
             if down or (up and not (free and self._is_pinned(source))):
-                self.waits.append(f"{name} {'to' if up else 'from'} the device {tuple(source.shape)}")
+                self.wait(f"{name} {'to' if up else 'from'} the device {tuple(source.shape)}")
         elif away and (name in _READS or (name == "repeat_interleave" and func._overloadname != "self_int")):
-            self.waits.append(name)
+            self.wait(name)
         elif away and name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-                self.waits.append(f"{name} by a mask")
+                self.wait(f"{name} by a mask")
             if name != "index" and not isinstance(args[2], Away):
-                self.waits.append(f"{name} of a value of the host")
+                self.wait(f"{name} of a value of the host")
 
     def _pin(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if name == "is_pinned":
@@ -236,6 +260,10 @@ class PretendDevice(TorchDispatchMode):
         return tensor.untyped_storage().data_ptr() in self._pinned
 
 
+_present: list[PretendDevice] = []
+"""Devices that are entered. During a dispatch torch does not know the mode."""
+
+
 def _entered() -> PretendDevice:
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     assert isinstance(mode, PretendDevice), "the pretended device is only there inside `with PretendDevice()`"
@@ -249,7 +277,7 @@ def _index(index: Any) -> Any:
     if any(isinstance(x, list | np.ndarray) for x in parts) or any(not isinstance(x, Away) for x in tensors):
         raise RuntimeError("a tensor of cuda:0 is indexed by one of the host")
     if any(x.dtype in (torch.bool, torch.uint8) for x in tensors):
-        mode.waits.append("an index by a mask")
+        mode.wait("an index by a mask")
     mode.operations += 1
     return tree_map(_near, index)
 
@@ -284,7 +312,7 @@ def _interpreted(mode: PretendDevice) -> Iterator[None]:
         mode.operations += 1
         near_args, near_kwargs = tree_map(_near, (args, kwargs))
         with _disable_current_modes():
-            return run(self, *near_args, **near_kwargs)
+            return mode.execute(self.fn.__name__, partial(run, self), near_args, near_kwargs)
 
     InterpretedFunction.run = guarded
     try:
@@ -305,7 +333,20 @@ def _patched_torch(mode: PretendDevice) -> Iterator[None]:
         finally:
             mode.current = before
 
-    new = {"device": device, "current_device": lambda: mode.current, "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
+    class Event:
+        """Says that the copies to the host which were launched before it have come."""
+
+        def record(self) -> None:
+            self.copies = [(there, near.clone()) for there, near in mode._under_way]
+            mode._under_way.clear()
+
+        def synchronize(self) -> None:
+            mode.wait("an event")
+            for there, near in self.copies:
+                there.copy_(near)
+
+    new = {"device": device, "Event": Event, "current_device": lambda: mode.current,
+           "mem_get_info": lambda _=None: (mode._free, 2 * mode._free)}
     old = {name: getattr(torch.cuda, name) for name in new}
     for name, value in new.items():
         setattr(torch.cuda, name, value)

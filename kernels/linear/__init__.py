@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from ..dispatch import batch_invariant, takes_triton
-from .wide import linear_float32
+from .wide import linear_float32, linear_float32_into
 
-__all__ = ["linear", "linear_float32"]
+__all__ = ["linear", "linear_float32", "linear_float32_into"]
 
 
 def linear(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:

@@ -30,6 +30,15 @@ def linear_float32(x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Te
     return out_TF.view(*x_TD.shape[:-1], len(weight_FD))
 
 
+def linear_float32_into(x_TD: torch.Tensor, weight_FD: torch.Tensor, out_TF: torch.Tensor) -> None:
+    """Write the product into `out_TF`, float32 and contiguous. The library writes there itself where it can. Without
+    gradients."""
+    if not (takes_triton(x_TD, weight_FD) and batch_invariant()) and _library_writes(x_TD.device, x_TD.dtype):
+        torch.mm(x_TD, weight_FD.T, out_dtype=torch.float32, out=out_TF)
+    else:
+        out_TF.copy_(_product(x_TD, weight_FD))
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_FD: torch.Tensor) -> torch.Tensor:
@@ -74,3 +83,16 @@ def _library_has_it(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.mm(few, few, out_dtype=torch.float32).dtype == torch.float32
     except (RuntimeError, TypeError):  # of a device without it, of a torch without it
         return False
+
+
+@cache
+def _library_writes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether that product also takes `out`."""
+    if not _library_has_it(device, dtype):
+        return False
+    try:
+        few = torch.zeros(16, 16, dtype=dtype, device=device)
+        torch.mm(few, few, out_dtype=torch.float32, out=few.float())
+    except (RuntimeError, TypeError):  # as above
+        return False
+    return True

@@ -169,12 +169,9 @@ def _sampled(scaled_SRV: torch.Tensor, token_SR: torch.Tensor) -> Sampled:
 
 
 def sample_gumbel(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
     excluded: int = -1,
-) -> Sampled:
+) -> Sampled:  # fmt: skip
     """argmax(logits / temperature + g), g keyed by (seed, position, `Purpose.NOISE`); without g at temperature 0.
 
     Args:

@@ -143,12 +143,9 @@ def _sample(
 
 
 def sample_gumbel(
-    logits_SRV: torch.Tensor,
-    temperature_S: torch.Tensor,
-    seed_S: torch.Tensor,
-    position_S: torch.Tensor,
+    logits_SRV: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor,
     excluded: int = -1,
-) -> Sampled:
+) -> Sampled:  # fmt: skip
     """As the reference."""
     return _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, int(Purpose.NOISE), True)
 

@@ -13,14 +13,14 @@ import mmap
 import os
 import secrets
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...errors import ClusterError
-from .weight_transport import Arrays, Form, Ticket
+from .weight_transport import Arrays, Form, SharedTransport
 
 _MARK = 32
 """Bytes of the random mark at the beginning of a piece."""
@@ -100,23 +100,12 @@ def _mapped(place: Place) -> mmap.mmap:
     return piece
 
 
-class SharedMemoryTransport:
+class SharedMemoryTransport(SharedTransport):
     """See `WeightTransport`."""
 
-    def __init__(self) -> None:
-        self._serving: dict[str, np.ndarray] | None = None
-        self._staged: dict[str, np.ndarray] = {}
-        self._changed: Collection[str] = ()
-
-    @property
-    def serves(self) -> bool:
-        """See `WeightTransport`."""
-        return self._serving is not None
-
-    @property
-    def serving(self) -> Ticket | None:
-        """See `WeightTransport`."""
-        return None if self._serving is None else _ticket(self._serving)
+    def ticket(self, held: Mapping[str, Any]) -> SharedTicket:
+        """To places in the gateway's memory."""
+        return _ticket(held)
 
     def room(self, forms: Mapping[str, Form]) -> Arrays:
         """See `WeightTransport`."""
@@ -141,19 +130,6 @@ class SharedMemoryTransport:
         for name, array in foreign.items():
             np.copyto(own[name], array)
         self._staged, self._changed = {**kept, **given, **own}, changed
-
-    def tickets(self, count: int) -> Sequence[Ticket]:
-        """See `WeightTransport`."""
-        return [_ticket({name: self._staged[name] for name in self._changed})] * count
-
-    def cut(self) -> None:
-        """Engines read on their own."""
-
-    def settle(self, taken: bool) -> None:
-        """See `WeightTransport`."""
-        if taken:
-            self._serving = self._staged
-        self._staged = {}
 
 
 def _piece(array: np.ndarray) -> Any:

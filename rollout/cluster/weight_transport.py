@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -82,13 +83,17 @@ class RayTicket:
         return dict(zip(self._references, ray.get(list(self._references.values())), strict=True))
 
 
-class RayTransport:
-    """Through Ray's object store: an object per tensor, so that one which did not change is not put again."""
+class SharedTransport(ABC):
+    """A `WeightTransport` whose engines all read the same copy of a tensor, each on its own."""
 
     def __init__(self) -> None:
         self._serving: dict[str, Any] | None = None
         self._staged: dict[str, Any] = {}
         self._changed: Collection[str] = ()
+
+    @abstractmethod
+    def ticket(self, held: Mapping[str, Any]) -> Ticket:
+        """To what `stage` has kept of these tensors."""
 
     @property
     def serves(self) -> bool:
@@ -98,7 +103,28 @@ class RayTransport:
     @property
     def serving(self) -> Ticket | None:
         """See `WeightTransport`."""
-        return None if self._serving is None else RayTicket(self._serving)
+        return None if self._serving is None else self.ticket(self._serving)
+
+    def tickets(self, count: int) -> Sequence[Ticket]:
+        """See `WeightTransport`."""
+        return [self.ticket({name: self._staged[name] for name in self._changed})] * count
+
+    def cut(self) -> None:  # noqa: B027
+        """Nothing is under way: engines read on their own."""
+
+    def settle(self, taken: bool) -> None:
+        """See `WeightTransport`."""
+        if taken:
+            self._serving = self._staged
+        self._staged = {}
+
+
+class RayTransport(SharedTransport):
+    """Through Ray's object store: an object per tensor, so that one which did not change is not put again."""
+
+    def ticket(self, held: Mapping[str, Any]) -> RayTicket:
+        """To objects in the store."""
+        return RayTicket(held)
 
     def room(self, forms: Mapping[str, Form]) -> Arrays | None:
         """Ray's store takes copies only."""
@@ -113,16 +139,3 @@ class RayTransport:
             raise ClusterError(f"weights: the version finds no room in Ray's object store ({one_line(full)}); "
                                "the old one serves") from full
         self._changed = changed
-
-    def tickets(self, count: int) -> Sequence[Ticket]:
-        """See `WeightTransport`."""
-        return [RayTicket({name: self._staged[name] for name in self._changed})] * count
-
-    def cut(self) -> None:
-        """Engines read on their own."""
-
-    def settle(self, taken: bool) -> None:
-        """See `WeightTransport`."""
-        if taken:
-            self._serving = self._staged
-        self._staged = {}

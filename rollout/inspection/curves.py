@@ -30,7 +30,7 @@ def curves(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found: dict[str, dict[float, float]] = {}
     for row in rows:
         step = row.get("step")
-        if not _is_number(step):
+        if step is None or not _is_number(step):
             continue
         for name, value in _numbers(row):
             found.setdefault(name, {})[step] = value

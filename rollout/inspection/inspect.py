@@ -66,7 +66,7 @@ def inspect(
         raise InvalidInput("entropy", "given without a policy", "name the policy that made the samples (--policy)")
     if entropy and live:
         raise InvalidInput("entropy", "given together with live", "score the run when it is finished")
-    run = Run.find(path, most)
+    run = Run.find(path, most, live)
     place = Path(path)
     target = Path(output) if output is not None else place / "inspect.html" if place.is_dir() else place.with_suffix(".html")
     check_output(target, run.rollouts.path)
@@ -80,9 +80,11 @@ def inspect(
     samples = with_entropy(load_policy(policy, *placement(device, dtype)), list(run.samples), temperature) \
         if entropy and policy is not None else None  # fmt: skip
     shown = None if tokenizer is None else os.path.basename(os.path.normpath(name or ""))
-    if live:
-        _follow(run, place, target, tokenizer, shown)
-    write_atomic(target, page(payload(run, tokenizer, shown, samples)))
+    try:
+        if live:
+            _follow(run, place, target, tokenizer, shown)
+    finally:  # Ctrl-C too leaves a page that stays as it is
+        write_atomic(target, page(payload(run, tokenizer, shown, samples)))
     known = sum(sample.entropy is not None for sample in samples or ())
     note = f", entropies of {known}" if entropy else ""
     print(f"{target}: {run.totals.trajectories} trajectories{note}")
@@ -90,22 +92,19 @@ def inspect(
 
 
 def _follow(run: Run, place: Path, target: Path, tokenizer: Any, policy: str | None) -> None:
-    """Writes the page whenever the run has grown, until it is finished or the user stops it."""
+    """Writes the page whenever the run has grown, until it is finished."""
     print(f"{target}: follows {place}; Ctrl-C ends it", file=sys.stderr, flush=True)
     changed, pause = True, LIVE_SECONDS
-    try:
-        while True:
-            finished = (place / SUMMARY).exists()
-            if run.read() or changed:
-                began = time.monotonic()
-                write_atomic(target, page(payload(run, tokenizer, policy, live=pause)))
-                pause = max(LIVE_SECONDS, (time.monotonic() - began) / LIVE_SHARE)
-            if finished:
-                return
-            changed = False
-            time.sleep(pause)
-    except KeyboardInterrupt:
-        return
+    while True:
+        finished = (place / SUMMARY).exists()
+        if run.read() or changed:
+            began = time.monotonic()
+            write_atomic(target, page(payload(run, tokenizer, policy, live=pause)))
+            pause = max(LIVE_SECONDS, (time.monotonic() - began) / LIVE_SHARE)
+        if finished:
+            return
+        changed = False
+        time.sleep(pause)
 
 
 def _tokenizer(name: str | None, required: bool) -> Any:

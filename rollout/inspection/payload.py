@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -123,15 +122,13 @@ def _column(
     columns = [values(sample) for sample in samples]
     if all(column is None for column in columns):
         return None
-    return _packed(list(chain.from_iterable(
-        np.full(len(sample.tokens), np.nan) if column is None else column
-        for sample, column in zip(samples, columns, strict=True)
-    )), "<f4")  # fmt: skip
+    unknown = (np.full(len(sample.tokens), np.nan) for sample in samples)
+    parts = [nan if column is None else column for nan, column in zip(unknown, columns, strict=True)]
+    return _packed(_joined(parts, np.float32), "<f4")
 
 
 def _packed(values: Sequence[Any] | np.ndarray, kind: str) -> str:
     array = np.asarray(values)
     if array.size and array.dtype.kind in "iu" and kind[-2] in "iu":
-        limits: Mapping[str, int] = {"min": np.iinfo(kind).min, "max": np.iinfo(kind).max}
-        array = array.clip(**limits)
+        array = np.clip(array, np.iinfo(kind).min, np.iinfo(kind).max)
     return base64.b64encode(np.ascontiguousarray(array, dtype=kind).tobytes()).decode()

@@ -111,8 +111,11 @@ class Run:
     metrics: deque[dict[str, Any]] | None = None
 
     @classmethod
-    def find(cls, path: str | os.PathLike[str], most: int) -> Run:
+    def find(cls, path: str | os.PathLike[str], most: int, live: bool = False) -> Run:
         """The run at a path: a directory with rollouts.jsonl, or a file like it. Reads nothing yet.
+
+        Args:
+            live: a directory may still be without.
 
         Raises:
             DataError: there is none.
@@ -120,7 +123,7 @@ class Run:
         place = Path(path)
         if not place.is_dir():
             return cls(place.name, _Growing(place), None, None, most, samples=deque(maxlen=most))
-        if not (place / ROLLOUTS).exists():
+        if not live and not (place / ROLLOUTS).exists():
             raise DataError(os.fspath(path), f"is a directory without {ROLLOUTS}",
                             "give a GRPO run's directory (with log_groups of at least 1), or the output of `blockroll generate`")
         title = place.resolve().name
@@ -129,11 +132,12 @@ class Run:
 
     def read(self) -> bool:
         """Reads what was added; returns whether anything was."""
-        changed = self.rollouts.restarted()
-        if changed:
-            self.totals = Totals()
+        changed = False
+        awaited = self.figures is not None and not self.rollouts.path.exists()
+        if not awaited and self.rollouts.restarted():
+            self.totals, changed = Totals(), True
             self.samples.clear()
-        for number, place, record in self.rollouts.read():
+        for number, place, record in () if awaited else self.rollouts.read():
             for sample in samples_of(record, place, number, self.encode):
                 self.totals.add(sample)
                 self.samples.append(sample)

@@ -16,6 +16,7 @@ from ...inputs import read_input, unreadable
 from ...model.checkpoint import read_config, resolve
 from ..schedule import Schedule
 from .plan_tables import show
+from .predictions import device_in, step_seconds
 from .roofline import HARDWARE, Hardware, Rates, Roofline, Step, expected_tokens, geometric_survival, measured_rates
 
 ZAYA1_8B = "zaya1-8b"
@@ -85,7 +86,9 @@ def plan(
             _step_row(roofline.step(schedule, batch, context), batch, context)
             for context in contexts for batch in batches for schedule in SHOWN
         ],
-        "devices": [_device_rows(roofline, *device, batches, contexts, survival) for device in devices],
+        "devices": [
+            _device_rows(roofline, *device, batches, contexts, survival, model == ZAYA1_8B) for device in devices
+        ],
     }  # fmt: skip
     show(result, everything)
     if output is not None:
@@ -103,13 +106,13 @@ def _devices(names: Sequence[str], measured: Path | None) -> list[tuple[Hardware
         return devices
     try:
         figures = json.loads(read_input(measured, MAX_MEASURED))
-        title = str(figures["machine"]["device"]).lower()
+        title = str(figures["machine"]["device"])
     except OSError as error:
         raise unreadable(measured, error) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError("measured", f"{os.fspath(measured)} is no JSON of `blockroll bench gpu` ({error!r})",
                         "give the file that its --json wrote") from error  # fmt: skip
-    found = next((name for name in HARDWARE if name in title), None)
+    found = device_in(title)
     if found is None:
         raise DataError("measured", f"{title!r} is no known hardware", f"measure on {', '.join(HARDWARE)}")
     rates = measured_rates(figures, HARDWARE[found].achieved)
@@ -128,13 +131,21 @@ def _step_row(step: Step, batch: int, context: int) -> dict[str, Any]:
 
 def _device_rows(
     roofline: Roofline, device: Hardware, reached: Rates, basis: str, batches: Sequence[int], contexts: Sequence[int],
-    survival: Sequence[float],
+    survival: Sequence[float], registers: bool,
 ) -> dict[str, Any]:  # fmt: skip
+    """`registers`: predictions of this policy's steps are registered."""
+
+    def seconds_of(schedule: Schedule, rates: Rates, batch: int, context: int) -> float:
+        known = None
+        if registers and rates == device.achieved:
+            known = step_seconds(device.name, schedule.within(roofline.block).label, batch, context)
+        return roofline.step(schedule, batch, context).seconds(rates) if known is None else known
+
     def compared(rates: Rates, batch: int, context: int) -> dict[str, Any]:
-        ar = roofline.step(Schedule("ar"), batch, context).seconds(rates)
+        ar = seconds_of(Schedule("ar"), rates, batch, context)
         rows: list[dict[str, Any]] = []
         for schedule in CANDIDATES:
-            seconds = roofline.step(schedule, batch, context).seconds(rates)
+            seconds = seconds_of(schedule, rates, batch, context)
             tokens = expected_tokens(schedule, survival, roofline.block)
             label = schedule.within(roofline.block).label
             rows.append({"schedule": label, "seconds": seconds, "tokens": tokens, "ratio": tokens * ar / seconds})

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .support import support
+
 
 class Processed(NamedTuple):
     """One distribution, before and after its cut-offs.
@@ -46,13 +48,21 @@ def scale(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     return logits / temperature[..., None].to(logits.dtype)
 
 
-def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def kept(
+    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, any_top_k: bool = True
+) -> torch.Tensor:
     """Which tokens survive the cut-offs. top-p counts the probabilities left by top-k, renormalised; min-p compares
     with the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0.
 
+    A CPU sorts the vocabulary. An accelerator finds the edge by bisection (`support`), without the memory of a sort.
+
+    Args:
+        any_top_k: whether some row has a top-k, as far as the caller knows.
     Returns: bool[..., V], never all False.
     """
     scaled = scaled.detach()
+    if scaled.device.type != "cpu":
+        return support(scaled, top_k, top_p, min_p, any_top_k)
     value = _descending(scaled)
     rank = torch.arange(scaled.shape[-1], device=scaled.device)
     top_k, top_p, min_p = top_k[..., None], top_p[..., None], min_p[..., None]
@@ -65,8 +75,7 @@ def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: 
     count = keep.sum(-1, keepdim=True)
     edge = value.gather(-1, (count - 1).clamp(min=0))
     keep = scaled >= edge
-    # Ties at the edge are rare, so a CPU checks for them. The check would make the host wait for an accelerator.
-    if scaled.device.type != "cpu" or bool((keep.sum(-1, keepdim=True) > count).any()):
+    if bool((keep.sum(-1, keepdim=True) > count).any()):  # ties at the edge are rare
         tied = scaled == edge
         room = count - (scaled > edge).sum(-1, keepdim=True)
         keep &= ~tied | (tied.cumsum(-1) <= room)
@@ -74,11 +83,9 @@ def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: 
 
 
 def _descending(x: torch.Tensor) -> torch.Tensor:
-    """Values sorted along the last dimension, largest first. NumPy's sort of values alone is several times as fast as
+    """Values of a CPU sorted along the last dimension, largest first. NumPy's sort of values alone is several times as fast as
     torch's, which also orders the indices."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
-    return x.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
 
 
 def processed(
@@ -89,12 +96,14 @@ def processed(
     min_p: torch.Tensor,
     any_cut: bool | None = None,
     any_greedy: bool | None = None,
+    any_top_k: bool = True,
 ) -> Processed:
     """The distribution of each row and its support; greedy rows ignore the cut-offs, which never cut the best token.
 
     Args:
         logits: [..., V]; the parameters broadcast against [...], with the values `SamplingParams` allows.
         any_cut, any_greedy: whether some row has a cut-off, or temperature 0, where the caller knows; None: look.
+        any_top_k: whether some row has a top-k, as far as the caller knows.
     """
     greedy = temperature <= 0
     if any_greedy is None:
@@ -105,11 +114,11 @@ def processed(
     full_logp = torch.log_softmax(scaled, -1)
     if not any_cut and not any_greedy:
         return Processed(scaled, full_logp, full_logp, torch.zeros_like(full_logp[..., 0]))
-    keep = kept(scaled, top_k, top_p, min_p) if any_cut else torch.ones_like(scaled, dtype=torch.bool)
+    keep = kept(scaled, top_k, top_p, min_p, any_top_k) if any_cut else torch.ones_like(scaled, dtype=torch.bool)
     if any_greedy:
         best = torch.zeros_like(keep).scatter_(-1, scaled.argmax(-1, keepdim=True), True)
         keep = torch.where(greedy[..., None], best, keep)
-    scaled = scaled.masked_fill(~keep, -torch.inf)
+    scaled = scaled.masked_fill_(keep.logical_not_(), -torch.inf)
     logp = torch.log_softmax(scaled, -1)
     # Both normalisers seen from the most probable token, which every cut keeps.
     return Processed(scaled, logp, full_logp, full_logp.amax(-1) - logp.amax(-1))

@@ -278,4 +278,5 @@ def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor) -> Proce
         rows.min_p_S[:, None],
         any_cut=group.cut,
         any_greedy=group.greedy,
+        any_top_k=group.top_k,
     )

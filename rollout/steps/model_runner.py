@@ -58,7 +58,6 @@ class ModelRunner:
 
     Attributes:
         backend: runs the network, always under the policy's present weights.
-        head: hidden states [..., D] to logits [..., V].
         markov: what a token adds to the logits of the mask row after it; None where the policy has no such head.
     """
 
@@ -66,8 +65,16 @@ class ModelRunner:
         self._policy, self._cache, self._captured = policy, cache, captured
         self._device = policy.device
         self.backend = choose(policy)
-        self.head, self.markov = self.backend.head, self.backend.markov
+        self.markov = self.backend.markov
         self.shapes = ShapeCache(policy, self.backend, cache)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] to logits [..., V]."""
+        return self.backend.head(hidden)
+
+    def head_into(self, hidden_RD: torch.Tensor, logits_RV: torch.Tensor) -> None:
+        """See `Policy.head_into`."""
+        self._policy.head_into(hidden_RD, logits_RV)
 
     def take_weights(self, folded: Any = None) -> None:
         """Must be called after the policy's weights have changed. Graphs read the weights where they lie. `folded`: as in

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from ...model.layout import DecodeRows
 from ..sequence import Sample, SchedulerOutput
@@ -122,6 +123,17 @@ class Proposals:
         goes_on_D = self.proposes_D & (self.remaining_D > accepted_D + 2)
         count_D = np.where(goes_on_D, np.clip(self.block - skip_D, 0, self.drafts), 0)
         return NextDrafts(reached_D * self.block + skip_D, count_D, self.level_L[reached_D])
+
+
+def select_on_device(
+    level_L: torch.Tensor, block: int, drafts: int, proposes_S: torch.Tensor, remaining_S: torch.Tensor, accepted_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mask_row_S, count_S) of `Proposals.select`, of device tensors and without the host."""
+    reached_S = torch.searchsorted(level_L, accepted_S, right=True) - 1
+    skip_S = accepted_S - level_L[reached_S] + 1
+    goes_on_S = proposes_S & (remaining_S > accepted_S + 2)
+    count_S = torch.where(goes_on_S, (block - skip_S).clamp(0, drafts), 0)
+    return reached_S * block + skip_S, count_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,10 @@ from ...model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, deco
 from ...model.paged import PagedPlan
 from ...model.policy import Policy
 from ...model.visibility import Visibility
-from ..cache import BlockTable, CacheView, PagedCache, page_table
+from ..cache import BlockTable, CacheView, PagedCache
+
+_NO_PAGES = np.zeros(0, dtype=np.int64)
+"""Of a sequence of padding."""
 
 
 def bucket(count: int) -> int:
@@ -56,6 +59,7 @@ class RecurringInputs:
         self._clean = clean = len(rows.clean)
         self._slot = np.zeros(sequences, dtype=np.int64)
         self._start, self._pages = np.zeros_like(self._slot), np.zeros_like(self._slot)
+        self._written: list[np.ndarray] = [_NO_PAGES] * sequences
 
         def by_sequence(flat: torch.Tensor) -> np.ndarray:
             return flat.numpy().reshape(sequences, -1, *flat.shape[1:])
@@ -89,10 +93,9 @@ class RecurringInputs:
         """
         cache, size, clean, count = self._cache, self._cache.page_size, self._clean, len(tables)
         start, slot, pages, table = self._start, self._slot, self._pages, self._rows[0][0].table_SP.numpy()
-        table.fill(0)
+        self._write_pages(tables, table, pages)
         start[:count], start[count:] = starts, 0
         slot[:count], slot[count:] = [each.slot for each in tables], 0
-        pages[:count], pages[count:] = page_table(tables, table), 0
         if first is not None:
             self._token_SR[:count, 0] = first
         np.add(self._line_R, start[:, None], out=self._position_SR)
@@ -117,3 +120,14 @@ class RecurringInputs:
             rows.start_S.numpy()[:] = start
             if rows is not self._rows[0][0]:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)
+
+    def _write_pages(self, tables: Sequence[BlockTable], table_SP: np.ndarray, pages_S: np.ndarray) -> None:
+        """Write the pages of each sequence, and their number. A row whose block table has the same array of pages as the last
+        time stays: `BlockTable.pages` is replaced, never written to."""
+        written, rows = self._written, [each.pages for each in tables]
+        rows += [_NO_PAGES] * (len(written) - len(rows))
+        for i, own in enumerate(rows):
+            if own is not written[i]:
+                count = len(own)
+                table_SP[i, :count], table_SP[i, count:], pages_S[i] = own, 0, count
+        self._written = rows

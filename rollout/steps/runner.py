@@ -16,7 +16,7 @@ import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,11 @@ from ..sampling.sampler import draft, verify
 from ..schedule import Schedule
 from ..sequence import Sample, SchedulerOutput
 from .ar import ArPlanBuilder
+from .captured import Verifier
 from .fused import FusedPlanBuilder
 from .model_runner import ForwardOutput, ModelRunner
 from .plan import ForwardRequest, PlanBuilder, StepPlan
+from .sampling_graphs import CapturedStep, SamplingGraphs
 from .two_pass import TwoPassPlanBuilder
 from .waiting import waiting_drafts
 
@@ -87,20 +89,15 @@ class StepOutput:
     block: int
 
 
-class Verifier(Protocol):
-    """Decides which drafts a step accepts and which token follows them."""
-
-    def __call__(
-        self, plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
-    ) -> Verdict:
-        """The verdict, on the device. Arguments are those of `sampler.verify`, and the step's plan."""
-
-
-def sampler_verifier(
-    plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
-) -> Verdict:
+class SamplerVerifier:
     """The verifier of an engine that serves: each sample's own sampler decides."""
-    return verify(sampling, p_logits_DRV, drafts, anchor_D)
+
+    def prepare(self, plan: StepPlan) -> None:
+        """See `Verifier`."""
+
+    def __call__(self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+        """See `Verifier`."""
+        return verify(sampling, p_logits_SRV, drafts, anchor_S)
 
 
 class StepRunner:
@@ -110,15 +107,16 @@ class StepRunner:
         captured: as in `ModelRunner`.
 
     Attributes:
-        verifier: decides what a step accepts. A benchmark puts its own in place.
+        verifier: decides what a step accepts. A benchmark puts its own in place; steps are captured with the one that is there at
+            the time, and run eagerly with another.
         wait_seconds: how long the host has waited for the device in `verify`, over all steps.
     """
 
-    def __init__(
-        self, policy: Policy, cache: PagedCache, captured: bool = True, verifier: Verifier = sampler_verifier
-    ) -> None:
-        self._policy, self._device, self.verifier = policy, policy.device, verifier
+    def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
+        self._policy, self._device = policy, policy.device
+        self.verifier: Verifier = SamplerVerifier()
         self.model = ModelRunner(policy, cache, captured)
+        self._graphs = SamplingGraphs(policy, self.model)
         self.wait_seconds = 0.0
         self._builders: dict[Schedule, PlanBuilder] = {}
         self._sampling_of: list[Sample] = []
@@ -132,6 +130,7 @@ class StepRunner:
     def forget_samples(self) -> None:
         """Drop every reference to samples. Must be called when samples were given up, also in the middle of a step."""
         self._sampling_of, self._sampling, self._routed = [], None, []
+        self._graphs.forget_samples()
 
     def plan(self, schedule: Schedule, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples.
@@ -142,13 +141,16 @@ class StepRunner:
         return self._builder(schedule).plan(batch)
 
     def capture(self, schedules: Sequence[Schedule], batches: Sequence[int], pages: int | None = None) -> None:
-        """Capture the forward passes of these schedules, with sizes, at these batches, where passes are captured.
+        """Capture the steps of these schedules, with sizes, at these batches, where passes are captured.
 
         Args:
             pages: of each sample; None: samples reach any length that the policy and the cache allow.
         """
-        passes = [rows for schedule in schedules for rows in self._builder(schedule).passes]
-        self.model.capture(passes, batches, pages)
+        builders = [self._builder(schedule) for schedule in schedules]
+        self.model.capture([rows for builder in builders for rows in builder.passes], batches, pages)
+        whole = [builder.passes[0] for builder in builders if len(builder.passes) == 1]
+        if whole:
+            self._graphs.capture(whole, self.verifier)
 
     def _builder(self, schedule: Schedule) -> PlanBuilder:
         builder = self._builders.get(schedule)
@@ -156,10 +158,17 @@ class StepRunner:
             builder = self._builders[schedule] = plan_builder(schedule, self._policy.mask_token_id)
         return builder
 
-    def forward(self, plan: StepPlan) -> StepForward | None:
-        """Run the plan's forward passes; None where no sample decodes. `two_pass` draws its drafts between the two passes."""
+    def forward(self, plan: StepPlan) -> StepForward | CapturedStep | None:
+        """Run the plan's forward passes; None where no sample decodes. `two_pass` draws its drafts between the two passes. A step
+        that is captured whole is launched to its end."""
         decoding, second = plan.batch.decoding, plan.verify_forward
         drafts = waiting_drafts(decoding, plan.count_D, self._device) if second is None else None
+        if decoding:
+            self.verifier.prepare(plan)
+            if drafts is not None:
+                whole = self._graphs.launch(plan, self._sampler_rows(decoding), drafts, self.verifier)
+                if whole is not None:
+                    return whole
         output = self._run(plan.forward, drafts)
         if not decoding:
             return None
@@ -175,25 +184,35 @@ class StepRunner:
         assert drafts is not None
         return StepForward(sampling, anchor_D, output, logits_DRV, drafts)
 
-    def verify(self, plan: StepPlan, forward: StepForward | None) -> StepOutput | None:
+    def verify(self, plan: StepPlan, forward: StepForward | CapturedStep | None) -> StepOutput | None:
         """Verify the drafts, wait for the verdict, and draw the drafts of the next step; None where no sample decodes."""
         if forward is None:
             if self._routed:
                 self._download([])
             return None
+        if isinstance(forward, CapturedStep):
+            start = time.perf_counter()
+            verdict = forward.sampling.wait(len(plan.count_D))
+            self.wait_seconds += time.perf_counter() - start
+            return _step_output(plan, verdict, forward.drafts)
         sampling, anchor_D = forward.sampling, forward.anchor_D
-        away = self.verifier(plan, sampling, forward.logits_DRV, forward.drafts, anchor_D)
+        away = self.verifier(sampling, forward.logits_DRV, forward.drafts, anchor_D)
         known = [name for name in Verdict.__slots__ if getattr(away, name) is not None]
         verdict = Verdict(**dict(zip(known, self._download([getattr(away, name) for name in known]), strict=True)))
         if plan.proposals is None:
-            nothing = [0] * len(plan.count_D)
-            return StepOutput(verdict, None, nothing, nothing, 0)
-        row_D, count_D, level_D = plan.proposals.select(verdict.accepted_S.numpy())
+            return _step_output(plan, verdict, None)
+        row_D, count_D, _ = plan.proposals.select(verdict.accepted_S.numpy())
         drafts = None
         if count_D.any():
             sampled_D = away.token_SR.gather(1, away.accepted_S[:, None])[:, 0]
             drafts = self._draft(sampling, forward.output, row_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
-        return StepOutput(verdict, drafts, count_D.tolist(), level_D.tolist(), plan.proposals.block)
+        return _step_output(plan, verdict, drafts)
+
+    def replace_drafts(self, drafts: Drafts, token_SM: torch.Tensor) -> None:
+        """Put other tokens (int64, on the host, -1 for none) in place of drafts that wait. Only for samplers that compare tokens:
+        q stays."""
+        drafts.token_SM.copy_(upload(token_SM, self._device))
+        self._graphs.tokens_replaced(drafts)
 
     def _run(self, request: ForwardRequest, drafts: Drafts | None) -> ForwardOutput:
         """One forward pass; the experts that samples record are kept for the next download."""
@@ -247,6 +266,16 @@ class StepRunner:
             self._sampling = SamplerRows.make(params, [sample.seed for sample in decoding], self._device, prefixes)
             self._sampling_of = list(decoding)
         return self._sampling
+
+
+def _step_output(plan: StepPlan, verdict: Verdict, drafts: Drafts | None) -> StepOutput:
+    """What the step gave; `drafts` are kept if there are any."""
+    if plan.proposals is None:
+        nothing = [0] * len(plan.count_D)
+        return StepOutput(verdict, None, nothing, nothing, 0)
+    _, count_D, level_D = plan.proposals.select(verdict.accepted_S.numpy())
+    kept = drafts if count_D.any() else None
+    return StepOutput(verdict, kept, count_D.tolist(), level_D.tolist(), plan.proposals.block)
 
 
 def plan_builder(schedule: Schedule, mask_token: int) -> PlanBuilder:

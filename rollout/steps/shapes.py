@@ -58,18 +58,19 @@ def power_of_two(count: int) -> int:
     return 1 << (max(count, 1) - 1).bit_length()
 
 
-class _Shape:
+class Shape:
     """Passes of one shape.
 
     Attributes:
-        inputs: made on the host by each pass. copy: the same on the device.
-        captured: the graph; None where the passes run eagerly.
+        inputs: made on the host by each pass. copy: the same on the device. sequences: S.
+        captured: the graph; None where the passes run eagerly. hidden_TH: where the graph leaves its result.
     """
 
     def __init__(self, policy: Policy, backend: Backend, inputs: RecurringInputs) -> None:
         self._backend, self.inputs = backend, inputs
-        self.copy = inputs.pinned_copy(policy.device)
+        self.copy, self.sequences = inputs.pinned_copy(policy.device), len(inputs.layout.start_S)
         self.captured: Captured | None = None
+        self.hidden_TH: torch.Tensor | None = None
         self._hidden_TD: torch.Tensor | None = None
         self._expert_TL: torch.Tensor | None = None
 
@@ -78,7 +79,25 @@ class _Shape:
         layout, plan = self.copy.tree
         routing = Routing([], []) if records else None
         self._hidden_TD = self._backend.forward(layout, plan, self.inputs.view, routing)
+        if self.hidden_TH is not None:
+            self._hidden_TD = self.hidden_TH.copy_(self._hidden_TD)
         self._expert_TL = None if routing is None else torch.stack(routing.expert_LT, dim=1)
+
+    def start(
+        self, tables: Sequence[BlockTable], starts: Sequence[int], first: Sequence[int] | None, draft_SM: torch.Tensor | None
+    ) -> None:
+        """Replay the graph on these sequences; the result is `hidden_TH`.
+
+        Args:
+            draft_SM: int64, tokens of the rows behind the first one, of at least S sequences; None where there are none.
+        """
+        assert self.captured is not None
+        self.inputs.at(tables, starts, first)
+        self.copy.send()
+        if draft_SM is not None:
+            token_SR = self.copy.tree[0].token_T.view(self.sequences, -1)
+            token_SR[:, 1 : 1 + draft_SM.shape[1]].copy_(draft_SM[: self.sequences])
+        self.captured.graph.replay()
 
     def run(self, records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_TD, and the experts where they are wanted."""
@@ -96,7 +115,7 @@ class _Shape:
 
     def forget(self) -> None:
         """Free the results: the memory is the step's, or that of a capture that failed."""
-        self._hidden_TD = self._expert_TL = None
+        self._hidden_TD = self._expert_TL = self.hidden_TH = None
 
 
 class ShapeCache:
@@ -112,9 +131,10 @@ class ShapeCache:
         total = torch.cuda.mem_get_info(policy.device)[1] if self._graphs else 0
         self.budget = GraphBudget(_MOST_GRAPHS, total // GRAPH_SHARE)
         self._pool: GraphPool | None = None
-        self._captured: dict[Hashable, dict[tuple[int, int], _Shape]] = {}
-        self._serving: dict[Hashable, _Shape | None] = {}
-        self._eager: dict[Hashable, _Shape] = {}
+        self._hidden_TH: torch.Tensor | None = None
+        self._captured: dict[Hashable, dict[tuple[int, int], Shape]] = {}
+        self._serving: dict[Hashable, Shape | None] = {}
+        self._eager: dict[Hashable, Shape] = {}
 
     def capture(self, passes: Sequence[DecodeRows], sizes: Sequence[tuple[int, int]]) -> None:
         """Capture passes, as many as the budget has room for, and log them. Does nothing where the device has no graphs.
@@ -126,20 +146,50 @@ class ShapeCache:
             return
         self._pool = self._pool or GraphPool()
         # The first passes count most, but the largest are captured first: their memory then serves the others.
-        wanted = {(_key(rows), *size): (rows, *size) for size in sizes for rows in passes}
+        wanted = {(key_of(rows), *size): (rows, *size) for size in sizes for rows in passes}
         chosen = sorted(list(wanted.values())[: self.budget.most - self.budget.graphs], key=_rows_of, reverse=True)
+        self._make_hidden(chosen)
         start, before, failed = time.perf_counter(), self.budget.graphs, 0
         with without_garbage_collection():
             for rows, sequences, width in chosen:
                 if not self.budget.has_room:
                     break
-                failed += not self._capture(rows, sequences, width, self._pool)
+                failed += not self._capture(rows, sequences, width)
         _log.log(
             logging.INFO if self.budget.graphs - before == len(wanted) else logging.WARNING,
             "captured %d of %d shapes of decode steps in %.1f s (%d failed): graphs take %d MB of at most %d MB; other "
             "shapes run in larger ones or eagerly", self.budget.graphs - before, len(wanted), time.perf_counter() - start, failed,
             self.budget.bytes >> 20, self.budget.most_bytes >> 20,
         )  # fmt: skip
+
+    def _make_hidden(self, wanted: Sequence[tuple[DecodeRows, int, int]]) -> None:
+        """Memory for the results of all graphs: one pass is sampled from before the next one runs."""
+        rows = max((_rows_of(each)[0] for each in wanted), default=0)
+        if self._hidden_TH is None or len(self._hidden_TH) < rows:
+            policy = self._policy
+            self._hidden_TH = torch.zeros(rows, policy.config.hidden_size, dtype=policy.dtype, device=policy.device)
+
+    @property
+    def pool(self) -> GraphPool:
+        """The memory of the graphs; one of them must have been captured."""
+        assert self._pool is not None
+        return self._pool
+
+    @property
+    def captured_sizes(self) -> list[tuple[int, int]]:
+        """(sequences, columns of the table of pages) of every graph."""
+        return [size for known in self._captured.values() for size in known]
+
+    def with_graphs(self, rows: DecodeRows) -> list[Shape]:
+        """The captured shapes of these passes, one for each number of sequences, the largest first."""
+        known = self._captured.get(key_of(rows), {})
+        by_sequences = {size[0]: known[size] for size in sorted(known, reverse=True)}
+        return list(by_sequences.values())
+
+    def captured(self, rows: DecodeRows, tables: Sequence[BlockTable]) -> Shape | None:
+        """The graph that serves a pass in which every sequence runs `rows`; None where there is none."""
+        width = power_of_two(max(len(table.pages) for table in tables))
+        return self._with_graph(key_of(rows), bucket(len(tables)), width)
 
     def run(
         self, rows: DecodeRows, tables: Sequence[BlockTable], starts: Sequence[int], first: Sequence[int] | None,
@@ -155,7 +205,7 @@ class ShapeCache:
         Returns: hidden_TD, and expert_TL where experts are wanted.
         """
         sequences, width = bucket(len(tables)), power_of_two(max(len(table.pages) for table in tables))
-        key = _key(rows)
+        key = key_of(rows)
         shape = self._with_graph(key, sequences, width) or self._without_graph(key, rows, sequences, width)
         shape.inputs.at(tables, starts, first)
         shape.copy.send()
@@ -163,7 +213,7 @@ class ShapeCache:
             fill(shape.copy.tree[0].token_T)
         return shape.run(records)
 
-    def _with_graph(self, key: Hashable, sequences: int, width: int) -> _Shape | None:
+    def _with_graph(self, key: Hashable, sequences: int, width: int) -> Shape | None:
         """The smallest shape with a graph that takes the pass; None where there is none."""
         known, whole = self._captured.get(key), (key, sequences, width)
         if known is None:
@@ -173,7 +223,7 @@ class ShapeCache:
             self._serving[whole] = known[min(larger)] if larger else None
         return self._serving[whole]
 
-    def _without_graph(self, key: Hashable, rows: DecodeRows, sequences: int, width: int) -> _Shape:
+    def _without_graph(self, key: Hashable, rows: DecodeRows, sequences: int, width: int) -> Shape:
         whole = key, sequences, width
         shape = self._eager.pop(whole, None)
         if shape is None:
@@ -183,28 +233,31 @@ class ShapeCache:
         self._eager[whole] = shape
         return shape
 
-    def _new(self, rows: DecodeRows, sequences: int, width: int) -> _Shape:
+    def _new(self, rows: DecodeRows, sequences: int, width: int) -> Shape:
         inputs = RecurringInputs(self._policy, self._cache, rows, sequences, width)
-        return _Shape(self._policy, self._backend, inputs)
+        return Shape(self._policy, self._backend, inputs)
 
-    def _capture(self, rows: DecodeRows, sequences: int, width: int, pool: GraphPool) -> bool:
+    def _capture(self, rows: DecodeRows, sequences: int, width: int) -> bool:
         """Capture one shape over padding alone, which writes nothing into the cache; whether that succeeded."""
+        assert self._hidden_TH is not None
         shape = self._new(rows, sequences, width)
+        shape.hidden_TH = self._hidden_TH[: _rows_of((rows, sequences, width))[0]]
         shape.inputs.at([], [], None)
         shape.copy.send()
         try:
-            shape.captured = self.budget.capture(shape.forward, pool)
+            shape.captured = self.budget.capture(shape.forward, self.pool)
         except RuntimeError as error:  # torch's, of the capture or of memory; an eager pass raises what is wrong with the pass
             shape.forget()
-            _log.warning("%d sequences of %s over %d pages run without a graph: %s", sequences, _key(rows), width,
+            _log.warning("%d sequences of %s over %d pages run without a graph: %s", sequences, key_of(rows), width,
                          " ".join(str(error).split())[:300])  # fmt: skip
             return False
-        self._captured.setdefault(_key(rows), {})[sequences, width] = shape
+        self._captured.setdefault(key_of(rows), {})[sequences, width] = shape
         self._serving.clear()
         return True
 
 
-def _key(rows: DecodeRows) -> Hashable:
+def key_of(rows: DecodeRows) -> Hashable:
+    """What the passes of two decode steps must have in common to share a graph."""
     return len(rows.clean), rows.proposals, rows.block_length, batch_invariant()
 
 

@@ -73,6 +73,7 @@ def gpus() -> Iterator[Finding]:
             yield Finding("gpu", text, "warn", "kernels are compiled and checked for gfx942, gfx950 and sm_90")
         else:
             yield Finding("gpu", text)
+    yield from gpu_host(torch.version.hip is not None, os.environ)
 
 
 def visible_devices(environment: Mapping[str, str]) -> Finding:
@@ -89,6 +90,26 @@ def visible_devices(environment: Mapping[str, str]) -> Finding:
     if seen is not None and not seen.strip(", ") and gpu_nodes():
         return Finding(check, "every GPU is hidden", "fail", "unset HIP_VISIBLE_DEVICES and CUDA_VISIBLE_DEVICES")
     return Finding(check, "all GPUs" if seen is None else f"GPUs {seen}")
+
+
+def gpu_host(
+    hip: bool, environment: Mapping[str, str], numa: Path = Path("/proc/sys/kernel/numa_balancing"),
+    which: Callable[[str], str | None] = shutil.which,
+) -> Iterator[Finding]:  # fmt: skip
+    """What a host of GPUs is set to: the C compiler that Triton calls; on AMD where kernel arguments lie, and NUMA balancing,
+    which stalls GPUs while it moves pages."""
+    compiler = environment.get("CC") or next((name for name in ("cc", "gcc", "clang") if which(name)), None)
+    if compiler is None:
+        yield Finding("C compiler", "none", "fail", "install gcc or clang: Triton compiles a launcher for every kernel")
+    else:
+        yield Finding("C compiler", compiler)
+    if not hip:
+        return
+    if environment.get("HIP_FORCE_DEV_KERNARG") != "1":
+        yield Finding("kernel arguments", "in host memory: a launch takes 2 to 3 us longer", "warn",
+                      "set HIP_FORCE_DEV_KERNARG=1")  # fmt: skip
+    if numa.is_file() and numa.read_text().strip() not in ("", "0"):
+        yield Finding("NUMA balancing", "on", "warn", f"turn it off on the host: echo 0 > {numa}")
 
 
 def open_files() -> Finding:

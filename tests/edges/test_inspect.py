@@ -29,7 +29,7 @@ CASES = [
     run("a page on top of the file", LINE, "two files", options=("--output", "in.jsonl")),
     run("a page in place of a directory", LINE, "out", "directory", options=("--output", "out"), out=folder),
     run("no sample", LINE, "most", "0", options=("--most", "0")),
-    run("another policy's tokens", '{"prompt_tokens": [1], "tokens": [9999], "logprobs": [-1]}\n', "vocabulary",
+    run("another policy's tokens", '{"prompt_tokens": [1], "tokens": [9999], "logprobs": [-1]}\n', "tokens: sequence 0", "0..273",
         options=("--policy", "tiny-reasoner", "--entropy")),
 ]  # fmt: skip
 

@@ -23,7 +23,7 @@ from blockroll.model.scoring import score
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.evaluation.places import acceptance_at_places
 from blockroll.rollout.schedule import Schedule
-from blockroll.rollout.steps import model_runner, shapes
+from blockroll.rollout.steps import model_runner, sampling_graphs, shapes
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
@@ -232,6 +232,7 @@ def test_graphs_are_captured_when_an_engine_starts(policy, monkeypatch, caplog):
         expected = Engine(policy, EngineConfig(Schedule("ar"), **sizes)).rollout(asked)
         monkeypatch.setattr(shapes, "can_capture", lambda device: True)
         monkeypatch.setattr(shapes, "GraphPool", Pool)
+        monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", ())  # `steps/test_captured_steps.py` has those
         # Steps of two, one and one sequences; graphs of 4, 2 and 1 over 32 and 8 pages.
         for most_bytes, failing, captured, replayed in ((10**9, 0, 6, 3), (1500, 0, 2, 1), (10**9, 2, 3, 3)):
             free = itertools.count(10**9, -1000)

@@ -203,8 +203,8 @@ def python_blocks():
 
 
 def test_the_readme_s_examples_answer_their_question(capsys):
-    """All but vLLM's own run as they stand."""
-    ours = [block for block in python_blocks() if "from vllm" not in block]
+    """All but vLLM's own, and those that need a service, run as they stand."""
+    ours = [block for block in python_blocks() if "from vllm" not in block and "connect(" not in block]
     assert len(ours) >= 2
     exec(ours[0], {})
     printed = capsys.readouterr().out

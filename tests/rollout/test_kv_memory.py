@@ -94,6 +94,10 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
         assert pages(away, max_batch=1, prefill_rows=8, captured=False) == most
         captured = kv_memory.set_aside(away, EngineConfig(), 16, 64 * GB)
         assert (captured["graphs"], captured["libraries"]) == (2 * GB, 512 << 20)
+        # q of fifteen drafts of each sample, and prompts in large chunks: each costs the host a whole eager step.
+        assert captured["drafts"] == 4 * 32 * 15 * policy.config.vocab_size
+        assert [kv_memory.prefill_rows(EngineConfig(prefill_rows=rows), away) for rows in (None, 7)] == [2048, 7]
+    assert kv_memory.prefill_rows(EngineConfig(), policy) == 512
 
 
 def test_a_file_of_long_prompts_takes_the_pages_there_are(policy, free):

@@ -12,6 +12,16 @@ from typing import Any
 
 import psutil
 
+RUN = """
+output: run
+policy: tiny-reasoner
+steps: 4
+tasks: {families: [products, chain_sum], prompts_per_step: 6, samples_per_prompt: 4}
+rollouts: {max_tokens: 64}
+evaluation: {tasks: 6}
+save_policy: false
+"""
+"""A short run of `blockroll grpo`."""
 MARK = "BLOCKROLL_TEST_SERVICE"
 PROGRAM = "import sys; from blockroll.cli import main; sys.argv[0] = 'blockroll'; main()"
 

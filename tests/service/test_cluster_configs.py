@@ -97,6 +97,9 @@ def test_containers_keep_the_torch_of_their_image(maker: str) -> None:
     assert "grep -vE '^(torch|triton)==' constraints.txt" in text and "pip install --no-cache-dir -c /tmp/constraints.txt" in text
     pinned = [line for line in (FOLDER / "requirements-rocm.txt").read_text().splitlines() if line[0] not in "#-"]
     assert f"torch=={torch}+rocm" in pinned[0] and all("==" in line for line in pinned)
+    if maker == "rocm":
+        assert all(said in text for said in ("/dev/kfd", "/dev/dri", "--shm-size", "ENV HIP_FORCE_DEV_KERNARG=1",
+                                             "RUN cc --version", "numa_balancing"))  # fmt: skip
 
 
 def test_the_dashboard_shows_metrics_that_exist() -> None:

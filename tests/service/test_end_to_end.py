@@ -15,18 +15,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from service_parts import Commands
+from service_parts import RUN, Commands
 
 LOCAL = Path(__file__).resolve().parents[2] / "configs" / "cluster" / "local.yaml"
-RUN = """
-output: run
-policy: tiny-reasoner
-steps: 4
-tasks: {families: [products, chain_sum], prompts_per_step: 6, samples_per_prompt: 4}
-rollouts: {max_tokens: 64}
-evaluation: {tasks: 6}
-save_policy: false
-"""
 CLIENT = """
 import sys
 import blockroll

@@ -15,22 +15,13 @@ from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from service_parts import Commands
+from service_parts import RUN, Commands
 
 CONFIG = """
 policy: tiny-reasoner
 engines: {{count: 3, num_cpus: 1, oversubscribe: true, placement: spread}}
 ray: {{address: '{address}'}}
 delivery: {{ledger: ledger.sqlite, bind: 'tcp://127.0.0.1:*'}}
-"""
-RUN = """
-output: run
-policy: tiny-reasoner
-steps: 4
-tasks: {families: [products, chain_sum], prompts_per_step: 6, samples_per_prompt: 4}
-rollouts: {max_tokens: 64}
-evaluation: {tasks: 6}
-save_policy: false
 """
 ASKED, WAIT_S = 4 * 6 * 4 + 2 * 2 * 6, 240.0
 """Samples of the run, its evaluations included; and seconds after which what has to come has not."""

@@ -6,11 +6,16 @@ is the same without the command line's own dependencies: it needs torch, triton,
 plot, and pydantic for the training steps. Sections, in this order:
 
     ceilings      copy bandwidth, matrix products and launches of this device, in this run
+    host          milliseconds of the host per step, on a device that does nothing
     compile       what the others would compile one after another, with several processes
-    correctness   every op against its reference on this device; captured against eager, one batch against another
+    correctness   every op against its reference on this device; captured against eager, also over whole runs; one batch against
+                  another
     kernels       time of each kernel at ZAYA1-8B's sizes, as fractions of the ceilings
     training      a conversion's step over 131072 tokens against a plain autoregressive one
-    steps         an engine's decode steps by the clock, of a ZAYA1-8B with random weights
+    steps         an engine's decode steps by the clock, of a ZAYA1-8B with random weights; and the same where the drafts are the
+                  known continuation (`oracle`)
+
+Times stand beside what was predicted of them before (`planning/predictions.json`).
 
 Invariants:
 - Every section's items run in a process of their own, one after another; the JSON is written after each item. What fails,

@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="written as it goes, a plot beside it")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in this order")
+    parser.add_argument("--resume", action="store_true", help="keep what the file holds, run what it lacks")
     parser.add_argument("--dry-run", action="store_true", help="a few numbers on a CPU through Triton's interpreter")
     parser.add_argument("--all", action="store_true", help="print every table")
     parser.add_argument("--section", help=argparse.SUPPRESS)
@@ -25,7 +26,8 @@ def main() -> int:
     if options.section:
         return child(options.section, options.lines, options.deadline, options.dry_run)
     try:
-        good = bench_gpu(options.json, options.minutes, options.dry_run, tuple(options.sections.split(",")), options.all)
+        good = bench_gpu(options.json, options.minutes, options.dry_run, tuple(options.sections.split(",")), options.all,
+                         options.resume)
     except BlockrollError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ from ...types import RolloutRequest, SamplingParams
 from .parts import FilledCache, ForwardPass, force_experts, layers, random_policy
 from .sizes import Sizes
 from .timing import graph_pool
+from .whole_runs import captured_and_eager
 
 Check = Callable[[Sizes, torch.device], dict[str, Any]]
 _FLOAT32, _BFLOAT16 = 1e-4, 1e-2
@@ -246,7 +247,7 @@ def check_policy(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     for dtype in _dtypes(sizes):
         policy, filled, held, plans = _pack(sizes, device, dtype)
         # Rounding must not send a row to another expert.
-        force_experts(policy, sum(len(plan.clean) + len(plan.proposals) * plan.block_length for plan in plans))
+        force_experts(policy)
         kept = [pool.clone() for pool in (filled.cache.k, filled.cache.v, filled.cache.x, filled.cache.delayed)]
         got = policy.head(ForwardPass.of(policy, filled.cache, held, plans).run())
         for pool, before in zip((filled.cache.k, filled.cache.v, filled.cache.x, filled.cache.delayed), kept):
@@ -317,10 +318,15 @@ def check_coupled(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     return {"ok": alike["coupled"] == many, "samples": many, "equal": alike}
 
 
+def check_whole_runs(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """See `whole_runs.captured_and_eager`."""
+    return captured_and_eager(sizes, device, _small(sizes))
+
+
 CHECKS: dict[str, Check] = {
     "philox": check_philox, "residual": check_residual, "experts": check_experts, "attention": check_attention,
     "cca": check_cca, "verify": check_verify, "policy": check_policy, "captured": check_captured, "batch": check_batch,
-    "coupled": check_coupled,
+    "coupled": check_coupled, "whole runs": check_whole_runs,
 }  # fmt: skip
 
 

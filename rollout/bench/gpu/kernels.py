@@ -24,6 +24,7 @@ from ....kernels.residual import Scales, scale_residual_norm
 from ....kernels.verify import sample_cdf, sample_gumbel, verify_rejection
 from ....model.layout import DecodeRows
 from ....model.policy import Policy
+from ...planning import kernel_work
 from .checks import router_weights
 from .parts import FilledCache, ForwardPass, layers, random_policy
 from .sizes import Sizes
@@ -70,16 +71,21 @@ class KernelBench:
     def _randn(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, device=self.device).to(self.sizes.dtype)
 
-    def _per_layer(self, call: Callable[[int], object], moved: float, flops: float) -> dict[str, Any]:
+    @property
+    def _item(self) -> int:
+        return self.sizes.dtype.itemsize
+
+    def _per_layer(self, call: Callable[[int], object], work: kernel_work.KernelWork) -> dict[str, Any]:
         count = len(layers(self.policy))
-        used = max(1, min(count, -(-_BEYOND_CACHE // max(int(moved), 1))))
+        used = max(1, min(count, -(-_BEYOND_CACHE // max(int(work.bytes), 1))))
 
         def run() -> None:
             for layer in range(used):
                 call(layer)
 
         row = timed(run, self.sizes, self.device)
-        return row | {"seconds": row["seconds"] / used, "fastest": row["fastest"] / used, "bytes": moved, "flops": flops}
+        times = {"seconds": row["seconds"] / used, "fastest": row["fastest"] / used}
+        return row | times | {"bytes": work.bytes, "flops": work.flops}
 
     def _pass(self, batch: int, rows: int, context: int) -> ForwardPass:
         block = self.policy.block_size
@@ -97,33 +103,28 @@ class KernelBench:
         q, k, v = self._randn(T, heads, wide), self._randn(T, groups, wide), self._randn(T, groups, wide)
         plan = step.paged.rows["hybrid"]
         pools = [step.view.pools(layer) for layer in range(config.num_hidden_layers)]
-        item = self.sizes.dtype.itemsize
-        moved = item * (2 * groups * wide * (batch * context + T) + 2 * T * heads * wide)
-        flops = 4 * heads * wide * T * (context + rows)
-        row = self._per_layer(lambda i: paged_attend(q, k, v, pools[i].k, pools[i].v, plan, wide**-0.5), moved, flops)
+        work = kernel_work.attention(config, batch, rows, context, self._item)
+        row = self._per_layer(lambda i: paged_attend(q, k, v, pools[i].k, pools[i].v, plan, wide**-0.5), work)
         return row | {"kind": "attention", "batch": batch, "rows": rows, "context": context}
 
     def experts(self, rows: int) -> dict[str, Any]:
         """Grouped experts, chosen uniformly."""
-        config, item = self.config, self.sizes.dtype.itemsize
+        config = self.config
         x, weight = self._randn(rows, config.hidden_size), self._randn(rows)
         chosen = torch.randint(0, config.num_experts, (rows,), device=self.device)
         mlp = [layer.mlp.experts for layer in layers(self.policy)]
-        one = 3 * config.hidden_size * config.moe_intermediate_size
-        moved = item * (one * len(chosen.unique()) + rows * 2 * (config.hidden_size + config.moe_intermediate_size))
+        work = kernel_work.experts(config, rows, self._item, len(chosen.unique()))
         return self._per_layer(
-            lambda i: route_top1(x, chosen, weight, mlp[i].gate_up_proj, mlp[i].down_proj), moved, 2 * one * rows
+            lambda i: route_top1(x, chosen, weight, mlp[i].gate_up_proj, mlp[i].down_proj), work
         ) | {"kind": "experts", "rows": rows}
 
     def router(self, rows: int) -> dict[str, Any]:
         """The choice of an expert."""
-        config, item = self.config, self.sizes.dtype.itemsize
+        config = self.config
         x, state = self._randn(rows, config.hidden_size), self._randn(rows, config.router_hidden_size)
         weights = [router_weights(config, self.sizes.dtype, self.device) for _ in layers(self.policy)]
-        wide, classes = config.router_hidden_size, config.num_experts + 1
-        count = wide * (config.hidden_size + 2 * wide + classes)
-        moved = item * (count + rows * (config.hidden_size + 2 * wide + classes))
-        return self._per_layer(lambda i: route(x, state, weights[i], 1e-5), moved, 2 * count * rows) | {
+        work = kernel_work.router(config, rows, self._item)
+        return self._per_layer(lambda i: route(x, state, weights[i], 1e-5), work) | {
             "kind": "router", "rows": rows,
         }  # fmt: skip
 
@@ -138,12 +139,9 @@ class KernelBench:
         cos, sin = (y[0] for y in self.policy.model.rotary_emb(x, step.layout.position_T[None], "hybrid"))
         weights = [each.qkv_proj.weights(each.qk_norm.temp) for each in attentions]
         places, pools = step.paged.places, [step.view.pools(layer) for layer in range(len(attentions))]
-        matrices = sum(w.numel() for w in weights[0] if w is not None)
-        channels = x.shape[1]
-        moved = self.sizes.dtype.itemsize * (matrices + rows * (2 * channels + 6 * current.shape[1]))
-        flops = 2 * rows * weights[0].grouped_weight.numel()
+        work = kernel_work.cca(self.config, rows, self._item)
         return self._per_layer(
-            lambda i: cca(CCAInputs(x, current, delayed, weights[i], cos, sin), places, pools[i]), moved, flops
+            lambda i: cca(CCAInputs(x, current, delayed, weights[i], cos, sin), places, pools[i]), work
         ) | {"kind": "cca", "rows": rows}
 
     def residual(self, rows: int) -> dict[str, Any]:
@@ -151,8 +149,8 @@ class KernelBench:
         width = self.config.hidden_size
         hidden, stream = self._randn(rows, width), torch.randn(rows, width, device=self.device)
         scales, norm = Scales(*(self._randn(width) for _ in range(4))), self._randn(width)
-        moved = rows * width * (4 + 4 + 2 * self.sizes.dtype.itemsize)
-        return self._per_layer(lambda i: scale_residual_norm(hidden, stream, scales, norm, 1e-5), moved, 0.0) | {
+        work = kernel_work.residual(self.config, rows, self._item)
+        return self._per_layer(lambda i: scale_residual_norm(hidden, stream, scales, norm, 1e-5), work) | {
             "kind": "residual", "rows": rows,
         }  # fmt: skip
 
@@ -161,26 +159,21 @@ class KernelBench:
         attentions = [layer.self_attn for layer in layers(self.policy)]
         x = self._randn(rows, self.config.hidden_size)
         out = self._randn(rows, self.config.num_attention_heads * self.config.head_dim)
-        first = attentions[0]
-        count = sum(
-            m.weight.numel() for m in (first.qkv_proj.q_proj, first.qkv_proj.k_proj, first.qkv_proj.v_proj_current,
-                                       first.qkv_proj.v_proj_delayed, first.o_proj)
-        )  # fmt: skip
-        moved = self.sizes.dtype.itemsize * (count + 4 * rows * self.config.hidden_size)
+        work = kernel_work.projections(self.config, rows, self._item)
 
         def call(i: int) -> None:
             attentions[i].qkv_proj(x)
             attentions[i].o_proj(out)
 
-        return self._per_layer(call, moved, 2 * count * rows) | {"kind": "projections", "rows": rows}
+        return self._per_layer(call, work) | {"kind": "projections", "rows": rows}
 
     def head(self, batch: int) -> dict[str, Any]:
         """The vocabulary head on one block of rows per sequence."""
-        rows, weight = batch * self.policy.block_size, self.policy.lm_head.weight
+        rows = batch * self.policy.block_size
         x = self._randn(rows, self.config.hidden_size)
         row = timed(lambda: self.policy.head(x), self.sizes, self.device)
-        moved = self.sizes.dtype.itemsize * (weight.numel() + x.numel()) + 4 * rows * len(weight)
-        return row | {"bytes": moved, "flops": 2 * rows * weight.numel(), "kind": "head", "batch": batch, "rows": rows}
+        work = kernel_work.head(self.config, rows, self._item)
+        return row | {"bytes": work.bytes, "flops": work.flops, "kind": "head", "batch": batch, "rows": rows}
 
     def verify(self, batch: int) -> dict[str, Any]:
         """Verification of a block of drafts, and the draw of the next ones; AR's draw beside it."""
@@ -193,13 +186,11 @@ class KernelBench:
         # p equal to q accepts every draft, so that all rows count.
         p[:, :drafts] = q
         parts = {
-            "verify": (lambda: verify_rejection(p, q, made.lse_SR, made.token_SR, count, temperature, seed, anchor, vocab - 1),
-                       2 * p.numel() + q.numel() // drafts),
-            "draft": (lambda: sample_cdf(q, temperature, seed, anchor, vocab - 1), q.numel()),
-            "ar": (lambda: sample_gumbel(p[:, :1], temperature, seed, anchor), batch * vocab),
+            "verify": lambda: verify_rejection(p, q, made.lse_SR, made.token_SR, count, temperature, seed, anchor, vocab - 1),
+            "draft": lambda: sample_cdf(q, temperature, seed, anchor, vocab - 1),
+            "ar": lambda: sample_gumbel(p[:, :1], temperature, seed, anchor),
         }  # fmt: skip
-        rows = {}
-        for name, (call, read) in parts.items():
-            row = timed(call, self.sizes, device)
-            rows[name] = row | {"bytes": p.itemsize * read, "flops": 0.0}
+        rows, works = {}, kernel_work.verification(self.config, batch, drafts)
+        for name, call in parts.items():
+            rows[name] = timed(call, self.sizes, device) | {"bytes": works[name].bytes, "flops": 0.0}
         return {"kind": "verify", "batch": batch, "parts": rows}

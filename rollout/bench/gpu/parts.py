@@ -26,6 +26,9 @@ from ....model.policy import Layer, Policy
 from ...cache import BlockTable, CacheView, PagedCache, pages_for
 from ...schedule import Schedule
 
+_DRAWN = 4099
+"""Experts that are drawn for each layer: a prime, so that keys spread."""
+
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
@@ -54,16 +57,25 @@ def layers(policy: Policy) -> list[Layer]:
     return cast(list[Layer], list(policy.model.layers))
 
 
-def force_experts(policy: Policy, most_rows: int) -> None:
-    """Every row's expert drawn uniformly and layer by layer, whatever the router says; its work is still done."""
-    device, experts = policy.device, policy.config.num_experts
-    generator = torch.Generator(device).manual_seed(0)
-    for layer in layers(policy):
-        fixed_T = torch.randint(0, experts, (most_rows,), generator=generator, device=device)
+def force_experts(policy: Policy) -> None:
+    """Every row's expert drawn uniformly and layer by layer, whatever the router says; its work is still done. The draw depends
+    on the row's sequence and position, and on whether it is a mask row: so a token has the same experts under any schedule."""
+    experts, count = policy.config.num_experts, len(layers(policy))
+    generator = torch.Generator(policy.device).manual_seed(0)
+    drawn_LN = torch.randint(0, experts, (count, _DRAWN), generator=generator, device=policy.device)
+    present = [drawn_LN]
 
-        def uniform(_module: Any, _arguments: Any, chosen: Any, fixed_T: torch.Tensor = fixed_T) -> Any:
-            expert_T, *rest = chosen
-            return fixed_T[: len(expert_T)], *rest
+    def draw(_module: Any, arguments: Any) -> None:
+        layout: TokenLayout = arguments[0]
+        key_T = layout.position_T * 61 + layout.sequence_T * 977 + (layout.block_T >= 0) * 331
+        present[0] = drawn_LN[:, key_T % _DRAWN]
+
+    policy.register_forward_pre_hook(draw)
+    for number, layer in enumerate(layers(policy)):
+
+        def uniform(_module: Any, _arguments: Any, chosen: Any, number: int = number) -> Any:
+            _, *rest = chosen
+            return present[0][number], *rest
 
         layer.mlp.gate.register_forward_hook(uniform)
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...planning.predictions import predicted
 from ...planning.roofline import Rates, Roofline, expected_tokens, geometric_survival
 from ...plot_style import BLUE, GREY, head, picture, series
 from ...schedule import Schedule
@@ -42,7 +43,10 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     ceilings: dict[str, float] = {}
     for row in sections.get("ceilings", {}).values():
         ceilings |= {name: row[name] for name in ("copy_bytes_per_s", "matmul_flops_per_s", "seconds_per_launch") if name in row}
-    kernels = {name: _with_fractions(row, ceilings) for name, row in sections.get("kernels", {}).items()}
+    known = {} if result["machine"].get("dry_run") else predicted(str(result["machine"].get("device", "")))
+    kernels = {
+        name: _with_fractions(row, ceilings, known.get("kernels", {}), name) for name, row in sections.get("kernels", {}).items()
+    }
     if kernels:
         sections["kernels"] = kernels
     attention = [row for row in kernels.values() if row.get("kind") == "attention" and "bytes_per_s" in row]
@@ -52,15 +56,21 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "note": NOTE, **result, "ceilings": ceilings, "attention": best, "published": PUBLISHED,
         "training": _training(sections.get("training", {})),
-        "decode": _decode(sections.get("steps", {}), ceilings, bool(result["machine"].get("dry_run"))), "sections": sections,
+        "decode": _decode(
+            sections.get("steps", {}), ceilings, bool(result["machine"].get("dry_run")), known.get("steps", {})
+        ), "sections": sections,
     }  # fmt: skip
 
 
-def _with_fractions(row: dict[str, Any], ceilings: Mapping[str, float]) -> dict[str, Any]:
+def _with_fractions(
+    row: dict[str, Any], ceilings: Mapping[str, float], known: Mapping[str, Any], name: str
+) -> dict[str, Any]:
     if "parts" in row:
-        return row | {"parts": {name: _with_fractions(part, ceilings) for name, part in row["parts"].items()}}
+        parts = {part: _with_fractions(each, ceilings, known, f"{name} {part}") for part, each in row["parts"].items()}
+        return row | {"parts": parts}
     if not isinstance(row.get("seconds"), float):
         return row
+    row = row | _beside(known.get(name), row["seconds"])
     row = row | {"bytes_per_s": row["bytes"] / row["seconds"], "flops_per_s": row["flops"] / row["seconds"]}
     if "copy_bytes_per_s" in ceilings:
         row["of_copy"] = row["bytes_per_s"] / ceilings["copy_bytes_per_s"]
@@ -69,13 +79,22 @@ def _with_fractions(row: dict[str, Any], ceilings: Mapping[str, float]) -> dict[
     return row
 
 
+def _beside(prediction: Mapping[str, Any] | None, seconds: float) -> dict[str, float]:
+    """What was predicted, and how many times that it took."""
+    if prediction is None:
+        return {}
+    return {"predicted_seconds": prediction["ms"] / 1e3, "of_prediction": seconds / (prediction["ms"] / 1e3)}
+
+
 @lru_cache(maxsize=2)
 def _roofline(dry: bool) -> tuple[Sizes, Roofline]:
     sizes = DRY if dry else DEVICE
     return sizes, Roofline.of(sizes.zaya)
 
 
-def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) -> list[dict[str, Any]]:
+def _decode(
+    steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool, known: Mapping[str, Any]
+) -> list[dict[str, Any]]:
     """One row per schedule, batch and context that was measured."""
     sizes, roofline = _roofline(dry)
     by_label = {schedule.within(roofline.block).label: schedule for schedule in sizes.schedules}
@@ -83,7 +102,7 @@ def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) 
     if {"copy_bytes_per_s", "matmul_flops_per_s"} <= ceilings.keys():
         copies, products = ceilings["copy_bytes_per_s"], ceilings["matmul_flops_per_s"]
         rates = Rates(products, copies, products, copies)
-    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float)]
+    measured = [row for row in steps.values() if isinstance(row.get("seconds"), float) and "schedule" in row]
     ar = {(row["batch"], row["context"]): row for row in measured if row["kind"] == "ar"}
     rows = []
     for row in measured:
@@ -94,6 +113,7 @@ def _decode(steps: Mapping[str, Any], ceilings: Mapping[str, float], dry: bool) 
         if rates is not None:
             made["roofline_seconds"] = roofline.step(schedule, batch, context).seconds(rates)
             made["of_roofline"] = seconds / made["roofline_seconds"]
+        made |= _beside(known.get(f"{row['schedule']} {batch} at {context}"), seconds)
         made["measured"] = {name: row[name] for name in ("tokens_per_step", "tokens_per_s")}
         if plain is not None:
             made["measured"]["ratio_to_ar"] = row["tokens_per_s"] / plain["tokens_per_s"]
@@ -145,6 +165,13 @@ def _columns(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def _prediction(row: Mapping[str, Any], unit: float, digits: int) -> tuple[str, str]:
+    """Cells: the prediction in this unit, and the measured time over it."""
+    if "predicted_seconds" not in row:
+        return "", ""
+    return f"{row['predicted_seconds'] * unit:.{digits}f}", f"{row['of_prediction']:.2f}"
+
+
 def conclusion(made: Mapping[str, Any]) -> str:
     """One line: per context the fastest schedule at a batch near 16, and how the checks came out."""
     parts = []
@@ -166,7 +193,8 @@ def text(made: Mapping[str, Any], everything: bool = True) -> str:
     parts = [conclusion(made), f"{machine.get('versions', {})}", NOTE, *(_sections(made) if everything else ())]
     rows = [
         (row["schedule"], str(row["batch"]), str(row["context"]), f"{row['seconds'] * 1e3:.2f}",
-         f"{row['host_seconds'] * 1e3:.2f}", f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
+         *_prediction(row, 1e3, 2), f"{row['host_seconds'] * 1e3:.2f}",
+         f"{row['of_roofline']:.2f}" if "of_roofline" in row else "",
          *(cell for kind in (row["measured"], *(row["forced"].values() if everything else ())) for cell in
            (f"{kind['tokens_per_step']:.2f}", f"{kind['tokens_per_s']:,.0f}", f"{kind.get('ratio_to_ar', 0):.2f}")))
         for row in sorted(made["decode"], key=lambda row: (row["context"], row["batch"], row["kind"] != "ar"))
@@ -174,9 +202,9 @@ def text(made: Mapping[str, Any], everything: bool = True) -> str:
     if rows:
         kinds = ("measured", *(f"at {tokens:g}" for tokens in FORCED)) if everything else ("measured",)
         tokens = [cell for kind in kinds for cell in (f"tokens {kind}", "tokens/s", "x ar")]
-        parts.append("Steps: milliseconds by the clock, the host's part of them, their multiple of the roofline, tokens per step"
-                     " and second, and tokens/s over those of ar.")  # fmt: skip
-        parts.append(_columns(("step", "batch", "context", "ms", "host ms", "x roofline", *tokens), rows))
+        parts.append("Steps: milliseconds by the clock, those predicted and their ratio, the host's part, their multiple of the"
+                     " roofline, tokens per step and second, and tokens/s over those of ar.")  # fmt: skip
+        parts.append(_columns(("step", "batch", "context", "ms", "predicted", "x", "host ms", "x roofline", *tokens), rows))
         parts.append(f"Published, {PUBLISHED['source']}: ar {PUBLISHED['ar']}, two_pass {PUBLISHED['two_pass']}")
     failed = [
         f"{section}, {name}: {row['error']}" for section, of in sections.items() for name, row in of.items() if "error" in row
@@ -200,13 +228,13 @@ def _sections(made: Mapping[str, Any]) -> Iterator[str]:
         for part, each in row.get("parts", {"": row}).items():
             if isinstance(each.get("seconds"), float):
                 timed.append((
-                    f"{name} {part}".strip(), f"{each['seconds'] * 1e6:.1f}", f"{each.get('of_copy', 0):.2f}",
-                    f"{each.get('of_matmul', 0):.2f}",
+                    f"{name} {part}".strip(), f"{each['seconds'] * 1e6:.1f}", *_prediction(each, 1e6, 1),
+                    f"{each.get('of_copy', 0):.2f}", f"{each.get('of_matmul', 0):.2f}",
                 ))  # fmt: skip
             else:
-                timed.append((name, each.get("skipped") or each.get("error", "")[:60], "", ""))
+                timed.append((name, each.get("skipped") or each.get("error", "")[:60], "", "", "", ""))
     if timed:
-        yield _columns(("kernel", "us", "of copy", "of matmul"), timed)
+        yield _columns(("kernel", "us", "predicted", "x", "of copy", "of matmul"), timed)
     trained = [
         (f"{row['policy']}, {row['tokens']} tokens", f"{row['ar_tokens_per_s']:,.0f}", f"{row['diffusion_tokens_per_s']:,.0f}",
          f"{row['diffusion_over_ar']:.2f}")
@@ -214,6 +242,19 @@ def _sections(made: Mapping[str, Any]) -> Iterator[str]:
     ]  # fmt: skip
     if trained:
         yield _columns(("training step", "ar tokens/s", "diffusion tokens/s", "x ar"), trained)
+    host = [
+        (name, f"{row['seconds'] * 1e3:.2f}", f"{row['fastest'] * 1e3:.2f}")
+        for name, row in made["sections"].get("host", {}).items() if "seconds" in row
+    ]  # fmt: skip
+    if host:
+        yield _columns(("host of a step, no device", "ms", "fastest"), host)
+    oracle = [
+        (name, f"{row['seconds'] * 1e3:.2f}", f"{row['tokens_per_step']:.2f}", f"{row['tokens_per_s']:,.0f}",
+         f"{row['ratio_to_ar']:.2f}", f"{row['diverged']} of {row['samples']}")
+        for name, row in made["sections"].get("steps", {}).items() if "diverged" in row
+    ]  # fmt: skip
+    if oracle:
+        yield _columns(("every draft stands", "ms", "tokens", "tokens/s", "x ar", "diverged"), oracle)
 
 
 def write_plot(made: Mapping[str, Any], path: Path) -> bool:
@@ -254,11 +295,10 @@ def _plot_speed(axis: Any, rows: Sequence[Mapping[str, Any]], context: int) -> N
         axis.plot([int(batch) for batch in known], list(known.values()), style, color=GREY, label=f"published: {kind}")
     fast = [max((row for row in rows if row["batch"] == batch), key=lambda row: row["measured"]["tokens_per_s"])
             for batch in sorted({row["batch"] for row in rows})]  # fmt: skip
-    ratios = [row["measured"].get("ratio_to_ar") for row in fast]
-    known = [ratio for ratio in ratios if ratio]
-    finding = f"Context {kibi(context)}: {span(known)}x ar" if known else f"Context {kibi(context)}"
+    ratios = [row["measured"]["ratio_to_ar"] for row in fast if "ratio_to_ar" in row["measured"]]
+    finding = f"Context {kibi(context)}: {span(ratios)}x ar" if ratios else f"Context {kibi(context)}"
     head(axis, finding, "tokens per second by batch, the fastest schedule in the title")
-    batches = sorted({row["batch"] for row in rows} | {int(batch) for batch in PUBLISHED["ar"]})  # type: ignore[arg-type]
+    batches = sorted({row["batch"] for row in rows} | {int(batch) for batch in PUBLISHED["ar"]})
     axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", xticks=batches, xticklabels=batches)
     axis.minorticks_off()
     axis.legend(loc="best", fontsize=7)

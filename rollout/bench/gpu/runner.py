@@ -29,7 +29,7 @@ from ....errors import InvalidInput
 from ....files import append_jsonl, check_output, write_json
 from .report import summarise, text, write_plot
 
-_WEIGHTS = {"ceilings": 1, "compile": 2, "correctness": 1, "kernels": 1.5, "training": 2, "steps": 4}
+_WEIGHTS = {"ceilings": 1, "host": 0.5, "compile": 2, "correctness": 1.5, "kernels": 1.5, "training": 1.5, "steps": 4}
 """Sections, and how the whole time is shared among those that run. What one leaves is the next one's."""
 SECTIONS = tuple(_WEIGHTS)
 _ITEM_SECONDS = 100.0
@@ -57,6 +57,11 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
     sizes, device = (DRY, torch.device("cpu")) if dry else (DEVICE, torch.device("cuda"))
     if section == "ceilings":
         return list(CEILINGS), lambda name: CEILINGS[name](sizes, device)
+    if section == "host":
+        from .host import items as host_items
+
+        host = host_items(dry)
+        return list(host), lambda name: host[name]()
     if section == "compile":
         ahead = compilation.items(dry)
         return list(ahead), lambda name: ahead[name]()
@@ -71,7 +76,7 @@ def items(section: str, dry: bool) -> tuple[list[str], Callable[[str], dict[str,
         training = TrainingBench(sizes, device)
         return list(training.items), training.run
     steps = StepBench(sizes, device)
-    return list(steps.items), steps.run
+    return steps.order, steps.run
 
 
 def child(section: str, path: Path, deadline: float, dry: bool) -> int:
@@ -81,8 +86,12 @@ def child(section: str, path: Path, deadline: float, dry: bool) -> int:
     from ....kernels.dispatch import using
 
     names, run = items(section, dry)
-    if not path.exists():
-        append_jsonl(path, {"items": names, "machine": machine(dry)})
+    lines, here = _lines(path), machine(dry)
+    if lines and lines[0].get("resumed") and not _same(lines[0]["machine"], here):
+        path.unlink()  # another device, or other versions
+        lines = []
+    if not any("items" in line and "resumed" not in line for line in lines):
+        append_jsonl(path, {"items": names, "machine": here})
     known = {line["item"] for line in _lines(path) if "item" in line}
     for name in names:
         if name in known:
@@ -103,6 +112,11 @@ def child(section: str, path: Path, deadline: float, dry: bool) -> int:
                 return _LOST
         append_jsonl(path, {"item": name, "row": _plain(row)})
     return 0
+
+
+def _same(mine: dict[str, Any], its: dict[str, Any]) -> bool:
+    """Whether two runs had the same machine."""
+    return {**mine, "date": ""} == {**its, "date": ""}
 
 
 def _plain(value: Any) -> Any:
@@ -139,13 +153,27 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def _finished(output: Path) -> dict[str, Any]:
+    """{"machine", "sections"} of an earlier run's file: the items that gave a result. Empty where there is no such file."""
+    try:
+        found = json.loads(output.read_text())
+        sections = {
+            section: {name: row for name, row in rows.items() if not {"error", "skipped"} & row.keys()}
+            for section, rows in found["sections"].items()
+        }
+        return {"machine": found["machine"], "sections": sections}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {"machine": {}, "sections": {}}
+
+
 def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: tuple[str, ...] = SECTIONS,
-              everything: bool = False) -> bool:
+              everything: bool = False, resume: bool = False) -> bool:
     """The whole bench; writes `output` as it goes, a plot beside it, and prints the tables. Returns whether all checks were made
     and hold.
 
     Args:
         minutes: of the clock, start and compilation included.
+        resume: keep what `output` holds of an earlier run on the same device with the same versions; run the rest.
         dry: the same code on a CPU through Triton's interpreter, on a few numbers.
         everything: print every table.
     Raises:
@@ -161,12 +189,16 @@ def bench_gpu(output: Path, minutes: float = 9.0, dry: bool = False, sections: t
     check_output(output.with_suffix(".png"), output)
     if not dry and not torch.cuda.is_available():
         raise InvalidInput("device", "torch sees no accelerator here", "run it on one, or give --dry-run")
-    start = time.time()
+    start, earlier = time.time(), _finished(output) if resume else {"machine": {}, "sections": {}}
     result: dict[str, Any] = {"machine": {}, "minutes": minutes, "sections": {}}
     whole, done = sum(_WEIGHTS[section] for section in sections), 0.0
     for section in sections:
         path = output.with_name(f".{output.name}.{section}.jsonl")
         path.unlink(missing_ok=True)
+        if known := earlier["sections"].get(section):
+            append_jsonl(path, {"items": list(known), "machine": earlier["machine"], "resumed": True})
+            for name, row in known.items():
+                append_jsonl(path, {"item": name, "row": row})
         done += _WEIGHTS[section]
         limit = start + 60 * minutes * done / whole - _CLOSING_SECONDS
         try:
@@ -245,7 +277,7 @@ def _collect(result: dict[str, Any], section: str, path: Path, output: Path) -> 
     for line in lines:
         if "machine" in line:
             result["machine"] = result["machine"] or line["machine"]
-            found |= {name: {"skipped": "no time left"} for name in line["items"]}
+            found = {name: {"skipped": "no time left"} for name in line["items"]} | found
         elif "row" in line:
             found[line["item"]] = line["row"]
     result["sections"][section] = found

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,15 +21,17 @@ import numpy as np
 import torch
 
 from ....errors import InvalidInput
-from ....kernels.transfer import upload
+from ....kernels.transfer import PinnedCopy
 from ....model.policy import Policy
 from ...cache import PagedCache, pages_for
 from ...engine import Engine, EngineConfig
+from ...params import SamplerName
 from ...placed import placed
 from ...sampling.drafts import Drafts, SamplerRows, Verdict
+from ...sampling.sampler import verify
 from ...schedule import Schedule
 from ...steps.plan import StepPlan
-from ...steps.runner import sampler_verifier
+from ...steps.recurring import bucket
 from ...types import RolloutRequest, SamplingParams
 from .parts import fill
 
@@ -37,41 +39,52 @@ from .parts import fill
 class ForcedAcceptance:
     """A verifier that replaces the number of accepted drafts. The draft in slot j of its block is accepted with probability
     `rate_B[j]` if the drafts before it were; slots past the end of `rate_B` have its last rate.
+
+    Args:
+        samples: most of a step, padding included.
     """
 
-    def __init__(self, device: torch.device, rate_B: Sequence[float], seed: int = 0) -> None:
-        self._device = device
-        self._rate_B, self._draw = np.array(rate_B, dtype=np.float64), np.random.default_rng(seed)
+    def __init__(self, device: torch.device, samples: int, rate_B: Sequence[float] = (1.0,), seed: int = 0) -> None:
+        self._accepted_S = torch.zeros(samples, dtype=torch.int64)
+        self._copy = PinnedCopy(self._accepted_S, device, [self._accepted_S])
+        self._draw = np.random.default_rng(seed)
+        self.rate_B = np.array(rate_B, dtype=np.float64)
 
-    def __call__(
-        self, plan: StepPlan, sampling: SamplerRows, p_logits_DRV: torch.Tensor, drafts: Drafts, anchor_D: torch.Tensor
-    ) -> Verdict:
+    def prepare(self, plan: StepPlan) -> None:
+        """Draw this step's numbers and send them."""
+        self._accepted_S.numpy()[: len(plan.count_D)] = self._accepted(plan, int(plan.count_D.max()))
+        self._copy.send()
+
+    def __call__(self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
         """The samplers' verdict, with another number of accepted drafts."""
-        verdict = sampler_verifier(plan, sampling, p_logits_DRV, drafts, anchor_D)
-        most = drafts.token_SM.shape[1]
-        if not most:
+        verdict = verify(sampling, p_logits_SRV, drafts, anchor_S)
+        if not drafts.token_SM.shape[1]:
             return verdict
-        accepted_D = upload(torch.from_numpy(self._accepted(plan, most)), self._device)
         # Rows of drafts that were rejected hold no token.
-        return replace(verdict, accepted_S=accepted_D, token_SR=verdict.token_SR.clamp_min(0))
+        accepted_S = self._copy.tree[: len(anchor_S)]
+        return replace(verdict, accepted_S=accepted_S, token_SR=verdict.token_SR.clamp_min(0))
 
     def _accepted(self, plan: StepPlan, most: int) -> np.ndarray:
         """Forced counts. One number per sample decides, drawn from as many strata as there are samples: each count has its
         own distribution, and their mean varies less than that of independent ones."""
         count_D1 = plan.count_D[:, None]
         slot_D1 = (np.array(plan.forward.start_D) + 1 - np.array(plan.block_start_D))[:, None]
-        line, last = np.arange(most), len(self._rate_B) - 1
-        rate_DM = np.where(line < count_D1, self._rate_B[np.minimum(slot_D1 + line, last)], 0.0)
+        line, last = np.arange(most), len(self.rate_B) - 1
+        rate_DM = np.where(line < count_D1, self.rate_B[np.minimum(slot_D1 + line, last)], 0.0)
         samples = len(count_D1)
         u_D = (self._draw.permutation(samples) + self._draw.random(samples)) / samples
         return (u_D[:, None] < rate_DM.cumprod(1)).sum(1)
 
 
-def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int) -> Engine:
+def engine_for(
+    policy: Policy, schedule: Schedule, batch: int, context: int, tokens: int, page_size: int, captured: bool = True,
+    sampler: SamplerName | None = None,
+) -> Engine:  # fmt: skip
     """An engine about to decode `batch` samples of `context` tokens each, which can take `tokens` more.
 
     Args:
         schedule: with sizes; `ar` decodes with the sampler of that name, the others with `lossless`.
+        sampler: another one, whose own verdicts count; None: acceptance is forced.
     Raises:
         InvalidInput: the policy's positions end before that.
     """
@@ -79,13 +92,17 @@ def engine_for(policy: Policy, schedule: Schedule, batch: int, context: int, tok
     if context + tokens > most:
         raise InvalidInput("context", f"{context} and {tokens} tokens are more than the policy's {most}", "give it more")
     pages = batch * pages_for(context + tokens, page_size)
-    engine = Engine(policy, EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, capture_batches=()))
+    config = EngineConfig(schedule, max_batch=batch, pages=pages, page_size=page_size, captured=captured, capture_batches=())
+    engine = Engine(policy, config)
+    if sampler is None:  # steps are captured with the verifier that is there
+        engine.runner.verifier = ForcedAcceptance(policy.device, bucket(batch))
     with placed(engine):
         engine.runner.capture([schedule], [batch], pages_for(context + tokens, page_size))
     fill(engine.cache)
     _shuffle(engine.cache)
     draw = torch.Generator().manual_seed(0)
-    params = SamplingParams("ar" if schedule.kind == "ar" else "lossless", max_tokens=tokens, ignore_eos=True)
+    sampler = sampler or ("ar" if schedule.kind == "ar" else "lossless")
+    params = SamplingParams(sampler, max_tokens=tokens, ignore_eos=True)
     for i, prompt in enumerate(torch.randint(policy.mask_token_id, (batch, context), generator=draw).tolist()):
         engine.add(RolloutRequest(str(i), tuple(prompt), params, seed=i))
     engine.scheduler.next(engine.block_size + 1)
@@ -106,23 +123,27 @@ def _shuffle(cache: PagedCache) -> None:
     cache.release(every)
 
 
-def measure(engine: Engine, rate_B: Sequence[float], warm: int, count: int) -> dict[str, Any]:
-    """Median wall-clock of `count` steps after `warm` others, of an engine whose samples go on for longer than that.
+def measure(
+    engine: Engine, rate_B: Sequence[float], warm: int, count: int, now: Callable[[], float] = time.perf_counter
+) -> dict[str, Any]:
+    """Median seconds of `count` steps after `warm` others, of an engine whose samples go on for longer than that, by the clock
+    `now`: the wall's, unless nothing is waited for.
 
     Returns: seconds, fastest, repeats; waited_seconds, the median of what the host waited for the verdict, and
         host_seconds, the rest; passes; tokens_per_step of one sample; tokens_per_s of all, at the median step.
     """
     runner = engine.runner
-    runner.verifier = ForcedAcceptance(engine.policy.device, rate_B)
+    assert isinstance(runner.verifier, ForcedAcceptance)
+    runner.verifier.rate_B = np.array(rate_B, dtype=np.float64)
     batch = len(engine.scheduler.running)
     for _ in range(warm):
         engine.step()
     tokens, forwards = engine.decode_tokens, engine.forwards
     seconds, waited = [], []
     for _ in range(count):
-        waited_before, start = runner.wait_seconds, time.perf_counter()
+        waited_before, start = runner.wait_seconds, now()
         engine.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
         waited.append(runner.wait_seconds - waited_before)
     assert len(engine.scheduler.running) == batch and not engine.scheduler.preemptions, "a sample ended or was preempted"
     median, waiting = statistics.median(seconds), statistics.median(waited)

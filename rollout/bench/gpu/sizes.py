@@ -28,6 +28,7 @@ class Sizes:
         schedules: of the decode steps, `ar` first.
         seconds: measured per item, after warming up. repeats: fewest measurements.
         steps: fewest decode steps measured. sample_steps: fewest steps of single samples that their tokens are counted over.
+        oracles: (batch, context) of the steps that verify the known continuation.
         trained: policies of the training steps, by name. trained_tokens: clean tokens of their document.
     """
 
@@ -46,6 +47,7 @@ class Sizes:
     sample_steps: int
     trained: Mapping[str, Callable[[], ZayaConfig]]
     trained_tokens: int
+    oracles: tuple[tuple[int, int], ...]
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,7 +75,7 @@ DEVICE = Sizes(
             num_hidden_layers=1, layer_types=["hybrid"], diffusion={"block_size": 16, "mask_token_id": 262271}
         ),
     },
-    trained_tokens=131072,
+    trained_tokens=131072, oracles=((16, 2048), (64, 2048)),
 )  # fmt: skip
 
 _FEW = dict(
@@ -87,5 +89,5 @@ DRY = Sizes(
     attention=((2, 5, 9),), batches=(2,), contexts=(9,),
     schedules=(Schedule("ar"), Schedule("fused", levels=(0, 2)), Schedule("two_pass", 2)), seconds=0.0, repeats=1,
     steps=1, sample_steps=0,
-    trained={"few numbers": lambda: ZayaConfig(**_FEW)}, trained_tokens=64, config=_FEW,
+    trained={"few numbers": lambda: ZayaConfig(**_FEW)}, trained_tokens=64, oracles=((2, 9),), config=_FEW,
 )  # fmt: skip

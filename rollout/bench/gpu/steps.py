@@ -21,6 +21,7 @@ from .parts import force_experts, passes, random_policy
 from .running import engine_for, measure
 from .sizes import FORCED, Sizes
 from .timing import timed
+from .whole_runs import replay_oracle
 
 _RESERVE = 24 << 30
 """Bytes left for logits, activations and captured steps."""
@@ -31,7 +32,9 @@ _WARM = 5
 
 
 class StepBench:
-    """The steps of one process, by item name (`items`): small contexts and large batches first, where the claims are."""
+    """The steps of one process, by item name: small contexts and large batches first, where the claims are (`order`). `items`
+    have forced acceptance; `oracles` verify the known continuation.
+    """
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
@@ -46,6 +49,13 @@ class StepBench:
             f"{schedule.within(self._block).label} {batch} at {context}": (schedule, batch, context)
             for schedule, batch, context in order
         }
+        fused = next(schedule for schedule in sizes.schedules if schedule.kind == "fused")
+        self.oracles = {
+            f"oracle {fused.within(self._block).label} {batch} at {context}": (fused, batch, context)
+            for batch, context in sizes.oracles
+        }
+        names, first = list(self.items), len(sizes.schedules[:3]) * len(sizes.batches)
+        self.order = [*names[:first], *self.oracles, *names[first:]]
 
     @property
     def _block(self) -> int:
@@ -55,21 +65,24 @@ class StepBench:
     def policy(self) -> Policy:
         """The whole policy."""
         policy = random_policy(self.sizes.zaya, self.sizes.dtype, self.device)
-        force_experts(policy, max(self.sizes.batches) * 6 * policy.block_size)
+        force_experts(policy)
         return policy
 
     def run(self, name: str) -> dict[str, Any]:
         """One item's row: what `measure` says of the engine's steps, and seconds of their forwards alone on the device."""
+        if name in self.oracles:
+            schedule, batch, context = self.oracles[name]
+            self._make_room()
+            schedule = schedule.within(self._block)
+            return replay_oracle(self.policy, schedule, batch, context, self.sizes.page_size, self.sizes.steps)
         schedule, batch, context = self.items[name]
         policy, schedule = self.policy, schedule.within(self._block)
         away = self.device.type == "cuda"
         warm, count = _WARM if away else 1, max(self.sizes.steps, self.sizes.sample_steps // batch)
         # The last steps are left out: towards a sample's end fewer drafts are verified.
         tokens = (warm + count) * ((schedule.drafts or 0) + 1) + 2 * (policy.block_size + 1)
+        self._make_room()
         if away:
-            gc.collect()  # the engine before this one, and its graphs
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             self._must_fit(batch, context + tokens)
         engine = engine_for(policy, schedule, batch, context, tokens, self.sizes.page_size)
         tokens_forced = min(FORCED[-1], policy.block_size)
@@ -84,6 +97,13 @@ class StepBench:
                 row["forward_seconds"] = self._forward_seconds(engine, schedule)
             row["memory_bytes"] = torch.cuda.max_memory_allocated()
         return row
+
+    def _make_room(self) -> None:
+        """Free the engine before this one, and its graphs."""
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def _forward_seconds(self, engine: Engine, schedule: Schedule) -> float:
         """A full step's forwards over the engine's samples, captured anew and timed on the device."""

@@ -61,9 +61,11 @@ class List {
     this.longest ??= run.samples.tokens.reduce((most, count) => Math.max(most, count), 1);
     const colours = run.origins.map((name) => style.getPropertyValue(`--${name}-mark`)), from = run.first.token[i], count = run.samples.tokens[i];
     const unit = canvas.width * Math.max(0.08, count / this.longest) / count;
-    for (let t = 0; t < count; t++) {
+    // At most a mark per pixel.
+    const every = Math.max(1, Math.floor(1 / unit));
+    for (let t = 0; t < count; t += every) {
       pen.fillStyle = colours[run.tokens.origin[from + t]];
-      pen.fillRect(t * unit, 0, Math.max(unit, 0.5), 9);
+      pen.fillRect(Math.floor(t * unit), 0, Math.ceil(unit * every), 9);
     }
   }
 

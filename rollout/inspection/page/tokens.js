@@ -10,6 +10,9 @@ class Tokens {
     this.view = view;
     this.box = $("text");
     this.at = -1;
+    // Of a long trajectory the parts that come into sight are filled, one by one.
+    this.seen = new IntersectionObserver((entries) => { for (const {isIntersecting, target} of entries) if (isIntersecting) this.fill(target); },
+      {root: this.box, rootMargin: "800px"});
     this.box.addEventListener("pointermove", (event) => this.point(event));
     this.box.addEventListener("pointerleave", () => hideTip());
     this.box.addEventListener("click", (event) => { const token = event.target.closest("b"); if (token) this.go(Number(token.dataset.t)); });
@@ -28,6 +31,7 @@ class Tokens {
     $("prompt-text").textContent = prompt;
     $("prompt-start").textContent = `Prompt: ${prompt.slice(0, 200).replaceAll("\n", " ↵ ")}`;
     $("prompt").hidden = !prompt;
+    this.seen.disconnect();
     this.box.replaceChildren(...this.parts(run, i));
     if (moved) this.box.scrollTop = 0;
     this.go(Math.min(this.at, run.samples.tokens[i] - 1), false);
@@ -70,13 +74,28 @@ class Tokens {
   }
 
   parts(run, i) {
-    const from = run.first.token[i], count = run.samples.tokens[i], changes = new Map(run.changes(i)), starts = new Map(), parts = [];
-    for (let s = run.first.step[i]; s < run.first.step[i + 1]; s++) starts.set(run.steps.start[s], run.steps.level[s]);
-    for (let t = 0; t < count; t++) {
-      if (t % PART === 0) parts.push(element("span", {className: count > LONG ? "part long" : "part"}));
-      const part = parts.at(-1), piece = run.piece(from + t), token = element("b", {className: this.tint(run, from + t)});
+    const count = run.samples.tokens[i], parts = [];
+    this.changes = new Map(run.changes(i));
+    this.starts = new Map();
+    for (let s = run.first.step[i]; s < run.first.step[i + 1]; s++) this.starts.set(run.steps.start[s], run.steps.level[s]);
+    for (let t = 0; t < count; t += PART) {
+      const part = element("span", {className: count > LONG ? "part long empty" : "part"});
+      part.dataset.from = t;
+      parts.push(part);
+      if (count > LONG) this.seen.observe(part); else this.fill(part);
+    }
+    return parts.length ? parts : [element("span", {className: "none", textContent: "No tokens."})];
+  }
+
+  // The tokens of a part.
+  fill(part) {
+    if (part.firstChild) return;
+    const {changes, starts} = this, {run, sample: i} = this.view, from = run.first.token[i], first = Number(part.dataset.from);
+    part.classList.remove("empty");
+    for (let t = first; t < Math.min(first + PART, run.samples.tokens[i]); t++) {
+      const piece = run.piece(from + t), token = element("b", {className: this.tint(run, from + t)});
       token.dataset.t = t;
-      if (changes.has(t) && (changes.size > 1)) part.append(element("span", {className: "version", textContent: `v${changes.get(t)}`}));
+      if (changes.has(t) && changes.size > 1) part.append(element("span", {className: "version", textContent: `v${changes.get(t)}`}));
       if (starts.has(t)) {
         token.classList.add("s");
         if (starts.get(t) >= 0) token.dataset.l = starts.get(t);
@@ -85,7 +104,6 @@ class Tokens {
       token.append(piece);
       part.append(token);
     }
-    return parts.length ? parts : [element("span", {className: "none", textContent: "No tokens."})];
   }
 
   tint(run, t) {
@@ -134,6 +152,8 @@ class Tokens {
     this.box.querySelector(".at")?.classList.remove("at");
     const count = this.view.sample < 0 ? 0 : this.view.run.samples.tokens[this.view.sample];
     this.at = Math.max(-1, Math.min(t, count - 1));
+    const part = this.at < 0 ? null : this.box.querySelector(`[data-from="${this.at - this.at % PART}"]`);
+    if (part) this.fill(part);
     const token = this.at < 0 ? null : this.box.querySelector(`b[data-t="${this.at}"]`);
     token?.classList.add("at");
     if (seen) token?.scrollIntoView({block: "nearest"});

@@ -17,7 +17,7 @@ const element = (tag, properties = {}, ...children) => {
   return made;
 };
 const whole = (n) => n.toLocaleString("en-US");
-const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 1 && (share > 0.995 || share < 0.1) ? 1 : 0)} %`;
 const known = (value, digits = 2) => Number.isNaN(value) ? "–" : value.toFixed(digits);
 
 class View extends EventTarget {

@@ -21,7 +21,7 @@ from blockroll.errors import InvalidInput
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.launch import record
 from blockroll.model.policy import Policy
-from blockroll.rollout.bench.gpu import checks, compilation, runner
+from blockroll.rollout.bench.gpu import checks, compilation, host, predict, runner
 from blockroll.rollout.bench.gpu.kernels import KernelBench
 from blockroll.rollout.bench.gpu.parts import FilledCache, passes
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
@@ -29,6 +29,8 @@ from blockroll.rollout.bench.gpu.sizes import DEVICE, DRY
 from blockroll.rollout.bench.gpu.steps import StepBench
 from blockroll.rollout.bench.gpu.training import TrainingBench
 from blockroll.rollout.kv_memory import page_bytes
+from blockroll.rollout.planning import kernel_work, predictions
+from blockroll.rollout.planning.roofline import expected_tokens
 from blockroll.rollout.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -40,7 +42,7 @@ def interpreted():
         yield
 
 
-@pytest.mark.parametrize("name", [name for name in checks.CHECKS if name not in ("batch", "coupled")])
+@pytest.mark.parametrize("name", [name for name in checks.CHECKS if name not in ("batch", "coupled", "whole runs")])
 def test_checks_hold(interpreted, name: str) -> None:
     row = checks.checked(name, DRY, CPU)
     assert row["ok"], row
@@ -180,6 +182,19 @@ def test_the_summary_gives_fractions_rooflines_and_ratios(tmp_path: Path) -> Non
     json.dumps(made, allow_nan=False)
 
 
+def test_what_the_host_and_the_oracle_took_is_printed() -> None:
+    rows = made_up()
+    rows["sections"]["host"] = {"captured 16": {"seconds": 4.1e-4, "fastest": 3.9e-4}, "eager 16": {"skipped": "no time left"}}
+    rows["sections"]["steps"]["oracle fused 16"] = {
+        "seconds": 0.01, "ar_seconds": 0.005, "tokens_per_step": 8.5, "tokens_per_s": 13600.0, "ratio_to_ar": 4.25, "diverged": 1,
+        "samples": 16,
+    }  # fmt: skip
+    made = summarise(rows)
+    assert len(made["decode"]) == 6
+    printed = text(made)
+    assert "0.41" in printed and "13,600" in printed and "1 of 16" in printed
+
+
 CHILD = """
 import os, sys, time
 from pathlib import Path
@@ -289,10 +304,88 @@ import sys
 for name in ("ray", "zmq", "reasoning_gym", "typer", "datasets", "pandas", "matplotlib", "pydantic"):
     sys.modules[name] = None
 import blockroll.rollout.bench.gpu.steps, blockroll.rollout.bench.gpu.kernels, blockroll.rollout.bench.gpu.checks
+import blockroll.rollout.bench.gpu.host, blockroll.rollout.bench.gpu.whole_runs, blockroll.rollout.bench.gpu.runner
 del sys.modules["pydantic"]
 import blockroll.rollout.bench.gpu.training
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_that_was_cut_short_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gave a result stays; what failed or did not fit runs. On another machine, or with other versions, everything runs."""
+    output, ran, versions = tmp_path / "gpu.json", [], {"torch": "1"}
+
+    def run(name: str) -> dict[str, Any]:
+        ran.append(name)
+        if name == "late" and len(ran) < 3:
+            raise ValueError("not yet")
+        return {"ok": True}
+
+    monkeypatch.setattr(runner, "items", lambda section, dry: (["early", "late"], run))
+    monkeypatch.setattr(runner, "machine", lambda dry: {"device": "a", "versions": dict(versions), "date": str(len(ran))})
+    monkeypatch.setattr(
+        runner, "_section", lambda section, path, deadline, dry, collect: runner.child(section, path, deadline, dry)
+    )
+    assert not runner.bench_gpu(output, dry=True, sections=("correctness",))
+    assert ran == ["early", "late"]
+    assert runner.bench_gpu(output, dry=True, sections=("correctness",), resume=True)
+    assert ran == ["early", "late", "late"]
+    versions["torch"] = "2"
+    assert runner.bench_gpu(output, dry=True, sections=("correctness",), resume=True)
+    assert ran[3:] == ["early", "late"]
+    output.write_text("no JSON")
+    assert runner.bench_gpu(output, dry=True, sections=("correctness",), resume=True) and len(ran) == 7
+
+
+def test_predictions_are_those_of_the_roofline_and_stand_beside_what_is_measured() -> None:
+    assert predictions.PATH.read_text() == predict.text(predict.predictions())
+    bench = KernelBench(DEVICE, CPU)
+    named = {name for name in bench.items if not name.startswith("verify")}
+    named |= {f"verify {batch} {part}" for batch in DEVICE.batches for part in ("verify", "draft", "ar")}
+    for device in predictions.registered()["devices"].values():
+        assert device["kernels"].keys() == named and device["steps"].keys() == StepBench(DEVICE, CPU).items.keys()
+        every = [*device["kernels"].values(), *device["steps"].values()]
+        assert all(0 < row["of_roofline"] < 1 and row["ms"] > 0 for row in every)
+    rows = made_up()
+    rows["sections"]["kernels"]["cca 16"] = {"seconds": 1e-5, "bytes": 1.0, "flops": 1.0}
+    made = summarise(rows)
+    known = predictions.predicted("NVIDIA H200")
+    step = next(row for row in made["decode"] if row["kind"] == "ar" and row["batch"] == 16)
+    assert step["of_prediction"] == pytest.approx(10 / known["steps"]["ar 16 at 2048"]["ms"])
+    kernel = made["sections"]["kernels"]["cca 16"]
+    assert kernel["of_prediction"] == pytest.approx(1e-2 / known["kernels"]["cca 16"]["ms"])
+    assert f"{kernel['of_prediction']:.2f}" in text(made) and f"{step['of_prediction']:.2f}" in text(made)
+    assert predictions.predicted("some other device") == {}
+
+
+def test_work_of_kernels_is_counted_on_the_network() -> None:
+    with torch.device("meta"):
+        policy = Policy(replace(DEVICE, config={"num_hidden_layers": 1, "layer_types": ["hybrid"]}).zaya)
+    attention, config = policy.model.layers[0].self_attn, policy.config
+    weights = attention.qkv_proj.weights(attention.qk_norm.temp)
+    assert kernel_work.cca(config, 0).bytes == 2 * sum(each.numel() for each in weights if each is not None)
+    assert kernel_work.cca(config, 3).flops == 2 * 3 * weights.grouped_weight.numel()
+    matrices = [module.weight.numel() for module in attention.modules() if isinstance(module, torch.nn.Linear)]
+    assert kernel_work.projections(config, 0).bytes == 2 * sum(matrices)
+    assert kernel_work.head(config, 1).flops == 2 * policy.lm_head.weight.numel()
+
+
+def test_the_host_is_measured_where_there_is_no_device() -> None:
+    rows = {captured: host.host_seconds(2, captured, context=64, steps=4, layers=2) for captured in (True, False)}
+    assert 0 < rows[True]["seconds"] < rows[False]["seconds"]
+    assert 2 < rows[True]["tokens_per_step"] == rows[False]["tokens_per_step"]
+    assert list(host.items(False)) == ["captured 16", "eager 16", "captured 64", "eager 64"]
+
+
+def test_the_oracle_accepts_every_draft() -> None:
+    with torch.inference_mode(), using("reference"):
+        bench = StepBench(replace(DRY, steps=6), CPU)
+        (name,) = bench.oracles
+        row = bench.run(name)
+    # Every draft stands: three of a block of 4, then none is left, for level 2 has drafted a block for two accepted ones.
+    tokens = expected_tokens(DRY.schedules[1], [1.0] * 4, 4)
+    assert row["diverged"] == 0 and row["tokens_per_step"] == pytest.approx(tokens, abs=0.35)
+    assert name in bench.order and len(bench.order) == len(bench.items) + 1
 
 
 def test_compilers_are_few_on_a_large_node(monkeypatch):

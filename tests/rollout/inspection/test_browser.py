@@ -209,6 +209,18 @@ def test_every_key(page: Page, records) -> None:
     assert page.is_hidden("#keys")
 
 
+def test_moving_through_a_thousand_trajectories_is_quick(page: Page) -> None:
+    """Milliseconds of script and layout per key, the median of 40."""
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'j', bubbles: true})); document.body.offsetHeight"
+    times = page.evaluate(f"""() => Array.from({{length: 40}}, () => {{
+        const start = performance.now(); {press}; return performance.now() - start; }})""")
+    assert sorted(times)[20] < 40, times
+    page.fill("#search", "1")
+    start = page.evaluate("performance.now()")
+    page.fill("#search", "12")
+    assert found(page)[0] < MANY and page.evaluate("performance.now()") - start < 1000
+
+
 def test_the_pointer_shows_numbers(page: Page, records) -> None:
     at = min(range(len(records[0]["tokens"])), key=lambda t: records[0]["logprobs"][t])
     page.locator("#text b").nth(at).hover()
@@ -310,6 +322,19 @@ def test_accessible_and_pictured(width: int, scheme: str, browser: Browser, path
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
     page.close()
     assert complaints == []
+
+
+def test_a_long_trajectory_is_filled_where_it_is_seen(browser: Browser, tmp_path: Path) -> None:
+    complaints: list[str] = []
+    count = 20_000
+    path = inspect(write(tmp_path / "in.jsonl", [{"tokens": [5 + i % 200 for i in range(count)]}]), policy="tiny-reasoner")
+    page = opened(browser, path, complaints)
+    assert 1024 <= page.locator("#text b").count() < count / 2
+    page.evaluate("document.getElementById('text').scrollTop = 1e9")
+    page.wait_for_selector(f"#text b[data-t='{count - 1}']", state="attached", timeout=10_000)
+    page.keyboard.press("l")
+    assert page.get_attribute("#text b.at", "data-t") == "0" and complaints == []
+    page.close()
 
 
 def test_a_page_without_traces_rewards_or_text(browser: Browser, tmp_path: Path) -> None:

@@ -205,9 +205,14 @@ def test_a_growing_file_is_read_on_from_its_last_whole_line(tmp_path: Path) -> N
 
 def test_live_follows_a_run_until_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "LIVE_SECONDS", 0.02)
-    run, page = directory(tmp_path / "run", [GOOD]), tmp_path / "run" / "inspect.html"
+    run, page = tmp_path / "run", tmp_path / "run" / "inspect.html"
+    run.mkdir()  # nothing is in it yet
     thread = threading.Thread(target=inspect, args=(run,), kwargs={"live": True})
     thread.start()
+    while not page.exists():
+        time.sleep(0.01)
+    assert payload_of(page)["totals"]["trajectories"] == 0
+    directory(run, [GOOD])
     seen: list[int] = []
     for count in (1, 2, 3):
         deadline = time.monotonic() + 20

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from transformers import ZayaConfig
 
 from blockroll.rollout.planning.roofline import (
+    CUDA_LAUNCH,
     HARDWARE,
+    HIP_LAUNCH,
+    KERNELS_OF_AR,
+    KERNELS_OF_DRAFTS,
     Rates,
     Roofline,
     expected_tokens,
@@ -76,6 +81,14 @@ def test_schedules_differ_by_rows_and_passes(zaya: Roofline) -> None:
     assert ar.parts["attention"].bytes == pytest.approx(kv, rel=0.01)
     rates = Rates(1e15, 1e12, 1e15, 1e12, 1e-6)
     assert ar.seconds(rates) == pytest.approx(ar.total.bytes / 1e12 + ar.kernels * 1e-6)  # all parts move bytes
+
+
+def test_a_launch_costs_what_the_makers_graphs_cost(zaya: Roofline) -> None:
+    assert HARDWARE["mi300x"].achieved.launch == HIP_LAUNCH == 3.85e-6 and HARDWARE["h200"].achieved.launch == CUDA_LAUNCH
+    ar, fused = (zaya.step(schedule, 16, 2048) for schedule in (Schedule("ar"), Schedule("fused", levels=(0,))))
+    assert fused.kernels - ar.kernels == KERNELS_OF_DRAFTS - KERNELS_OF_AR > 0
+    rates = HARDWARE["mi300x"].achieved
+    assert ar.seconds(rates) - ar.seconds(replace(rates, launch=0.0)) == pytest.approx(ar.kernels * HIP_LAUNCH)
 
 
 def test_a_sliding_window_bounds_what_is_read() -> None:

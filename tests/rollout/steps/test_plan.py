@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from blockroll.model.layout import DecodeRows
@@ -11,8 +12,8 @@ from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.sampling.drafts import Drafts
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.sequence import Sample, ScheduledSample, SchedulerOutput
-from blockroll.rollout.steps.plan import Proposals
-from blockroll.rollout.steps.runner import plan_builder, sampler_verifier
+from blockroll.rollout.steps.plan import Proposals, select_on_device
+from blockroll.rollout.steps.runner import SamplerVerifier, plan_builder
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 MASK = 99
@@ -82,15 +83,28 @@ def test_a_verifier_may_be_put_in_place(make_policy):
     """It hears the plan, and its verdict is what the samples commit."""
     policy, seen = make_policy(torch.float32, sharpness=0.6), []
 
-    def reject_all(plan, sampling, p_logits_DRV, drafts, anchor_D):
-        seen.append(plan.count_D.sum())
-        verdict = sampler_verifier(plan, sampling, p_logits_DRV, drafts, anchor_D)
-        verdict.accepted_S.zero_()
-        verdict.token_SR.clamp_(min=0)
-        return verdict
+    class RejectAll(SamplerVerifier):
+        def prepare(self, plan):
+            seen.append(plan.count_D.sum())
+
+        def __call__(self, *arguments):
+            verdict = super().__call__(*arguments)
+            verdict.accepted_S.zero_()
+            verdict.token_SR.clamp_(min=0)
+            return verdict
 
     engine = Engine(policy, EngineConfig(Schedule("fused", levels=(0,)), block_size=4))
-    engine.runner.verifier = reject_all
+    engine.runner.verifier = RejectAll()
     (sample,) = engine.rollout([RolloutRequest("r", (5, 6), SamplingParams("coupled", max_tokens=7, ignore_eos=True))])
     assert len(seen) == sample.forwards == 7 and sum(seen) > 0 and not sample.from_draft.any()
     assert engine.runner.wait_seconds > 0
+
+
+@pytest.mark.parametrize(("levels", "block", "drafts"), [((0,), 4, 3), ((0, 2), 4, 3), ((0, 1, 5), 8, 6)])
+def test_the_device_selects_as_the_host_does(levels, block, drafts):
+    accepted, remaining, proposes = (each.ravel() for each in np.meshgrid(np.arange(drafts + 1), np.arange(12), [False, True]))
+    proposals = Proposals(np.array(levels), block, drafts, proposes, remaining)
+    row, count, _ = proposals.select(accepted)
+    there = [torch.from_numpy(each) for each in (np.array(levels), proposes, remaining, accepted)]
+    got_row, got_count = select_on_device(there[0], block, drafts, *there[1:])
+    assert np.array_equal(got_row.numpy(), row) and np.array_equal(got_count.numpy(), count)

@@ -162,3 +162,16 @@ def test_a_planted_fault_is_found_and_says_what_to_fix(check: str, tmp_path: Pat
 
 def test_the_shipped_policies_are_found() -> None:
     assert (find("tiny-reasoner") / "model.safetensors").is_file()
+
+
+def test_settings_of_a_host_of_gpus(tmp_path: Path) -> None:
+    numa = tmp_path / "numa_balancing"
+
+    def said(hip: bool, environment: dict[str, str], value: str, *compilers: str) -> list[tuple[str, str]]:
+        numa.write_text(value)
+        found = machine.gpu_host(hip, environment, numa, lambda name: name if name in compilers else None)
+        return [(each.check, each.state) for each in found]
+
+    assert said(False, {}, "1\n", "gcc") == [("C compiler", "ok")]
+    assert said(True, {"HIP_FORCE_DEV_KERNARG": "1", "CC": "amdclang"}, "0\n") == [("C compiler", "ok")]
+    assert said(True, {}, "1\n") == [("C compiler", "fail"), ("kernel arguments", "warn"), ("NUMA balancing", "warn")]

@@ -22,7 +22,7 @@ from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 import blockroll
 from blockroll.errors import InvalidInput, TransportError
 from blockroll.trainer_bridge.adapters.async_grpo import RolloutWorker, WeightTransfer
-from blockroll.trainer_bridge.adapters.policy_model import load_tokenizer
+from blockroll.trainer_bridge.adapters.policy_model import load_model, load_tokenizer
 from blockroll.trainer_bridge.adapters.samples import advantages, completion, prompt_tokens, reward, sampling_params
 from blockroll.trainer_bridge.adapters.weight_sync import WeightSync
 from blockroll.trainer_bridge.client import RolloutClient
@@ -93,6 +93,29 @@ def test_a_worker_makes_no_more_than_may_be_in_flight(client: RolloutClient, tmp
         time.sleep(0.02)
     assert made.rollout_buffer.qsize() == 8
     made.stop()
+
+
+def test_samples_in_flight_go_on_under_a_new_version(client: RolloutClient, tmp_path: Path) -> None:
+    seen: list[list[list[int]]] = []
+
+    def watching(completions: list[str], weight_versions: list[list[int]], **_: Any) -> list[float]:
+        seen.append(weight_versions)
+        return [0.0] * len(completions)
+
+    model = load_model(POLICY)
+    transfer = WeightTransfer(client)
+    transfer.attach(model)
+    transfer.send_weights(model.named_parameters())
+    first = client.version
+    made = worker(client, tmp_path, watching, max_completion_length=192, temperature=3.0)
+    while made.rollout_buffer.qsize() < 4:
+        transfer.send_weights(model.named_parameters())
+    found = [made.rollout_buffer.get_nowait() for _ in range(4)]
+    made.stop()
+    made.check_health(60.0)
+    assert any(len(set(versions)) > 1 for versions in seen[0])
+    for sample, versions in zip(found, seen[0], strict=True):
+        assert sorted(versions) == versions and sample.model_version == 1 + versions[0] - first
 
 
 def test_what_ends_a_worker_is_raised_in_the_trainer(client: RolloutClient, tmp_path: Path) -> None:

@@ -1,94 +1,20 @@
-"""A live service with a real engine, weights in directories, and requests in flight."""
+"""One live service with a real engine for all tests of trainers' routes."""
 
 from __future__ import annotations
 
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
-import blockroll
 from blockroll.service.config import ServiceConfig
-from blockroll.service.lifecycle import Service, serve
+from blockroll.service.lifecycle import serve
 from blockroll.settings import parse
-from blockroll.trainer_bridge.client import ServiceControl
 
 sys.path.insert(0, str(Path(__file__).parent))
-POLICY = "tiny-reasoner"
 
-
-class Live:
-    """A service, a client of it, and threads for requests that take a while."""
-
-    def __init__(self, service: Service, folder: Path) -> None:
-        assert service.record.http is not None
-        self.url, self.address = service.record.http, service.address
-        self.http = httpx.Client(base_url=self.url, timeout=60.0, limits=httpx.Limits(max_connections=64))
-        self.threads = ThreadPoolExecutor(32)
-        self.folder, self._saved = folder, 0
-
-    def post(self, path: str, body: Any = None, status: int = 200, **options: Any) -> Any:
-        """The JSON that a POST is answered with."""
-        answer = self.http.post(path, json=body, **options)
-        assert answer.status_code == status, (path, answer.status_code, answer.text)
-        return answer.json() if answer.content and "json" in answer.headers["content-type"] else answer.text
-
-    def get(self, path: str, **options: Any) -> Any:
-        """The JSON that a GET is answered with."""
-        answer = self.http.get(path, **options)
-        assert answer.status_code == 200, (path, answer.status_code, answer.text)
-        return answer.json() if answer.content and "json" in answer.headers["content-type"] else answer.text
-
-    def start(self, path: str, body: Any) -> Future[Any]:
-        """A POST in another thread."""
-        return self.threads.submit(self.post, path, body)
-
-    def figures(self) -> dict[str, Any]:
-        """Figures of the service."""
-        with ServiceControl(self.address) as control:
-            return dict(control.status().figures)
-
-    def version(self) -> int:
-        """The weight version that serves."""
-        return int(self.get("/weight_info")["weight_version"])
-
-    def until_in_flight(self, samples: int) -> None:
-        """Waits until engines have so many samples, and have made tokens of them."""
-        end = time.monotonic() + 20
-        while self.figures()["in_flight"] < samples:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        time.sleep(0.1)
-
-    def settled(self) -> None:
-        """Nothing is lost: requested = unique + failed, once nothing is in flight."""
-        end = time.monotonic() + 20
-        while (figures := self.figures())["outstanding"]:
-            assert time.monotonic() < end, figures
-            time.sleep(0.02)
-        assert figures["requested"] == figures["unique"] + figures["failed"] and figures["missing"] == 0
-
-    def weights(self, change: Callable[[dict[str, Any]], None] = lambda state: None, **options: Any) -> Path:
-        """A directory with the weights of the policy, a little changed."""
-        import torch
-        from safetensors.torch import load_file, save_file
-
-        self._saved += 1
-        policy = blockroll.load_policy(POLICY)
-        with torch.no_grad():
-            policy.state_dict()["model.norm.weight"].mul_(1 + 0.01 * self._saved)
-        path = Path(blockroll.save_policy(policy, self.folder / f"weights-{self._saved}", **options))
-        if (whole := path / "model.safetensors").exists():
-            state = load_file(whole)
-            change(state)
-            save_file(state, whole)
-        return path
+from dialect_parts import POLICY, Live
 
 
 @pytest.fixture(scope="package")
@@ -102,10 +28,3 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         yield found
         found.threads.shutdown()
         found.http.close()
-    assert threading.active_count() < 100
-
-
-def tokens(count: int = 300, **more: Any) -> dict[str, Any]:
-    """A body of `/inference/v1/generate` for so many tokens."""
-    params = {"max_tokens": count, "ignore_eos": True, "logprobs": 1, "seed": 11, **more}
-    return {"token_ids": [5, 6, 7], "sampling_params": params}

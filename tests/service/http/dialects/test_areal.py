@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from conftest import Live
+from dialect_parts import Live
 from own_trainers import own_client
 
 

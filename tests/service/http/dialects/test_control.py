@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Live, tokens
+from dialect_parts import Live, tokens
 
 import blockroll
 

@@ -8,7 +8,7 @@ import base64
 from typing import Any
 
 import numpy as np
-from conftest import POLICY, Live
+from dialect_parts import POLICY, Live
 from own_trainers import own_client
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import POLICY, Live
+from dialect_parts import POLICY, Live
 from own_trainers import own_client
 
 PARAMS = {"min_tokens": 1, "skip_special_tokens": True, "include_stop_str_in_output": True, "max_tokens": 16, "temperature": 1.0,

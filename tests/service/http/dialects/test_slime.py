@@ -8,7 +8,7 @@ import base64
 from typing import Any
 
 import numpy as np
-from conftest import Live
+from dialect_parts import Live
 
 
 def body(**more: Any) -> dict[str, Any]:
