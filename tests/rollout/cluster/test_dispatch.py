@@ -11,6 +11,7 @@ from blockroll.rollout.cluster import prefixes
 from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
 from blockroll.rollout.cluster.handle import EngineHandle
 from blockroll.rollout.cluster.pool import RayCluster
+from blockroll.rollout.cluster.interruptions import Interruptions
 from blockroll.rollout.cluster.reports import Report
 from blockroll.rollout.cluster.spec import EngineSpec
 from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
@@ -23,9 +24,10 @@ class Journal:
     """Takes what is sent to an engine's process."""
 
     def __init__(self):
-        self.added, self.asked = [], []
+        self.added, self.asked, self.aborted = [], [], []
         self.add = SimpleNamespace(remote=self.added.append)
         self.give_back = SimpleNamespace(remote=self.asked.append)
+        self.abort = SimpleNamespace(remote=self.aborted.append)
 
 
 class Pool:
@@ -39,6 +41,8 @@ class Pool:
         self.engines = [EngineHandle(i, EngineSpec("none"), 600.0, 6.0) for i in range(engines)]
         for engine in self.engines:
             self.ready(engine)
+        self.ended = []
+        self.interruptions = Interruptions(self.engines, self.backlog, None, None, self.ended.append)
 
     @staticmethod
     def ready(engine):
@@ -71,7 +75,8 @@ class Pool:
 
     def give_back(self, engine, *samples, epoch=1):
         """The engine gives samples back, in one report; the pool takes it."""
-        parts = dict(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _progress=[], watched=frozenset())
+        parts = dict(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _progress=[], watched=frozenset(),
+                     _interruptions=self.interruptions)  # fmt: skip
         pool, report = SimpleNamespace(**parts), Report()
         report.returned = [(name, number, epoch) for name, number in samples]
         engine.note(report)
@@ -295,6 +300,22 @@ def test_where_nobody_else_serves_the_reserved_engine_serves_all():
     pool.strategy.again(pool.suspects.note_death(other)[0])
     pool.deal()
     assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
+
+
+def test_a_suspect_that_is_aborted_is_given_to_nobody():
+    """Two engines have it; one dies once too often with it, and the other goes on."""
+    pool = Pool(max_batch=1)
+    pool.submit(ask("bad", samples=2))
+    work = pool.backlog.works["bad"]
+    work.deaths = DEATHS - 1
+    assert [engine.count for engine in pool.engines] == [1, 1]
+    go_on, failed = pool.suspects.note_death(pool.engines[0])
+    pool.ready(pool.engines[0])
+    assert not go_on and not failed
+    pool.interruptions.abort(["bad"])
+    assert [item.trajectory.sample for item in pool.ended] == [0] and pool.engines[1].actor.aborted == [["bad"]]
+    pool.deal()
+    assert pool.held() == [{}, {"bad": [1]}] and not pool.engines[0].actor.added
 
 
 def test_a_sample_that_comes_clears_a_request():
