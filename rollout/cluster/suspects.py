@@ -67,7 +67,8 @@ class Suspects:
         works = self._backlog.works
         if self._alone is not None and works.get(self._alone.request.id) is not self._alone:
             self._end()
-        self._waiting = {work: numbers for work, numbers in self._waiting.items() if works.get(work.request.id) is work}
+        self._waiting = {work: left for work, numbers in self._waiting.items()
+                         if works.get(work.request.id) is work and (left := numbers - work.done)}  # what was aborted has come
         able = [engine for engine in engines if not engine.waits and not engine.draining]
         if len(able) > 1 and not any(engine.serves and engine is not self._engine for engine in able):
             self._end()  # nobody else serves, and the others' work comes first

@@ -10,8 +10,8 @@ from blockroll.rollout.backend import Completed
 from blockroll.rollout.cluster import prefixes
 from blockroll.rollout.cluster.dispatch import Continuous, Dealer, Ordered
 from blockroll.rollout.cluster.handle import EngineHandle
-from blockroll.rollout.cluster.pool import RayCluster
 from blockroll.rollout.cluster.interruptions import Interruptions
+from blockroll.rollout.cluster.pool import RayCluster
 from blockroll.rollout.cluster.reports import Report
 from blockroll.rollout.cluster.spec import EngineSpec
 from blockroll.rollout.cluster.suspects import DEATHS, MOST_SOLO_DEATHS, SOLO_DEATHS, Suspects
