@@ -71,7 +71,8 @@ class Pool:
 
     def give_back(self, engine, *samples, epoch=1):
         """The engine gives samples back, in one report; the pool takes it."""
-        parts = dict(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _progress=[], watched=frozenset())
+        parts = dict(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _progress=[], watched=frozenset(),
+                     _interruptions=SimpleNamespace(end_unheld=lambda works: None))  # fmt: skip
         pool, report = SimpleNamespace(**parts), Report()
         report.returned = [(name, number, epoch) for name, number in samples]
         engine.note(report)
