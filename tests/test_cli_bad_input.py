@@ -226,6 +226,7 @@ def test_disk_that_is_full_before_a_run(disk: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("disk", [20_000], indirect=True)
+@pytest.mark.slow
 def test_disk_that_fills_up_during_a_run(disk: Path, tmp_path: Path, small_policy: Callable[[int], Path]) -> None:
     config, metrics = tmp_path / "run.yaml", disk / "run" / "metrics.jsonl"
     config.write_text(RUN.format(output=disk / "run", policy=small_policy(256)))
@@ -246,6 +247,7 @@ def test_disk_that_fills_up_during_a_run(disk: Path, tmp_path: Path, small_polic
     assert not {"summary.json", "report.png", "policy"} & {p.name for p in (disk / "run").iterdir()}
 
 
+@pytest.mark.slow
 def test_run_whose_prompts_are_longer_than_the_maximum(tmp_path: Path, small_policy: Callable[[int], Path]) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(RUN.format(output=tmp_path / "run", policy=small_policy(16)))

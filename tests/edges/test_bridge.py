@@ -27,6 +27,7 @@ from blockroll.rollout.types import RolloutRequest
 from blockroll.trainer_bridge.client import ClientKeys, CurveKeys, RolloutClient, connect
 from blockroll.trainer_bridge.gateway import Gateway
 from blockroll.trainer_bridge.wire import messages
+from blockroll.trainer_bridge.wire.codec import PROTOCOL
 from blockroll.trainer_bridge.wire.keys import ServerKeys
 from blockroll.trainer_bridge.wire.records import decode_request, encode_request, encode_trajectory
 from blockroll.trainer_bridge.wire.sockets import split_frames
@@ -78,7 +79,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made.close()
 
 
-def header(kind: int, *fields: Any, protocol: int = 2) -> bytes:
+def header(kind: int, *fields: Any, protocol: int = PROTOCOL) -> bytes:
     return bytes(msgpack.packb([protocol, kind, *fields]))
 
 

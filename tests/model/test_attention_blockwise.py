@@ -160,6 +160,7 @@ def peaks(*tokens: int, recompute: bool = False) -> list[float]:
     return [float(line) for line in done.stdout.split()]
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_grows_with_the_tokens():
     """What a step takes beyond what was there before it: twice the tokens, twice the memory; a mask alone would be 4 times."""
     before, once, twice = peaks(2048, 4096)

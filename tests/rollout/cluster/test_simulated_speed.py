@@ -105,7 +105,8 @@ class Simulation:
 
     def take(self, engine, report):
         engine.note(report)
-        pool = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _early=[], _progress=[])
+        pool = SimpleNamespace(_backlog=self.backlog, _dealer=self.dealer, _strategy=self.strategy, _early=[], _progress=[],
+                               _interruptions=SimpleNamespace(end_unheld=lambda works: None))  # fmt: skip
         RayCluster._take(pool, engine, report)
         self.left -= len(pool._early)
         self.strategy.deal(self.handles)

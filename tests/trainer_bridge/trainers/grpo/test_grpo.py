@@ -149,6 +149,7 @@ def test_a_run_that_is_killed_twice_goes_on_to_the_same_trajectories(whole, tmp_
     assert counts["requested"] == counts["unique"] == 96 and counts["missing"] == 0
 
 
+@pytest.mark.slow
 def test_one_step_off_policy_with_more_than_one_batch_of_prompts(tmp_path):
     config = write_config(tmp_path / "run.yaml", tmp_path / "run", staleness=1, batches=2)
     done = run(config)
