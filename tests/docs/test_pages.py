@@ -29,7 +29,8 @@ from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
-SLOW = {"README.md", *(f"docs/{name}.md" for name in ("conversion", "http", "sampling", "search", "service", "tasks", "trainers/trl"))}
+SLOW = {"README.md", *(f"docs/{name}.md" for name in ("conversion", "http", "sampling", "search", "service", "tasks",
+                                                   "trainers/trl"))}  # fmt: skip
 """Pages that take more than a few seconds: they train, or start a service."""
 REASONS = ("needs ", "is run by ")
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
