@@ -78,11 +78,11 @@ async def resume(state: State) -> dict[str, str]:
 async def abort_requests(
     state: State, request_ids: Annotated[list[str] | None, Body(embed=True, max_length=MAX_NAMES)] = None,
 ) -> dict[str, Any]:
-    """Ends requests where they are, by `request_id`; all of them without one. They are answered with the tokens that they
+    """Ends requests where they are, by `request_id`; all of them without a list. They are answered with the tokens that they
     have and the finish reason `abort`."""
-    ids = state.names.ids(request_ids) if request_ids else None
+    ids = None if request_ids is None else state.names.ids(request_ids)
     await state.trainer.abort(ids)
-    return {"status": "aborted", "aborted": len(ids) if ids else None}
+    return {"status": "aborted", "aborted": None if ids is None else len(ids)}
 
 
 @router.post("/reset_prefix_cache")
@@ -132,12 +132,13 @@ async def update_weight_version(
     state: State, new_version: Annotated[str | int, Body(embed=True)],
     abort_all_requests: Annotated[bool, Body(embed=True)] = False,
 ) -> dict[str, Any]:
-    """Gives the weights that serve a greater number. Nothing ends by that."""
+    """Gives the weights that serve a greater number. Nothing ends by that. `abort_all_requests` ends what runs afterwards, so a
+    number that is refused ends nothing."""
     number = version_number(new_version)
     assert number is not None
+    version = await state.trainer.label(number)
     if abort_all_requests:
         await state.trainer.abort(None)
-    version = await state.trainer.label(number)
     return {"success": True, "message": f"Weight version updated to {version}", "new_version": str(version)}
 
 

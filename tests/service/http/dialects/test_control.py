@@ -94,8 +94,11 @@ def test_a_version_labelled_anew_aborts_nothing(live: Live) -> None:
     found = [spans(each.result(60)) for each in running]
     assert [[span[0] for span in each] for each in found] == [[version, version + 5]] * 4
     assert {each.result()["choices"][0]["finish_reason"] for each in running} == {"length"}
+    running = [live.start("/inference/v1/generate", tokens()) for _ in range(2)]
+    live.until_in_flight(2)
     for wrong, status in ((version, 409), ("step-1", 400), (2**40, 400), (-1, 400)):
-        assert live.post("/update_weight_version", {"new_version": wrong}, status)["error"]["message"]
+        assert live.post("/update_weight_version", {"new_version": wrong, "abort_all_requests": True}, status)["error"]["message"]
+    assert {each.result(60)["choices"][0]["finish_reason"] for each in running} == {"length"}
     assert live.version() == version + 5
     live.settled()
 

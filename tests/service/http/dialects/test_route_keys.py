@@ -82,3 +82,11 @@ def test_the_key_is_needed(name: str, client: httpx.Client) -> None:
     assert answers[""] == answers["wrong"] == 401
     assert (answers["the-api-key"] == 401) == (name in CONTROL)
     assert answers["the-control-key"] != 401 and all(status < 500 or status == 503 for status in answers.values()), answers
+
+
+def test_no_names_abort_nothing(client: httpx.Client) -> None:
+    """This backend cannot abort, so whatever does is refused."""
+    headers = {"authorization": "Bearer the-control-key"}
+    for body, status, answer in (({"request_ids": []}, 200, {"status": "aborted", "aborted": 0}), ({}, 503, None)):
+        found = client.post("/abort_requests", json=body, headers=headers)
+        assert found.status_code == status and (answer is None or found.json() == answer), found.text
