@@ -19,9 +19,10 @@ from .state import HttpState
 LONG_TEXT = 16_384
 """Characters from which a text is encoded in a thread: encoding takes about a millisecond per 4,000."""
 MAX_BROKEN = 16
-"""Tokens that are held back while a character may still become whole, which takes at most four. More are bytes that are no text:
-holding all of them back would take time with their square."""
-_BROKEN, _CHARACTER_BYTES = "\N{REPLACEMENT CHARACTER}", 4
+"""Tokens that are decoded again with each one that follows, because a character may become whole; it takes four at most. More of
+them are bytes that are no text. They are decoded again when they have grown by a quarter: with each one, that would take time
+with their square."""
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def need_tokenizer(state: HttpState, field: str) -> Any:
@@ -117,7 +118,7 @@ class TextStream:
         self._tokenizer, self._held, self._skip = tokenizer, (*held, *barriers), skip_special
         self._barriers = barriers
         self._tokens: list[int] = []
-        self._prefix = self._read = 0
+        self._prefix = self._read = self._next = 0
         self._text = ""
         self.emitted = ""
 
@@ -127,32 +128,21 @@ class TextStream:
         if self._tokenizer is None:
             return ""
         # Decoded behind the last tokens that were whole, because a tokenizer may drop a space at the start of a text.
-        end = len(self._tokens)
-        before, after = self._decode(self._prefix, self._read), self._decode(self._prefix, end)
-        if after.endswith(_BROKEN):
-            if end - self._read <= MAX_BROKEN or (settled := self._settled(after)) is None:
-                return ""
-            end, after = settled
-        if len(after) < len(before):
+        if len(self._tokens) < self._next:
+            return ""
+        before, after = self._decode(self._prefix, self._read), self._decode(self._prefix, len(self._tokens))
+        if after.endswith(_BROKEN) or len(after) < len(before):
+            held = len(self._tokens) - self._read
+            self._next = len(self._tokens) + max(1, (held - MAX_BROKEN) // 4)
             return ""
         self._text += after[len(before) :]
-        self._prefix, self._read = self._read, end
+        self._prefix, self._read = self._read, len(self._tokens)
         upto = self._text[: len(self._text) - self._withheld()]
         return self._emit(upto.rstrip() if self._barriers else upto)
 
     def finish(self, whole: str) -> str:
         """The rest of the text, given all of it."""
         return self._emit(whole)
-
-    def _settled(self, after: str) -> tuple[int, str] | None:
-        """Of tokens whose text ends with a broken character: how many lie before its last bytes, and their text. None where the
-        tokens cannot be parted."""
-        end = len(self._tokens)
-        for cut in range(end - _CHARACTER_BYTES, end):
-            text, rest = self._decode(self._prefix, cut), self._decode(cut, end)
-            if rest and text + rest == after:  # no character lies across the cut
-                return cut, text
-        return None
 
     def _emit(self, upto: str) -> str:
         new = upto[len(self.emitted) :]
