@@ -59,7 +59,15 @@ class GenerationControl:
         return bool(self.mode) or any(aborted.request_ids is None for aborted in self._aborted)
 
     def handle(self, session: Session, message: Pause | Resume | Abort | ResetPrefixCache) -> None:
-        """Begins what a message wants; its sender is answered later."""
+        """Begins what a message wants; its sender is answered later. Where the ledger cannot be read, nothing has begun."""
+        mode = self.mode
+        try:
+            self._begin(session, message)
+        except StorageError as error:
+            self.mode = mode
+            self._answer(session.peer, message.number, str(error))
+
+    def _begin(self, session: Session, message: Pause | Resume | Abort | ResetPrefixCache) -> None:
         if not self._driver.interruptible:
             self._answer(session.peer, message.number, "this cluster can neither be paused nor abort requests")
         elif isinstance(message, Pause):

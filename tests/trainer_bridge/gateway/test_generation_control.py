@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from bridge_parts import ToyBackend, request, until, weights
 
-from blockroll.errors import ClusterError, TransportError
+from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import Trajectory
 from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, connect
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.gateway.ledger import Ledger
 
 Serve = Callable[..., Gateway]
 
@@ -211,6 +212,25 @@ def test_a_backend_that_cannot_be_interrupted_says_so(serve: Serve) -> None:
         with pytest.raises(ClusterError, match="cannot label"):
             control.label_version(1)
         assert control.expected_weights()["embed.weight"] == ("float32", (32, 8))
+
+
+def test_a_ledger_that_cannot_be_read_refuses_a_pause_and_serves_on(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway, newest, failed = serve(Pausable()), Ledger.newest, list[str]()
+
+    def once(self: Ledger) -> int:
+        if not failed:
+            failed.append("ledger.sqlite cannot be read")
+            raise StorageError(failed[0])
+        return newest(self)
+
+    monkeypatch.setattr(Ledger, "newest", once)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        with pytest.raises(ClusterError, match="cannot be read"):
+            control.pause("abort")
+        assert control.paused() == "" and len(client.generate([request("a", samples=3)], timeout=10)) == 3
+        control.pause("abort")
+        assert control.paused() == "abort"
+        control.resume()
 
 
 def test_a_drain_ends_a_pause(serve: Serve) -> None:
