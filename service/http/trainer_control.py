@@ -27,7 +27,7 @@ from .weight_chunks import Tensor, WeightChunks
 
 T = TypeVar("T")
 MAX_CALLS = 16
-"""Control calls at once. A pause that waits for samples takes one, and so does a weight update."""
+"""Pauses and aborts at once, which wait for samples, and other calls at once. Each takes a thread."""
 IDLE_S = 300.0
 """Seconds without a chunk after which another update may replace one that was started."""
 
@@ -43,6 +43,8 @@ class TrainerControl:
     def __init__(self, gateway: Gateway, keys: ClientKeys | None, dispatch: Dispatch) -> None:
         self._address, self._keys, self._gateway = gateway.address, keys, gateway
         self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
+        self._waits = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-wait")  # of their own, so that a resume finds a thread
+        self._waiting = 0
         self._updating = threading.Lock()
         self._chunks: WeightChunks | None = None
         self._touched = 0.0
@@ -61,8 +63,9 @@ class TrainerControl:
             refuse: answer new requests with 503 until the pause is over; otherwise they wait.
             in_flight: what a weight update does to held samples, where it does not say so itself.
         """
+        self._check_waiting()
         self._refuses, self._in_flight = refuse, in_flight
-        await self._call(lambda control: control.pause(mode, reset_cache=reset_cache))
+        await self._wait(lambda control: control.pause(mode, reset_cache=reset_cache))
 
     async def resume(self) -> None:
         """Ends the pause."""
@@ -71,7 +74,8 @@ class TrainerControl:
 
     async def abort(self, request_ids: Sequence[str] | None) -> None:
         """Ends requests where they are; None for all. Their clients are answered with what they have."""
-        await self._call(lambda control: control.abort(request_ids))
+        self._check_waiting()
+        await self._wait(lambda control: control.abort(request_ids))
 
     async def reset_prefix_cache(self) -> None:
         """Has the engines forget K/V that they keep for other requests."""
@@ -110,7 +114,8 @@ class TrainerControl:
 
     def close(self) -> None:
         """Frees the threads after their calls."""
-        self._calls.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._calls, self._waits):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _begun(self) -> WeightChunks:
         if self._chunks is None:
@@ -133,12 +138,26 @@ class TrainerControl:
         except TransportError as error:
             raise HttpError(409, str(error), code="weights_refused") from error
 
-    async def _call(self, act: Callable[[ServiceControl], T]) -> T:
+    def _check_waiting(self) -> None:
+        """Raises HttpError where so many calls wait that another one would begin only after some of them, perhaps behind a
+        resume."""
+        if self._waiting >= MAX_CALLS:
+            raise HttpError(429, f"{MAX_CALLS} calls wait already for samples to end; wait for them, or call /resume",
+                            code="rate_limit_exceeded")
+
+    async def _wait(self, act: Callable[[ServiceControl], None]) -> None:
+        self._waiting += 1
+        try:
+            await self._call(act, self._waits)
+        finally:
+            self._waiting -= 1
+
+    async def _call(self, act: Callable[[ServiceControl], T], threads: ThreadPoolExecutor | None = None) -> T:
         def run() -> T:
             with ServiceControl(self._address, keys=self._keys) as control:
                 return act(control)
 
-        return await asyncio.get_running_loop().run_in_executor(self._calls, run)
+        return await asyncio.get_running_loop().run_in_executor(threads or self._calls, run)
 
 
 def _next(control: ServiceControl, version: int | None) -> int:
