@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from http_parts import KEY, MODEL, live_service, url_of
 
-CLIENTS, REQUESTS, TOKENS = 64, 2000, 256
+CLIENTS, REQUESTS, TOKENS = 64, 2000, 64
 PROMPT = tuple(range(5, 25))
 
 
@@ -34,7 +34,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_64_clients_and_2000_requests_beside_the_bridge(service: Service) -> None:
-    """Each in a process of its own, in turn; every request asks for 256 tokens with temperature 1 (`coupled`)."""
+    """Each in a process of its own, in turn; every request asks for 64 tokens with temperature 1 (`coupled`)."""
     found = {}
     for name, address in (("bridge", service.address), ("http", url_of(service)), ("bridge again", service.address)):
         command = [sys.executable, __file__, name.split()[0], address, str(service.keys)]
