@@ -69,6 +69,7 @@ def test_kernels_have_times_bytes_and_flops(interpreted) -> None:
             assert part["seconds"] > 0 and part["bytes"] > 0 and part["flops"] >= 0
 
 
+@pytest.mark.slow
 def test_steps_are_the_engines_by_the_clock(interpreted) -> None:
     bench = StepBench(DRY, CPU)
     assert len(bench.items) == len(DRY.schedules) * len(DRY.batches) * len(DRY.contexts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridge_parts import ToyBackend
+from bridge_parts import ToyBackend, until
 from engine_backend import EngineBackend
 
 pytest.importorskip("trl")
@@ -76,7 +76,7 @@ def test_a_worker_delivers_whole_groups_with_what_their_tokens_were_drawn_by(cli
         assert abs(sum(s.advantage for s in group)) < 1e-4
     tokens, forwards = made.metrics_queue.get_nowait()["rollout/tokens_per_forward"]
     assert tokens >= forwards > 0
-    assert client.status()["in_flight"] == 0
+    until(lambda: client.status()["in_flight"] == 0)
 
 
 def test_a_worker_makes_no_more_than_may_be_in_flight(client: RolloutClient, tmp_path: Path) -> None:

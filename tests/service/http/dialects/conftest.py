@@ -1,4 +1,4 @@
-"""One live service with a real engine for all tests of trainers' routes."""
+"""A live service with a real engine for each file of tests of trainers' routes; one that outlived its file would meet others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dialect_parts import POLICY, Live
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("dialects")
     config = parse({
