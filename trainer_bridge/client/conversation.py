@@ -211,25 +211,30 @@ def _stream(client: RolloutClient, played: Sequence[Conversation], environment: 
 
 async def converse_async(client: AsyncRolloutClient, conversations: Iterable[Conversation], environment: AsyncEnvironment,
                          timeout: float | None = None) -> list[Conversation]:
-    """`converse` for asyncio. Each conversation is a task, so environments wait for their tools side by side. An error of one
-    ends the others where they are before it is raised."""
+    """`converse` for asyncio. Each conversation is a task, so environments wait for their tools side by side. An error of one is
+    raised once the turns that are being sampled have come; the other conversations stay where they are then."""
     import asyncio  # takes 50 ms, and a trainer without it does not need it
 
-    played = _distinct(conversations)
+    played, sampling, stopped = _distinct(conversations), set[str](), asyncio.Event()
 
     async def play(conversation: Conversation) -> None:
-        while conversation.finish_reason is None:
+        while conversation.finish_reason is None and not stopped.is_set():
             if not conversation.awaits_reply:
+                sampling.add(conversation.id)
                 (trajectory,) = await client.generate([conversation.request()], timeout)
+                sampling.discard(conversation.id)
                 conversation.add(trajectory)
-            if conversation.awaits_reply:
+            if conversation.awaits_reply and not stopped.is_set():
                 conversation.reply(await environment(conversation))
 
-    tasks = [asyncio.ensure_future(play(conversation)) for conversation in played]
+    tasks = {conversation.id: asyncio.ensure_future(play(conversation)) for conversation in played}
     try:
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks.values())
+    except Exception:
+        stopped.set()
+        for name in tasks.keys() - sampling:  # a turn that has been sampled must not be lost: its id is used up
+            tasks[name].cancel()
+        raise
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
     return played
