@@ -320,6 +320,21 @@ def test_where_nobody_else_serves_the_reserved_engine_serves_all():
     assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
 
 
+def test_a_suspect_waits_while_one_engine_of_two_serves():
+    pool = Pool()
+    pool.submit(ask("bad"))
+    pool.backlog.works["bad"].deaths = DEATHS - 1
+    died = next(engine for engine in pool.engines if engine.count)
+    go_on, _ = pool.suspects.note_death(died)
+    died.phase = "lost"
+    pool.strategy.again(go_on)
+    pool.deal()
+    assert pool.held() == [{}, {}] and not any(engine.reserved for engine in pool.engines)
+    pool.ready(died)
+    pool.deal()
+    assert sum(engine.count for engine in pool.engines) == 1 and pool.backlog.works["bad"].deaths == DEATHS
+
+
 def test_a_suspect_that_is_aborted_is_given_to_nobody():
     """Two engines have it; one dies once too often with it, and the other goes on."""
     pool = Pool(max_batch=1)
