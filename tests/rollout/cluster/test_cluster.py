@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from cluster_parts import collect, requests
 
 import blockroll
 from blockroll.errors import ClusterError, InvalidInput
@@ -41,19 +42,6 @@ class Stubborn:
 
     def __getattr__(self, name):
         return getattr(self._actor, name)
-
-
-def requests(prefix, count=10, tokens=24, samples=2):
-    params = SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True)
-    return [RolloutRequest(f"{prefix}{i:02d}", (1, 5 + i, 9), params, seed=i, samples=samples) for i in range(count)]
-
-
-def collect(cluster, count, seconds=120.0):
-    done, end = [], time.monotonic() + seconds
-    while len(done) < count:
-        assert time.monotonic() < end, f"{len(done)} of {count} came"
-        done += cluster.poll(0.5)
-    return done
 
 
 def test_same_as_one_engine(cluster, policy_dir):
