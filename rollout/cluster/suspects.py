@@ -91,6 +91,7 @@ class Suspects:
             self._alone = max(self._waiting, key=lambda work: work.solo_deaths)
             numbers = self._waiting.pop(self._alone)
             self._backlog.wait(self._alone, numbers)
+            self._engine.steps = 0  # those of the suspect before it
             self._dealer.give(self._engine, self._alone, len(self._alone.waiting))
             self._dealer.send()
 

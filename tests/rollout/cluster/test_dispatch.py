@@ -46,7 +46,7 @@ class Pool:
 
     @staticmethod
     def ready(engine):
-        engine.phase, engine.actor = "ready", Journal()
+        engine.phase, engine.actor, engine.steps = "ready", Journal(), 0
 
     def deal(self):
         self.suspects.deal(self.engines)
@@ -274,6 +274,24 @@ def test_a_request_that_dies_alone_at_another_step_every_time_is_not_blamed_soon
         engine.steps = 10 * deaths
         blamed, deaths = pool.die(engine), deaths + 1
     assert deaths == DEATHS + MOST_SOLO_DEATHS
+
+
+def test_steps_of_the_suspect_before_it_do_not_count_against_a_request():
+    pool = Pool()
+    pool.submit(ask("good"), ask("bad"))
+    for work in pool.backlog.works.values():
+        work.deaths = DEATHS - 1
+    for engine in pool.engines:
+        pool.die(engine)
+    alone = next(engine for engine in pool.engines if engine.count)
+    assert pool.held()[alone.id] == {"good": [0]}
+    alone.steps = 50  # by its reports
+    pool.finish(alone, "good", 0)
+    pool.deal()
+    blamed, deaths = [], 0
+    while not blamed:
+        blamed, deaths = pool.die(next(engine for engine in pool.engines if engine.count)), deaths + 1
+    assert (blamed, deaths) == (["bad"], SOLO_DEATHS)
 
 
 def test_while_a_suspect_is_alone_the_other_engines_serve_the_others():
