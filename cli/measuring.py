@@ -9,6 +9,9 @@ import typer
 
 from .options import LEVELS, DeviceOption, DtypeOption, PolicyOption, integers, numbers, words
 
+TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
+RoundsOption = Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")]
+
 
 def evaluate(
     policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
@@ -115,9 +118,9 @@ def bench_decode(
                                  "prompt-lookup decoding), transformers-continuous (its continuous batching).")
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the rows there.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: TemperatureOption = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
+    rounds: RoundsOption = 5,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
 ) -> None:
@@ -147,9 +150,9 @@ def bench_planner(
         str, typer.Option(metavar="coupled|lossless|mixed", help="coupled: everyone makes the same tokens.")
     ] = "coupled",
     json: Annotated[Path | None, typer.Option("--json", metavar="PATH", help="Write the figures there.")] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    temperature: TemperatureOption = 1.0,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of the longest request.")] = 128,
-    rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")] = 5,
+    rounds: RoundsOption = 5,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     everything: Annotated[bool, typer.Option("--all", help="Print every schedule, not the fastest ones alone.")] = False,

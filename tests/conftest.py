@@ -9,23 +9,19 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Kernels run in Triton's interpreter here. It asks once, when triton is first imported, which transformers does.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import torch
 
-from blockroll.model.policy import Policy
+if TYPE_CHECKING:
+    import torch
+
+    from blockroll.model.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-import ordered_dot
-from random_zaya import randomise, zaya_config
-
-torch.set_num_threads(1)
-if find_spec("triton") is not None:
-    ordered_dot.install()
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +34,15 @@ def _logging_stays_as_it_was() -> Iterator[None]:
     logger.setLevel(before[1])
 
 
-LONG_FILES = (
-    "grpo/test_grpo.py", "cluster/test_cluster.py", "test_check.py", "test_engine_distribution.py", "test_cli_bad_input.py",
-    "test_engine_device.py", "test_distributed.py", "test_engine.py",
+LONG = (
+    "grpo/test_grpo.py", "cluster/test_cluster.py", "http/dialects/", "service/test_commands.py", "test_check.py",
+    "test_engine_distribution.py", "test_engine_device.py", "test_examples.py", "test_huggingface_kernels.py",
+    "cluster/test_weight_transport.py", "rollout/test_golden.py", "rollout/bench/test_gpu.py", "test_cli_bad_input.py",
+    "test_distributed.py", "test_engine.py", "wire/test_sockets.py", "trainer_bridge/test_recovery.py",
 )  # fmt: skip
-"""The files that take longest start first, so that no process is left alone with one at the end."""
+"""The files and folders that take longest start first, so that no process is left alone with one at the end."""
+ONE_PROCESS = ("tests/service/http/dialects/",)
+"""Folders whose files run in one process, and so share what lives as long as the folder's package."""
 
 
 DECODE = """
@@ -54,19 +54,43 @@ for sampler in ("ar", "lossless", "coupled", "mixed"):
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """On a machine that has not decoded yet numba compiles once, before several processes would each do so at the same time."""
+    """Readies torch and Triton where tests run. The process that hands out tests runs none, and imports neither.
+
+    On a machine that has not decoded yet numba compiles once, before several processes would each do so at the same time.
+    """
     root = Path(__file__).parents[1]
     if not hasattr(session.config, "workerinput") and not any((root / "kernels").rglob("*.nbi")):
         subprocess.run([sys.executable, "-c", DECODE], check=True, timeout=300)
+    if not session.config.pluginmanager.hasplugin("dsession"):
+        import torch
+
+        torch.set_num_threads(1)
+        if find_spec("triton") is not None:
+            import ordered_dot
+
+            ordered_dot.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is marked slow may take its time, beside another slow test on a slow machine too."""
-    order = {name: place for place, name in enumerate(LONG_FILES)}
-    items.sort(key=lambda item: next((order[name] for name in LONG_FILES if str(item.path).endswith(name)), len(order)))
+    items.sort(key=lambda item: next((place for place, name in enumerate(LONG) if name in str(item.path)), len(LONG)))
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to whichever process is free, the folders of ONE_PROCESS each as if it were one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in ONE_PROCESS if nodeid.startswith(folder)), super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,6 +102,10 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def make_policy():
     """make_policy(dtype=, seed=, sharpness=, **config): a random policy."""
+    import torch
+    from random_zaya import randomise, zaya_config
+
+    from blockroll.model.policy import Policy
 
     def make(dtype: torch.dtype = torch.float64, seed: int = 0, sharpness: float = 1.0, **changes) -> Policy:
         policy = Policy(zaya_config(**changes))

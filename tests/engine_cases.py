@@ -17,12 +17,22 @@ SCHEDULES = [
     Schedule("fused", levels=(0, 2, 7)),
     Schedule("fused", drafts=5, levels=(0, 1, 3)),
 ]
+SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
+"""Sizes of a policy whose kernels Triton's interpreter can run."""
 MODES = {
     "alone": dict(max_batch=1),
     "batch": dict(max_batch=7, prefill_rows=5),
     "preempted": dict(max_batch=8, pages=9, page_size=8),
 }
 CUTS = [dict(), dict(top_p=0.8), dict(top_k=5), dict(top_k=9, top_p=0.9, min_p=0.02)]
+
+
+def small_markov_policy(make_policy):
+    """A policy of the sizes SMALL with a Markov head."""
+    made = make_policy(torch.float32, sharpness=0.6, **SMALL)
+    made.add_markov(4, torch.Generator().manual_seed(3))
+    made.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(4))
+    return made
 
 
 def prompt(i):

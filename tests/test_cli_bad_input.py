@@ -147,13 +147,16 @@ def test_prompt_longer_than_the_maximum(fails: Callable[..., str], tmp_path: Pat
     assert not output.exists()
 
 
-def test_ray_that_is_not_there(fails: Callable[..., str], tmp_path: Path) -> None:
+def test_ray_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(f"output: {tmp_path / 'run'}\nservice: {{ray: {{address: '127.0.0.1:9'}}}}\n")
-    done = subprocess.run([*COMMAND, "grpo", str(config)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: ray: the one at 127.0.0.1:9 cannot be reached")
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["blockroll", "grpo", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.splitlines()[-1].startswith("error: ray: the one at 127.0.0.1:9 cannot be reached")
+    assert "Traceback" not in said
 
 
 RUN = """

@@ -77,27 +77,6 @@ def test_a_peer_that_refuses_says_why(policy: Path, monkeypatch: pytest.MonkeyPa
     assert all(row["unsupported"] and row["tokens_per_s"] is row["ratio_to_ar"] is None for row in refused)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--peer", "nobody"], "peer: unknown peer 'nobody'; use one of transformers, transformers-lookup, "),
-        (["--schedule", "best"], "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused"),
-        (["--samplers", "best"], "sampler: unknown sampler 'best'"),
-        (["--batch", "0"], "batch: 0 is less than 1"),
-        (["--batch", ""], "batch: 0 is less than 1"),
-        (["--rounds", "2"], "rounds: 2 is less than 3"),
-        (["--batch", "x"], "batch: 'x' is not a list of whole numbers"),
-    ],
-)
-def test_bad_options(
-    policy: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "--policy", policy, *options) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {said}")
-    assert error.count("\n") == 1
-
-
 def test_planner_against_fixed_schedules(
     policy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,11 +100,3 @@ def test_planner_against_fixed_schedules(
     assert f"batch 3 falling to 1, coupled: the planner makes {result['planner_ratio']:.2f}x" in out.splitlines()[0]
     assert f"{result['best']}, the best fixed schedule in hindsight" in out.splitlines()[0]
     assert "slower schedules" in out
-
-
-def test_bad_options_of_the_planner_s_bench(
-    policy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for options, said in ((["--rounds", 2], "rounds: 2 is less than 3"), (["--batch", 0], "batch: 0 is less than 1")):
-        assert run(monkeypatch, "--policy", policy, *options, command="planner") == 2
-        assert capsys.readouterr().err.startswith(f"error: {said}")

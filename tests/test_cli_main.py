@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import subprocess
 import sys
 import time
@@ -109,31 +110,49 @@ def test_interrupt_exits_with_130(failing: list[BaseException], monkeypatch: pyt
     assert run_main(monkeypatch, *SCORE) == 130
 
 
+BAD_OPTIONS = {
+    "generate --policy tiny-reasoner --input none --output out.jsonl": {
+        "--sampler best": "sampler: unknown sampler 'best'; use one of ar, lossless, coupled, mixed",
+        "--levels 0,x": "levels: '0,x' is not a list of whole numbers; write them like 0,4,8",
+        "--top-p 0": "top_p: 0.0 is outside (0, 1]; use 1.0 to keep every token",
+        "--schedule best": "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused",
+        "--policy nobody": "policy: 'nobody' is no directory with a config.json",
+        "--top-k -2": "top_k: -2 is no whole number in -1..2147483647; use 0 or -1 to keep every token",
+        "--n 0": "n: 0 is less than 1",
+        "--batch 0": "batch: 0 is less than 1",
+        "--block-size 1": "block_size: 1 is outside 2..64",
+        "--seed -1": "seed: -1 is outside 0..2**63-1",
+    },
+    "bench decode --policy tiny-reasoner": {
+        "--peer nobody": "peer: unknown peer 'nobody'; use one of transformers, transformers-lookup, ",
+        "--schedule best": "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused",
+        "--samplers best": "sampler: unknown sampler 'best'",
+        "--batch 0": "batch: 0 is less than 1",
+        "--batch ''": "batch: 0 is less than 1",
+        "--rounds 2": "rounds: 2 is less than 3",
+        "--batch x": "batch: 'x' is not a list of whole numbers",
+    },
+    "bench planner --policy tiny-reasoner": {
+        "--rounds 2": "rounds: 2 is less than 3",
+        "--batch 0": "batch: 0 is less than 1",
+    },
+}
+"""By command: options, and how the line that refuses them begins."""
+
+
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--sampler", "best"], "sampler: unknown sampler 'best'; use one of ar, lossless, coupled, mixed"),
-        (["--levels", "0,x"], "levels: '0,x' is not a list of whole numbers; write them like 0,4,8"),
-        (["--top-p", "0"], "top_p: 0.0 is outside (0, 1]; use 1.0 to keep every token"),
-        (["--schedule", "best"], "schedule: unknown schedule 'best'; use one of auto, ar, two_pass, fused"),
-        (["--policy", "nobody"], "policy: 'nobody' is no directory with a config.json"),
-        (["--top-k", "-2"], "top_k: -2 is no whole number in -1..2147483647; use 0 or -1 to keep every token"),
-        (["--n", "0"], "n: 0 is less than 1"),
-        (["--batch", "0"], "batch: 0 is less than 1"),
-        (["--block-size", "1"], "block_size: 1 is outside 2..64"),
-        (["--seed", "-1"], "seed: -1 is outside 0..2**63-1"),
-    ],
+    ("command", "options", "said"),
+    [(command, options, said) for command, table in BAD_OPTIONS.items() for options, said in table.items()],
 )
-def test_bad_options_of_generate(
-    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_bad_options(
+    command: str, options: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    output = tmp_path / "out.jsonl"
-    policy = [] if "--policy" in options else ["--policy", "tiny-reasoner"]
-    code = run_main(monkeypatch, "generate", *policy, "--input", "none", "--output", str(output), *options)
+    monkeypatch.chdir(tmp_path)
+    code = run_main(monkeypatch, *shlex.split(f"{command} {options}"))
     err = capsys.readouterr().err
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith(f"error: {said}")
-    assert not output.exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["grpo", "convert"])

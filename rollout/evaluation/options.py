@@ -1,4 +1,4 @@
-"""The options of `blockroll eval`.
+"""The options of `blockroll eval`, and those it shares with `blockroll tradeoff`.
 
 Invariants: all options are checked when an `Options` is made, before anything is loaded or decoded.
 """
@@ -22,8 +22,34 @@ MAX_BATCH = 65_536
 """Samples decoded at once."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How held-out tasks are decoded.
+
+    Attributes:
+        samples: of each task.
+        mix_weights: `mixed` is measured with each.
+        batch: samples decoded at once.
+        seed: of the tasks and of their samples.
+        device, dtype: where and as what policies run (`model.device.placement`).
+    """
+
+    samples: int = 4
+    mix_weights: tuple[float, ...] = (0.25, 0.5, 0.75)
+    batch: int = 32
+    max_tokens: int = 256
+    seed: int = 0
+    device: str = "auto"
+    dtype: str | None = None
+
+    @property
+    def powers(self) -> tuple[int, ...]:
+        """The powers of two up to `samples`."""
+        return tuple(2**i for i in range(self.samples.bit_length()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(DecodingOptions):
     """What `blockroll eval` measures.
 
     Attributes:
@@ -31,29 +57,19 @@ class Options:
         documents: records of one's own documents, where some are given.
         samples: of each task at the first temperature; elsewhere one.
         k: sizes of groups for pass@k; None for the powers of two up to `samples`.
-        samplers: beside `ar`. mix_weights: `mixed` is measured with each.
+        samplers: beside `ar`.
         temperatures: the first one is that of pass@k and of all that is given at one temperature.
         levels: of the schedule `fused`, which every sampler but `ar` is decoded with.
         block_sizes: compared at the first temperature; all else is at the policy's own.
-        batch: samples decoded at once.
-        seed: of the tasks and of their samples.
-        device, dtype: where and as what policy and parent run (`model.device.placement`).
     """
 
     tasks: int = 500
     documents: int = 1000
-    samples: int = 4
     k: tuple[int, ...] | None = None
     samplers: tuple[SamplerName, ...] = ("ar", "lossless", "mixed")
-    mix_weights: tuple[float, ...] = (0.25, 0.5, 0.75)
     temperatures: tuple[float, ...] = (1.0, 0.3)
     levels: tuple[int, ...] = DEFAULT_LEVELS
     block_sizes: tuple[int, ...] = (8, 16)
-    batch: int = 32
-    max_tokens: int = 256
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, most in (("tasks", MAX_TASKS), ("documents", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_BATCH)):
@@ -74,9 +90,7 @@ class Options:
     @property
     def groups(self) -> tuple[int, ...]:
         """k, in rising order."""
-        if self.k is not None:
-            return tuple(sorted(set(self.k)))
-        return tuple(2**i for i in range(self.samples.bit_length()))
+        return self.powers if self.k is None else tuple(sorted(set(self.k)))
 
     def ways(self) -> Iterator[Way]:
         """The ways the policy is decoded in, but for the comparison of block sizes."""

@@ -38,6 +38,7 @@ from ..search.functions import answer_function
 from ..types import RolloutRequest, SamplerName, SamplingParams, Trajectory
 from .counts import by_task, mean, ratio
 from .decoding import tokenizer_of
+from .options import DecodingOptions
 from .tradeoff_plot import draw, reach
 
 LEAST_ROUNDS = 3
@@ -47,13 +48,13 @@ MAX_TASKS, MAX_SAMPLES, MAX_BATCH = 100_000, 1024, 4096
 """Trajectories of one way are kept until its figures are known."""
 
 
-@dataclass(frozen=True)
-class TradeoffOptions:
+@dataclass(frozen=True, kw_only=True)
+class TradeoffOptions(DecodingOptions):
     """What `blockroll tradeoff` measures.
 
     Attributes:
         tasks, samples: held-out tasks, and samples of each; k goes over the powers of two up to `samples`.
-        samplers: `ar` is always measured. mix_weights: of `mixed`.
+        samplers: `ar` is always measured.
         level_counts: how many proposals a fused step drafts. planner: also measure `lossless` with the schedule `auto`.
         batches: samples decoded at once where seconds are measured. rounds: measured rounds, 3 or more. clock_tasks: tasks of
         a round.
@@ -64,17 +65,12 @@ class TradeoffOptions:
     samples: int = 16
     temperature: float = 1.0
     samplers: tuple[SamplerName, ...] = ("ar", "lossless", "coupled", "mixed")
-    mix_weights: tuple[float, ...] = (0.25, 0.5, 0.75)
     level_counts: tuple[int, ...] = (3, 5, 8, 16)
     planner: bool = True
     batches: tuple[int, ...] = (1, 2, 4, 8)
     rounds: int = 5
     clock_tasks: int = 16
     batch: int = 64
-    max_tokens: int = 256
-    seed: int = 0
-    device: str = "auto"
-    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("tasks", 1, MAX_TASKS), ("samples", 1, MAX_SAMPLES), ("rounds", LEAST_ROUNDS, 1000),
@@ -97,11 +93,6 @@ class TradeoffOptions:
     def _within(name: str, value: int, least: int, most: int) -> None:
         if not least <= value <= most:
             raise InvalidInput(name, f"{value} is outside {least}..{most}", "use a number in that range")
-
-    @property
-    def k(self) -> tuple[int, ...]:
-        """Sizes of groups: powers of two."""
-        return tuple(2**i for i in range(self.samples.bit_length()))
 
     def ways(self, block_size: int) -> list[Way]:
         """The ways that are compared, `ar` first."""
@@ -183,7 +174,7 @@ def tradeoff(
     report = dict(
         policy=resolve(policy_name).name, tasks=options.tasks, samples=options.samples, temperature=options.temperature,
         max_tokens=options.max_tokens, seed=options.seed, block_size=policy.block_size, batch=options.batch, dtype=dtype,
-        k=list(options.k), batches=list(options.batches), rounds=options.rounds, clock_tasks=options.clock_tasks, ways=rows,
+        k=list(options.powers), batches=list(options.batches), rounds=options.rounds, clock_tasks=options.clock_tasks, ways=rows,
         machine=machine,
     )  # fmt: skip
     if json_path is not None:
@@ -258,8 +249,8 @@ def _figures(policy: Policy, tasks: Sequence[Task], way: Way, options: TradeoffO
     estimates: dict[str, Any] = {
         "tokens_per_forward": ratio(counts, forwards),
         "tokens": mean([count / n for count in counts]), "forwards": mean([count / n for count in forwards]),
-        "pass_at": {str(k): mean([pass_at_k(n, hits[t], k) for t in votes]) for k in options.k},
-        "majority_at": {str(k): mean([majority_at_k(votes[t], right[t], n, k) for t in votes]) for k in options.k},
+        "pass_at": {str(k): mean([pass_at_k(n, hits[t], k) for t in votes]) for k in options.powers},
+        "majority_at": {str(k): mean([majority_at_k(votes[t], right[t], n, k) for t in votes]) for k in options.powers},
     }  # fmt: skip
     levels = list(way.schedule.levels) if way.schedule.kind == "fused" else []
     row = {"name": way.name, "sampler": way.sampler, "schedule": way.schedule.kind, "levels": levels, "mix_weight": way.weight}

@@ -80,6 +80,11 @@ class Case:
         return self.name
 
 
+def words(row: str) -> tuple[str, ...]:
+    """What a row of a table says: `n:, 0, 1 to 65536` are three words."""
+    return tuple(row.split(", "))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one input.

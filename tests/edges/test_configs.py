@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import Case, File, ForkServer, fifo, folder, link_to, sparse
+from harness import Case, File, ForkServer, fifo, folder, link_to, sparse, words
 
 DIGITS = "9" * 5000
 ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -51,7 +51,85 @@ def ablate(name: str, text: str, *says: str) -> Case:
     return Case(f"ablate: {name}", ("ablate", "run.yaml"), {"run.yaml": text}, says=says)
 
 
+GRPO = {
+    "output: y": "line 2, `output`, twice",
+    "steps: !!python/name:os.system x": "line 2, python",
+    "steps: !!int ''": "line 2, int",
+    "optimizer: {learning_rate: !!float .inf}": "optimizer.learning_rate",
+    "loss: {kl_weight: !!float .nan}": "loss.kl_weight",
+    f"steps: {DIGITS}": "line 2, 999",
+    f"steps: {DIGITS[:4000]}": "line 2, 2**63",
+    f"steps: {2**63}": f"line 2, {2**63}",
+    "steps: 0": "steps, 0, greater",
+    "steps: true": "steps, true, integer",
+    "steps: '3'": 'steps, "3", integer',
+    "steps: 1e3": "steps, 1000.0, integer",
+    "seed: -1": "seed, -1",
+    "tasks: {prompts_per_step: 1000000000}": "tasks.prompts_per_step, 1000000000",
+    "tasks: {samples_per_prompt: 1000000000}": "tasks.samples_per_prompt, 1000000000",
+    "evaluation: {tasks: 1000000000}": "evaluation.tasks, 1000000000",
+    "optimizer: {threads: 1000000}": "optimizer.threads, 1000000",
+    "optimizer: {learning_rate: 1e300}": "optimizer.learning_rate, 1e+300",
+    "optimizer: {learning_rate: 1e999}": "optimizer.learning_rate",
+    "rollouts: {temperature: 1e-40}": "rollouts.temperature, 1e-40",
+    "rollouts: {temperature: 1e300}": "rollouts.temperature, 1e+300",
+    "loss: {kl_weight: 1e300}": "loss.kl_weight, 1e+300",
+    "loss: 3": "loss, 3, section",
+    "loss: null": "loss, null",
+    "policy: nobody": "policy, 'nobody'",
+    f"policy: {'p' * 5000}": "policy, ppp",
+}
+"""Lines below `output: x` in a GRPO run, and what refuses them."""
+STAGE = {
+    "repeat: 1000000000": "repeat, 1000000000",
+    "masked_copies: 1000000000": "masked_copies, 1000000000",
+    "pack_tokens: 1000000000000000": "pack_tokens, 1000000000000000",
+    "learning_rate: 1e30": "learning_rate, 1e+30",
+    "epsilon: 1e-40": "epsilon, 1e-40",
+    "betas: [2.0, 2.0]": "betas",
+    "block_length: [0, 0]": "block_length",
+    "block_length: [2, 1000000000]": "block_length",
+    "autocast: int8": "autocast, int8",
+}
+"""Fields of a stage."""
+SHAPE = {
+    "vocab_size: 1000000000000000000": "vocab_size, 1000000000000000000",
+    "layers: 1000000000": "layers, 1000000000",
+    "layers: 1000, hidden_size: 65536": "layers, parameters",
+    "hidden_size: -8": "hidden_size, -8",
+    "heads: 5, kv_heads: 2": "kv_heads, 2, 5",
+    "head_dim: 6": "head_dim, 6",
+    "rope_theta: 1e300": "rope_theta, 1e+300",
+}
+"""Fields of an architecture."""
+DATA = {
+    "pool: 1000000000": "pool, 1000000000",
+    "shuffle: 1000000000000000": "shuffle",
+    "sources: [{kind: tasks, difficulty: {chain_sum: {max_terms: 1000000000}}}]": "max_terms",
+    "sources: [{kind: tasks, difficulty: {chain_sum: {'a,b': 3}}}]": "difficulty, a,b",
+    "sources: [{kind: tasks, families: [sums]}]": "families, sums",
+    "sources: [{kind: csv, paths: [a]}]": "csv",
+    "sources: [{kind: tasks, weight: 1e300}]": "weight, 1e+300",
+}
+"""Fields of a conversion's data."""
+SOURCE = {
+    "paths: [rows.jsonl]": "tasks.source.reward, missing",
+    f"paths: [none.jsonl], {EXACT}": "none.jsonl, no such file",
+    f"paths: ['.'], {EXACT}, split: a": "split, save_to_disk",
+    f"paths: [rows.jsonl], prompt: question, {EXACT}": "rows.jsonl line 1, 'question'",
+    f"paths: [pipe.jsonl], {EXACT}": "pipe.jsonl, pipe",
+    f"paths: [zero.jsonl], {EXACT}": "zero.jsonl, device",
+    "paths: [rows.jsonl], reward: {function: 'nowhere:reward'}": "function, 'nowhere'",
+    "paths: [rows.jsonl], reward: {function: 'ends:reward'}": "SystemExit: 5, ends.py",
+    "paths: [rows.jsonl], reward: {function: 'dies:reward'}": "status 5",
+    "paths: [rows.jsonl], reward: {function: 'ends:reward:x'}": "names no function",
+    f"paths: [rows.jsonl], heldout_share: 0.9, {EXACT}": "tasks.prompts_per_step, 16",
+}
+"""Fields of tasks of one's own."""
+TABLES = ((source, SOURCE), (stage, STAGE), (shape, SHAPE), (data, DATA))
 CASES = [
+    *(grpo(line[:60], f"output: x\n{line}\n", *words(refusal)) for line, refusal in GRPO.items()),
+    *(case(fields[:60], fields, *words(refusal)) for case, table in TABLES for fields, refusal in table.items()),
     # What is no regular file, or no YAML.
     grpo("a pipe", fifo, "run.yaml", "pipe", "check the path"),
     grpo("a directory", folder, "run.yaml", "directory"),
@@ -72,7 +150,6 @@ CASES = [
     grpo("a bracket", "output: [", "run.yaml line"),
     grpo("a tab", "\toutput: x", "run.yaml line 1"),
     grpo("two documents", "output: x\n---\noutput: y\n", "run.yaml line 2"),
-    grpo("a key twice", "output: x\noutput: y\n", "line 2", "`output`", "twice"),
     grpo("a long key twice", f"{'k' * 900}: x\n{'k' * 900}: y\n", "line 2", "kkk", "twice"),
     grpo("a key that is a list", "? [a]\n: b\n", "line 1", "key"),
     grpo("an unknown alias", "output: *none\n", "line 1", "none"),
@@ -88,10 +165,8 @@ CASES = [
     *(grpo(f"{tag} {value}", f"output: x\nsteps: {tag} {value}\n", "run.yaml line 2", value) for tag, value in (
         ("!!int", "abc"), ("!!int", "0x"), ("!!int", "1:x"), ("!!float", "abc"), ("!!float", "1:x"), ("!!bool", "abc"),
         ("!!timestamp", "abc"))),
-    grpo("!!python/name", "output: x\nsteps: !!python/name:os.system x\n", "line 2", "python"),
     grpo("!!python/object/apply", "output: !!python/object/apply:os.system [echo]\n", "line 1", "python"),
     grpo("a tag of our own", "output: !nonsense x\n", "line 1", "!nonsense"),
-    grpo("!!int of nothing", "output: x\nsteps: !!int ''\n", "line 2", "int"),
     grpo("!!binary", "output: !!binary aGVsbG8=\n", "run.yaml", "plain data"),
     grpo("!!binary of no base 64", "output: !!binary '@'\n", "run.yaml"),
     grpo("!!set", "output: !!set {a, b}\n", "run.yaml", "plain data"),
@@ -100,50 +175,14 @@ CASES = [
     grpo("!!map of a list", "output: !!map [a]\n", "run.yaml line 1"),
     grpo("!!str of a list", "output: !!str [a]\n", "run.yaml line 1"),
     grpo("!!omap of words", "output: !!omap [a]\n", "run.yaml line 1"),
-    grpo("!!float .inf", "output: x\noptimizer: {learning_rate: !!float .inf}\n", "optimizer.learning_rate"),
-    grpo("!!float .nan", "output: x\nloss: {kl_weight: !!float .nan}\n", "loss.kl_weight"),
-    # Numbers.
-    grpo("steps of 5,000 digits", f"output: x\nsteps: {DIGITS}\n", "line 2", "999"),
-    grpo("steps of 4,000 digits", f"output: x\nsteps: {DIGITS[:4000]}\n", "line 2", "2**63"),
-    grpo("steps of 2**63", f"output: x\nsteps: {2**63}\n", "line 2", str(2**63)),
-    grpo("steps is 0", "output: x\nsteps: 0\n", "steps", "0", "greater"),
-    grpo("steps is true", "output: x\nsteps: true\n", "steps", "true", "integer"),
-    grpo("steps is text", "output: x\nsteps: '3'\n", "steps", '"3"', "integer"),
-    grpo("steps is 1e3", "output: x\nsteps: 1e3\n", "steps", "1000.0", "integer"),
-    grpo("seed is negative", "output: x\nseed: -1\n", "seed", "-1"),
-    grpo("a billion prompts", "output: x\ntasks: {prompts_per_step: 1000000000}\n", "tasks.prompts_per_step", "1000000000"),
-    grpo("a billion samples", "output: x\ntasks: {samples_per_prompt: 1000000000}\n", "tasks.samples_per_prompt", "1000000000"),
-    grpo("a billion evaluation tasks", "output: x\nevaluation: {tasks: 1000000000}\n", "evaluation.tasks", "1000000000"),
-    grpo("a million threads", "output: x\noptimizer: {threads: 1000000}\n", "optimizer.threads", "1000000"),
-    grpo("a learning rate of 1e300", "output: x\noptimizer: {learning_rate: 1e300}\n", "optimizer.learning_rate", "1e+300"),
-    grpo("a learning rate of 1e999", "output: x\noptimizer: {learning_rate: 1e999}\n", "optimizer.learning_rate"),
-    grpo("a temperature that vanishes", "output: x\nrollouts: {temperature: 1e-40}\n", "rollouts.temperature", "1e-40"),
-    grpo("a temperature of 1e300", "output: x\nrollouts: {temperature: 1e300}\n", "rollouts.temperature", "1e+300"),
-    grpo("a weight of 1e300", "output: x\nloss: {kl_weight: 1e300}\n", "loss.kl_weight", "1e+300"),
     # Keys and sections.
     grpo("an unknown key", "outputt: x\n", "outputt", "did you mean `output`"),
     grpo("an unknown key of 100,000 letters", f"output: x\n? {'k' * 100_000}\n: 1\n", "kkk"),
-    grpo("a section that is a number", "output: x\nloss: 3\n", "loss", "3", "section"),
-    grpo("a section that is null", "output: x\nloss: null\n", "loss", "null"),
     grpo("10,000 unknown families", f"output: x\ntasks: {{families: {[f'f{i}' for i in range(10_000)]}}}\n", "tasks.families"),
     grpo("an empty output", "output: ''\n", "output", '""'),
     grpo("an output that is a file", "output: run.yaml\n", "run.yaml", "cannot be written"),
     grpo("an output of 5,000 characters", f"output: {'x' * 5000}\n", "xxx", "cannot be written"),
     grpo("an output in no directory", "output: /proc/none/run\n", "/proc/none/run", "cannot be written"),
-    grpo("an unknown policy", "output: x\npolicy: nobody\n", "policy", "'nobody'"),
-    grpo("a policy of 5,000 characters", f"output: x\npolicy: {'p' * 5000}\n", "policy", "ppp"),
-    # Tasks of one's own.
-    source("without a reward", "paths: [rows.jsonl]", "tasks.source.reward", "missing"),
-    source("files that are not there", f"paths: [none.jsonl], {EXACT}", "none.jsonl", "no such file"),
-    source("a directory without files", f"paths: ['.'], {EXACT}, split: a", "split", "save_to_disk"),
-    source("rows without the field", f"paths: [rows.jsonl], prompt: question, {EXACT}", "rows.jsonl line 1", "'question'"),
-    source("a pipe", f"paths: [pipe.jsonl], {EXACT}", "pipe.jsonl", "pipe"),
-    source("an endless file", f"paths: [zero.jsonl], {EXACT}", "zero.jsonl", "device"),
-    source("a module that is not there", "paths: [rows.jsonl], reward: {function: 'nowhere:reward'}", "function", "'nowhere'"),
-    source("a module that exits", "paths: [rows.jsonl], reward: {function: 'ends:reward'}", "SystemExit: 5", "ends.py"),
-    source("a module that takes the process down", "paths: [rows.jsonl], reward: {function: 'dies:reward'}", "status 5"),
-    source("a function that is a number", "paths: [rows.jsonl], reward: {function: 'ends:reward:x'}", "names no function"),
-    source("more prompts than rows", f"paths: [rows.jsonl], heldout_share: 0.9, {EXACT}", "tasks.prompts_per_step", "16"),
     source("families beside it", f"paths: [rows.jsonl], {EXACT}}}, families: [gcd", "tasks.families", "source", close="]"),
     # Includes.
     grpo("an include that is not there", "output: !include none.yaml\n", "line 1", "none.yaml", "No such file"),
@@ -174,29 +213,6 @@ CASES = [
     convert("an unknown parent", f"output: out\nparent: nobody\n{STAGES}\n", "policy", "'nobody'"),
     convert("a mask token beyond the vocabulary",
             f"output: out\nparent: tiny-reasoner-ar\nmask_token: 99999\n{STAGES}\n", "mask_token", "99999"),
-    stage("a billion repeats", "repeat: 1000000000", "repeat", "1000000000"),
-    stage("a billion masked copies", "masked_copies: 1000000000", "masked_copies", "1000000000"),
-    stage("a pack of 10**15", "pack_tokens: 1000000000000000", "pack_tokens", "1000000000000000"),
-    stage("a learning rate of 1e30", "learning_rate: 1e30", "learning_rate", "1e+30"),
-    stage("an epsilon that vanishes", "epsilon: 1e-40", "epsilon", "1e-40"),
-    stage("betas of 2", "betas: [2.0, 2.0]", "betas"),
-    stage("block lengths of 0", "block_length: [0, 0]", "block_length"),
-    stage("blocks of 10**9", "block_length: [2, 1000000000]", "block_length"),
-    stage("an unknown kind", "autocast: int8", "autocast", "int8"),
-    shape("a vocabulary of 10**18", "vocab_size: 1000000000000000000", "vocab_size", "1000000000000000000"),
-    shape("a billion layers", "layers: 1000000000", "layers", "1000000000"),
-    shape("a thousand wide layers", "layers: 1000, hidden_size: 65536", "layers", "parameters"),
-    shape("a negative size", "hidden_size: -8", "hidden_size", "-8"),
-    shape("heads that do not divide", "heads: 5, kv_heads: 2", "kv_heads", "2", "5"),
-    shape("a head of 6", "head_dim: 6", "head_dim", "6"),
-    shape("a rotary base of 1e300", "rope_theta: 1e300", "rope_theta", "1e+300"),
-    data("a pool of a billion", "pool: 1000000000", "pool", "1000000000"),
-    data("a shuffle of 10**15", "shuffle: 1000000000000000", "shuffle"),
-    data("terms of a billion", "sources: [{kind: tasks, difficulty: {chain_sum: {max_terms: 1000000000}}}]", "max_terms"),
-    data("an option with a comma", "sources: [{kind: tasks, difficulty: {chain_sum: {'a,b': 3}}}]", "difficulty", "a,b"),
-    data("an unknown family", "sources: [{kind: tasks, families: [sums]}]", "families", "sums"),
-    data("an unknown kind", "sources: [{kind: csv, paths: [a]}]", "csv"),
-    data("a weight of 1e300", "sources: [{kind: tasks, weight: 1e300}]", "weight", "1e+300"),
     convert("a file that is not there", f"output: out\nparent: tiny-reasoner-ar\n{STAGES}\n"
             "data: {sources: [{kind: jsonl, paths: [none.jsonl]}]}\n", "none.jsonl", "no such file"),
     # Ablations.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import Case, File, ForkServer, fifo, folder, link_to, sparse
+from harness import Case, File, ForkServer, fifo, folder, link_to, sparse, words
 
 GENERATE = ("generate", "--policy", "tiny-reasoner", "--input", "in.jsonl", "--output", "out.jsonl", "--max-tokens", "4")
 SCORE = ("score", "--policy", "tiny-reasoner", "--input", "in.jsonl", "--output", "out.jsonl")
@@ -18,18 +18,8 @@ def prompts(name: str, content: File, *says: str, **limits: float) -> Case:
     return Case(f"prompts: {name}", GENERATE, {"in.jsonl": content}, says=says)
 
 
-def line(name: str, text: str | bytes, *says: str) -> Case:
-    """A second line that is not what a prompt is."""
-    raw = text if isinstance(text, bytes) else text.encode()
-    return prompts(name, GOOD.encode() + raw + b"\n", "in.jsonl line 2", *says)
-
-
 def samples(name: str, content: File, *says: str) -> Case:
     return Case(f"samples: {name}", SCORE, {"in.jsonl": content}, says=says)
-
-
-def sample(name: str, text: str, *says: str) -> Case:
-    return samples(name, '{"prompt_tokens": [1], "tokens": [5]}\n' + text + "\n", "in.jsonl line 2", *says)
 
 
 RECIPE = """
@@ -45,7 +35,100 @@ def documents(name: str, content: File, *says: str, kind: str = "jsonl", more: s
     return Case(f"documents: {name}", ("convert", "run.yaml"), files, says=says)
 
 
+PROMPT_LINES = {
+    "{": "not valid JSON, write one JSON object",
+    "[1]": "array, object",
+    "7": "number",
+    "null": "null",
+    "{} {}": "Extra data",
+    b'{"id": "\xff"}': "not valid JSON, start byte",
+    b'{"id": "a\x00"}': "not valid JSON",
+    '{"id": ' + "[" * 100_000: "nested too deeply",
+    '{"id": NaN, "prompt_tokens": [1]}': "NaN",
+    '{"id": -Infinity, "prompt_tokens": [1]}': "-Infinity",
+    '{"id": 1e999, "prompt_tokens": [1]}': "id:, Infinity, whole number",
+    '{"id": "b", "prompt_tokens": [1], "seed": NaN}': "NaN",
+    '{"id": "b", "prompt_tokens": [1], "reward": NaN}': "NaN",
+    '{"prompt_tokens": [1]}': "id:, missing",
+    '{"id": null, "prompt_tokens": [1]}': "id:, missing",
+    '{"id": "", "prompt_tokens": [1]}': 'id:, ""',
+    '{"id": true, "prompt_tokens": [1]}': "id:, true",
+    '{"id": 1.5, "prompt_tokens": [1]}': "id:, 1.5",
+    '{"id": [1], "prompt_tokens": [1]}': "id:, [1]",
+    '{"id": ' + DIGITS + ', "prompt_tokens": [1]}': "too many digits",
+    '{"id": ' + DIGITS[:4000] + ', "prompt_tokens": [1]}': "id:, 999, 1024",
+    '{"id": "%s", "prompt_tokens": [1]}' % ("x" * 5000): "id:, xxx, 1024",
+    GOOD.strip(): 'id:, "good", earlier line',
+    '{"id": "b", "prompt": "\\ud800"}': "surrogate, \\ud800",
+    '{"id": "\\udc00", "prompt_tokens": [1]}': "surrogate, \\udc00",
+    b'{"id": "\xed\xa0\x80", "prompt_tokens": [1]}': "not valid JSON, continuation byte",
+    GOOD.encode("utf-16"): "not valid JSON",
+    '{"id": "b", "prompt_tokens": [1], "\\udfff": 1}': "surrogate",
+    '{"id": "b", "prompt_tokens": [1], "seed": -1}': "seed:, -1",
+    '{"id": "b", "prompt_tokens": [1], "seed": 9223372036854775808}': "seed:, 9223372036854775808",
+    '{"id": "b", "prompt_tokens": [1], "seed": "7"}': 'seed:, "7"',
+    '{"id": "b", "prompt_tokens": [1], "seed": true}': "seed:, true",
+    '{"id": "b"}': "prompt:, missing",
+    '{"id": "b", "prompt": "x", "prompt_tokens": [1]}': "prompt:, twice",
+    '{"id": "b", "prompt": ""}': "prompt:, empty",
+    '{"id": "b", "prompt": 7}': "prompt:, 7, text",
+    '{"id": "b", "prompt": ["x"]}': "prompt:, text",
+    '{"id": "b", "prompt_tokens": []}': "prompt_tokens:, empty",
+    '{"id": "b", "prompt_tokens": "1 2"}': "prompt_tokens:, whole numbers",
+    '{"id": "b", "prompt_tokens": [1.0]}': "prompt_tokens:, whole numbers",
+    '{"id": "b", "prompt_tokens": [true]}': "prompt_tokens:, whole numbers",
+    '{"id": "b", "prompt_tokens": [[1]]}': "prompt_tokens:, whole numbers",
+    '{"id": "b", "prompt_tokens": [-1]}': "prompt_tokens:, -1, from 0",
+    '{"id": "b", "prompt_tokens": [99999]}': "prompt_tokens:, 99999, from 0",
+    '{"id": "b", "prompt_tokens": [' + DIGITS[:4000] + ']}': "prompt_tokens:, 999",
+}
+"""Second lines that are no prompts, and what refuses them."""
+SAMPLE_LINES = {
+    "{": "not valid JSON",
+    '{"id": NaN, "prompt_tokens": [1], "tokens": [5]}': "NaN",
+    '{"id": 1, "sample": Infinity, "prompt_tokens": [1], "tokens": [5]}': "Infinity",
+    '{"id": 1e999, "prompt_tokens": [1], "tokens": [5]}': "id:, Infinity",
+    '{"sample": 1e999, "prompt_tokens": [1], "tokens": [5]}': "sample:, Infinity",
+    '{"sample": [1], "prompt_tokens": [1], "tokens": [5]}': "sample:, [1]",
+    '{"id": "\\ud812", "prompt_tokens": [1], "tokens": [5]}': "surrogate",
+    '{"tokens": [5]}': "prompt_tokens:",
+    '{"prompt_tokens": [], "tokens": [5]}': "prompt_tokens:, empty",
+    '{"prompt_tokens": [1]}': "tokens:",
+    '{"prompt_tokens": [1], "tokens": null}': "tokens:",
+    '{"prompt_tokens": [1], "tokens": "5"}': "tokens:",
+    '{"prompt_tokens": [1], "tokens": [99999]}': "tokens:, 99999",
+    json.dumps({"prompt_tokens": [1], "tokens": [5] * 600}): "tokens:, 601, 512",
+}
+"""Second lines that are no samples."""
+DOCUMENTS = {
+    ("jsonl", ""): {
+        '{"text": "a"}\n{\n': "in.jsonl line 2, not valid JSON",
+        "[1]\n": "in.jsonl line 1, array",
+        "[" * 100_000: "in.jsonl line 1, nested too deeply",
+        '{"txt": "a"}\n': "in.jsonl line 1, 'text', columns",
+        '{"text": 3}\n': "in.jsonl line 1, 'text', 3",
+        '{"text": " "}\n': "in.jsonl line 1, 'text', empty",
+        '{"text": "\\ud800"}\n': "in.jsonl line 1, surrogate",
+    },
+    ("rollouts", ""): {
+        '{"prompt_tokens": [1], "tokens": [NaN]}\n': "in.jsonl line 1, NaN",
+        '{"prompt_tokens": [1], "tokens": []}\n': "line 1, 'tokens', empty",
+        '{"prompt_tokens": [1], "tokens": [true]}\n': "line 1, 'tokens'",
+        '{"prompt_tokens": [1], "tokens": [99999]}\n': "line 1, 'tokens'",
+    },
+    ("jsonl", ", format: messages"): {
+        '{"messages": [{"content": "a"}]}\n': "line 1, role",
+        '{"messages": "a"}\n': "line 1, 'messages'",
+    },
+}
+"""By kind of source and its further fields: files that cannot be trained on."""
 CASES = [
+    *(prompts(repr(line[:60]), b"%s%s\n" % (GOOD.encode(), line if isinstance(line, bytes) else line.encode()),
+              "in.jsonl line 2", *words(refusal)) for line, refusal in PROMPT_LINES.items()),
+    *(samples(line[:60], f'{{"prompt_tokens": [1], "tokens": [5]}}\n{line}\n', "in.jsonl line 2", *words(refusal))
+      for line, refusal in SAMPLE_LINES.items()),
+    *(documents(f"{kind}{more} {content[:60]}", content, *words(refusal), kind=kind, more=more)
+      for (kind, more), table in DOCUMENTS.items() for content, refusal in table.items()),
     prompts("empty file", "", "in.jsonl", "holds no lines", "write one"),
     prompts("blank lines", "\n \n\t\n", "in.jsonl", "holds no lines"),
     prompts("a directory", folder, "in.jsonl", "directory", "check the path"),
@@ -59,67 +142,8 @@ CASES = [
     prompts("a million tokens", json.dumps({"id": "a", "prompt_tokens": [1] * 300_000}), "prompt_tokens:", "300000", "511"),
     prompts("a text of spaces", json.dumps({"id": "a", "prompt": " " * 900_000}), "line 1: prompt:", "900000", "511"),
     prompts("511 tokens and one", json.dumps({"id": "a", "prompt_tokens": [1] * 512}), "prompt_tokens:", "512", "511"),
-    line("not JSON", "{", "not valid JSON", "write one JSON object"),
-    line("a list", "[1]", "array", "object"),
-    line("a number", "7", "number"),
-    line("null", "null", "null"),
-    line("two objects", "{} {}", "Extra data"),
-    line("bytes", b'{"id": "\xff"}', "not valid JSON", "start byte"),
-    line("NUL bytes", b'{"id": "a\x00"}', "not valid JSON"),
-    line("nested", '{"id": ' + "[" * 100_000, "nested too deeply"),
-    line("NaN as id", '{"id": NaN, "prompt_tokens": [1]}', "NaN"),
-    line("infinity as id", '{"id": -Infinity, "prompt_tokens": [1]}', "-Infinity"),
-    line("1e999 as id", '{"id": 1e999, "prompt_tokens": [1]}', "id:", "Infinity", "whole number"),
-    line("NaN as seed", '{"id": "b", "prompt_tokens": [1], "seed": NaN}', "NaN"),
-    line("NaN somewhere else", '{"id": "b", "prompt_tokens": [1], "reward": NaN}', "NaN"),
-    line("id missing", '{"prompt_tokens": [1]}', "id:", "missing"),
-    line("id is null", '{"id": null, "prompt_tokens": [1]}', "id:", "missing"),
-    line("id is empty", '{"id": "", "prompt_tokens": [1]}', "id:", '""'),
-    line("id is true", '{"id": true, "prompt_tokens": [1]}', "id:", "true"),
-    line("id is a fraction", '{"id": 1.5, "prompt_tokens": [1]}', "id:", "1.5"),
-    line("id is a list", '{"id": [1], "prompt_tokens": [1]}', "id:", "[1]"),
-    line("id of 5,000 digits", '{"id": ' + DIGITS + ', "prompt_tokens": [1]}', "too many digits"),
-    line("id of 4,000 digits", '{"id": ' + DIGITS[:4000] + ', "prompt_tokens": [1]}', "id:", "999", "1024"),
-    line("id of 5,000 characters", '{"id": "%s", "prompt_tokens": [1]}' % ("x" * 5000), "id:", "xxx", "1024"),
-    line("id twice", GOOD.strip(), "id:", '"good"', "earlier line"),
     prompts("id twice, as text and number", '{"id": 7, "prompt_tokens": [1]}\n{"id": "7", "prompt_tokens": [1]}\n',
             "line 2", "id:", '"7"', "earlier"),
-    line("lone surrogate in a prompt", '{"id": "b", "prompt": "\\ud800"}', "surrogate", "\\ud800"),
-    line("lone surrogate in an id", '{"id": "\\udc00", "prompt_tokens": [1]}', "surrogate", "\\udc00"),
-    line("lone surrogate as bytes", b'{"id": "\xed\xa0\x80", "prompt_tokens": [1]}', "not valid JSON", "continuation byte"),
-    line("UTF-16", GOOD.encode("utf-16"), "not valid JSON"),
-    line("lone surrogate in a key", '{"id": "b", "prompt_tokens": [1], "\\udfff": 1}', "surrogate"),
-    line("seed is negative", '{"id": "b", "prompt_tokens": [1], "seed": -1}', "seed:", "-1"),
-    line("seed of 2**63", '{"id": "b", "prompt_tokens": [1], "seed": 9223372036854775808}', "seed:", "9223372036854775808"),
-    line("seed is text", '{"id": "b", "prompt_tokens": [1], "seed": "7"}', "seed:", '"7"'),
-    line("seed is true", '{"id": "b", "prompt_tokens": [1], "seed": true}', "seed:", "true"),
-    line("no prompt", '{"id": "b"}', "prompt:", "missing"),
-    line("two prompts", '{"id": "b", "prompt": "x", "prompt_tokens": [1]}', "prompt:", "twice"),
-    line("empty text", '{"id": "b", "prompt": ""}', "prompt:", "empty"),
-    line("prompt is a number", '{"id": "b", "prompt": 7}', "prompt:", "7", "text"),
-    line("prompt is a list", '{"id": "b", "prompt": ["x"]}', "prompt:", "text"),
-    line("empty tokens", '{"id": "b", "prompt_tokens": []}', "prompt_tokens:", "empty"),
-    line("tokens are text", '{"id": "b", "prompt_tokens": "1 2"}', "prompt_tokens:", "whole numbers"),
-    line("tokens are fractions", '{"id": "b", "prompt_tokens": [1.0]}', "prompt_tokens:", "whole numbers"),
-    line("tokens are booleans", '{"id": "b", "prompt_tokens": [true]}', "prompt_tokens:", "whole numbers"),
-    line("tokens are nested", '{"id": "b", "prompt_tokens": [[1]]}', "prompt_tokens:", "whole numbers"),
-    line("token is negative", '{"id": "b", "prompt_tokens": [-1]}', "prompt_tokens:", "-1", "from 0"),
-    line("token beyond the vocabulary", '{"id": "b", "prompt_tokens": [99999]}', "prompt_tokens:", "99999", "from 0"),
-    line("token of 4,000 digits", '{"id": "b", "prompt_tokens": [' + DIGITS[:4000] + ']}', "prompt_tokens:", "999"),
-    sample("not JSON", "{", "not valid JSON"),
-    sample("NaN as id", '{"id": NaN, "prompt_tokens": [1], "tokens": [5]}', "NaN"),
-    sample("infinity as sample", '{"id": 1, "sample": Infinity, "prompt_tokens": [1], "tokens": [5]}', "Infinity"),
-    sample("1e999 as id", '{"id": 1e999, "prompt_tokens": [1], "tokens": [5]}', "id:", "Infinity"),
-    sample("1e999 as sample", '{"sample": 1e999, "prompt_tokens": [1], "tokens": [5]}', "sample:", "Infinity"),
-    sample("sample is a list", '{"sample": [1], "prompt_tokens": [1], "tokens": [5]}', "sample:", "[1]"),
-    sample("lone surrogate as id", '{"id": "\\ud812", "prompt_tokens": [1], "tokens": [5]}', "surrogate"),
-    sample("no prompt", '{"tokens": [5]}', "prompt_tokens:"),
-    sample("empty prompt", '{"prompt_tokens": [], "tokens": [5]}', "prompt_tokens:", "empty"),
-    sample("no tokens", '{"prompt_tokens": [1]}', "tokens:"),
-    sample("tokens are null", '{"prompt_tokens": [1], "tokens": null}', "tokens:"),
-    sample("tokens are text", '{"prompt_tokens": [1], "tokens": "5"}', "tokens:"),
-    sample("token beyond the vocabulary", '{"prompt_tokens": [1], "tokens": [99999]}', "tokens:", "99999"),
-    sample("too many tokens", json.dumps({"prompt_tokens": [1], "tokens": [5] * 600}), "tokens:", "601", "512"),
     samples("a line of 10 MB", json.dumps({"prompt_tokens": [1], "tokens": [5], "text": "x" * 10_000_000}), "line 1", "longer"),
     samples("empty file", "", "in.jsonl", "holds no lines"),
     samples("an endless file", link_to("/dev/zero"), "in.jsonl", "device"),
@@ -128,20 +152,7 @@ CASES = [
     documents("a pipe", fifo, "in.jsonl", "pipe"),
     documents("an endless file", link_to("/dev/zero"), "in.jsonl", "device"),
     documents("an endless line", sparse(100 << 30), "in.jsonl line 1", "longer"),
-    documents("not JSON", '{"text": "a"}\n{\n', "in.jsonl line 2", "not valid JSON"),
-    documents("a list", "[1]\n", "in.jsonl line 1", "array"),
-    documents("nested", "[" * 100_000, "in.jsonl line 1", "nested too deeply"),
-    documents("no field", '{"txt": "a"}\n', "in.jsonl line 1", "'text'", "columns"),
-    documents("text is a number", '{"text": 3}\n', "in.jsonl line 1", "'text'", "3"),
-    documents("text is empty", '{"text": " "}\n', "in.jsonl line 1", "'text'", "empty"),
-    documents("lone surrogate", '{"text": "\\ud800"}\n', "in.jsonl line 1", "surrogate"),
     documents("a document too long", json.dumps({"text": "12+3 " * 2000}), "in.jsonl line 1", "256", "too_long"),
-    documents("NaN as token", '{"prompt_tokens": [1], "tokens": [NaN]}\n', "in.jsonl line 1", "NaN", kind="rollouts"),
-    documents("empty tokens", '{"prompt_tokens": [1], "tokens": []}\n', "line 1", "'tokens'", "empty", kind="rollouts"),
-    documents("true as token", '{"prompt_tokens": [1], "tokens": [true]}\n', "line 1", "'tokens'", kind="rollouts"),
-    documents("token beyond", '{"prompt_tokens": [1], "tokens": [99999]}\n', "line 1", "'tokens'", kind="rollouts"),
-    documents("message without a role", '{"messages": [{"content": "a"}]}\n', "line 1", "role", more=", format: messages"),
-    documents("messages are text", '{"messages": "a"}\n', "line 1", "'messages'", more=", format: messages"),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from engine_cases import small_markov_policy
 from pretend_device import PretendDevice
 
 from blockroll.kernels import graphs
@@ -26,7 +27,6 @@ from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.steps import model_runner, sampling_graphs, shapes
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
-SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
 ROWS = 1 + 3 + 2 * 4
 """Of a sequence in a step of the last schedule with blocks of 4."""
 SCHEDULES = [Schedule("ar"), Schedule("two_pass"), Schedule("fused", levels=(0, 2))]
@@ -41,11 +41,7 @@ def requests(samplers, samples=1, **params):
 
 @pytest.fixture(scope="module")
 def policy(make_policy):
-    """With a Markov head."""
-    made = make_policy(torch.float32, sharpness=0.6, **SMALL)
-    made.add_markov(4, torch.Generator().manual_seed(3))
-    made.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(4))
-    return made
+    return small_markov_policy(make_policy)
 
 
 def generate(policy, schedule, asked, device=None, **config):

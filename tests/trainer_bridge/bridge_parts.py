@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from blockroll.errors import ClusterError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import RolloutRequest, SamplingParams, StepTrace, Trajectory
+from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, connect
 from blockroll.trainer_bridge.client.host_weights import HostWeights
 from blockroll.trainer_bridge.gateway import Gateway
 from blockroll.trainer_bridge.gateway.batch_parts import Part
@@ -86,6 +88,15 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+@contextmanager
+def working(gateway: Gateway, *asked: RolloutRequest) -> Iterator[tuple[RolloutClient, ServiceControl]]:
+    """A client of the gateway and a control session, once the backend has begun these requests."""
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        client.submit(asked)
+        until(lambda: gateway._driver.in_flight > 0)
+        yield client, control
 
 
 def weights(seed: int = 0) -> dict[str, np.ndarray]:

@@ -17,21 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ...errors import BlockrollError, TransportError
+from ..wire import messages
 from ..wire.limits import MAX_ACKS, MAX_CANCELS
-from ..wire.messages import (
-    Ack,
-    Acked,
-    Cancel,
-    Cancelled,
-    Credit,
-    Delivery,
-    Failure,
-    Message,
-    Refused,
-    Status,
-    StatusRequest,
-    Submitted,
-)
 from .connection import Connection, SessionLost, refusal
 from .pending_requests import PendingRequests
 
@@ -206,40 +193,40 @@ class MessageLoop:
             self._number += 1
             self._unconfirmed_acks[self._number] = keys
             self.pending.count_acks(keys, 1)
-            self.connection.send(Ack(self._number, keys))
+            self.connection.send(messages.Ack(self._number, keys))
         for part in self.pending.parts():
             self.connection.send(part)
         for number in [n for n in self._cancels if n not in self._cancels_sent]:
             self._cancels_sent.add(number)
-            self.connection.send(Cancel(number, *self._cancels[number]))
+            self.connection.send(messages.Cancel(number, *self._cancels[number]))
         granted = self._received + max(WINDOW - self.pending.inbox_bytes, 0)
         if granted - self._granted >= WINDOW // 8:
             self._granted = granted
-            self.connection.send(Credit(granted))
+            self.connection.send(messages.Credit(granted))
         for number in [n for n, session in self._wanted.items() if session != self._session]:
             self._wanted[number] = self._session
-            self.connection.send(StatusRequest(number))
+            self.connection.send(messages.StatusRequest(number))
 
-    def _handle(self, message: Message) -> None:
-        if isinstance(message, Delivery):
+    def _handle(self, message: messages.Message) -> None:
+        if isinstance(message, messages.Delivery):
             self._cursor, self._last_delivery = message.number, time.monotonic()
             self._received += len(message.blobs[0])
             self.pending.deliver(message.request_id, message.sample, bytes(message.blobs[0]))
-        elif isinstance(message, Failure):
+        elif isinstance(message, messages.Failure):
             self._cursor, self._last_delivery = message.number, time.monotonic()
             self._received += len(message.error.encode())
             _log.info("request %s is refused: %s", message.request_id, message.error)
             self.pending.fail(message.request_id, message.error)
-        elif isinstance(message, Submitted):
+        elif isinstance(message, messages.Submitted):
             self.pending.receipt(message)
-        elif isinstance(message, Acked):
+        elif isinstance(message, messages.Acked):
             self.pending.confirm(self._unconfirmed_acks.pop(message.number, ()))
-        elif isinstance(message, Cancelled):
+        elif isinstance(message, messages.Cancelled):
             self._cancels.pop(message.number, None)
             self._cancels_sent.discard(message.number)
-        elif isinstance(message, Status):
+        elif isinstance(message, messages.Status):
             if message.number in self._wanted:
                 self._figures[message.number] = dict(message.figures)
-        elif isinstance(message, Refused) and message.about in self.pending.batches:
+        elif isinstance(message, messages.Refused) and message.about in self.pending.batches:
             self.pending.abandon(message.about)
             self._refusals[message.about] = refusal(message)

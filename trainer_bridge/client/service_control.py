@@ -16,28 +16,9 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ...errors import ClusterError, TransportError
+from ..wire import messages
 from ..wire.keys import ClientKeys
 from ..wire.limits import MAX_ABORTS
-from ..wire.messages import (
-    Abort,
-    Done,
-    Drain,
-    Engines,
-    EnginesRequest,
-    Message,
-    Pause,
-    PauseMode,
-    ResetPrefixCache,
-    Resume,
-    Scale,
-    Scaled,
-    Shutdown,
-    Status,
-    StatusRequest,
-    Stopping,
-    Tensors,
-    TensorsRequest,
-)
 from .arguments import check_push, id_list
 from .connection import Connection, SessionLost
 from .weight_directory import directory_weights
@@ -92,10 +73,10 @@ class ServiceControl:
 
     def status(self) -> ServiceStatus:
         """Figures and engines. Raises TransportError when the gateway does not answer."""
-        figures = self._ask(StatusRequest, Status)
+        figures = self._ask(messages.StatusRequest, messages.Status)
         rows: list[EngineRow] = []
         while True:
-            page = self._ask(partial(EnginesRequest, first=len(rows)), Engines)
+            page = self._ask(partial(messages.EnginesRequest, first=len(rows)), messages.Engines)
             rows += [EngineRow(*row) for row in page.rows]
             if len(rows) >= page.total or not page.rows:
                 return ServiceStatus(dict(figures.figures), tuple(rows))
@@ -103,10 +84,10 @@ class ServiceControl:
     def scale(self, engines: int, timeout: float = 60.0) -> None:
         """Has the service change to this many engines; returns when the cluster has taken the number, before new engines
         have loaded. Raises ClusterError when it refuses."""
-        if error := self._ask(lambda number: Scale(number, engines), Scaled, timeout).error:
+        if error := self._ask(lambda number: messages.Scale(number, engines), messages.Scaled, timeout).error:
             raise ClusterError(error)
 
-    def pause(self, mode: PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
+    def pause(self, mode: messages.PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
         """Pauses generation; returns when no engine makes a step. Requests that are submitted during a pause run after it.
 
         Args:
@@ -119,32 +100,32 @@ class ServiceControl:
 
         Raises ClusterError where the cluster cannot be paused, or `resume` was called meanwhile.
         """
-        self._act(lambda number: Pause(number, mode, reset_cache), timeout)
+        self._act(lambda number: messages.Pause(number, mode, reset_cache), timeout)
 
     def resume(self) -> None:
         """Ends a pause; returns when the engines go on. Changes nothing where there is no pause."""
-        self._act(Resume)
+        self._act(messages.Resume)
 
     def paused(self) -> str:
         """The mode of the pause; empty while there is none."""
-        return str(dict(self._ask(StatusRequest, Status).figures).get("paused", ""))
+        return str(dict(self._ask(messages.StatusRequest, messages.Status).figures).get("paused", ""))
 
     def abort(self, request_ids: Iterable[str] | None = None) -> None:
         """Ends requests of any client where they are, as `pause("abort")` does; None: all open requests. Unknown ids are ignored.
         Returns when the ledger has every sample."""
         names = [] if request_ids is None else id_list(request_ids)
         for first in range(0, len(names), MAX_ABORTS) if request_ids is not None else [0]:
-            self._act(partial(Abort, ids=tuple(names[first : first + MAX_ABORTS])))
+            self._act(partial(messages.Abort, ids=tuple(names[first : first + MAX_ABORTS])))
 
     def reset_prefix_cache(self) -> None:
         """Has the engines forget K/V that they keep for other requests. Samples that run keep their own."""
-        self._act(ResetPrefixCache)
+        self._act(messages.ResetPrefixCache)
 
     def expected_weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every tensor of a weight version, a tied head left out."""
         rows: list[tuple[Any, ...]] = []
         while True:
-            page = self._ask(partial(TensorsRequest, first=len(rows)), Tensors)
+            page = self._ask(partial(messages.TensorsRequest, first=len(rows)), messages.Tensors)
             rows += page.rows
             if len(rows) >= page.total or not page.rows:
                 return {name: (dtype, shape) for name, dtype, shape in rows}
@@ -183,9 +164,9 @@ class ServiceControl:
                     self._connection.open()
                     asked = False
                 if not asked:
-                    self._connection.send(Drain() if drain else Shutdown())
+                    self._connection.send(messages.Drain() if drain else messages.Shutdown())
                     asked = True
-                if any(isinstance(message, Stopping) for message in self._connection.receive(_WAIT_S)):
+                if any(isinstance(message, messages.Stopping) for message in self._connection.receive(_WAIT_S)):
                     # The gateway waits until the sessions it has told are closed.
                     self._connection.drop()
                     return True
@@ -198,12 +179,12 @@ class ServiceControl:
         """Closes the sockets; safe to call twice."""
         self._connection.close()
 
-    def _act(self, make: Callable[[int], Message], timeout: float | None = None) -> None:
+    def _act(self, make: Callable[[int], messages.Message], timeout: float | None = None) -> None:
         """Sends a message that Done answers. Raises ClusterError for a refusal."""
-        if error := self._ask(make, Done, timeout).error:
+        if error := self._ask(make, messages.Done, timeout).error:
             raise ClusterError(error)
 
-    def _ask(self, make: Callable[[int], Message], kind: type[T], timeout: float | None = None) -> T:
+    def _ask(self, make: Callable[[int], messages.Message], kind: type[T], timeout: float | None = None) -> T:
         """Sends a message with a new number and waits for the answer of that number."""
         self._number += 1
         number, asked = self._number, False

@@ -57,6 +57,8 @@ FULL_S, IDLE_S = 0.02, 0.25
 """Seconds between two rounds when something waits for a peer or the disk, and when nothing happens."""
 FAREWELL_S = 3.0
 """Seconds for which a gateway that ends waits for the clients concerned to disconnect."""
+LINGER_S = 5.0
+"""Seconds that messages which are still queued then have to leave. A peer that never read holds up the end for all of them."""
 BURST = 64
 """Messages read in one round before the other work."""
 
@@ -198,7 +200,7 @@ class Gateway:
         finally:
             self._driver.stop(30.0)
             self._weights.close()
-            self._socket.close(5.0)
+            self._socket.close(LINGER_S)
             self._ledger.close()
             with self._lock:
                 self._wake_in.close()

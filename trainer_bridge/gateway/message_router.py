@@ -15,45 +15,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ...errors import StorageError, TransportError
+from ..wire import messages
 from ..wire.codec import clip
 from ..wire.gateway_socket import Inbound
 from ..wire.limits import MAX_FIGURE_TEXT, MAX_NAME, MAX_STATS
-from ..wire.messages import (
-    Abort,
-    Ack,
-    Acked,
-    Cancel,
-    Cancelled,
-    Credit,
-    Delivery,
-    Drain,
-    EnginesRequest,
-    Failure,
-    Hello,
-    Message,
-    Pause,
-    Ping,
-    Pong,
-    PushAbort,
-    PushBegin,
-    PushChunk,
-    PushCommit,
-    PushLabel,
-    Refused,
-    Reset,
-    ResetPrefixCache,
-    Resume,
-    Scale,
-    Shutdown,
-    Status,
-    StatusRequest,
-    Stopping,
-    Submit,
-    Submitted,
-    TensorsRequest,
-    Welcome,
-    decode,
-)
 from ..wire.records import FAILURE, decode_request
 from .backend_driver import BackendDriver
 from .batch_parts import Part
@@ -105,20 +70,20 @@ class MessageRouter:
     def receive(self, inbound: Inbound) -> None:
         """Acts on one message."""
         try:
-            message = decode(inbound.frames)
+            message = messages.decode(inbound.frames)
         except TransportError as error:
             self._status.malformed += 1
             self._refuse(inbound.peer, str(error))
             return
-        if not isinstance(message, Submit):
+        if not isinstance(message, messages.Submit):
             # A message counts after all that came before it.
             self.record_parts()
-        if isinstance(message, Hello):
+        if isinstance(message, messages.Hello):
             self._hello(inbound, message)
             return
         session = self._sessions.find(inbound.peer, inbound.key)
         if session is None:
-            self._sessions.tell_peer(inbound.peer, Reset())
+            self._sessions.tell_peer(inbound.peer, messages.Reset())
         elif (act := (_CONTROL if session.control else _DATA).get(type(message))) is not None:
             act(self, session, message)
         else:
@@ -137,7 +102,7 @@ class MessageRouter:
             self._probed = now
             for session in self._sessions:
                 if not session.outbox:
-                    self._ping(session, Ping())
+                    self._ping(session, messages.Ping())
         waiting = False
         self.mark(self._ledger.take_news())
         for session in self._sessions:
@@ -150,13 +115,13 @@ class MessageRouter:
 
     def tell_failure(self, kind: str, text: str) -> int:
         """Tells every client that the gateway ends because of an error; returns how many are still connected."""
-        return self._sessions.tell(self._sessions, Refused("", kind, clip(text)))
+        return self._sessions.tell(self._sessions, messages.Refused("", kind, clip(text)))
 
     def tell_stopping(self) -> int:
         """Tells the clients that asked for it that the gateway stops; returns how many of them are still connected."""
-        return self._sessions.tell([s for s in self._sessions if s.asked_to_stop], Stopping())
+        return self._sessions.tell([s for s in self._sessions if s.asked_to_stop], messages.Stopping())
 
-    def _hello(self, inbound: Inbound, hello: Hello) -> None:
+    def _hello(self, inbound: Inbound, hello: messages.Hello) -> None:
         keys = self._sessions.socket.keys
         if keys is not None and inbound.key not in (keys.control if hello.control else keys.data):
             plane = "control" if hello.control else "data"
@@ -174,7 +139,7 @@ class MessageRouter:
                 self._refuse(inbound.peer, str(error))
                 return
             except StorageError as error:
-                self._sessions.tell_peer(inbound.peer, Refused("", "storage", clip(str(error))))
+                self._sessions.tell_peer(inbound.peer, messages.Refused("", "storage", clip(str(error))))
                 return
             for other in self._sessions:
                 if other.client == hello.client and not other.control:
@@ -186,48 +151,54 @@ class MessageRouter:
         session = Session(inbound.peer, hello.client, inbound.key, hello.control, hello.credit, cursor=cursor)
         self._sessions.open(session)
         _log.info("session of client %s is open", hello.client)
-        self._sessions.reply(inbound.peer, Welcome(self._ledger.ledger_id, self._status.version))
+        self._sessions.reply(inbound.peer, messages.Welcome(self._ledger.ledger_id, self._status.version))
         if self._status.notice():
-            self._ping(session, Ping())
+            self._ping(session, messages.Ping())
 
-    def _ping(self, session: Session, message: Ping) -> None:
-        self._sessions.reply(session.peer, Pong(self._status.version, self._status.notice()))
+    def _ping(self, session: Session, message: messages.Ping) -> None:
+        self._sessions.reply(session.peer, messages.Pong(self._status.version, self._status.notice()))
 
-    def _figures(self, session: Session, message: StatusRequest) -> None:
+    def _figures(self, session: Session, message: messages.StatusRequest) -> None:
         figures = tuple((clip(name, MAX_NAME), clip(value, MAX_FIGURE_TEXT) if isinstance(value, str) else value)
                         for name, value in self._status.figures().items())
-        self._sessions.reply(session.peer, Status(message.number, figures[:MAX_STATS]))
+        self._sessions.reply(session.peer, messages.Status(message.number, figures[:MAX_STATS]))
 
-    def _push(self, session: Session, message: PushBegin | PushChunk | PushCommit | PushAbort | PushLabel) -> None:
+    def _push(self, session: Session, message: (
+        messages.PushBegin | messages.PushChunk | messages.PushCommit | messages.PushAbort | messages.PushLabel
+    )) -> None:
         self._weights.handle(session.peer, session.client, message)
 
-    def _interrupt(self, session: Session, message: Pause | Resume | Abort | ResetPrefixCache) -> None:
+    def _interrupt(self, session: Session, message: (
+        messages.Pause | messages.Resume | messages.Abort | messages.ResetPrefixCache
+    )) -> None:
         self._generation.handle(session, message)
 
-    def _operate(self, session: Session, message: EnginesRequest | TensorsRequest | Scale | Drain) -> None:
-        if isinstance(message, EnginesRequest):
+    def _operate(self, session: Session, message: (
+        messages.EnginesRequest | messages.TensorsRequest | messages.Scale | messages.Drain
+    )) -> None:
+        if isinstance(message, messages.EnginesRequest):
             self._operations.engines(session, message)
-        elif isinstance(message, TensorsRequest):
+        elif isinstance(message, messages.TensorsRequest):
             self._operations.tensors(session, message)
-        elif isinstance(message, Scale):
+        elif isinstance(message, messages.Scale):
             self._operations.scale(session, message)
         else:
             self._operations.drain(session, message)
             self._weights.draining = True
 
-    def _shutdown(self, session: Session, message: Shutdown) -> None:
+    def _shutdown(self, session: Session, message: messages.Shutdown) -> None:
         _log.info("client %s asks the gateway to stop", session.client)
         self.shutdown = session.asked_to_stop = True
 
-    def _credit(self, session: Session, message: Credit) -> None:
+    def _credit(self, session: Session, message: messages.Credit) -> None:
         session.granted = max(session.granted, message.granted)
 
-    def _submit(self, session: Session, message: Submit) -> None:
+    def _submit(self, session: Session, message: messages.Submit) -> None:
         try:
             requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
         except TransportError as error:
             self._status.malformed += 1
-            self._sessions.reply(session.peer, Refused(message.batch, "transport", clip(str(error))))
+            self._sessions.reply(session.peer, messages.Refused(message.batch, "transport", clip(str(error))))
             return
         self._parts.append((session, Part(session.client, message.batch, message.index, requests, message.final)))
         self._part_bytes += sum(len(record) for _, record in requests)
@@ -244,16 +215,16 @@ class MessageRouter:
         except StorageError as error:
             for session, part in parts:
                 _log.warning("a batch of client %s is refused: %s", session.client, error)
-                self._sessions.reply(session.peer, Refused(part.batch, "storage", clip(str(error))))
+                self._sessions.reply(session.peer, messages.Refused(part.batch, "storage", clip(str(error))))
             return
         for (session, part), (acked, refused) in zip(parts, receipts, strict=True):
             for place, why in refused:
                 _log.info("request %s of client %s is refused: %s", part.requests[place][0].id, session.client, why)
-            self._sessions.reply(session.peer, Submitted(part.batch, part.index, tuple(acked),
+            self._sessions.reply(session.peer, messages.Submitted(part.batch, part.index, tuple(acked),
                                                          tuple((i, clip(why)) for i, why in refused)))
         self.mark({session.client for session, _ in parts})
 
-    def _cancel(self, session: Session, message: Cancel) -> None:
+    def _cancel(self, session: Session, message: messages.Cancel) -> None:
         try:
             leased = self._ledger.cancel(session.client, message.ids, message.why)
         except StorageError as error:
@@ -265,9 +236,9 @@ class MessageRouter:
         if leased:
             self._driver.cancel(leased)
         self.mark([session.client])
-        self._sessions.reply(session.peer, Cancelled(message.number))
+        self._sessions.reply(session.peer, messages.Cancelled(message.number))
 
-    def _ack(self, session: Session, message: Ack) -> None:
+    def _ack(self, session: Session, message: messages.Ack) -> None:
         session.acks.append(message)
         if len(session.acks) > MAX_ACKS_WAITING:
             self._sessions.drop(session)
@@ -282,7 +253,7 @@ class MessageRouter:
                 session.ack_error, self._retry = error, time.monotonic() + RETRY_S
                 return
             session.ack_error = None
-            self._sessions.reply(session.peer, Acked(session.acks.popleft().number))
+            self._sessions.reply(session.peer, messages.Acked(session.acks.popleft().number))
 
     def _deliver(self, session: Session) -> bool:
         """Sends what the ledger holds, within the credit; False when the peer has no room."""
@@ -293,9 +264,9 @@ class MessageRouter:
                 if session.sent >= session.granted:
                     return True
                 if row.sample == FAILURE:
-                    message: Message = Failure(row.seq, row.request_id, row.payload.decode("utf-8", "replace"))
+                    message: messages.Message = messages.Failure(row.seq, row.request_id, row.payload.decode("utf-8", "replace"))
                 else:
-                    message = Delivery(row.seq, row.request_id, row.sample, (row.payload,))
+                    message = messages.Delivery(row.seq, row.request_id, row.sample, (row.payload,))
                 result = self._sessions.tell_peer(session.peer, message)
                 if result == "full":
                     return False
@@ -308,16 +279,19 @@ class MessageRouter:
 
     def _refuse(self, peer: bytes, text: str) -> None:
         _log.info("a peer is refused: %s", text)
-        self._sessions.tell_peer(peer, Refused("", "transport", clip(text)))
+        self._sessions.tell_peer(peer, messages.Refused("", "transport", clip(text)))
 
 
-_Acts = dict[type[Message], Callable[[MessageRouter, Session, Any], None]]
-_ANY: _Acts = {Ping: MessageRouter._ping, StatusRequest: MessageRouter._figures}
+_Acts = dict[type[messages.Message], Callable[[MessageRouter, Session, Any], None]]
+_ANY: _Acts = {messages.Ping: MessageRouter._ping, messages.StatusRequest: MessageRouter._figures}
 _DATA: _Acts = _ANY | {
-    Submit: MessageRouter._submit, Cancel: MessageRouter._cancel, Credit: MessageRouter._credit, Ack: MessageRouter._ack}
+    messages.Submit: MessageRouter._submit, messages.Cancel: MessageRouter._cancel,
+    messages.Credit: MessageRouter._credit, messages.Ack: MessageRouter._ack}
+_PUSH = (messages.PushBegin, messages.PushChunk, messages.PushCommit, messages.PushAbort, messages.PushLabel)
+_INTERRUPT = (messages.Pause, messages.Resume, messages.Abort, messages.ResetPrefixCache)
+_OPERATE = (messages.EnginesRequest, messages.TensorsRequest, messages.Scale, messages.Drain)
 _CONTROL: _Acts = _ANY | {
-    PushBegin: MessageRouter._push, PushChunk: MessageRouter._push, PushCommit: MessageRouter._push,
-    PushAbort: MessageRouter._push, PushLabel: MessageRouter._push, Shutdown: MessageRouter._shutdown,
-    EnginesRequest: MessageRouter._operate, TensorsRequest: MessageRouter._operate, Scale: MessageRouter._operate,
-    Drain: MessageRouter._operate, Pause: MessageRouter._interrupt, Resume: MessageRouter._interrupt,
-    Abort: MessageRouter._interrupt, ResetPrefixCache: MessageRouter._interrupt}
+    messages.Shutdown: MessageRouter._shutdown,
+    **dict.fromkeys(_PUSH, MessageRouter._push),
+    **dict.fromkeys(_INTERRUPT, MessageRouter._interrupt),
+    **dict.fromkeys(_OPERATE, MessageRouter._operate)}

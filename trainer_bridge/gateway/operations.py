@@ -13,17 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ClusterError
+from ..wire import limits
 from ..wire.codec import clip
-from ..wire.limits import (
-    MAX_ENGINE_FIGURE,
-    MAX_ENGINE_FIGURES,
-    MAX_ENGINE_ROWS,
-    MAX_ENGINES,
-    MAX_FIGURE_TEXT,
-    MAX_FORMS,
-    MAX_NAME,
-    MAX_TENSOR_NAME,
-)
 from ..wire.messages import Drain, Engines, EnginesRequest, Scale, Scaled, Tensors, TensorsRequest
 from .backend_driver import BackendDriver
 from .generation_control import GenerationControl
@@ -46,19 +37,19 @@ class Operations:
     def __init__(self, sessions: Sessions, driver: BackendDriver, expected: Mapping[str, tuple[str, tuple[int, ...]]],
                  generation: GenerationControl) -> None:
         self._sessions, self._driver, self._generation = sessions, driver, generation
-        self._tensors = [(clip(name, MAX_TENSOR_NAME), clip(dtype, MAX_NAME), tuple(shape))
+        self._tensors = [(clip(name, limits.MAX_TENSOR_NAME), clip(dtype, limits.MAX_NAME), tuple(shape))
                          for name, (dtype, shape) in expected.items()]
         self.draining = False
 
     def tensors(self, session: Session, message: TensorsRequest) -> None:
         """Answers with the tensors of a weight version from a place on."""
-        rows = tuple(self._tensors[message.first : message.first + MAX_FORMS])
+        rows = tuple(self._tensors[message.first : message.first + limits.MAX_FORMS])
         self._sessions.reply(session.peer, Tensors(message.number, len(self._tensors), rows))
 
     def engines(self, session: Session, message: EnginesRequest) -> None:
         """Answers with the engines from a place on."""
-        every = self._driver.engines()[:MAX_ENGINES]
-        rows = tuple(_row(engine) for engine in every[message.first : message.first + MAX_ENGINE_ROWS])
+        every = self._driver.engines()[:limits.MAX_ENGINES]
+        rows = tuple(_row(engine) for engine in every[message.first : message.first + limits.MAX_ENGINE_ROWS])
         self._sessions.reply(session.peer, Engines(message.number, len(every), rows))
 
     def scale(self, session: Session, message: Scale) -> None:
@@ -81,6 +72,7 @@ class Operations:
 
 def _row(engine: Any) -> tuple[Any, ...]:
     """An `EngineStatus` as a message holds it."""
-    figures = tuple((clip(name, MAX_ENGINE_FIGURE), float(value)) for name, value in engine.figures.items())
-    return (engine.id, engine.pid, clip(engine.node, MAX_NAME), clip(engine.device, MAX_NAME), engine.state, engine.version,
-            float(engine.tokens_per_s), clip(engine.reason, MAX_FIGURE_TEXT), figures[:MAX_ENGINE_FIGURES])
+    figures = tuple((clip(name, limits.MAX_ENGINE_FIGURE), float(value)) for name, value in engine.figures.items())
+    return (engine.id, engine.pid, clip(engine.node, limits.MAX_NAME), clip(engine.device, limits.MAX_NAME), engine.state,
+            engine.version, float(engine.tokens_per_s), clip(engine.reason, limits.MAX_FIGURE_TEXT),
+            figures[:limits.MAX_ENGINE_FIGURES])

@@ -41,6 +41,12 @@ def clip(text: str, size: int = MAX_TEXT) -> str:
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
 
 
+def _of_type(value: Any, kind: type[T], expected: str, where: str) -> T:
+    if type(value) is not kind:
+        raise refuse(where, f"expected {expected}, got {_show(value)}")
+    return value
+
+
 class Field(Protocol[T]):
     """One value of a header: how it is written and how it is checked when read."""
 
@@ -80,9 +86,7 @@ class Float(_Checked[float]):
     """A double, bit for bit."""
 
     def unpack(self, value: Any, where: str) -> float:
-        if type(value) is not float:
-            raise refuse(where, f"expected a float, got {_show(value)}")
-        return value
+        return _of_type(value, float, "a float", where)
 
     def pack(self, value: Any, where: str) -> float:
         if not isinstance(value, int | float | np.integer | np.floating):
@@ -95,9 +99,7 @@ class Flag(_Checked[bool]):
     """True or false."""
 
     def unpack(self, value: Any, where: str) -> bool:
-        if type(value) is not bool:
-            raise refuse(where, f"expected true or false, got {_show(value)}")
-        return value
+        return _of_type(value, bool, "true or false", where)
 
     def pack(self, value: Any, where: str) -> bool:
         return self.unpack(bool(value) if isinstance(value, np.bool_) else value, where)
@@ -111,15 +113,14 @@ class Text(_Checked[str]):
     empty: bool = True
 
     def unpack(self, value: Any, where: str) -> str:
-        if type(value) is not str:
-            raise refuse(where, f"expected text, got {_show(value)}")
+        text = _of_type(value, str, "text", where)
         try:
-            length = len(value.encode())
+            length = len(text.encode())
         except UnicodeEncodeError:
             raise refuse(where, "text that is not valid Unicode") from None
-        if length > self.size or (not value and not self.empty):
+        if length > self.size or (not text and not self.empty):
             raise refuse(where, f"text of {length} bytes, expected {0 if self.empty else 1}..{self.size}")
-        return value
+        return text
 
 
 @dataclass(frozen=True)

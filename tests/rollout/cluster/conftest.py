@@ -1,10 +1,15 @@
-"""A small random policy on disk, for engines in other processes."""
+"""Makes `cluster_parts` importable; a small random policy on disk, for engines in other processes."""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import ZayaConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import blockroll
 from blockroll.model.policy import Policy

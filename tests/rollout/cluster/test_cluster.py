@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from cluster_parts import collect, requests
 
 import blockroll
 from blockroll.errors import ClusterError, InvalidInput
@@ -41,19 +42,6 @@ class Stubborn:
 
     def __getattr__(self, name):
         return getattr(self._actor, name)
-
-
-def requests(prefix, count=10, tokens=24, samples=2):
-    params = SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True)
-    return [RolloutRequest(f"{prefix}{i:02d}", (1, 5 + i, 9), params, seed=i, samples=samples) for i in range(count)]
-
-
-def collect(cluster, count, seconds=120.0):
-    done, end = [], time.monotonic() + seconds
-    while len(done) < count:
-        assert time.monotonic() < end, f"{len(done)} of {count} came"
-        done += cluster.poll(0.5)
-    return done
 
 
 def test_same_as_one_engine(cluster, policy_dir):
@@ -311,13 +299,13 @@ def next_weights(cluster, policy_dir):
 def commit_under_way(cluster, arrays, epoch, in_flight):
     """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
     settle(cluster)
-    batch = requests(f"{in_flight}-", 40, tokens=100, samples=6)
+    batch = requests(f"{in_flight}-", 40, tokens=100, samples=3)
     cluster.submit(batch, epoch)
     done = collect(cluster, 8)
     cluster.commit_weights(cluster.version + 1, arrays, in_flight=in_flight)
-    done += collect(cluster, 240 - len(done))
+    done += collect(cluster, 120 - len(done))
     got = order_by_id([c.trajectory for c in done])
-    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(6)]
+    assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(3)]
     assert {c.epoch for c in done} == {epoch}
     return got
 
@@ -370,21 +358,21 @@ def test_abort_ends_what_has_begun(cluster, next_weights):
 def test_a_client_chooses_what_happens_in_flight(cluster, next_weights, tmp_path):
     old = cluster.version
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
-        client.submit(requests("bridge", 40, tokens=100, samples=8))
+        client.submit(requests("bridge", 40, tokens=100, samples=4))
         results = client.results(timeout=60)
         got = [next(results) for _ in range(4)]
         assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
         got += list(client.results(timeout=60))
         with pytest.raises(InvalidInput, match=r"in_flight: unknown policy .*'later'.*finish, keep, recompute, abort"):
             client.push_weights(old + 2, next_weights[0], in_flight="later")
-        assert client.delivery == {"requested": 320, "unique": 320, "duplicates": 0, "failed": 0, "missing": 0}
+        assert client.delivery == {"requested": 160, "unique": 160, "duplicates": 0, "failed": 0, "missing": 0}
     assert across(got)
     assert {int(v) for t in got for v in t.versions} == {old, old + 1}
 
 
 def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_weights, tmp_path):
     """One step off policy: engines decode while the trainer trains, without a word between them, and take its push in mid-way."""
-    old, batch = cluster.version, requests("next", 40, tokens=100, samples=8)
+    old, batch = cluster.version, requests("next", 40, tokens=100, samples=4)
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address, ack="manual") as client:
         client.submit(batch)
         end = time.monotonic() + 60
@@ -393,8 +381,8 @@ def test_a_batch_submitted_before_a_push_is_collected_after_it(cluster, next_wei
             time.sleep(0.01)
         assert client.push_weights(old + 1, next_weights[0], in_flight="keep", allow_gap=True) == old + 1
         got = client.generate(batch, timeout=60)
-        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(8)]
+        assert [t.key for t in got] == [(r.id, i) for r in batch for i in range(4)]
         assert across(got)
         assert all((np.diff(t.versions) >= 0).all() and {*t.versions.tolist()} <= {old, old + 1} for t in got)
         client.acknowledge(got)
-        assert client.status()["acknowledged"] == 320
+        assert client.status()["acknowledged"] == 160

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from cluster_parts import collect, requests
 
 import blockroll
 from blockroll.rollout.cluster import EngineSpec, RayCluster
@@ -22,19 +23,6 @@ def cluster(policy_dir):
     cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=4)), engines=2)
     yield cluster
     cluster.close()
-
-
-def requests(prefix, count, tokens=24):
-    return [RolloutRequest(f"{prefix}{i}", (1, 5 + i, 9), SamplingParams(sampler="coupled", max_tokens=tokens, ignore_eos=True),
-                           seed=i, samples=2) for i in range(count)]  # fmt: skip
-
-
-def collect(cluster, count, seconds=60.0):
-    done, end = [], time.monotonic() + seconds
-    while len(done) < count:
-        assert time.monotonic() < end, f"{len(done)} of {count} came"
-        done += cluster.poll(0.5)
-    return done
 
 
 def long(name, samples=4, tokens=100):

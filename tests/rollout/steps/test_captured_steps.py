@@ -6,10 +6,10 @@ import copy
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
+from engine_cases import small_markov_policy
 from graph_emulator import EmulatedDevice, GraphFault
 
 from blockroll.kernels import graphs
@@ -21,17 +21,12 @@ from blockroll.rollout.steps import recurring, runner, sampling_graphs
 from blockroll.rollout.steps.captured import SamplerKind
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
-SMALL = dict(vocab_size=24, head_dim=16, moe_intermediate_size=16, num_hidden_layers=1, layer_types=["hybrid_sliding"])
 FUSED = Schedule("fused", levels=(0, 2))
 
 
 @pytest.fixture(scope="module")
 def policy(make_policy):
-    """With a Markov head."""
-    made = make_policy(torch.float32, sharpness=0.6, **SMALL)
-    made.add_markov(4, torch.Generator().manual_seed(3))
-    made.requires_grad_(False).markov.next.weight.normal_(generator=torch.Generator().manual_seed(4))
-    return made
+    return small_markov_policy(make_policy)
 
 
 @pytest.fixture(autouse=True)

@@ -35,12 +35,18 @@ def test_from_submission_to_acknowledgement() -> None:
     assert pending.state is State.ACKNOWLEDGED
 
 
-def test_samples_may_come_before_the_receipt() -> None:
-    pending = submitted(1)
-    pending.arrive(0)
-    assert pending.state is State.COMPLETE
-    pending.receipt(0)
-    assert pending.state is State.COMPLETE
+@pytest.mark.parametrize(("samples", "events"), [
+    pytest.param(1, [("arrive", 0, "COMPLETE"), ("receipt", 0, "COMPLETE")], id="samples before the receipt"),
+    pytest.param(2, [("receipt", 0, "RECORDED"), ("restart", "SUBMITTED"), ("fail", "FAILED"), ("restart", "FAILED")],
+                 id="a new session awaits the receipt again"),
+    pytest.param(2, [("arrive", 0, "SUBMITTED"), ("confirm", 0, "SUBMITTED"), ("arrive", 1, "COMPLETE")],
+                 id="an acknowledgement of part of it is not its end"),
+])  # fmt: skip
+def test_state_after_each_event(samples: int, events: list[tuple[str | int, ...]]) -> None:
+    pending = submitted(samples)
+    for event, *arguments, state in events:
+        getattr(pending, str(event))(*arguments)
+        assert pending.state is State[str(state)], event
 
 
 def test_what_an_earlier_life_left_counts() -> None:
@@ -72,25 +78,6 @@ def test_a_failed_request_ends_with_its_failures_acknowledgement() -> None:
     assert pending.state is State.FAILED
     pending.confirm(FAILURE)
     assert pending.state is State.ACKNOWLEDGED
-
-
-def test_a_new_session_awaits_the_receipt_again() -> None:
-    pending = submitted()
-    pending.receipt(0)
-    pending.restart()
-    assert pending.state is State.SUBMITTED
-    pending.fail()
-    pending.restart()
-    assert pending.state is State.FAILED
-
-
-def test_an_acknowledgement_of_part_of_it_is_not_its_end() -> None:
-    pending = submitted()
-    pending.arrive(0)
-    pending.confirm(0)
-    assert pending.state is State.SUBMITTED
-    pending.arrive(1)
-    assert pending.state is State.COMPLETE
 
 
 def test_a_step_that_is_not_in_the_table_is_a_bug() -> None:

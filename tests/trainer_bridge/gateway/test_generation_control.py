@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bridge_parts import ToyBackend, request, until, weights
+from bridge_parts import ToyBackend, request, until, weights, working
 
 from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.backend import Completed
@@ -67,9 +67,7 @@ def settled(client: RolloutClient) -> None:
 def test_keep_holds_what_runs_and_queues_what_comes(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend)
-    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
-        client.submit([request("a", samples=40)])
-        until(lambda: gateway._driver.in_flight > 0)
+    with working(gateway, request("a", samples=40)) as (client, control):
         backend.rate = 100
         until(lambda: gateway._driver.in_flight < 40)
         control.pause("keep")
@@ -93,10 +91,7 @@ def test_keep_holds_what_runs_and_queues_what_comes(serve: Serve) -> None:
 def test_wait_lets_what_runs_finish(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend, max_in_flight=20)
-    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
-        for name in "abcd":
-            client.submit([request(name, samples=20)])
-        until(lambda: gateway._driver.in_flight > 0)
+    with working(gateway, *(request(name, samples=20) for name in "abcd")) as (client, control):
         backend.rate = 100
         control.pause("wait", reset_cache=True)
         figures = client.status()
@@ -131,9 +126,8 @@ def test_abort_answers_what_runs_and_what_waits(serve: Serve) -> None:
 def test_named_requests_are_aborted_and_the_others_go_on(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend, max_in_flight=4)
-    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
-        client.submit([request("runs", samples=4), request("queued", samples=2), request("other", samples=2)])
-        until(lambda: gateway._driver.in_flight > 0)
+    asked = request("runs", samples=4), request("queued", samples=2), request("other", samples=2)
+    with working(gateway, *asked) as (client, control):
         control.abort(["runs", "queued", "unknown"])
         control.abort([])
         backend.rate = 1e9
@@ -146,10 +140,7 @@ def test_named_requests_are_aborted_and_the_others_go_on(serve: Serve) -> None:
 def test_an_abort_reaches_work_that_waits_behind_a_commit(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend)
-    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
-          ThreadPoolExecutor() as pool):  # fmt: skip
-        client.submit([request("runs")])
-        until(lambda: gateway._driver.in_flight == 1)
+    with working(gateway, request("runs")) as (client, control), ThreadPoolExecutor() as pool:
         pushed = pool.submit(client.push_weights, 1, weights(1))  # waits for `runs` to finish
         until(lambda: gateway._weights.busy)
         client.submit([request("behind", samples=2)])
@@ -162,10 +153,8 @@ def test_an_abort_reaches_work_that_waits_behind_a_commit(serve: Serve) -> None:
 
 def test_a_resume_ends_a_pause_that_has_not_begun(serve: Serve) -> None:
     gateway = serve(Pausable(rate=0.0))
-    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
-          ServiceControl(gateway.address) as other, ThreadPoolExecutor() as pool):  # fmt: skip
-        client.submit([request("a")])
-        until(lambda: gateway._driver.in_flight == 1)
+    with (working(gateway, request("a")) as (_, control), ServiceControl(gateway.address) as other,
+          ThreadPoolExecutor() as pool):  # fmt: skip
         paused = pool.submit(control.pause, "wait")
         until(lambda: gateway._generation.mode == "wait")
         other.resume()
@@ -236,9 +225,7 @@ def test_a_ledger_that_cannot_be_read_refuses_a_pause_and_serves_on(serve: Serve
 def test_a_drain_ends_a_pause(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend)
-    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
-        client.submit([request("a", samples=20)])
-        until(lambda: gateway._driver.in_flight > 0)
+    with working(gateway, request("a", samples=20)) as (client, control):
         control.pause("keep")
         backend.rate = 1e9
         assert control.stop(drain=True, timeout=20) and gateway.wait(10)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bridge_parts import ToyBackend, request, until, weights
+from bridge_parts import ToyBackend, request, until, weights, working
 
 from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.cluster.spec import EngineStatus
@@ -130,10 +130,7 @@ def test_a_drain_waits_for_a_commit_and_takes_no_other_push(serve: Serve, tmp_pa
 def test_a_push_that_begins_while_the_gateway_drains_is_refused(serve: Serve) -> None:
     backend = ToyBackend(rate=0.0)
     gateway = serve(backend)
-    with (connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control,
-          ThreadPoolExecutor() as pool):  # fmt: skip
-        client.submit([request("a")])
-        until(lambda: gateway._driver.in_flight == 1)
+    with working(gateway, request("a")) as (client, control), ThreadPoolExecutor() as pool:
         stopped = pool.submit(control.stop, drain=True, timeout=30)
         until(lambda: gateway._operations.draining)
         with pytest.raises(TransportError, match="weight version 1 is not taken: the service drains and stops"):

@@ -225,7 +225,8 @@ def test_a_flooding_peer_that_resets_its_connection_does_not_end_the_process() -
     assert (done.stdout, done.returncode) == ("alive\n", 0), done.stderr
 
 
-def test_a_peer_that_never_reads_is_forgotten(serve: Callable[..., Gateway]) -> None:
+def test_a_peer_that_never_reads_is_forgotten(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., Gateway]) -> None:
+    monkeypatch.setattr("blockroll.trainer_bridge.gateway.gateway.LINGER_S", 0.2)
     gateway = serve(ToyBackend())
     with connect(gateway.address) as client, zmq.Context() as context, context.socket(zmq.DEALER) as deaf:
         deaf.rcvhwm, deaf.rcvbuf, deaf.linger = 1, 4096, 0

@@ -22,7 +22,7 @@ from ..limits import (
     MAX_TENSORS,
     MAX_TEXT,
 )
-from .message import Message
+from .message import Message, Numbered
 
 _COUNT = Int()
 _WORD = Text(MAX_NAME)
@@ -33,23 +33,38 @@ where they are. In each mode no request begins before the pause is over."""
 
 
 @dataclass(frozen=True)
-class EnginesRequest(Message):
+class _RowsRequest(Numbered):
+    """C: asks for rows of a long list, from place `first` on."""
+
+    first: int
+
+
+@dataclass(frozen=True)
+class _Rows(Numbered):
+    """G: rows of a list of `total`, from the place asked for on, as many as one message holds."""
+
+    total: int
+    rows: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Outcome(Numbered):
+    """G: what the message of this number wants is done, or is refused for the reason `error`."""
+
+    error: str
+    SCHEMA = (_COUNT, Text(MAX_TEXT))
+
+
+class EnginesRequest(_RowsRequest):
     """C: asks for the engines from place `first` on."""
 
-    number: int
-    first: int
     KIND = 50
     SCHEMA = (_COUNT, Int(0, MAX_ENGINES))
 
 
-@dataclass(frozen=True)
-class Engines(Message):
-    """G: `total` engines exist. `rows` are those from the place asked for on, as many as one message holds, each as (id, pid,
-    node, device, state, version, tokens per second, reason, further figures by name)."""
+class Engines(_Rows):
+    """G: engines, each as (id, pid, node, device, state, version, tokens per second, reason, further figures by name)."""
 
-    number: int
-    total: int
-    rows: tuple[tuple[Any, ...], ...]
     KIND = 51
     SCHEMA = (_COUNT, Int(0, MAX_ENGINES), Many(Row((
         _COUNT, Optional(_COUNT), _WORD, _WORD, _WORD, _COUNT, Number(), Text(MAX_FIGURE_TEXT),
@@ -57,26 +72,20 @@ class Engines(Message):
 
 
 @dataclass(frozen=True)
-class Scale(Message):
+class Scale(Numbered):
     """C: the service must have this many engines. A Scaled of the same number answers."""
 
-    number: int
     engines: int
     KIND = 52
     SCHEMA = (_COUNT, Int(1, MAX_ENGINES))
 
 
-@dataclass(frozen=True)
-class Scaled(Message):
-    """G: the cluster has taken the new number of engines, or refuses it for the reason `error`."""
+class Scaled(_Outcome):
+    """G: answers Scale: the cluster has taken the new number of engines, or refuses it."""
 
-    number: int
-    error: str
     KIND = 53
-    SCHEMA = (_COUNT, Text(MAX_TEXT))
 
 
-@dataclass(frozen=True)
 class Drain(Message):
     """C: the gateway must lease nothing more, wait for what the engines hold, and stop. Stopping answers."""
 
@@ -84,74 +93,54 @@ class Drain(Message):
 
 
 @dataclass(frozen=True)
-class Pause(Message):
+class Pause(Numbered):
     """C: the service must pause. A Done of the same number answers when no engine makes a step. `reset_cache`: K/V that is
     kept for other requests is forgotten then."""
 
-    number: int
     mode: str
     reset_cache: bool
     KIND = 55
     SCHEMA = (_COUNT, Choice(PAUSE_MODES), Flag())
 
 
-@dataclass(frozen=True)
-class Resume(Message):
+class Resume(Numbered):
     """C: the pause is over. A Done of the same number answers when the engines go on."""
 
-    number: int
     KIND = 56
-    SCHEMA = (_COUNT,)
 
 
 @dataclass(frozen=True)
-class Abort(Message):
+class Abort(Numbered):
     """C: the unfinished samples of these requests must end where they are, and be delivered so; those of all requests when
     `ids` is empty. A Done of the same number answers when the ledger has them."""
 
-    number: int
     ids: tuple[str, ...]
     KIND = 57
     SCHEMA = (_COUNT, Many(Text(MAX_ID, empty=False), MAX_ABORTS))
 
 
-@dataclass(frozen=True)
-class ResetPrefixCache(Message):
+class ResetPrefixCache(Numbered):
     """C: the engines must forget K/V that they keep for other requests. A Done of the same number answers."""
 
-    number: int
     KIND = 58
-    SCHEMA = (_COUNT,)
 
 
-@dataclass(frozen=True)
-class Done(Message):
-    """G: what the message of this number wants is done, or is refused for the reason `error`."""
+class Done(_Outcome):
+    """G: answers Pause, Resume, Abort and ResetPrefixCache."""
 
-    number: int
-    error: str
     KIND = 59
-    SCHEMA = (_COUNT, Text(MAX_TEXT))
 
 
-@dataclass(frozen=True)
-class TensorsRequest(Message):
+class TensorsRequest(_RowsRequest):
     """C: asks for the tensors of a weight version from place `first` on."""
 
-    number: int
-    first: int
     KIND = 60
     SCHEMA = (_COUNT, Int(0, MAX_TENSORS))
 
 
-@dataclass(frozen=True)
-class Tensors(Message):
-    """G: a weight version has `total` tensors. `rows` are those from the place asked for on, as many as one message holds,
-    each as (name, dtype, shape)."""
+class Tensors(_Rows):
+    """G: tensors of a weight version, each as (name, dtype, shape)."""
 
-    number: int
-    total: int
-    rows: tuple[tuple[Any, ...], ...]
     KIND = 61
     SCHEMA = (_COUNT, Int(0, MAX_TENSORS), Many(Row((
         Text(MAX_TENSOR_NAME, empty=False), _WORD, Many(_COUNT, MAX_NDIM))), MAX_FORMS))

@@ -21,8 +21,9 @@ class Blobs:
     least: int = 1
 
 
+@dataclass(frozen=True)
 class Message:
-    """One message. A subclass is a frozen dataclass.
+    """One message. A subclass that adds fields is a frozen dataclass too.
 
     Attributes:
         KIND: the class's number on the wire.
@@ -45,7 +46,7 @@ class Numbered(Message):
     """A question of a client, or the answer of the gateway that has the same number."""
 
     number: int
-    SCHEMA = (Int(),)
+    SCHEMA: ClassVar[tuple[Field[Any], ...]] = (Int(),)
 
 
 def encode(message: Message) -> list[Buffer]:

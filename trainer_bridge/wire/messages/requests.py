@@ -97,10 +97,9 @@ class Failure(Message):
 
 
 @dataclass(frozen=True)
-class Ack(Message):
+class Ack(Numbered):
     """C: the trainer has these (request id, sample) and wants them no more. Sample -1 is the failure of the request."""
 
-    number: int
     keys: tuple[tuple[str, int], ...]
     KIND = 15
     SCHEMA = (_COUNT, Many(Row((_ID, Int(-1, MAX_SAMPLES - 1))), MAX_ACKS))
@@ -113,11 +112,10 @@ class Acked(Numbered):
 
 
 @dataclass(frozen=True)
-class Cancel(Message):
+class Cancel(Numbered):
     """C: the unfinished samples of these requests are not wanted. The requests fail with `why`. Ids of requests that the
     ledger does not hold, or that are finished, change nothing."""
 
-    number: int
     why: str
     ids: tuple[str, ...]
     KIND = 19
@@ -137,10 +135,9 @@ class StatusRequest(Numbered):
 
 
 @dataclass(frozen=True)
-class Status(Message):
+class Status(Numbered):
     """G: figures of the ledger, the gateway and the engines, as (name, value)."""
 
-    number: int
     figures: tuple[tuple[str, float | int | str], ...]
     KIND = 18
     SCHEMA = (_COUNT, Many(Row((_NAME, Number())), MAX_STATS))

@@ -42,7 +42,6 @@ class Welcome(Message):
     SCHEMA = (_NAME, _COUNT)
 
 
-@dataclass(frozen=True)
 class Reset(Message):
     """G: no session is open for this connection. The client must send Hello again."""
 
@@ -66,7 +65,6 @@ class Refused(Message):
     SCHEMA = (Text(MAX_NAME), Choice(("request", "storage", "transport", "cluster")), _TEXT)
 
 
-@dataclass(frozen=True)
 class Ping(Message):
     """C: asks for a Pong."""
 
@@ -88,14 +86,12 @@ class Pong(Message):
     SCHEMA = (_COUNT, _TEXT)
 
 
-@dataclass(frozen=True)
 class Shutdown(Message):
     """C, control session: asks the gateway to stop. Its ledger keeps what is not acknowledged."""
 
     KIND = 40
 
 
-@dataclass(frozen=True)
 class Stopping(Message):
     """G: the gateway stops, as Shutdown asked."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from ....rollout.backend import IN_FLIGHT_POLICIES
-from ..codec import Buffer, Choice, Flag, Int, Text
+from ..codec import Buffer, Choice, Field, Flag, Int, Text
 from ..limits import MAX_CHUNK, MAX_MANIFEST, MAX_NAME
 from .message import Blobs, Message
 
@@ -15,16 +16,17 @@ _COUNT = Int()
 
 @dataclass(frozen=True)
 class _OfPush(Message):
+    """A step of the push of this name, or the answer to one."""
+
     push: str
-    SCHEMA = (_NAME,)
+    SCHEMA: ClassVar[tuple[Field[Any], ...]] = (_NAME,)
 
 
 @dataclass(frozen=True)
-class PushBegin(Message):
+class PushBegin(_OfPush):
     """C: a weight version follows, whose manifest is `manifest[0]`. `in_flight`: what its commit does to sequences in
     flight."""
 
-    push: str
     in_flight: str
     manifest: tuple[bytes, ...]
     KIND = 30
@@ -33,22 +35,19 @@ class PushBegin(Message):
 
 
 @dataclass(frozen=True)
-class PushNeeds(Message):
+class PushNeeds(_OfPush):
     """G: answers a PushBegin whose version is to be pushed. `needed[0]` has a byte per tensor of the manifest: 1 where its
     chunks must come, 0 where they must not, because the gateway has the bytes."""
 
-    push: str
     needed: tuple[Buffer, ...]
     KIND = 35
-    SCHEMA = (_NAME,)
     BLOBS = Blobs(1, MAX_MANIFEST)
 
 
 @dataclass(frozen=True)
-class PushChunk(Message):
+class PushChunk(_OfPush):
     """C: bytes of tensor `index` of the manifest, from byte `offset` on. Only tensors that PushNeeds names are sent."""
 
-    push: str
     index: int
     offset: int
     data: tuple[Buffer, ...]
@@ -70,20 +69,18 @@ class PushAbort(_OfPush):
 
 
 @dataclass(frozen=True)
-class PushLabel(Message):
+class PushLabel(_OfPush):
     """C: the weights that serve must have this version number. A PushState, or a Refused, about `push` answers."""
 
-    push: str
     version: int
     KIND = 36
     SCHEMA = (_NAME, _COUNT)
 
 
 @dataclass(frozen=True)
-class PushState(Message):
+class PushState(_OfPush):
     """G: `received` chunks of a push are staged, or the version is `committed`. `version` is the one that serves."""
 
-    push: str
     received: int
     committed: bool
     version: int

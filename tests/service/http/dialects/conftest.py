@@ -1,4 +1,8 @@
-"""A live service with a real engine for each file of tests of trainers' routes; one that outlived its file would meet others."""
+"""One live service with a real engine for all files of tests of trainers' routes.
+
+The folder is a package (`__init__.py`), so that the service ends with its last test; ONE_PROCESS in tests/conftest.py gives one
+process all of its files.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dialect_parts import POLICY, Live
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("dialects")
     config = parse({

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from blockroll import cli
 from blockroll.errors import ConfigError
 from blockroll.settings import load_yaml
 from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
@@ -24,20 +26,35 @@ policy: tiny-reasoner-terse
 steps: 3
 tasks: {{families: [products, chain_sum], prompts_per_step: 5, samples_per_prompt: 4, max_generation_batches: {batches}}}
 rollouts: {{max_tokens: 64, staleness: {staleness}}}
-service: {{engines: {{count: 2, batch: 16}}, schedule: {{kind: fused}}}}
+service: {{engines: {{count: {engines}, batch: 16}}, schedule: {{kind: fused}}}}
 evaluation: {{tasks: 6, every: 2}}
 save_policy: false
 """
 COMMAND = [sys.executable, "-c", "from blockroll.cli import main; main()", "grpo"]
 
 
-def write_config(path: Path, output: Path, staleness: int = 0, batches: int = 1) -> Path:
-    path.write_text(RUN.format(output=output, staleness=staleness, batches=batches))
+def write_config(path: Path, output: Path, staleness: int = 0, batches: int = 1, engines: int = 2) -> Path:
+    path.write_text(RUN.format(output=output, staleness=staleness, batches=batches, engines=engines))
     return path
 
 
 def run(config: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, str(config), *flags], capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
+    """said(status, config, *flags): runs the command in this process, where it must end so; returns the lines of its stderr."""
+
+    def run(status: int, config: Path, *flags: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["blockroll", "grpo", str(config), *flags])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        lines = capsys.readouterr().err.splitlines()
+        assert (ended.value.code or 0) == status, lines
+        return lines
+
+    return run
 
 
 def rollouts_of(directory: Path) -> list[dict]:
@@ -87,11 +104,9 @@ def test_a_run_writes_what_it_came_to(whole):
     assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_run_is_not_overwritten_unasked(whole):
+def test_a_finished_run_is_not_overwritten_unasked(whole, said):
     before = files_of(whole)
-    done = run(whole.parent / "run.yaml")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    assert said(2, whole.parent / "run.yaml")[-1] == (
         f"error: output: {whole} holds a run (config.yaml); go on with it (--resume), replace it (--overwrite) or give "
         "another directory"
     )
@@ -99,20 +114,17 @@ def test_a_finished_run_is_not_overwritten_unasked(whole):
                            ("ray: {address: '127.0.0.1:9'}", "ray")):  # fmt: skip
         bad = write_config(whole.parent / "bad.yaml", whole)
         bad.write_text(bad.read_text().replace("schedule: {kind: fused}", changed))
-        done = run(bad, "--overwrite")
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {field}: "), done.stderr
+        assert said(2, bad, "--overwrite")[-1].startswith(f"error: {field}: ")
         assert files_of(whole) == before
-    done = run(whole.parent / "run.yaml", "--resume")
-    assert done.returncode == 0 and done.stderr.splitlines() == [f"the run in {whole} is finished"]
+    assert said(0, whole.parent / "run.yaml", "--resume") == [f"the run in {whole} is finished"]
     assert files_of(whole) == before
 
 
-def test_another_configuration_is_not_resumed(whole, tmp_path):
+def test_another_configuration_is_not_resumed(whole, said, tmp_path):
     other = write_config(tmp_path / "other.yaml", whole)
     other.write_text(other.read_text().replace("steps: 3", "steps: 4"))
-    done = run(other, "--resume")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(f"error: steps: 4 in {other} differs from the run in {whole}, which has 3; ")
+    refusal = said(2, other, "--resume")[-1]
+    assert refusal.startswith(f"error: steps: 4 in {other} differs from the run in {whole}, which has 3; ")
 
 
 def kill(process: subprocess.Popen, mark: str) -> None:
@@ -125,8 +137,9 @@ def kill(process: subprocess.Popen, mark: str) -> None:
 
 
 def test_a_run_that_is_killed_twice_goes_on_to_the_same_trajectories(whole, tmp_path):
-    """Killed in its first step, where there is no checkpoint, and again after two steps."""
-    output, config = tmp_path / "run", write_config(tmp_path / "run.yaml", tmp_path / "run")
+    """Killed in its first step, where there is no checkpoint, and again after two steps. One engine has the work of two."""
+    output = tmp_path / "run"
+    config = write_config(tmp_path / "run.yaml", output, engines=1)
     for rows, wait, flags in ((1, 0.3, ()), (3, 0.15, ("--resume",))):
         with open(tmp_path / "stderr", "w") as stderr:
             environment = os.environ | {"BLOCKROLL_TEST_RUN": str(output)}

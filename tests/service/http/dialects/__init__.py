@@ -1,0 +1,1 @@
+"""Tests of the routes that trainers call, against one live service."""
