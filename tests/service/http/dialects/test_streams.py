@@ -39,7 +39,7 @@ def test_tokens_stream_as_sglang_sends_them(live: Live) -> None:
     whole = live.post("/generate", body)
     events = live.stream("/generate", body)
     for number, answer in enumerate(whole):
-        mine = [event for event in events if event["index"] == number]
+        mine = [dict(event) for event in events if event["index"] == number]
         for before, after in pairwise(mine):
             made = before["output_ids"]
             assert after["text"].startswith(before["text"]) and after["output_ids"][: len(made)] == made
