@@ -18,7 +18,7 @@ from .http_errors import HttpError
 from .pieces import Piece, chat_logprobs, prompt_logprobs
 from .request_fields import Body, GenerationBody
 from .routes import ApiRoute
-from .sample_streams import all_samples, event_stream, json_response, pieces, usage
+from .sample_streams import MAY_STREAM, all_samples, event_stream, json_response, pieces, usage
 from .search import finish_reason, search_field, search_prompts
 from .state import HttpState, state_of
 from .text import TextStream, check_prompt, render_chat, whole_text
@@ -97,7 +97,7 @@ class ChatBody(GenerationBody):
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=MAY_STREAM)
 async def chat_completions(body: ChatBody, request: Request, state: Annotated[HttpState, Depends(state_of)]) -> Response:
     """The next message of a conversation."""
     if body.top_logprobs and not body.logprobs:

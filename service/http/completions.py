@@ -17,7 +17,7 @@ from .http_errors import HttpError
 from .pieces import Piece, completion_logprobs, prompt_logprobs
 from .request_fields import GenerationBody
 from .routes import ApiRoute
-from .sample_streams import all_samples, event_stream, json_response, pieces, usage
+from .sample_streams import MAY_STREAM, all_samples, event_stream, json_response, pieces, usage
 from .search import finish_reason, search_field, search_prompts
 from .state import HttpState, state_of
 from .text import TextStream, check_prompt, encode, need_tokenizer, whole_text
@@ -37,7 +37,7 @@ class CompletionBody(GenerationBody):
     use_beam_search: Literal[False] = Field(False, description="no: AReaL sends it")
 
 
-@router.post("/completions")
+@router.post("/completions", responses=MAY_STREAM)
 async def completions(body: CompletionBody, request: Request, state: Annotated[HttpState, Depends(state_of)]) -> Response:
     """Completes prompts."""
     if body.best_of not in (None, body.n):

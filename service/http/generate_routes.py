@@ -19,7 +19,7 @@ from .http_errors import HttpError
 from .pieces import Piece, finite_list, prompt_logprobs, weight_versions
 from .request_fields import StreamOptions, check_model
 from .routes import ApiRoute
-from .sample_streams import event_stream, json_response, usage
+from .sample_streams import MAY_STREAM, event_stream, json_response, usage
 from .sampling_fields import vllm_params
 from .state import HttpState, state_of
 from .text import check_prompt
@@ -48,7 +48,7 @@ class GenerateRequest(BaseModel):
     kv_transfer_params: None = None
 
 
-@router.post("/inference/v1/generate")
+@router.post("/inference/v1/generate", responses=MAY_STREAM)
 async def generate_tokens(body: GenerateRequest, request: Request, state: State) -> Response:
     """Samples of one prompt, with log-probabilities and the weight version of every token. A stream brings tokens as they are
     committed; what is known of whole samples alone comes with the last of them."""

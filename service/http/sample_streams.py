@@ -23,6 +23,8 @@ from .http_errors import HttpError, as_http_error, body_of
 from .pieces import Piece
 
 T = TypeVar("T")
+MAY_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the OpenAPI document says of a route that may answer with `event_stream`."""
 
 
 def json_response(body: Any) -> Response:

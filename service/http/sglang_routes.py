@@ -22,7 +22,7 @@ from .health_routes import health
 from .http_errors import HttpError
 from .pieces import finite_list, weight_versions
 from .routes import ApiRoute, ControlRoute
-from .sample_streams import event_stream, json_response
+from .sample_streams import MAY_STREAM, event_stream, json_response
 from .sampling_fields import sglang_params
 from .state import HttpState, state_of
 from .text import TextStream, check_prompt, encode, whole_text
@@ -81,7 +81,7 @@ class DiskUpdate(BaseModel):
     flush_cache: bool = True
 
 
-@router.post("/generate")
+@router.post("/generate", responses=MAY_STREAM)
 async def sglang_generate(body: SglangRequest, request: Request, state: State) -> Response:
     """One sample of a prompt, or a list of them where `n` is above 1."""
     begin = time.monotonic()
@@ -161,7 +161,7 @@ def _finish_reason(sample: Trajectory) -> dict[str, Any]:
     return {"type": "abort", "message": "the request was aborted", "status_code": None}
 
 
-@router.get("/health_generate")
+@router.get("/health_generate", response_class=Response)
 async def health_generate(state: State) -> Response:
     """As `/health`."""
     return await health(state)
@@ -195,8 +195,8 @@ async def update_weights_from_disk(body: DiskUpdate, state: State) -> Any:
         "abort" if body.abort_all_requests else None))
 
 
-@control_router.get("/flush_cache")
-@control_router.post("/flush_cache")
+@control_router.get("/flush_cache", response_class=PlainTextResponse)
+@control_router.post("/flush_cache", response_class=PlainTextResponse)
 async def flush_cache(state: State) -> Response:
     """Has the engines forget K/V that they keep for other requests."""
     await state.trainer.reset_prefix_cache()
@@ -218,7 +218,7 @@ async def continue_generation(state: State) -> dict[str, str]:
     return {"message": "Generation continued successfully.", "status": "ok"}
 
 
-@control_router.post("/abort_request")
+@control_router.post("/abort_request", response_class=Response)
 async def abort_request(body: Abort, state: State) -> Response:
     """Ends requests where they are, by `rid`, or all. They are answered with the tokens that they have."""
     if not body.abort_all and not body.rid:
