@@ -116,10 +116,14 @@ async def _computed(state: HttpState, step: Callable[[], T]) -> T:
 def search_field(config: SearchConfig, result: SearchResult) -> dict[str, Any]:
     """The field `search` of a choice."""
     found = {name: value for name, value in result.as_dict().items() if name not in ("id", "text")}
-    for name in ("logprob", "score"):
-        if found[name] is not None and not math.isfinite(found[name]):
-            found[name] = None  # JSON has no such number
+    found |= {name: _finite(found[name]) for name in ("logprob", "score")}
+    found["votes"] = {answer: _finite(weight) for answer, weight in found["votes"].items()}
     return {"seed": config.seed, **found}
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def finish_reason(result: SearchResult) -> str:

@@ -161,6 +161,21 @@ def test_an_abort_ends_a_search_with_what_it_has(service: Service) -> None:
     assert choice["search"]["spent"]["cancelled"] > 0
 
 
+def test_a_pause_holds_a_search_between_two_waves(service: Service) -> None:
+    headers = {"Authorization": f"Bearer {CONTROL_KEY}"}
+    with (httpx.Client(base_url=url_of(service), headers=headers, timeout=60) as raw, control(service) as watched,
+          ThreadPoolExecutor(1) as threads):  # fmt: skip
+        running = threads.submit(raw.post, "/v1/completions", json={
+            "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "search": {
+                "method": "self_consistency", "stop_rule": "certain", "samples": 64}})  # fmt: skip
+        wait_for(lambda: watched.status().figures["in_flight"] > 0)
+        raw.post("/pause", params={"mode": "wait"}).raise_for_status()
+        assert raw.post("/v1/completions", json={"prompt": PROMPT}).status_code == 503 and not running.done()
+        raw.post("/resume").raise_for_status()
+        answer = running.result(60)
+    assert answer.status_code == 200 and answer.json()["choices"][0]["search"]["spent"]["samples"] == 64, answer.text
+
+
 @pytest.mark.parametrize(("path", "body"), [
     ("/v1/completions", {"prompt": [5] * 100, "n": 300, "max_tokens": 400, "logprobs": 20}),
     ("/v1/completions", {"prompt": [[5]] * 300, "max_tokens": 400, "logprob_token_ids": list(range(5, 30))}),
