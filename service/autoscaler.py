@@ -35,6 +35,10 @@ class Decision:
     def __init__(self, engines: Engines) -> None:
         self._engines, self._since, self._peak = engines, 0.0, 0
 
+    def restart(self, now: float) -> None:
+        """Engines are idle from now on at the earliest."""
+        self._since, self._peak = now, 0
+
     def engines(self, outstanding: int, present: int, now: float) -> int:
         """The number of engines from now on.
 
@@ -44,7 +48,7 @@ class Decision:
         """
         wanted = wanted_engines(self._engines, outstanding)
         if wanted >= present:
-            self._since, self._peak = now, 0
+            self.restart(now)
             return wanted
         self._peak = max(self._peak, wanted)
         if now - self._since < self._engines.idle_seconds:
@@ -76,6 +80,9 @@ def _follow(config: ServiceConfig, address: str, stop: threading.Event) -> None:
         while not stop.wait(LOOK_S):
             try:
                 status = control.status()
+                if status.figures.get("paused"):  # what is queued waits for the end of the pause, not for engines
+                    decision.restart(time.monotonic())
+                    continue
                 present = len(status.engines)
                 outstanding = int(status.figures["outstanding"])
                 number = decision.engines(outstanding, present, time.monotonic())

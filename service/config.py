@@ -188,6 +188,8 @@ class Http(Config):
     max_body_bytes: int = Field(8 << 20, ge=1024, le=1 << 30, description="largest body of a request")
     max_samples: int = Field(1024, ge=1, le=65_536, description="most samples of one HTTP request: its prompts times `n`")
     max_logprobs: int = Field(20, ge=0, le=32_767, description="most alternatives recorded per token")
+    search_functions: tuple[str, ...] = Field((), description="functions, `module:function`, that the field `search` of a "
+                                              "request may name as `scorer` or `answer`; no other is loaded")
     max_unfinished: int = Field(65_536, ge=1, le=1 << 24, description="samples that HTTP clients may wait for at once; further "
                                 "requests are answered with 429")
 

@@ -63,7 +63,8 @@ class Verdict:
         chosen: the candidate whose text is the result; None where there is none.
         votes: weight of each answer, in the order in which they were seen.
         candidates: all that the decision looked at, in order.
-        reason: why sampling ended: `done`, or what stopped it early (`certain`, `sure`, `budget_tokens`, `budget_seconds`).
+        reason: why sampling ended: `done`, or what stopped it early (`certain`, `sure`, `budget_tokens`, `budget_seconds`,
+            `aborted` by somebody else).
     """
 
     chosen: Candidate | None

@@ -150,8 +150,8 @@ class Search:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def reason(self) -> str:
-        """Why sampling ended: `done`, or which budget cut it short."""
-        return (self.spending.reason or "budget_tokens") if self._cut else "done"
+        """Why sampling ended: `done`, which budget cut it short, or `aborted` where somebody else ended samples."""
+        return (self.spending.reason or "aborted") if self._cut else "done"
 
     def _request(self, prompt: tuple[int, ...], max_tokens: int, changes: dict[str, Any]) -> RolloutRequest:
         name = f"{self.question.id}/{self._number}"

@@ -35,7 +35,7 @@ _METHODS: Mapping[str, Callable[[Search], Method]] = {
 _AHEAD = 32
 
 
-class _Running:
+class RunningSearch:
     """A search between two waves of its requests."""
 
     def __init__(self, search: Search) -> None:
@@ -123,12 +123,12 @@ def run_searches(
     params = params or SamplingParams()
     answer, scorer = functions_of(config, params)
     left = iter(questions)
-    owners: dict[str, _Running] = {}
+    owners: dict[str, RunningSearch] = {}
     try:
         while True:
             while len(owners) < ahead and (question := next(left, None)) is not None:
                 made = Search(question, config, params, source.tokenizer, source.max_positions, answer, scorer)
-                running = _Running(made)
+                running = RunningSearch(made)
                 yield from _submitted(source, owners, running, running.begin())
             if not owners:
                 return
@@ -148,7 +148,7 @@ def run_searches(
 
 
 def _submitted(
-    source: SampleSource, owners: dict[str, _Running], running: _Running, following: list[RolloutRequest] | SearchResult
+    source: SampleSource, owners: dict[str, RunningSearch], running: RunningSearch, following: list[RolloutRequest] | SearchResult
 ) -> Iterator[SearchResult]:
     """Submits a search's next requests, or yields its result."""
     if isinstance(following, SearchResult):
@@ -161,7 +161,7 @@ def _submitted(
     owners.update((request.id, running) for request in following)
 
 
-def _cancel(source: SampleSource, owners: dict[str, _Running], running: _Running) -> None:
+def _cancel(source: SampleSource, owners: dict[str, RunningSearch], running: RunningSearch) -> None:
     """Ends what a search has outstanding."""
     names = list(running.outstanding)
     if not names:

@@ -1,4 +1,7 @@
-"""AReaL's names for a pause, its end, and weights from a directory. A failure is answered with `success: false` and a reason."""
+"""AReaL's names for a pause, its end, and weights from a directory.
+
+A failure is answered with `success: false` and a reason, beside OpenAI's form.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import BlockrollError
 from .control_routes import MAX_PATH, check_directory
-from .http_errors import HttpError, as_http_error
+from .http_errors import HttpError, as_http_error, body_of
 from .routes import ControlRoute
 from .state import HttpState, state_of
 
@@ -54,5 +57,5 @@ async def answered(load: Any) -> Any:
         version = await load()
     except (BlockrollError, HttpError) as error:
         known = as_http_error(error)
-        return JSONResponse({"success": False, "message": known.message}, known.status)
+        return JSONResponse({"success": False, "message": known.message, **body_of(known)}, known.status)
     return {"success": True, "message": "Weights updated", "weight_version": str(version)}

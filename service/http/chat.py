@@ -11,15 +11,18 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import ConfigDict, Field
 
+from ...rollout.search.candidates import SearchResult
+from ...rollout.search.config import SearchConfig
 from ...rollout.types import RolloutRequest, Trajectory
 from .http_errors import HttpError
 from .pieces import Piece, chat_logprobs, prompt_logprobs
 from .request_fields import Body, GenerationBody
 from .routes import ApiRoute
-from .sample_streams import all_samples, event_stream, json_response, pieces, usage
+from .sample_streams import MAY_STREAM, all_samples, event_stream, json_response, pieces, usage
+from .search import finish_reason, search_field, search_prompts
 from .state import HttpState, state_of
 from .text import TextStream, check_prompt, render_chat, whole_text
-from .tool_calls import OPENINGS, parse_tool_calls
+from .tool_calls import OPENINGS, ToolCall, parse_tool_calls
 
 router = APIRouter(prefix="/v1", route_class=ApiRoute, tags=["OpenAI"])
 
@@ -94,7 +97,7 @@ class ChatBody(GenerationBody):
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
 
-@router.post("/chat/completions")
+@router.post("/chat/completions", responses=MAY_STREAM)
 async def chat_completions(body: ChatBody, request: Request, state: Annotated[HttpState, Depends(state_of)]) -> Response:
     """The next message of a conversation."""
     if body.top_logprobs and not body.logprobs:
@@ -109,11 +112,38 @@ async def chat_completions(body: ChatBody, request: Request, state: Annotated[Ht
     messages = [message.for_template() for message in body.messages]
     tokens = await render_chat(state, messages, tools, body.add_generation_prompt, body.continue_final_message,
                                body.chat_template_kwargs)  # fmt: skip
-    [wanted] = body.requests(state, [check_prompt(state, tokens, "messages")], params)
+    prompt = check_prompt(state, tokens, "messages")
+    if body.search is not None:
+        config, [found] = await search_prompts(request, state, body, [(prompt, None)], params)
+        return json_response(_searched(body, state, config, found, prompt, tools))
+    [wanted] = body.requests(state, [prompt], params)
     answer = _Chat(body, state, wanted, tools)
     if body.stream:
         return await event_stream(request, answer.chunks())
     return json_response(answer.whole((await all_samples(request, state.dispatch, [wanted]))[0]))
+
+
+def _searched(
+    body: ChatBody, state: HttpState, config: SearchConfig, found: SearchResult, prompt: Sequence[int],
+    tools: Sequence[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """One choice."""
+    text, calls = parse_tool_calls(found.text or "", tools) if tools else (found.text or "", [])
+    reason = finish_reason(found)
+    choice = {"index": 0, "message": _message(text, calls), "logprobs": None,
+              "finish_reason": "tool_calls" if calls and reason == "stop" else reason,
+              "search": search_field(config, found)}  # fmt: skip
+    answer = {"id": f"chatcmpl-{state.dispatch.new_id()}", "object": "chat.completion", "created": int(time.time()),
+              "model": state.policy, "choices": [choice], "usage": usage([prompt], found.spent.tokens)}  # fmt: skip
+    if body.return_token_ids:
+        choice["token_ids"] = [] if found.verdict.chosen is None else list(found.verdict.chosen.tokens)
+        answer["prompt_token_ids"] = list(prompt)
+    return answer
+
+
+def _message(text: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    return message | ({"tool_calls": [call.as_json() for call in calls]} if calls else {})
 
 
 class _Chat:
@@ -128,13 +158,10 @@ class _Chat:
         choices = []
         for sample in samples:
             text, calls = self._parsed(sample)
-            message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
-            if calls:
-                message["tool_calls"] = [call.as_json() for call in calls]
             piece = Piece.of_trajectory(sample)
-            choices.append({"index": sample.sample, "message": message, **self._more(piece, sample, bool(calls))})
+            choices.append({"index": sample.sample, "message": _message(text, calls), **self._more(piece, sample, bool(calls))})
         answer = {**self._head, "object": "chat.completion", "choices": choices,
-                  "usage": usage([self.request], sum(len(sample.tokens) for sample in samples))}  # fmt: skip
+                  "usage": usage([self.request.prompt_tokens], sum(len(sample.tokens) for sample in samples))}  # fmt: skip
         return answer | self._of_prompt(samples[0])
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -156,7 +183,7 @@ class _Chat:
                 chunk = {**head, "choices": [{"index": number, "delta": delta, **self._more(piece, end, bool(calls))}]}
                 yield chunk if end is None else chunk | self._of_prompt(end)
         if body.stream_options is not None and body.stream_options.include_usage:
-            yield {**head, "choices": [], "usage": usage([self.request], tokens)}
+            yield {**head, "choices": [], "usage": usage([self.request.prompt_tokens], tokens)}
 
     def _parsed(self, sample: Trajectory) -> tuple[str, list[Any]]:
         text = whole_text(self.state.tokenizer, sample, self.body.skip_special_tokens)

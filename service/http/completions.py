@@ -10,12 +10,15 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
+from ...rollout.search.candidates import SearchResult
+from ...rollout.search.config import SearchConfig
 from ...rollout.types import RolloutRequest, Trajectory
 from .http_errors import HttpError
 from .pieces import Piece, completion_logprobs, prompt_logprobs
 from .request_fields import GenerationBody
 from .routes import ApiRoute
-from .sample_streams import all_samples, event_stream, json_response, pieces, usage
+from .sample_streams import MAY_STREAM, all_samples, event_stream, json_response, pieces, usage
+from .search import finish_reason, search_field, search_prompts
 from .state import HttpState, state_of
 from .text import TextStream, check_prompt, encode, need_tokenizer, whole_text
 
@@ -34,7 +37,7 @@ class CompletionBody(GenerationBody):
     use_beam_search: Literal[False] = Field(False, description="no: AReaL sends it")
 
 
-@router.post("/completions")
+@router.post("/completions", responses=MAY_STREAM)
 async def completions(body: CompletionBody, request: Request, state: Annotated[HttpState, Depends(state_of)]) -> Response:
     """Completes prompts."""
     if body.best_of not in (None, body.n):
@@ -48,10 +51,31 @@ async def completions(body: CompletionBody, request: Request, state: Annotated[H
     params = body.params(state, body.max_tokens, body.logprobs)
     prompts = [check_prompt(state, await encode(state, each, "prompt") if isinstance(each, str) else each, "prompt")
                for each in given]  # fmt: skip
+    if body.search is not None:
+        asked = [(tokens, each if isinstance(each, str) else None) for tokens, each in zip(prompts, given, strict=True)]
+        config, found = await search_prompts(request, state, body, asked, params)
+        return json_response(_searched(body, state, config, found, prompts))
     answer = _Completions(body, state, body.requests(state, prompts, params), given)
     if body.stream:
         return await event_stream(request, answer.chunks())
     return json_response(answer.whole(await all_samples(request, state.dispatch, answer.requests)))
+
+
+def _searched(
+    body: CompletionBody, state: HttpState, config: SearchConfig, found: Sequence[SearchResult], prompts: Sequence[Sequence[int]]
+) -> dict[str, Any]:  # fmt: skip
+    """One choice per prompt."""
+    choices = []
+    for place, (result, prompt) in enumerate(zip(found, prompts, strict=True)):
+        choice = {"index": place, "text": result.text or "", "logprobs": None, "finish_reason": finish_reason(result),
+                  "search": search_field(config, result)}  # fmt: skip
+        if body.return_token_ids:
+            chosen = result.verdict.chosen
+            choice |= {"token_ids": [] if chosen is None else list(chosen.tokens), "prompt_token_ids": list(prompt)}
+        choices.append(choice)
+    return {"id": f"cmpl-{state.dispatch.new_id()}", "object": "text_completion", "created": int(time.time()),
+            "model": state.policy, "choices": choices,
+            "usage": usage(prompts, sum(result.spent.tokens for result in found))}  # fmt: skip
 
 
 class _Completions:
@@ -59,6 +83,7 @@ class _Completions:
 
     def __init__(self, body: CompletionBody, state: HttpState, requests: list[RolloutRequest], given: Sequence[Any]) -> None:
         self.body, self.state, self.requests, self._given = body, state, requests, given
+        self._prompts = [each.prompt_tokens for each in requests]
         self._head = {"id": f"cmpl-{requests[0].id}", "object": "text_completion", "created": int(time.time()),
                       "model": state.policy}  # fmt: skip
 
@@ -70,7 +95,7 @@ class _Completions:
                 text = self._prompt_text(place) + whole_text(self.state.tokenizer, sample, self.body.skip_special_tokens)
                 choices.append(self._choice(place, sample.sample, text, 0, Piece.of_trajectory(sample), sample))
         tokens = sum(len(sample.tokens) for group in samples for sample in group)
-        return {**self._head, "choices": choices, "usage": usage(self.requests, tokens)}
+        return {**self._head, "choices": choices, "usage": usage(self._prompts, tokens)}
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """The choices in pieces."""
@@ -90,7 +115,7 @@ class _Completions:
                 tokens += len(piece.tokens)
                 yield {**self._head, "choices": [self._choice(place, number, text, offset, piece, end)]}
         if body.stream_options is not None and body.stream_options.include_usage:
-            yield {**self._head, "choices": [], "usage": usage(self.requests, tokens)}
+            yield {**self._head, "choices": [], "usage": usage(self._prompts, tokens)}
 
     def _choice(self, place: int, number: int, text: str, offset: int, piece: Piece, end: Trajectory | None) -> dict[str, Any]:
         body, tokenizer = self.body, self.state.tokenizer

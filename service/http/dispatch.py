@@ -115,15 +115,16 @@ class Dispatch:
         self._number += 1
         return f"{self._life}-{self._number}"
 
-    def open(self, requests: Sequence[RolloutRequest], progress: bool = False) -> Answers:
+    def open(self, requests: Sequence[RolloutRequest], progress: bool = False, admitted: bool = False) -> Answers:
         """Submits requests; use the result as `async with dispatch.open(...) as answers`. Called in the event loop.
 
         Args:
             progress: also bring what samples make before they end.
+            admitted: they are further work of an HTTP request that was admitted before, so a pause queues them.
 
         Raises HttpError (429) where too many samples are unfinished.
         """
-        if self.refuses():
+        if not admitted and self.refuses():
             raise HttpError(503, "generation is paused; send the request again after /resume", code="paused")
         wanted = sum(request.samples for request in requests)
         answers = Answers(self, requests)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...rollout.params import SamplingParams
-from ...rollout.types import Trajectory
-from .generation import generate
+from ...rollout.types import RolloutRequest, Trajectory
+from .generation import generate, generate_pieces, prepared
 from .http_errors import HttpError
-from .pieces import finite_list, prompt_logprobs, weight_versions
-from .request_fields import check_model
+from .pieces import Piece, finite_list, prompt_logprobs, weight_versions
+from .request_fields import StreamOptions, check_model
 from .routes import ApiRoute
-from .sample_streams import json_response
+from .sample_streams import MAY_STREAM, event_stream, json_response, usage
 from .sampling_fields import vllm_params
 from .state import HttpState, state_of
 from .text import check_prompt
@@ -38,40 +40,68 @@ class GenerateRequest(BaseModel):
     request_id: str | None = Field(None, min_length=1, max_length=256, description="a name, by which it may be aborted")
     cache_salt: str | None = Field(None, description="K/V is reused among requests of one salt alone")
     priority: int = Field(0, description="of the requests that wait, those with the least number go first")
-    stream: Literal[False] | None = False
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     features: None = None
     content_parts: None = None
     kv_transfer_params: None = None
 
 
-@router.post("/inference/v1/generate")
+@router.post("/inference/v1/generate", responses=MAY_STREAM)
 async def generate_tokens(body: GenerateRequest, request: Request, state: State) -> Response:
-    """Samples of one prompt, with log-probabilities and the weight version of every token."""
-    params, found = await _run(body, request, state)
-    made = sum(len(sample.tokens) for sample in found)
-    answer: dict[str, Any] = {
-        "request_id": body.request_id or found[0].request_id, "model": state.policy, "created": int(time.time()),
-        "choices": [_choice(sample, params) for sample in found], "prompt_logprobs": prompt_logprobs(found[0], state.tokenizer),
-        "usage": {"prompt_tokens": len(body.token_ids), "completion_tokens": made, "total_tokens": len(body.token_ids) + made}}
+    """Samples of one prompt, with log-probabilities and the weight version of every token. A stream brings tokens as they are
+    committed; what is known of whole samples alone comes with the last of them."""
+    wanted = _request(body, state)
+    if body.stream:
+        return await event_stream(request, _chunks(body, state, wanted))
+    found = await generate(request, state, wanted, body.request_id)
+    answer = {
+        **_head(body, state, wanted), "choices": [_whole(sample, wanted.params) for sample in found],
+        "prompt_logprobs": prompt_logprobs(found[0], state.tokenizer),
+        "usage": usage([body.token_ids], sum(len(sample.tokens) for sample in found))}  # fmt: skip
     if body.return_token_ids:
         answer["prompt_token_ids"] = body.token_ids
     return json_response(answer)
 
 
+async def _chunks(body: GenerateRequest, state: HttpState, wanted: RolloutRequest) -> AsyncGenerator[dict[str, Any], None]:
+    """The answer in pieces."""
+    head, made = _head(body, state, wanted), 0
+    async with aclosing(generate_pieces(state, wanted, body.request_id)) as found:
+        async for number, piece, end in found:
+            chunk = {**head, "choices": [_choice(number, piece, wanted.params, end)]}
+            if end is not None and wanted.params.prompt_logprobs is not None:
+                chunk["prompt_logprobs"] = prompt_logprobs(end, state.tokenizer)
+            if body.return_token_ids and not made:
+                chunk["prompt_token_ids"] = body.token_ids
+            made += len(piece.tokens)
+            yield chunk
+    if body.stream_options is not None and body.stream_options.include_usage:
+        yield {**head, "choices": [], "usage": usage([body.token_ids], made)}
+
+
+def _head(body: GenerateRequest, state: HttpState, wanted: RolloutRequest) -> dict[str, Any]:
+    return {"request_id": body.request_id or wanted.id, "model": state.policy, "created": int(time.time())}
+
+
 @router.post("/skyrl/v1/generate")
 async def generate_with_experts(body: GenerateRequest, request: Request, state: State) -> Response:
     """As `/inference/v1/generate`, with the routed experts as nested lists (rows, layers, 1)."""
+    if body.stream:
+        raise HttpError(400, "stream: this route answers whole; use /inference/v1/generate", "stream")
     body.sampling_params["routed_experts"] = True
-    params, found = await _run(body, request, state)
-    choices = [_choice(sample, params) for sample in found]
+    wanted = _request(body, state)
+    found = await generate(request, state, wanted, body.request_id)
+    choices = [_whole(sample, wanted.params) for sample in found]
     for choice, sample in zip(choices, found, strict=True):
         experts = sample.routed_experts
         choice["routed_experts"] = None if experts is None else experts[:, :, None].tolist()
     return json_response({"choices": choices})
 
 
-async def _run(body: GenerateRequest, request: Request, state: HttpState) -> tuple[SamplingParams, list[Trajectory]]:
+def _request(body: GenerateRequest, state: HttpState) -> RolloutRequest:
+    """What the body wants. Raises HttpError or RequestError."""
     check_model(body.model, state)
     prompt = check_prompt(state, body.token_ids, "token_ids")
     room = state.sizes.positions - len(prompt)
@@ -79,21 +109,26 @@ async def _run(body: GenerateRequest, request: Request, state: HttpState) -> tup
     if params.max_tokens > room:
         raise HttpError(400, f"sampling_params.max_tokens: {params.max_tokens} tokens do not fit behind the prompt; {room} do",
                         "sampling_params.max_tokens", "context_length_exceeded")
-    return params, await generate(request, state, prompt, params, body.request_id, body.cache_salt or "", body.priority)
+    return prepared(state, prompt, params, body.cache_salt or "", body.priority)
 
 
-def _choice(sample: Trajectory, params: SamplingParams) -> dict[str, Any]:
+def _whole(sample: Trajectory, params: SamplingParams) -> dict[str, Any]:
+    return _choice(sample.sample, Piece.of_trajectory(sample), params, sample)
+
+
+def _choice(number: int, piece: Piece, params: SamplingParams, end: Trajectory | None) -> dict[str, Any]:
+    """A piece of a sample; `end`: the sample, where the piece ends it."""
     choice: dict[str, Any] = {
-        "index": sample.sample, "token_ids": sample.tokens, "finish_reason": sample.finish_reason,
-        "stop_reason": sample.stop_reason, "logprobs": None, "weight_versions": weight_versions(sample),
-        "routed_experts": packed_experts(sample), "behavior_logprobs": finite_list(sample.behavior_logprobs.tolist()),
-        "tokens_per_forward": sample.tokens_per_forward}  # fmt: skip
+        "index": number, "token_ids": piece.tokens, "finish_reason": None, "logprobs": None,
+        "behavior_logprobs": finite_list(piece.behavior_logprobs)}  # fmt: skip
     if params.logprobs is not None:
-        content = [_entry(*pair) for pair in zip(sample.tokens, finite_list(sample.logprobs.tolist()), strict=True)]
-        if sample.top_tokens is not None and sample.top_logprobs is not None:
-            for entry, tokens, logprobs in zip(content, sample.top_tokens.tolist(), sample.top_logprobs.tolist(), strict=True):
-                entry["top_logprobs"] = [_entry(*pair) for pair in zip(tokens, finite_list(logprobs), strict=True)]
+        content = [_entry(*pair) for pair in zip(piece.tokens, finite_list(piece.logprobs), strict=True)]
+        for entry, (tokens, logprobs) in zip(content, piece.top):
+            entry["top_logprobs"] = [_entry(*pair) for pair in zip(tokens, finite_list(logprobs), strict=True)]
         choice["logprobs"] = {"content": content}
+    if end is not None:
+        choice |= {"finish_reason": end.finish_reason, "stop_reason": end.stop_reason, "weight_versions": weight_versions(end),
+                   "routed_experts": packed_experts(end), "tokens_per_forward": end.tokens_per_forward}  # fmt: skip
     return choice
 
 

@@ -16,7 +16,7 @@ router = APIRouter(route_class=ApiRoute, tags=["Health"])
 State = Annotated[HttpState, Depends(state_of)]
 
 
-@router.get("/health")
+@router.get("/health", response_class=Response)
 async def health(state: State) -> Response:
     """200 and no body while the gateway answers and reports no trouble."""
     status = await state.status()
@@ -32,7 +32,7 @@ async def document(request: Request) -> dict[str, Any]:
     return app.openapi()
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(state: State) -> Response:
     """Prometheus metrics, as on the port of `metrics`."""
     status = await state.status()

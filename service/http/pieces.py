@@ -28,6 +28,7 @@ class Piece:
 
     start: int
     tokens: Sequence[int]
+    versions: Sequence[int]
     logprobs: Sequence[float]
     behavior_logprobs: Sequence[float]
     top: Sequence[tuple[Sequence[int], Sequence[float]]]
@@ -38,15 +39,15 @@ class Piece:
         top: list[tuple[list[int], list[float]]] = []
         if trajectory.top_tokens is not None and trajectory.top_logprobs is not None:
             top = list(zip(trajectory.top_tokens[start:].tolist(), trajectory.top_logprobs[start:].tolist(), strict=True))
-        return cls(start, trajectory.tokens[start:], trajectory.logprobs[start:].tolist(),
+        return cls(start, trajectory.tokens[start:], trajectory.versions[start:].tolist(), trajectory.logprobs[start:].tolist(),
                    trajectory.behavior_logprobs[start:].tolist(), top)  # fmt: skip
 
     @classmethod
     def of_progress(cls, progress: Progress, start: int) -> Piece:
         """What is reported of an unfinished sample, from token `start` on."""
         skip = start - progress.start
-        return cls(start, progress.tokens[skip:], progress.logprobs[skip:], progress.behavior_logprobs[skip:],
-                   progress.top[skip:])  # fmt: skip
+        return cls(start, progress.tokens[skip:], progress.versions[skip:], progress.logprobs[skip:],
+                   progress.behavior_logprobs[skip:], progress.top[skip:])  # fmt: skip
 
 
 def weight_versions(trajectory: Trajectory) -> list[dict[str, int]]:

@@ -16,6 +16,7 @@ from ...rollout.params import SamplerName, SamplingParams
 from ...rollout.types import RolloutRequest, Trajectory
 from ...seeds import MAX_SEED
 from .http_errors import HttpError
+from .limits import check_entries
 from .pieces import Piece, experts, finite_list, weight_versions
 from .state import HttpState
 
@@ -67,6 +68,8 @@ class GenerationBody(Body):
     mix_weight: float | None = Field(None, ge=0, le=1, description="of sampler mixed")
     behavior_logprobs: bool = Field(False, description="log-probabilities under the distribution that was sampled from")
     tokens_per_forward: bool = False
+    search: dict[str, Any] | None = Field(None, description="one answer per prompt, made of many samples: the fields of "
+                                          "blockroll.SearchConfig")
 
     def check(self, state: HttpState, prompts: int) -> None:
         """Raises HttpError for another model, and for more samples or alternatives than one request may ask for."""
@@ -100,7 +103,8 @@ class GenerationBody(Body):
             include_stop_str_in_output=self.include_stop_str_in_output, **known)
 
     def requests(self, state: HttpState, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[RolloutRequest]:
-        """One request per prompt. Raises RequestError."""
+        """One request per prompt. Raises RequestError, and HttpError where the answer may be too large."""
+        check_entries(params, prompts)
         return [RolloutRequest(state.dispatch.new_id(), prompt, params, priority=self.priority, cache_salt=self.cache_salt or "")
                 for prompt in prompts]
 

@@ -57,7 +57,10 @@ class ApiRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             state: HttpState = request.app.state.http
-            check_origin(request.headers.get("origin"), request.headers.get("host"), state.keys.local and state.keys.api is None)
+            unguarded = state.keys.local and state.keys.api is None
+            if self.control and request.method == "GET":
+                check_link(request.headers.get("sec-fetch-site"), request.headers.get("host"), unguarded)
+            check_origin(request.headers.get("origin"), request.headers.get("host"), unguarded)
             state.keys.check(request.headers.get("authorization"), self.control)
             bounded = BoundedRequest(request.scope, request.receive)
             bounded.most = state.options.max_body_bytes
@@ -75,6 +78,17 @@ class ControlRoute(ApiRoute):
     """A route that changes the service's state, and needs the control key."""
 
     control = True
+
+
+def check_link(site: str | None, host: str | None, unguarded: bool) -> None:
+    """Raises HttpError for a GET that changes the service and that a web page may have a browser send without an `Origin`: by an
+    image, by a link, or to a name that was pointed at this machine after the browser had loaded its page.
+
+    Args: site: the header `Sec-Fetch-Site`, which browsers send. host, unguarded: as for `check_origin`.
+    """
+    if site not in (None, "same-origin", "none"):
+        raise HttpError(403, "a page of another host may not call this service", code="foreign_origin")
+    check_origin(f"http://{host or ''}", host or "", unguarded)
 
 
 def check_origin(origin: str | None, host: str | None, unguarded: bool) -> None:

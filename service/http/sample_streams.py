@@ -23,6 +23,8 @@ from .http_errors import HttpError, as_http_error, body_of
 from .pieces import Piece
 
 T = TypeVar("T")
+MAY_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+"""What the OpenAPI document says of a route that may answer with `event_stream`."""
 
 
 def json_response(body: Any) -> Response:
@@ -30,9 +32,9 @@ def json_response(body: Any) -> Response:
     return Response(to_json(body), media_type="application/json")
 
 
-def usage(wanted: Sequence[RolloutRequest], completion: int) -> dict[str, int]:
+def usage(prompts: Sequence[Sequence[int]], completion: int) -> dict[str, int]:
     """Tokens of the prompts, each counted once, and of the samples."""
-    prompt = sum(len(each.prompt_tokens) for each in wanted)
+    prompt = sum(map(len, prompts))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from ...errors import ClusterError
+from ...rollout.search.functions import load_function
 from ...trainer_bridge.client import ServiceControl
 from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.key_files import load_client_keys
@@ -20,6 +21,7 @@ from .app import create_app
 from .dispatch import Dispatch
 from .keys import HttpKeys
 from .listener import bind
+from .search import search_threads
 from .state import HttpState, read_policy, read_template
 from .trainer_control import TrainerControl
 
@@ -35,19 +37,21 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
     """Answers HTTP while the block runs; yields the base URL.
 
     Raises:
-        InvalidInput: the port is taken, or a key cannot be read.
+        InvalidInput: the port is taken, a key cannot be read, or there is no such function.
     """
     keys = HttpKeys.of(options)
     listener = bind(options)
     with listener:
         (tokenizer, sizes), template = read_policy(config), read_template(options)
         bridge_keys = load_client_keys(config.delivery.keys) if config.delivery.keys else None
-        dispatch = Dispatch(gateway, bridge_keys, options.max_unfinished)
+        for reference in options.search_functions:
+            load_function(reference, "http.search_functions")
+        dispatch, threads = Dispatch(gateway, bridge_keys, options.max_unfinished), search_threads()
         try:
             with ServiceControl(gateway.address, keys=bridge_keys, timeout=5.0) as control:
                 trainer = TrainerControl(gateway, bridge_keys, dispatch)
                 state = HttpState(config, options, gateway, dispatch, control, keys, tokenizer, template, sizes,
-                                  int(time.time()), trainer)
+                                  int(time.time()), trainer, threads)
                 with _running(state, listener):
                     host, port = listener.getsockname()[:2]
                     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -59,6 +63,7 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
                         trainer.close()
         finally:
             dispatch.close()
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,7 @@ class HttpState:
         gateway: for what no client message says.
         control: a control session; use `status`, which takes turns.
         trainer: what trainers change. names: the names that clients gave to requests.
+        search_threads: where searches compute between their samples.
         tokenizer: the policy's; None where it has none. chat_template: in place of its own; None for that.
         created: when the service came up, seconds since the epoch.
     """
@@ -58,6 +60,7 @@ class HttpState:
     sizes: PolicySizes
     created: int
     trainer: TrainerControl
+    search_threads: ThreadPoolExecutor
     names: RequestNames = field(default_factory=RequestNames)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 

@@ -14,6 +14,7 @@ import pytest
 import blockroll
 from blockroll.trainer_bridge import client
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
+from blockroll.trainer_bridge.client.async_control import AsyncServiceControl
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_NAMES = 12
@@ -38,6 +39,13 @@ def test_the_client_has_few_names_and_each_is_documented() -> None:
 def test_the_asyncio_twin_has_the_same_calls(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(each, name)) for each in (AsyncRolloutClient, client.RolloutClient))
     assert ours.parameters == theirs.parameters
+
+
+def test_the_asyncio_twin_of_control_has_its_calls() -> None:
+    for name in ("status", "scale", "pause", "resume", "paused", "abort", "reset_prefix_cache", "push_weights", "load_weights",
+                 "label_version"):  # fmt: skip
+        ours, theirs = (inspect.signature(getattr(each, name)) for each in (AsyncServiceControl, client.ServiceControl))
+        assert ours.parameters == theirs.parameters
 
 
 def test_the_client_is_imported_fast_and_alone() -> None:
@@ -74,5 +82,6 @@ def test_a_typed_program_passes_strict_checks(tmp_path: Path) -> None:
 def test_the_typed_program_uses_every_call() -> None:
     program = ast.parse((ROOT / "tests/house/typed_client.py").read_text())
     used = {node.attr for node in ast.walk(program) if isinstance(node, ast.Attribute)}
-    for name in ("submit", "results", "generate", "cancel", "acknowledge", "push_weights", "status", "delivery", "version"):
+    for name in ("submit", "results", "generate", "cancel", "acknowledge", "push_weights", "status", "delivery", "version",
+                 "control", "pause", "resume", "paused", "abort"):  # fmt: skip
         assert name in used

@@ -38,6 +38,7 @@ async def asynchronous(address: str) -> None:
         await blockroll.converse_async(client, [Conversation("a", [1, 2])], reply)
         async for trajectory in client.results():
             print(trajectory.key)
+        await client.control().pause("wait", reset_cache=True)
 
 
 def main(address: str) -> None:
@@ -47,4 +48,10 @@ def main(address: str) -> None:
             mask: np.ndarray = talk.mask
             print(talk.finish_reason, mask.sum(), talk.versions.max())
         print(client.status()["version"])
+        with client.control() as control:
+            control.pause("abort", timeout=5.0)
+            mode: str = control.paused()
+            control.abort(["r0"])
+            control.resume()
+            print(mode, control.status().figures["in_flight"])
     asyncio.run(asynchronous(address))

@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, TypeVar
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.keys import ClientKeys
 from .arguments import OnError, check_on_error, check_seconds
+from .async_control import AsyncServiceControl
 from .connection import RequestRefused
 from .handed_out import CALLER
 from .message_loop import Figures
@@ -96,6 +97,10 @@ class AsyncRolloutClient:
     async def status(self) -> Figures:
         """See RolloutClient.status."""
         return await self._call(self._short, self._client.status)
+
+    def control(self) -> AsyncServiceControl:
+        """See RolloutClient.control. Its calls share the places of those that wait."""
+        return AsyncServiceControl(self._client.control, self._waiting)
 
     async def close(self, *, acknowledge: bool = True) -> None:
         """See RolloutClient.close."""

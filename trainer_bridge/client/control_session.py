@@ -9,6 +9,7 @@ from typing import Any
 from ..wire.keys import ClientKeys
 from ..wire.messages import Shutdown, Stopping
 from .connection import Connection, SessionLost
+from .service_control import ServiceControl
 from .weight_pusher import WeightPusher
 
 
@@ -45,6 +46,10 @@ class ControlSession:
                     return
                 except SessionLost:
                     control.drop()
+
+    def another(self) -> ServiceControl:
+        """A control session of its own, with the same keys."""
+        return ServiceControl(self._address, keys=self._keys, timeout=self._timeout)
 
     def close(self) -> None:
         """Closes the connection, after the call that uses it."""

@@ -20,7 +20,6 @@ from typing import Any, Literal, Self
 
 from ...errors import RequestError, TransportError
 from ...rollout.types import RolloutRequest, Trajectory
-from ..wire.key_files import AnyKeys, client_keys
 from ..wire.keys import ClientKeys
 from ..wire.records import FAILURE
 from .arguments import (
@@ -39,6 +38,7 @@ from .generate import collect, joined, refusals, served
 from .handed_out import HandedOut, keys_of
 from .message_loop import Figures, MessageLoop
 from .pending_requests import Arrival, PendingRequests
+from .service_control import ServiceControl
 
 CANCELLED = "cancelled by its client"
 STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
@@ -263,6 +263,11 @@ class RolloutClient:
             self._begin()
             return self._loop.status()
 
+    def control(self) -> ServiceControl:
+        """A session with the gateway, by this client's control key, that pauses and resumes generation, aborts requests of any
+        client, and loads or labels weight versions. A context manager; open one per thread."""
+        return self._control.another()
+
     def shutdown_gateway(self) -> None:
         """Stops the gateway; returns when the gateway has said that it stops. Its ledger keeps what is not
         acknowledged."""
@@ -331,20 +336,3 @@ class RolloutClient:
             keys = {(name, FAILURE) for name in names}
             self._loop.acknowledge(sorted(keys))
             self._handed.remove(keys)
-
-
-def connect(address: str, *, client_id: str | None = None, keys: AnyKeys = None, timeout: float = 30.0,
-            ack: Literal["auto", "manual"] = "auto") -> RolloutClient:
-    """Connects to a gateway; returns when it has answered.
-
-    Args:
-        address: the gateway's `address`, `tcp://HOST:PORT` or `ipc://PATH`; beyond loopback only with `keys`.
-        client_id: the trainer's stable name: unfinished work belongs to it and survives both sides' restarts. A random
-            one by default, which cannot be resumed. One live connection per client_id.
-        keys: the gateway's public key, this client's pair, and one for control sessions; or the directory of these.
-        timeout: seconds without a message from the gateway after which waiting ends with TransportError.
-        ack: when trajectories are acknowledged; see RolloutClient.
-
-    Raises TransportError when the gateway cannot be reached, does not admit the key, or speaks another protocol.
-    """
-    return RolloutClient(address, client_id=client_id, keys=client_keys(keys), timeout=timeout, ack=ack)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from .ledger_file import LEASED, OPEN, QUEUED, LedgerFile
+from .ledger_file import LEASED, OPEN, PAUSED, QUEUED, LedgerFile
 
 MOST_REQUESTS, MOST_SAMPLES = 256, 4096
 """Most requests, and about the most samples, of one transaction. Clients that come meanwhile wait for it."""
@@ -27,10 +27,12 @@ def newest(file: LedgerFile) -> int:
 
 
 def queued(file: LedgerFile, aborted: Aborted) -> list[tuple[str, tuple[Any, ...]]]:
-    """Client and row (id, samples, digest, payload) of requests that are queued, as many as one transaction takes."""
+    """Client and row (id, samples, digest, payload) of requests that no engine has, as many as one transaction takes. Those of
+    clients that are gone are among them."""
     found = list[tuple[str, tuple[Any, ...]]]()
     samples = 0
-    for client, *row in _rows(file, aborted, QUEUED, "client, id, samples, digest, payload"):
+    for client, *row in [row for state in (QUEUED, PAUSED) for row in
+                         _rows(file, aborted, state, "client, id, samples, digest, payload")]:  # fmt: skip
         found.append((client, tuple(row)))
         samples += row[1] if isinstance(row[1], int) else 0  # a damaged row is found when it is read
         if len(found) >= MOST_REQUESTS or samples >= MOST_SAMPLES:
@@ -39,8 +41,8 @@ def queued(file: LedgerFile, aborted: Aborted) -> list[tuple[str, tuple[Any, ...
 
 
 def any_open(file: LedgerFile, aborted: Aborted) -> bool:
-    """Whether one of the requests is queued, or leased."""
-    return any(_rows(file, aborted, state, "1") for state in (QUEUED, LEASED))
+    """Whether one of the requests is unfinished."""
+    return any(_rows(file, aborted, state, "1") for state in (QUEUED, PAUSED, LEASED))
 
 
 def any_leased(file: LedgerFile) -> bool:

@@ -13,6 +13,8 @@ from blockroll.settings import parse
 
 MODEL = "tiny-reasoner"
 KEY, CONTROL_KEY = "a-key", "another-key"
+LISTED = "blockroll.model.tasks:answer"
+"""The function that searches may name."""
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
     "{% for message in messages %}"
@@ -26,13 +28,15 @@ TEMPLATE = (
 
 @contextmanager
 def live_service(directory: Path, **http: object) -> Iterator[Service]:
-    """A service of one engine in this process, beyond loopback, with keys of both kinds: of HTTP and of the gateway."""
+    """A service of one engine in this process, beyond loopback, with keys of both kinds: of HTTP and of the gateway. A second one
+    joins the Ray of the first."""
     (directory / "api.key").write_text(f"{KEY}\n")
     (directory / "control.key").write_text(f"{CONTROL_KEY}\n")
     (directory / "chat.jinja").write_text(TEMPLATE)
     section = {"host": "0.0.0.0", "api_key": str(directory / "api.key"), "control_key": str(directory / "control.key"),
-               "chat_template": str(directory / "chat.jinja"), "max_unfinished": 300, **http}  # fmt: skip
-    config = parse({"policy": MODEL, "engines": {"count": 1, "batch": 16, "device": "cpu", "pages": 512},
+               "chat_template": str(directory / "chat.jinja"), "max_unfinished": 300, "search_functions": [LISTED],
+               **http}  # fmt: skip
+    config = parse({"policy": MODEL, "engines": {"count": 1, "batch": 16, "device": "cpu", "pages": 512, "num_cpus": 0.5},
                     "sampling": {"max_tokens": 48}, "http": section,
                     "delivery": {"ledger": str(directory / "ledger.sqlite"), "keys": str(directory / "keys")},
                     }, ServiceConfig, "test")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import Trajectory
 from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, connect
+from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
 from blockroll.trainer_bridge.gateway import Gateway
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 
@@ -88,6 +90,35 @@ def test_keep_holds_what_runs_and_queues_what_comes(serve: Serve) -> None:
         settled(client)
 
 
+def test_a_client_s_control_in_both_forms(serve: Serve) -> None:
+    """A resume gets through while a pause waits."""
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client, client.control() as control:
+        client.submit([request("a", samples=4), request("b")])
+        until(lambda: gateway._driver.in_flight > 0)
+        control.pause("keep")
+        control.abort(["a"])
+        control.resume()
+        assert {t.finish_reason for _, t in zip(range(4), client.results(timeout=20), strict=False)} == {"abort"}
+
+        async def main() -> None:
+            async with await AsyncRolloutClient.connect(gateway.address, client_id="u", timeout=20) as twin:
+                control = twin.control()
+                pause = asyncio.create_task(control.pause("wait"))
+                while await control.paused() != "wait":
+                    await asyncio.sleep(0.01)
+                await control.resume()
+                with pytest.raises(ClusterError, match="the pause was ended"):
+                    await pause
+                await control.abort()
+                assert (await control.status()).figures["outstanding"] == 0 and await control.label_version(3) == 3
+
+        asyncio.run(asyncio.wait_for(main(), 20))
+        assert [t.finish_reason for t in client.results(timeout=20)] == ["abort"] and client.status()["version"] == 3
+        settled(client)
+
+
 def test_wait_lets_what_runs_finish(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend, max_in_flight=20)
@@ -135,6 +166,25 @@ def test_named_requests_are_aborted_and_the_others_go_on(serve: Serve) -> None:
         assert len(reasons) == 8 and all(aborted == (name != "other") for (name, _), aborted in reasons.items())
         control.abort()
         settled(client)
+
+
+@pytest.mark.parametrize("names", [None, ["leased", "queued"]])
+def test_an_abort_reaches_the_work_of_a_client_that_is_gone(names: list[str] | None, serve: Serve) -> None:
+    backend = Pausable(rate=0.0)
+    gateway = serve(backend, client_grace=0.2, max_in_flight=10)
+    gone = connect(gateway.address, client_id="gone")
+    for name in ("leased", "queued"):
+        gone.submit([request(name, samples=8)])
+    until(lambda: gateway._driver.in_flight > 0)
+    gone.close(acknowledge=False)
+    with connect(gateway.address, client_id="trainer") as trainer, trainer.control() as control:
+        until(lambda: trainer.status()["outstanding"] == 0)  # paused
+        control.abort(names)
+        backend.rate = 1e9
+    with connect(gateway.address, client_id="gone") as back:
+        found = back.generate([request("leased", samples=8), request("queued", samples=8)], timeout=20)
+        assert len(found) == 16 and {t.finish_reason for t in found} == {"abort"}
+        settled(back)
 
 
 def test_an_abort_reaches_work_that_waits_behind_a_commit(serve: Serve) -> None:

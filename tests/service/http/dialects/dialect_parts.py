@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,14 @@ class Live:
         answer = self.http.get(path, **options)
         assert answer.status_code == 200, (path, answer.status_code, answer.text)
         return answer.json() if answer.content and "json" in answer.headers["content-type"] else answer.text
+
+    def stream(self, path: str, body: Any) -> list[Any]:
+        """The events that a POST is answered with, without the last one, [DONE]."""
+        with self.http.stream("POST", path, json=body | {"stream": True}) as answer:
+            assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"), answer.read()
+            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        assert events.pop() == "[DONE]"
+        return [json.loads(event) for event in events]
 
     def start(self, path: str, body: Any) -> Future[Any]:
         """A POST in another thread."""

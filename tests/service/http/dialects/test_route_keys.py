@@ -12,7 +12,8 @@ import pytest
 
 from blockroll.service.config import Http, ServiceConfig
 from blockroll.service.http.app import create_app
-from blockroll.service.http.routes import ApiRoute
+from blockroll.service.http.http_errors import HttpError
+from blockroll.service.http.routes import ApiRoute, check_link
 from blockroll.service.http.server import serving_http
 from blockroll.settings import parse
 from blockroll.trainer_bridge.gateway import Gateway
@@ -82,6 +83,30 @@ def test_the_key_is_needed(name: str, client: httpx.Client) -> None:
     assert answers[""] == answers["wrong"] == 401
     assert (answers["the-api-key"] == 401) == (name in CONTROL)
     assert answers["the-control-key"] != 401 and all(status < 500 or status == 503 for status in answers.values()), answers
+
+
+def test_a_page_cannot_have_a_browser_change_the_service_by_a_link(client: httpx.Client) -> None:
+    """A browser sends an image's GET without an `Origin`. A name that was pointed at this machine looks like the page's own."""
+    key = {"authorization": "Bearer the-control-key"}
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 503), ("none", 503)):
+        found = client.get("/flush_cache", headers={**key, "sec-fetch-site": site})
+        assert found.status_code == status, found.text  # 503: these engines are absent
+    assert client.get("/is_paused", headers={**key, "sec-fetch-site": "cross-site"}).status_code == 200
+
+
+@pytest.mark.parametrize(("site", "host", "keyless", "keyed"), [
+    (None, "localhost:8000", True, True), ("none", "127.0.0.1:8000", True, True), ("same-origin", "[::1]:80", True, True),
+    (None, "evil.example:8000", False, True), ("same-origin", "evil.example", False, True), (None, None, False, True),
+    ("cross-site", "localhost:8000", False, False), ("same-site", "localhost", False, False),
+])
+def test_links_that_change_the_service(site: str | None, host: str | None, keyless: bool, keyed: bool) -> None:
+    for unguarded, wanted in ((True, keyless), (False, keyed)):
+        try:
+            check_link(site, host, unguarded)
+        except HttpError as error:
+            assert error.status == 403 and error.code == "foreign_origin" and not wanted
+        else:
+            assert wanted
 
 
 def test_no_names_abort_nothing(client: httpx.Client) -> None:

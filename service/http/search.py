@@ -1,0 +1,188 @@
+"""The field `search` of a request: many samples of each prompt, and one answer made of them.
+
+Invariants:
+- A wave of samples is a request to the dispatch as any other. The event loop is free while it is made, and a client that
+  disconnects has the wave cancelled.
+- What a method computes between two waves runs in a thread.
+- The result is that of `blockroll.search` for the same prompts, configuration and parameters.
+- A request names no code. It may name functions that the service's configuration lists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from ...errors import RequestError
+from ...model.arguments import short
+from ...rollout.params import SamplingParams
+from ...rollout.search.candidates import Question, SearchResult
+from ...rollout.search.config import ANSWERS, SCORERS, SearchConfig
+from ...rollout.search.context import WAVE, Search
+from ...rollout.search.driver import RunningSearch, functions_of
+from ...rollout.search.functions import is_reference
+from ...rollout.types import RolloutRequest, Trajectory
+from ...seeds import derived_seed
+from .http_errors import HttpError
+from .limits import MAX_ENTRIES
+from .request_fields import GenerationBody
+from .sample_streams import unless_disconnected
+from .state import HttpState
+from .text import need_tokenizer
+
+T = TypeVar("T")
+MAX_STEPS = 16
+"""Searches that compute at once, each in a thread. More than the cores, since a scorer of the operator's may wait for others."""
+_OF_ONE_SAMPLE = ("logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids", "return_weight_versions", "routed_experts",
+                  "behavior_logprobs", "tokens_per_forward", "echo")  # fmt: skip
+"""Fields of an answer that is one sample. A search's answer may be several pieces, or the end of many."""
+
+
+def search_threads() -> ThreadPoolExecutor:
+    """Where methods compute."""
+    return ThreadPoolExecutor(MAX_STEPS, "blockroll-http-search")
+
+
+async def search_prompts(
+    request: Request, state: HttpState, body: GenerationBody, prompts: Sequence[tuple[tuple[int, ...], str | None]],
+    params: SamplingParams,
+) -> tuple[SearchConfig, list[SearchResult]]:  # fmt: skip
+    """One result per prompt.
+
+    Args: prompts: token ids, and the text where the client gave one.
+
+    Raises HttpError or RequestError for a search that cannot be served.
+    """
+    tokenizer = need_tokenizer(state, "search")
+    config = _config(body, state, [tokens for tokens, _ in prompts], params)
+    questions = [Question(str(place), tokens, tokenizer.decode(list(tokens)) if text is None else text)
+                 for place, (tokens, text) in enumerate(prompts)]  # fmt: skip
+    try:
+        answer, scorer = functions_of(config, params)
+        made = [Search(each, config, params, tokenizer, state.sizes.positions, answer, scorer) for each in questions]
+    except RequestError as error:
+        raise _named(error) from error
+
+    async def all_results() -> list[SearchResult]:
+        running = [asyncio.ensure_future(_run(state, RunningSearch(each), body)) for each in made]
+        try:
+            return await asyncio.gather(*running)
+        finally:
+            for task in running:
+                task.cancel()
+
+    return config, await unless_disconnected(request, all_results())
+
+
+async def _run(state: HttpState, running: RunningSearch, body: GenerationBody) -> SearchResult:
+    """A search, wave by wave."""
+    following = await _computed(state, running.begin)
+    first = True
+    while not isinstance(following, SearchResult):
+        await _wave(state, running, following, body, first)
+        following, first = await _computed(state, running.go_on), False
+    return following
+
+
+async def _wave(
+    state: HttpState, running: RunningSearch, wanted: Sequence[RolloutRequest], body: GenerationBody, first: bool
+) -> None:  # fmt: skip
+    """Settles these requests; those that are unfinished when the seconds are out are cancelled."""
+    names = {state.dispatch.new_id(): each.id for each in wanted}
+    sent = [replace(each, id=name, priority=body.priority, cache_salt=body.cache_salt or "")
+            for name, each in zip(names, wanted, strict=True)]  # fmt: skip
+    async with state.dispatch.open(sent, admitted=not first) as answers:
+        try:
+            async with asyncio.timeout(running.search.spending.seconds_left):
+                async for item in answers:
+                    if isinstance(item, Trajectory):
+                        item.request_id = names[item.request_id]
+                        running.settle(item)
+        except TimeoutError:
+            pass
+    running.drop_outstanding()
+
+
+async def _computed(state: HttpState, step: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(state.search_threads, step)
+
+
+def search_field(config: SearchConfig, result: SearchResult) -> dict[str, Any]:
+    """The field `search` of a choice."""
+    found = {name: value for name, value in result.as_dict().items() if name not in ("id", "text")}
+    found |= {name: _finite(found[name]) for name in ("logprob", "score")}
+    found["votes"] = {answer: _finite(weight) for answer, weight in found["votes"].items()}
+    return {"seed": config.seed, **found}
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON has no number for."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def finish_reason(result: SearchResult) -> str:
+    """`stop` for an answer that ended by itself."""
+    chosen = result.verdict.chosen
+    if chosen is not None and chosen.finished:
+        return "stop"
+    return "abort" if result.verdict.reason == "aborted" else "length"
+
+
+def _config(body: GenerationBody, state: HttpState, prompts: Sequence[Sequence[int]], params: SamplingParams) -> SearchConfig:
+    """What the field says, within the service's limits."""
+    assert body.search is not None
+    if body.stream:
+        raise HttpError(400, "stream: a search has no text before it ends; leave stream out", "stream")
+    if body.n != 1:
+        raise HttpError(400, f"n: {body.n} given beside search, which has one answer; give search.samples", "n")
+    for field in _OF_ONE_SAMPLE:
+        if getattr(body, field, None) not in (None, False):
+            raise HttpError(400, f"{field}: given beside search; its answer is not one sample", field)
+    if not body.skip_special_tokens:
+        raise HttpError(400, "skip_special_tokens: false, and a search reads texts without them", "skip_special_tokens")
+    values = dict(body.search)
+    for field, known in (("answer", ANSWERS), ("scorer", SCORERS)):
+        if is_reference(value := values.get(field)) and value not in state.options.search_functions:
+            raise HttpError(400, f"search.{field}: {short(value)} is not among the functions that the service's configuration "
+                            f"lists (http.search_functions), and no other is loaded; use {', '.join(known)}", f"search.{field}")
+    seed = values.setdefault("seed", derived_seed(0, state.dispatch.new_id()) if body.seed is None else body.seed)
+    if body.seed is not None and seed != body.seed:
+        raise HttpError(400, "seed: differs from search.seed; give one of the two", "seed")
+    try:
+        config = SearchConfig.from_mapping(values, functions=True)
+    except RequestError as error:
+        raise _named(error) from error
+    return _bounded(config, state, prompts, params)
+
+
+def _bounded(
+    config: SearchConfig, state: HttpState, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> SearchConfig:  # fmt: skip
+    """The configuration with a budget of tokens: all of them are kept until the search ends."""
+    side_by_side = 1 if config.method == "budget_forcing" else config.samples or WAVE
+    if side_by_side * len(prompts) > state.options.max_samples:
+        raise HttpError(400, f"search.samples: {len(prompts)} prompts of {side_by_side} samples are more than "
+                        f"{state.options.max_samples} (http.max_samples)", "search.samples")
+    more = params.max_tokens
+    if config.method == "markovian_rsa":
+        more += config.aggregate * (config.tail or max(params.max_tokens // 2, 1))
+    if side_by_side * sum(min(len(prompt) + more, state.sizes.positions) for prompt in prompts) > MAX_ENTRIES:
+        raise HttpError(400, f"search.samples: {side_by_side} samples per prompt may have more than {MAX_ENTRIES} tokens at "
+                        "once, prompts included; lower samples or max_tokens", "search.samples", "answer_too_large")
+    most = MAX_ENTRIES // len(prompts)
+    if config.budget_tokens is not None and config.budget_tokens > most:
+        raise HttpError(400, f"search.budget_tokens: {config.budget_tokens} is more than {most}, which one request of "
+                        f"{len(prompts)} prompts may have for each", "search.budget_tokens")
+    return replace(config, budget_tokens=config.budget_tokens or most)
+
+
+def _named(error: RequestError) -> HttpError:
+    """An error of the search's own fields under the name that the client gave them."""
+    field = error.field if error.field == "search" else f"search.{error.field}"
+    return HttpError(400, f"{field}: {error.problem}; {error.remedy}", field)
