@@ -88,15 +88,9 @@ class Rows:
             page_size=page_size,
         )  # fmt: skip
 
-    def refill(self, range_4T: np.ndarray, start_S: np.ndarray, start_T: np.ndarray) -> None:
-        """Write what depends on the sequences' starts, in place, on the host: all but pages and constants.
-
-        Args: as of `of`, and `apart`.
-        """
-        range_6T = self.range_6T.numpy()
-        range_6T[:] = apart(range_4T, start_T)
-        self.start_S.numpy()[:] = start_S
-        self.cut.deal(range_6T, start_S, self.tile_N4.numpy(), self.item_I8.numpy())
+    def deal(self) -> None:
+        """Write tiles and items for the ranges and starts as they are now, in place, on the host."""
+        self.cut.deal(*(each.numpy() for each in (self.range_6T, self.start_S, self.tile_N4, self.item_I8)))
 
 
 def apart(range_4T: np.ndarray, start_T: np.ndarray) -> np.ndarray:

@@ -26,8 +26,12 @@ MOST_SPLITS = 32
 """`combine` reads all partial results of a row at once, in one block of this many."""
 _LEAST_BLOCKS = 4
 """Key blocks of an item where a tile is split; shorter items take longer to start than to compute."""
-_START = 3
+START = 3
 """What the start of a program takes, in key blocks: three loads, one behind another, and the first keys."""
+_ALONE, _BALANCED = 0.25, 150
+"""Time that a program takes for a key block when it has the device to itself, in units of the time that the bandwidth leaves it on a
+full device: the latency of one load, 1 us against 2.7 to 5.2 us on MI300X. And the query rows of a tile whose products take as long
+as the bandwidth leaves them, 148 on MI300X and 162 on H200. Both are counted at the rates that `rollout/planning` assumes."""
 _INVARIANT_KEYS = 1024
 _FAR = np.int64(2**31 - 1)
 
@@ -85,7 +89,8 @@ class Cut:
         """
         n, sequence_N = self.tile.n, self.sequence_N
         cached_N = -(-start_S[sequence_N] // n)
-        begin_N, end_N = key_blocks(range_6T, self.first_N + self.opening_N, cached_N, n)
+        row_N = self.first_N + self.opening_N
+        begin_N, end_N = key_blocks(range_6T, row_N, cached_N, n)
         if self.batch_invariant:
             most_N = (cached_N + -(-self.rows_N // n)).clip(1)
             # A power of two times the least, as large as it takes to have no more than MOST_SPLITS of them.
@@ -99,15 +104,16 @@ class Cut:
             splits_N = np.maximum(-(-blocks_N // longest), 1)
             per_N = -(-blocks_N // splits_N)
         item_N = np.cumsum(splits_N) - splits_N
-        tile_N4[:] = np.stack([self.first_N + self.opening_N, self.count_N, item_N, splits_N], axis=1)
+        for column, of_N in enumerate((row_N, self.count_N, item_N, splits_N)):
+            tile_N4[:, column] = of_N
         tile_I = np.repeat(np.arange(len(splits_N)), splits_N)
         first_I, per_I = begin_N[tile_I], per_N[tile_I]
         first_I += (np.arange(len(tile_I)) - item_N[tile_I]) * per_I
-        line_N5 = np.stack([sequence_N, self.first_N, self.opening_N, self.count_N, cached_N], axis=1)
-        item_I8[: len(tile_I), :5] = line_N5[tile_I]
+        line_N8 = np.empty((len(row_N), 8), np.int32)
+        for column, of_N in enumerate((sequence_N, self.first_N, self.opening_N, self.count_N, cached_N, begin_N, end_N, splits_N)):
+            line_N8[:, column] = of_N
+        item_I8[: len(tile_I)], item_I8[len(tile_I) :] = line_N8[tile_I], 0
         item_I8[: len(tile_I), 5], item_I8[: len(tile_I), 6] = first_I, first_I + per_I
-        item_I8[: len(tile_I), 7] = splits_N[tile_I]
-        item_I8[len(tile_I) :] = 0
 
 
 def key_blocks(range_6T: np.ndarray, row_N: np.ndarray, cached_N: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -128,18 +134,20 @@ def key_blocks(range_6T: np.ndarray, row_N: np.ndarray, cached_N: np.ndarray, n:
 
 
 def longest_item(blocks_N: np.ndarray, tile: Tile, groups: int, room: int) -> int:
-    """Key blocks of the longest item: those for which the waves of programs take the least time, counted in key blocks.
+    """Key blocks of the longest item: those that take the least time.
 
-    A wave takes as long as its longest item and a start. A partial result is written and read again; all programs of the device
-    share the time for that.
+    A program takes its item block after block, whatever the others do; waves of programs follow one another. Programs of one
+    compute unit share its matrix units. All programs together are bound by the bandwidth. Partial results are written and read
+    again beside that.
     """
     most = int(blocks_N.max(initial=1))
     splits_C = np.arange(1, max(min(most // _LEAST_BLOCKS, MOST_SPLITS), 1) + 1)
     per_C = -(-most // splits_C)
     items_C = np.maximum(-(-blocks_N // per_C[:, None]), 1).sum(1)
-    share_C = items_C * groups / tile.programs
+    waves_C, on_a_unit_C = np.ceil(items_C * groups / tile.programs), np.ceil(items_C * groups / tile.units)
+    products = tile.m / (_BALANCED * tile.held)
+    cost_C = (per_C + START) * np.maximum(waves_C * _ALONE, on_a_unit_C * products)
+    cost_C = np.maximum(cost_C, float(blocks_N.sum()) * groups / tile.programs)
     # Four bytes a number, written and read, against two bytes a number of a key and a value.
-    partial = 2 * tile.m / tile.n
-    cost_C = np.ceil(share_C) * (per_C + _START) + np.where(splits_C > 1, share_C * partial, 0.0)
+    cost_C += np.where(splits_C > 1, items_C * groups / tile.programs * (2 * tile.m / tile.n), 0.0)
     return int(per_C[np.argmin(np.where(items_C <= max(room, len(blocks_N)), cost_C, np.inf))])
-

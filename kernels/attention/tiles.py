@@ -15,7 +15,8 @@ class Tile:
 
     Attributes:
         warps, stages: of the launch.
-        programs: programs that fill the device.
+        units: compute units of the device.
+        held: programs that a compute unit has registers and shared memory for.
         matrix: rows of a matrix instruction on AMD; 0 leaves them to the compiler.
     """
 
@@ -23,8 +24,14 @@ class Tile:
     n: int
     warps: int
     stages: int
-    programs: int
+    units: int
+    held: int
     matrix: int = 0
+
+    @property
+    def programs(self) -> int:
+        """Programs that fill the device."""
+        return self.units * self.held
 
     @property
     def options(self) -> dict[str, int]:
@@ -33,7 +40,7 @@ class Tile:
 
 
 _AMD = {16: (64, 4, 2, 0), 64: (32, 4, 2, 16), 128: (32, 4, 2, 0), 256: (32, 8, 1, 0)}
-_SIZES = {  # m: (n, warps, programs that a compute unit has registers and shared memory for, matrix) in 16 bits
+_SIZES = {  # m: (n, warps, held, matrix) in 16 bits
     "gfx942": _AMD,
     "gfx950": _AMD,
     "sm_90": {16: (64, 4, 3, 0), 64: (64, 4, 2, 0), 128: (64, 8, 1, 0)},
@@ -54,7 +61,7 @@ def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -
         return count * m * (1 + 0.15 * (count - 1))
 
     m = 64 if batch_invariant else min(sizes, key=cost)
-    n, warps, programs, matrix = sizes[m]
+    n, warps, held, matrix = sizes[m]
     stages = pipeline(_STAGES) if dtype.itemsize == 2 else 2
     matrix = matrix if architecture().startswith("gfx") else 0
-    return Tile(m, n, warps, stages, programs * compute_units(_UNITS, "sm_90"), matrix)
+    return Tile(m, n, warps, stages, compute_units(_UNITS, "sm_90"), held, matrix)

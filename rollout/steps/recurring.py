@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ...kernels.attention.rows import apart
 from ...kernels.cca import NOTHING
 from ...kernels.transfer import PinnedCopy
 from ...model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
@@ -115,7 +116,9 @@ class RecurringInputs:
         seen = Visibility.of(self.layout, self._hops, self._windows, tail_SH)
         self.plan.places.source_TA.numpy()[:] = seen.source_TA
         for rows, kind in self._rows:
-            rows.refill(seen.range_4T[kind], start, seen.by_sequence(start))
+            rows.range_6T.numpy()[:] = apart(seen.range_4T[kind], seen.by_sequence(start))
+            rows.start_S.numpy()[:] = start
+            rows.deal()
             if rows is not self._rows[0][0]:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)
 
