@@ -28,11 +28,15 @@ _LEAST_BLOCKS = 4
 """Key blocks of an item where a tile is split; shorter items take longer to start than to compute."""
 START = 3
 """What the start of a program takes, in key blocks: three loads, one behind another, and the first keys."""
-_ALONE, _BALANCED = 0.25, 150
-"""Time that a program takes for a key block when it has the device to itself, in units of the time that the bandwidth leaves it on a
-full device: the latency of one load, 1 us against 2.7 to 5.2 us on MI300X. And the query rows of a tile whose products take as long
-as the bandwidth leaves them, 148 on MI300X and 162 on H200. Both are counted at the rates that `rollout/planning` assumes."""
-_INVARIANT_KEYS = 1024
+_UNDER_WAY, _BALANCED = 14000, 150
+"""Keys of a key head that must be under way for the device to read at its full rate: twice its bandwidth times the latency of a load
+(at 512 bytes a key and a value 7200 on MI300X and 6400 on H200), because the latency grows with the load. And the query rows of a
+tile whose products take as long as its keys on a full device: 148 and 162. Both are counted at the rates and latencies that
+`rollout/planning` assumes."""
+WAVES = 2
+"""Waves of whole tiles up to which tiles are split; where there are more, the device is busy with them."""
+INVARIANT_KEYS = 1024
+"""Fewest keys of an item under `batch_invariant`, if the tile has more than one."""
 _FAR = np.int64(2**31 - 1)
 
 
@@ -74,13 +78,16 @@ class Cut:
         blocks = -(-cached // tile.n) + -(-int(self.rows_N.max(initial=1)) // tile.n)
         if self.batch_invariant:
             return tiles * min(-(-blocks // self._least), MOST_SPLITS)
+        if tiles * self.groups > WAVES * tile.programs:
+            return tiles
+        # Items that fill the device, and of each tile one that is shorter than the others.
         splits = min(max(blocks // _LEAST_BLOCKS, 1), MOST_SPLITS)
-        return max(tiles, min(tiles * splits, tile.programs // self.groups))
+        return min(tiles * splits, tiles + tile.programs // self.groups)
 
     @property
     def _least(self) -> int:
         """Key blocks of an item under `batch_invariant`, of a sequence that needs no longer ones."""
-        return max(_INVARIANT_KEYS // self.tile.n, 1)
+        return max(INVARIANT_KEYS // self.tile.n, 1)
 
     def deal(self, range_6T: np.ndarray, start_S: np.ndarray, tile_N4: np.ndarray, item_I8: np.ndarray) -> None:
         """Write the tables of tiles and items for these positions.
@@ -134,7 +141,7 @@ def key_blocks(range_6T: np.ndarray, row_N: np.ndarray, cached_N: np.ndarray, n:
 
 
 def longest_item(blocks_N: np.ndarray, tile: Tile, groups: int, room: int) -> int:
-    """Key blocks of the longest item: those that take the least time.
+    """Key blocks of the longest item: those that take the least time, counted in what a key block takes on a full device.
 
     A program takes its item block after block, whatever the others do; waves of programs follow one another. Programs of one
     compute unit share its matrix units. All programs together are bound by the bandwidth. Partial results are written and read
@@ -146,7 +153,8 @@ def longest_item(blocks_N: np.ndarray, tile: Tile, groups: int, room: int) -> in
     items_C = np.maximum(-(-blocks_N // per_C[:, None]), 1).sum(1)
     waves_C, on_a_unit_C = np.ceil(items_C * groups / tile.programs), np.ceil(items_C * groups / tile.units)
     products = tile.m / (_BALANCED * tile.held)
-    cost_C = (per_C + START) * np.maximum(waves_C * _ALONE, on_a_unit_C * products)
+    alone = _UNDER_WAY / (tile.programs * tile.n * max(tile.stages - 1, 1))
+    cost_C = (per_C + START) * np.maximum(waves_C * alone, on_a_unit_C * products)
     cost_C = np.maximum(cost_C, float(blocks_N.sum()) * groups / tile.programs)
     # Four bytes a number, written and read, against two bytes a number of a key and a value.
     cost_C += np.where(splits_C > 1, items_C * groups / tile.programs * (2 * tile.m / tile.n), 0.0)

@@ -49,6 +49,10 @@ _WIDE = {16: (32, 4, 2, 0), 64: (32, 4, 1, 0)}  # in 32 bits
 _UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
 """Compute units of MI300X, MI355X and H200."""
 _STAGES = 3
+INVARIANT_QUERIES = 64
+"""m under `batch_invariant`."""
+MOST_QUERIES = max(m * sizes[m][2] * _UNITS[arch] for arch, sizes in _SIZES.items() for m in sizes)
+"""Query rows of the programs that fill the largest device."""
 
 
 def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -> Tile:
@@ -60,7 +64,7 @@ def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -
         # Every tile of a sequence reads its keys again, mostly from the cache of the device.
         return count * m * (1 + 0.15 * (count - 1))
 
-    m = 64 if batch_invariant else min(sizes, key=cost)
+    m = INVARIANT_QUERIES if batch_invariant else min(sizes, key=cost)
     n, warps, held, matrix = sizes[m]
     stages = pipeline(_STAGES) if dtype.itemsize == 2 else 2
     matrix = matrix if architecture().startswith("gfx") else 0

@@ -28,7 +28,8 @@ class KernelWork(NamedTuple):
     def seconds(self, rates: Rates) -> float:
         """At these rates: the longer of bytes and FLOPs, and what the launches cost; of attention, see `Rates.attention`."""
         if self.attention is not None:
-            return rates.attention(self.attention) + self.launches * rates.launch
+            beside = (self.bytes - self.attention.bytes) / rates.bytes
+            return rates.attention(self.attention) + beside + self.launches * rates.launch
         return max(self.flops / rates.flops, self.bytes / rates.bytes) + self.launches * rates.launch
 
 
