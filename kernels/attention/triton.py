@@ -196,7 +196,7 @@ def combine(
     out_ptr, partial_ptr, lse_ptr, tile_ptr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query rows of a tile, tiles, G). Weighs the partial results of one row and head by their share of the softmax's
+    """Grid (most query rows of a tile, tiles, G). Weighs the partial results of one row and head by their share of the softmax's
     total. All of them are loaded at once, and added in one order."""
     GROUP: tl.constexpr = H // G
     m, tile, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -239,7 +239,7 @@ def paged_attend(
     )  # fmt: skip
     if splits:
         launch(
-            combine, (tile.m // (H // G) * (H // G), tiles, G), warps=1, out_ptr=out_THD, partial_ptr=partial, lse_ptr=lse,
+            combine, (int(cut.count_N.max()) * (H // G), tiles, G), warps=1, out_ptr=out_THD, partial_ptr=partial, lse_ptr=lse,
             tile_ptr=rows.tile_N4, H=H, G=G, D=D, WIDTH=width, M=tile.m, SPLITS=MOST_SPLITS,
         )  # fmt: skip
     return out_THD
