@@ -85,7 +85,7 @@ def test_schedules_differ_by_rows_and_passes(zaya: Roofline) -> None:
 
 
 def test_attention_takes_what_its_programs_take(zaya: Roofline) -> None:
-    """Bytes and FLOPs alone where the device is full; more where few programs share a long sequence, or partial results are many."""
+    """Bytes and FLOPs alone where the device is full; more where few programs share a long sequence, or where splits are many."""
     for name in ("mi300x", "h200"):
         rates = HARDWARE[name].achieved
         bare = replace(rates, arch=None)
