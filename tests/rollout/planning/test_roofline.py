@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from transformers import ZayaConfig
 
+from blockroll.rollout.planning.attention_work import AttentionCall, shares
 from blockroll.rollout.planning.roofline import (
     CUDA_LAUNCH,
     HARDWARE,
@@ -81,6 +82,26 @@ def test_schedules_differ_by_rows_and_passes(zaya: Roofline) -> None:
     assert ar.parts["attention"].bytes == pytest.approx(kv, rel=0.01)
     rates = Rates(1e15, 1e12, 1e15, 1e12, 1e-6)
     assert ar.seconds(rates) == pytest.approx(ar.total.bytes / 1e12 + ar.kernels * 1e-6)  # all parts move bytes
+
+
+def test_attention_takes_what_its_programs_take(zaya: Roofline) -> None:
+    """Bytes and FLOPs alone where the device is full; more where few programs share a long sequence, or where splits are many."""
+    for name in ("mi300x", "h200"):
+        rates = HARDWARE[name].achieved
+        bare = replace(rates, arch=None)
+        for batch in (1, 16, 64):
+            for rows in (1, 17, 32):
+                for context in (2048, 16384):
+                    call = AttentionCall(8, 2, 128, batch, rows, context)
+                    made = shares(HARDWARE[name].arch, call)
+                    assert bare.attention(call) <= rates.attention(call) < 20 * bare.attention(call)
+                    assert made.splits <= 32 and made.partial == (made.splits > 1) * made.splits * batch * rows * 8 * 129 * 8
+        long, full = (AttentionCall(8, 2, 128, batch, 1, 16384) for batch in (1, 64))
+        assert rates.attention(long) > 1.1 * bare.attention(long)
+        assert rates.attention(full) == pytest.approx(bare.attention(full), rel=0.01)
+        step = zaya.step(Schedule("ar"), 1, 16384)
+        more = rates.attention(long) - bare.attention(long)
+        assert step.seconds(rates) - step.seconds(bare) == pytest.approx(zaya.config.num_hidden_layers * more)
 
 
 def test_a_launch_costs_what_the_makers_graphs_cost(zaya: Roofline) -> None:
