@@ -5,8 +5,8 @@ Invariants:
   `launch.record`, and the recorded arguments go through Triton's own specialisation (divisibility, and on AMD the
   32-bit pointer range, which a tensor over 2 GiB does not have).
 - A launch fails the check if it does not compile, spills vector registers, uses stack, or takes more shared memory than the
-  device has (the compiler does not compare). It also fails if its matrix product compiles to no matrix instructions, or if the
-  host code does not declare the product.
+  device has (the compiler does not compare). It also fails if its matrix product compiles to no matrix instructions, if the
+  host code does not declare the product, or if a figure of its assembly is worse than its bound (`isa/`).
 - The check and the interpreter need separate processes: Triton reads `TRITON_INTERPRET` when a kernel is defined.
 """
 
@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,6 +23,7 @@ from typing import Any
 
 import torch
 
+from .isa import Figures, bounds, excesses, usage
 from .launch import Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
@@ -40,6 +38,9 @@ class Report:
     Attributes:
         registers: vector registers of a thread. spills: of them spilled. stack: bytes per thread. shared: bytes.
         dots: matrix instructions in it.
+        variant: what its bounds are kept under, beside target and kernel: the policy, the rows of its tile, and the words of its
+            case. Sizes are left out, so that cases of one tile share bounds.
+        figures: of its assembly; None where it did not compile.
         faults: why it fails; empty when it is clean.
     """
 
@@ -54,6 +55,8 @@ class Report:
     stack: int
     shared: int
     dots: int
+    variant: str
+    figures: Figures | None
     faults: tuple[str, ...]
 
 
@@ -157,67 +160,57 @@ def _size(job: _Job) -> tuple[int, bool]:
 
 
 def compile_job(job: _Job) -> Report:
-    """Compile one launch and report what it uses."""
+    """Compile one launch, report what it uses, and compare its figures with their bounds."""
+    import triton
+
     for case, index, each in _launches(job.target, job.shape, job.op):
         if (case, index) == (job.case, job.index):
             report = inspect(each, TARGETS[job.target])
-            return replace(report, op=job.op, case=job.case, shape=SHAPES[job.shape].name)
+            shape = SHAPES[job.shape].name
+            variant = _variant(shape, job.dot_rows, case)
+            faults = list(report.faults)
+            if report.figures is not None:
+                name = bounds.key(job.target, f"{job.op}.{job.kernel}", variant)
+                faults += excesses(triton.__version__, name, report.figures)
+            return replace(report, op=job.op, case=job.case, shape=shape, variant=variant, faults=tuple(faults))
     raise LookupError(f"{job} names no launch")
 
 
+def _variant(shape: str, dot_rows: int, case: str) -> str:
+    words = [word for word in case.split() if not word.isdigit() and word not in ("x", "rows", "large")]
+    tile = [f"{dot_rows}-row tile"] if dot_rows else []
+    return ", ".join([shape.removesuffix(" sliding"), *tile, *([" ".join(words)] if words else [])])
+
+
 def inspect(launch: Launch, target: Target) -> Report:
-    """Compile a launch for a target; its report without op, case and shape."""
+    """Compile a launch for a target; its report without op, case, shape and variant."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(target))
-    blank = Report("", "", launch.kernel.__name__, "", target.name, launch.warps, 0, 0, 0, 0, 0, ())
+    name = launch.kernel.__name__
     try:
         compiled = launch.kernel.warmup(
             **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
         )
     except (CompilationError, RuntimeError) as error:  # MLIR and LLVM passes raise RuntimeError
-        return replace(blank, faults=(f"does not compile: {str(error).strip().splitlines()[-1]}",))
-    shared = compiled.metadata.shared
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, spills, stack = (
-            int(found.group(1)) if (found := re.search(rf"\.{name}:\s+(\d+)", text)) else 0
-            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        )
-        dots = len(re.findall(r"\bv_mfma_", text))
-        wanted = "MFMA"
-    else:
-        registers, stack = _cubin_usage(compiled.asm["cubin"])
-        spills = 0  # ptxas spills to the stack
-        instruction = "wgmma.mma_async" if launch.dot_rows >= 64 else "mma"
-        dots = len(re.findall(rf"\b{instruction}\S*\.sync", compiled.asm["ptx"]))
-        wanted = "wgmma" if launch.dot_rows >= 64 else "mma"
+        fault = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return Report("", "", name, "", target.name, launch.warps, 0, 0, 0, 0, 0, "", None, (fault,))
+    shared, wgmma = compiled.metadata.shared, launch.dot_rows >= 64
+    used = usage(compiled.asm, target.name, launch.warps, shared, target.shared, wgmma)
+    wanted = "MFMA" if target.backend == "hip" else "wgmma" if wgmma else "mma"
     undeclared = not launch.dot_rows and "tt.dot" in compiled.asm["ttir"]
     faults = [
-        *([f"{spills} spilled registers"] if spills else []),
-        *([f"{stack} bytes of stack"] if stack else []),
+        *([f"{used.spills} spilled registers"] if used.spills else []),
+        *([f"{used.stack} bytes of stack"] if used.stack else []),
         *([f"{shared} bytes of shared memory, {target.shared} at most"] if shared > target.shared else []),
-        *([f"no {wanted}"] if launch.dot_rows and not dots else []),
+        *([f"no {wanted}"] if launch.dot_rows and not used.dots else []),
         *(["a matrix product, but its launch gives no dot_rows"] if undeclared else []),
     ]
-    return replace(
-        blank, registers=registers, spills=spills, stack=stack, shared=shared, dots=dots, faults=tuple(faults)
-    )
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread, by the cuobjdump of the Triton wheel."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found.group(1)), int(found.group(2))
+    return Report(
+        "", "", name, "", target.name, launch.warps, used.registers, used.spills, used.stack, shared, used.dots, "",
+        used.figures, tuple(faults),
+    )  # fmt: skip
 
 
 def check(
