@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .isa import Figures, bounds, excesses, usage
-from .launch import Launch, record
+from .launch import Case, Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
 OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "philox")
@@ -38,8 +38,8 @@ class Report:
     Attributes:
         registers: vector registers of a thread. spills: of them spilled. stack: bytes per thread. shared: bytes.
         dots: matrix instructions in it.
-        variant: what its bounds are kept under, beside target and kernel: the policy, the rows of its tile, and the words of its
-            case. Sizes are left out, so that cases of one tile share bounds.
+        variant: what its bounds are kept under, beside target and kernel: the policy and the rows of its tile, and its case
+            where that has bounds of its own.
         figures: of its assembly; None where it did not compile.
         faults: why it fails; empty when it is clean.
     """
@@ -62,7 +62,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Job:
-    """The key by which another process finds a launch, and the rows of its matrix product's tile."""
+    """The key by which another process finds a launch, the rows of its matrix product's tile, and `Report.variant`."""
 
     target: str
     shape: int
@@ -71,6 +71,7 @@ class _Job:
     index: int
     kernel: str
     dot_rows: int
+    variant: str
 
 
 class _Driver:
@@ -94,13 +95,13 @@ class _Driver:
 
 
 @lru_cache(maxsize=64)
-def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
-    """Case name, number within the case, and launch. The order is the same in every process."""
-    found: list[tuple[str, int, Launch]] = []
+def _launches(target: str, shape: int, op: str) -> tuple[tuple[Case, int, Launch], ...]:
+    """Case, number within the case, and launch. The order is the same in every process."""
+    found: list[tuple[Case, int, Launch]] = []
     for case in importlib.import_module(f"{__package__}.{op}.triton").cases(SHAPES[shape]):
         with record(target) as launches:
             case.call()
-        found += [(case.name, index, each) for index, each in enumerate(launches)]
+        found += [(case, index, each) for index, each in enumerate(launches)]
     return tuple(found)
 
 
@@ -125,7 +126,7 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
             key.append("float")
         else:
             key.append(of(value))
-    return launch.kernel.__name__, launch.warps, launch.stages, tuple(key)
+    return launch.kernel.__name__, launch.warps, launch.stages, tuple(sorted(launch.options.items())), tuple(key)
 
 
 def jobs(
@@ -143,7 +144,8 @@ def jobs(
         for op in ops:
             for number in range(len(SHAPES)):
                 for case, index, each in _launches(target, number, op):
-                    job = _Job(target, number, op, case, index, each.kernel.__name__, each.dot_rows)
+                    variant = _variant(SHAPES[number].name, each.dot_rows, case)
+                    job = _Job(target, number, op, case.name, index, each.kernel.__name__, each.dot_rows, variant)
                     found.setdefault((target, op, _key(each, TARGETS[target])), job)
     if not quick:
         return list(found.values())
@@ -164,22 +166,21 @@ def compile_job(job: _Job) -> Report:
     import triton
 
     for case, index, each in _launches(job.target, job.shape, job.op):
-        if (case, index) == (job.case, job.index):
+        if (case.name, index) == (job.case, job.index):
             report = inspect(each, TARGETS[job.target])
-            shape = SHAPES[job.shape].name
-            variant = _variant(shape, job.dot_rows, case)
             faults = list(report.faults)
             if report.figures is not None:
-                name = bounds.key(job.target, f"{job.op}.{job.kernel}", variant)
+                name = bounds.key(job.target, f"{job.op}.{job.kernel}", job.variant)
                 faults += excesses(triton.__version__, name, report.figures)
-            return replace(report, op=job.op, case=job.case, shape=shape, variant=variant, faults=tuple(faults))
+            return replace(
+                report, op=job.op, case=job.case, shape=SHAPES[job.shape].name, variant=job.variant, faults=tuple(faults)
+            )
     raise LookupError(f"{job} names no launch")
 
 
-def _variant(shape: str, dot_rows: int, case: str) -> str:
-    words = [word for word in case.split() if not word.isdigit() and word not in ("x", "rows", "large")]
+def _variant(shape: str, dot_rows: int, case: Case) -> str:
     tile = [f"{dot_rows}-row tile"] if dot_rows else []
-    return ", ".join([shape.removesuffix(" sliding"), *tile, *([" ".join(words)] if words else [])])
+    return ", ".join([shape.removesuffix(" sliding"), *tile, *([case.name] if case.apart else [])])
 
 
 def inspect(launch: Launch, target: Target) -> Report:
@@ -191,7 +192,7 @@ def inspect(launch: Launch, target: Target) -> Report:
     name = launch.kernel.__name__
     try:
         compiled = launch.kernel.warmup(
-            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
+            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages, **launch.options
         )
     except (CompilationError, RuntimeError) as error:  # MLIR and LLVM passes raise RuntimeError
         fault = f"does not compile: {str(error).strip().splitlines()[-1]}"

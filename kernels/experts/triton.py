@@ -4,6 +4,9 @@ Invariants:
 - Nothing is copied to the host: counts stay on the device, the grid is what the worst distribution of rows needs, and each
   program finds its expert from the offsets table or ends.
 - Every output row is written once: a skipped row with 0, in tiles of their own.
+- Output features are the first axis of a product's grid. Where their tiles are a multiple of 8, as those of ZAYA1-8B are,
+  the programs that read the same weights are a multiple of 8 apart: on MI300X and MI355X, which deal programs to 8 chiplets
+  in turn, they run on one chiplet and share the weights in its L2 cache.
 - Rows of a tile share only the weights they read. Under `batch_invariant` tile sizes do not depend on the number of rows
   either, so a row's result does not depend on its batch.
 
@@ -23,7 +26,7 @@ from ..launch import Case, Shape, launch, precision
 from ..products import tile_product
 from .reference import RouterWeights
 from .router import route
-from .tiles import expert_tiles
+from .tiles import expert_tiles, options
 
 __all__ = ["cases", "route", "route_top1"]
 
@@ -85,8 +88,8 @@ def _gate_up_kernel(
     x_TD, order_T, offset_C, gate_up_E2FD, inner_TF, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """inner = silu(W_gate x) * (W_up x), in sorted order."""
-    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
+    """Grid (tiles of output features, tiles of rows). inner = silu(W_gate x) * (W_up x), in sorted order."""
+    expert, first, last = _tile_of(offset_C, tl.program_id(1), E + 1, CLASSES, M)
     if expert >= E:
         return
     dtype = inner_TF.dtype.element_ty
@@ -94,7 +97,7 @@ def _gate_up_kernel(
     real = m < last
     # Padding reads the tile's first row: what a row holds reaches no other.
     row = tl.load(order_T + tl.where(real, m, first)).to(tl.int64)
-    n = tl.program_id(1) * N + tl.arange(0, N)
+    n = tl.program_id(0) * N + tl.arange(0, N)
     ok = n < F
     x_at = x_TD + row[:, None] * D
     gate_at = gate_up_E2FD + expert.to(tl.int64) * (2 * F * D) + tl.where(ok, n, 0)[None, :] * D
@@ -123,15 +126,15 @@ def _down_kernel(
     inner_TF, order_T, offset_C, weight_T, down_EDF, out_TD, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = weight * (W_down inner), in the rows' own order."""
-    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
+    """Grid (tiles of output features, tiles of rows). out = weight * (W_down inner), in the rows' own order."""
+    expert, first, last = _tile_of(offset_C, tl.program_id(1), E + 1, CLASSES, M)
     if expert > E:
         return
     m = first + tl.arange(0, M)
     real = m < last
     place = tl.where(real, m, first).to(tl.int64)
     row = tl.load(order_T + place).to(tl.int64)
-    n = tl.program_id(1) * N + tl.arange(0, N)
+    n = tl.program_id(0) * N + tl.arange(0, N)
     ok = n < D
     out_at = out_TD + row[:, None] * D + n[None, :]
     inside = real[:, None] & ok[None, :]
@@ -181,13 +184,13 @@ def route_top1(
     gate_up, down = expert_tiles(rows, experts, x_TD.dtype)
     shared = dict(order_T=order_T, offset_C=offset_C, D=d, F=f, E=experts, CLASSES=padded, PRECISION=precision(x_TD.dtype))
     launch(
-        _gate_up_kernel, (min(rows, rows // gate_up.m + experts), triton.cdiv(f, gate_up.n)), warps=gate_up.warps,
-        stages=gate_up.stages, dot_rows=gate_up.m, x_TD=x_TD.contiguous(), gate_up_E2FD=gate_up_E2FD, inner_TF=inner_TF,
+        _gate_up_kernel, (triton.cdiv(f, gate_up.n), min(rows, rows // gate_up.m + experts)), warps=gate_up.warps,
+        stages=gate_up.stages, dot_rows=gate_up.m, options=options(), x_TD=x_TD.contiguous(), gate_up_E2FD=gate_up_E2FD, inner_TF=inner_TF,
         M=gate_up.m, N=gate_up.n, K=gate_up.k, **shared,
     )  # fmt: skip
     launch(
-        _down_kernel, (min(rows, rows // down.m + experts + 1), triton.cdiv(d, down.n)), warps=down.warps,
-        stages=down.stages, dot_rows=down.m, inner_TF=inner_TF, weight_T=weight_T.contiguous(), down_EDF=down_EDF,
+        _down_kernel, (triton.cdiv(d, down.n), min(rows, rows // down.m + experts + 1)), warps=down.warps,
+        stages=down.stages, dot_rows=down.m, options=options(), inner_TF=inner_TF, weight_T=weight_T.contiguous(), down_EDF=down_EDF,
         out_TD=out_TD, M=down.m, N=down.n, K=down.k, **shared,
     )  # fmt: skip
     return out_TD
