@@ -13,9 +13,9 @@ NARROW, WIDE = 4, 16
 
 @dataclass(frozen=True)
 class Figures:
-    """Loads, cycles and `ahead` are those of the innermost loops with matrix instructions. Where there are none they are those
-    of the innermost loops with loads, else of the whole kernel. The programs are counted as the compiler wrote them, not by
-    how often a line runs.
+    """Loads, cycles, `ahead` and `loop_barriers` are those of the innermost loops with matrix instructions. Where there are none
+    they are those of the innermost loops with loads or barriers, else of the whole kernel. Instructions are counted as the
+    compiler wrote them, not by how often they run.
 
     Attributes:
         waves: waves per SIMD, on NVIDIA warps per multiprocessor, that registers and shared memory allow.
@@ -55,7 +55,8 @@ def of(program: Program, waves: int) -> Figures:
         kind: sum(each.cycles for body in bodies for each in body if each.kind == kind) for kind in ("matrix", "vector")
     }
     waited = [pair for body in bodies for pair in ahead(body, loops)] if has_matrix else []
-    barriers = [sum(each.kind == "barrier" for each in body) for body in program.innermost("barrier")]
+    around = bodies if loops and has_matrix else program.innermost("barrier")
+    barriers = [sum(each.kind == "barrier" for each in body) for body in around]
     return Figures(
         waves=waves,
         narrow=_share(sum(count < NARROW for count in loads), len(loads)),
