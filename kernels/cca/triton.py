@@ -206,8 +206,8 @@ units, and one program fills a unit's LDS with the loads of all channels."""
 
 
 def _tile(rows: int, size: int, apart: bool) -> tuple[int, int]:
-    """(rows of a tile, channels summed at once), by whether the weights' taps lie apart. 64 channels at once spill with 64 rows on
-    gfx942; with 16 rows on sm_90 so do 32 of weights as they come, under one Triton or another."""
+    """(rows of a tile, channels summed at once), by whether the weights' taps lie apart. 64 channels at once spill with 64 rows
+    on gfx942; with 16 rows on sm_90 so do 32 of weights as they come, under one Triton or another."""
     m = 64 if rows > _FEW_ROWS or batch_invariant() else 16
     most = 32
     if m == 16 and apart:

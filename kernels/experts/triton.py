@@ -33,8 +33,8 @@ __all__ = ["cases", "route", "route_top1"]
 
 _SORT_BLOCK = 256
 _SORT_INSIDE = 512
-"""Rows up to which each program of the first product finds its own: some thousand cycles, less than another launch takes. They grow
-with the rows."""
+"""Rows up to which each program of the first product finds its own: some thousand cycles, which grow with the rows; less than
+another launch takes."""
 
 
 @triton.jit
@@ -106,8 +106,12 @@ def _gate_up_kernel(
     CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, SORT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of output features, tiles of rows). inner = silu(W_gate x) * (W_up x), in sorted order. SORT: each program finds
-    its rows itself, and those of the first output features keep the order for the down product; else the order is there."""
+    """Grid (tiles of output features, tiles of rows). inner = silu(W_gate x) * (W_up x), in sorted order.
+
+    Args:
+        SORT: each program finds its rows itself, and those of the first output features keep the order for the down product;
+            else the order is there.
+    """
     c = tl.arange(0, CLASSES)
     tile = tl.program_id(1)
     if SORT:

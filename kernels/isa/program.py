@@ -88,7 +88,7 @@ def _products_until_wait(body: Sequence[Instruction], at: int, rounds: int) -> i
         if load.writes:
             if load.writes & each.reads:
                 return products
-        elif each.limit is not None and 0 <= newer and each.limit <= newer:
+        elif each.limit is not None and newer >= 0 and each.limit <= newer:
             return products
         products += each.kind == "matrix"
         newer += each.commits

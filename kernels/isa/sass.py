@@ -9,7 +9,10 @@ from .program import Instruction, Program
 
 _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*(?P<name>[A-Z][\w.]*)(?P<operands>[^;]*);")
 _LABEL = re.compile(r"(\.L_\w+):")
-_MATRIX = re.compile(r"HMMA\.(?P<warp>\d+)\.F(?:32|16)(?P<tf32>\.TF32)?|HGMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)\.F(?:32|16)(?P<tf>\.TF32)?")
+_MATRIX = re.compile(
+    r"HMMA\.(?P<warp>\d+)\.F(?:32|16)(?P<tf32>\.TF32)?"
+    r"|HGMMA\.(?P<m>\d+)x(?P<n>\d+)x(?P<k>\d+)\.F(?:32|16)(?P<tf>\.TF32)?"
+)
 _SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
 _WIDTH = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}

@@ -3,7 +3,8 @@
 
 Invariants:
 - A figure that is worse than its bound stops the command before it writes anything. `--loosen` accepts it.
-- A report of all variants of a kernel and target removes the bounds of variants that are gone. A report of `--quick` removes none.
+- A report of all variants of a kernel and target removes the bounds of variants that are gone; one of `--quick`
+  removes none.
 """
 
 from __future__ import annotations
