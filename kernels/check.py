@@ -29,7 +29,7 @@ import torch
 from .launch import Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
-OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "philox")
+OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "cutoffs", "philox")
 """Folders whose `triton.py` has `cases(shape)`."""
 
 

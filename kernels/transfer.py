@@ -110,11 +110,12 @@ class Download:
         self._on_cpu = device.type == "cpu"
         self._tensors: list[torch.Tensor] = []
         self._packed = self._here = torch.empty(0, dtype=torch.uint8)
+        self._parts: list[torch.Tensor] = []
         self._event = None if self._on_cpu else torch.cuda.Event()
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> None:
         """The tensors that are copied from now on."""
-        self._tensors = list(tensors)
+        self._tensors, self._parts = list(tensors), []
         if not self._on_cpu:
             self._packed = _one_piece(tensors)
 
@@ -123,6 +124,7 @@ class Download:
         if self._event is not None:
             if self._here.shape != self._packed.shape:
                 self._here = torch.empty(self._packed.shape, dtype=torch.uint8, pin_memory=True)
+                self._parts = []
             self._here.copy_(self._packed, non_blocking=True)
             self._event.record()
 
@@ -131,7 +133,9 @@ class Download:
         if self._event is None:
             return list(self._tensors)
         self._event.synchronize()
-        return _unpacked(self._here, self._tensors)
+        if not self._parts:
+            self._parts = _unpacked(self._here, self._tensors)
+        return self._parts
 
 
 def _wide_first(tensors: Sequence[torch.Tensor]) -> list[int]:
