@@ -69,7 +69,7 @@ class RecurringInputs:
         self._line_R, self._last_R = self._position_SR[0] - hops, self._limit_SR[0] - hops
         self._opens_R = np.flatnonzero(self._parent_SR[0] == FROM_TAIL)
         self._write_SR, self._tail_SR = map(by_sequence, (places.write_T, places.tail_T))
-        self._source_SRA = by_sequence(places.source_TA)
+        self._source_SRA, self._first_column_S1 = by_sequence(places.source_TA), np.arange(sequences)[:, None] * width
         self._from_tail = _from_tail(self._parent_SR[0], hops)
         self._rows = list({id(each): (each, policy.windows[kind]) for kind, each in plan.rows.items()}.values())
         self._range_6SR = [each.range_6T.numpy().reshape(6, sequences, -1) for each, _ in self._rows]
@@ -107,9 +107,9 @@ class RecurringInputs:
         position_SC = self._position_SR[:, :clean]
         inside_SC = position_SC < (pages * size)[:, None]
         number_SC, offset_SC = np.divmod(position_SC, size)
-        page_SC = np.take_along_axis(table, np.minimum(number_SC, table.shape[1] - 1), axis=1).astype(np.int64)
+        page_SC = table.ravel()[np.minimum(number_SC, table.shape[1] - 1) + self._first_column_S1].astype(np.int64)
         self._write_SR[:, :clean] = np.where(inside_SC, page_SC * size + offset_SC, NOTHING)
-        entry_SC = cache.sizes.tail_entries(slot[:, None], page_SC, position_SC)
+        entry_SC = cache.sizes.tail_entries(slot[:, None], page_SC, position_SC, offset_SC)
         self._tail_SR[:, :clean] = np.where(inside_SC, entry_SC, NOTHING)
         back_SH = np.maximum(start[:, None] - 1 - np.arange(self._hops), 0)
         page_SH = table[np.arange(len(start))[:, None], np.minimum(back_SH // size, table.shape[1] - 1)].astype(np.int64)
