@@ -183,24 +183,24 @@ def _key(x):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
-def _number(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+# The two functions below call no others in their loops, which the interpreter takes a millisecond for. They read the numbers
+# gathered in `near`, or (`far`) the whole row `own`. A compiler for AMD refuses a choice of two pointers of which one is into
+# more than 2 GiB, so both are loaded under masks.
 
 
 @triton.jit
 def _above(near, own, far, count, edge, high, top, temperature, TILE: tl.constexpr):
-    """Weight and number of the numbers below `high` that are above `edge`, and how many equal it. `far`: of the whole row `own`,
-    else of those gathered. (A compiler for AMD refuses a choice of two pointers of which one is into more than 2 GiB.)"""
-    mass_I, count_I, equal_I = tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
+    """Weight and number of the numbers below `high` that are above `edge`, and how many equal it."""
+    mass_I, count_I = tl.full((TILE,), 0, tl.int64), tl.full((TILE,), 0, tl.int32)
+    equal_I = count_I
     for start in range(0, count, TILE):
-        i = start + tl.arange(0, TILE)
-        x = tl.load(near + i, (i < count) & (far == 0), float("-inf"))
-        x = tl.maximum(x, tl.div_rn(tl.load(own + i, (i < count) & far, float("-inf")), temperature))
+        inside = start + tl.arange(0, TILE) < count
+        x = tl.div_rn(tl.load(own + start + tl.arange(0, TILE), inside & far, float("-inf")), temperature)
+        x = tl.maximum(x, tl.load(near + start + tl.arange(0, TILE), inside & (far == 0), float("-inf")))
         there = (x > edge) & (x < high)
-        mass_I += tl.where(there, _weight(x, top), 0)
+        mass_I += tl.where(there, (tl.exp(x - top) * SCALE).to(tl.int64), 0)
         count_I += there.to(tl.int32)
-        equal_I += ((x == edge) & (i < count)).to(tl.int32)
+        equal_I += ((x == edge) & inside).to(tl.int32)
     return tl.sum(mass_I, 0), tl.sum(count_I, 0), tl.sum(equal_I, 0)
 
 
@@ -211,10 +211,17 @@ def _smallest(near, own, far, count, low, high, above, least, top, temperature, 
     under, over = _key(low), _key(tl.minimum(high, top))
     while under < over:
         middle = (under >> 1) + (over >> 1) + (under & over & 1)
-        mass, numbers, _equal = _above(near, own, far, count, _number(middle), high, top, temperature, TILE)
-        holds = above + (mass if MASS else numbers) < least
+        edge = (middle ^ ((middle >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        sum_I = tl.full((TILE,), 0, tl.int64 if MASS else tl.int32)
+        for start in range(0, count, TILE):
+            inside = start + tl.arange(0, TILE) < count
+            x = tl.div_rn(tl.load(own + start + tl.arange(0, TILE), inside & far, float("-inf")), temperature)
+            x = tl.maximum(x, tl.load(near + start + tl.arange(0, TILE), inside & (far == 0), float("-inf")))
+            there = (x > edge) & (x < high)
+            sum_I += tl.where(there, (tl.exp(x - top) * SCALE).to(tl.int64), 0) if MASS else there.to(tl.int32)
+        holds = above + tl.sum(sum_I, 0) < least
         under, over = tl.where(holds, under, middle + 1), tl.where(holds, middle, over)
-    return _number(over)
+    return (over ^ ((over >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from ...planning import kernel_work
+from ...planning.kernel_shares import counted, step_shares
 from ...planning.kernel_work import KernelWork
 from ...planning.predictions import PATH
 from ...planning.roofline import HARDWARE, Hardware, Roofline
@@ -19,8 +20,8 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
     roofline = Roofline.of(sizes.zaya)
     return {
         "policy": "ZAYA1-8B",
-        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a "
-                "step takes its parts one after another (planning/roofline.py)",
+        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches, times "
+                "what was counted of its code; a step takes its kernels one after another (planning/kernel_shares.py)",
         "devices": {name: _of(hardware, sizes, roofline) for name, hardware in HARDWARE.items()},
     }  # fmt: skip
 
@@ -28,8 +29,8 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
 def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
     config, block = roofline.config, roofline.block
 
-    def row(work: KernelWork) -> dict[str, float]:
-        seconds = work.seconds(hardware.achieved)
+    def row(work: KernelWork, factor: float = 1.0) -> dict[str, float]:
+        seconds = work.seconds(hardware.achieved) * factor
         return {"ms": _digits(1e3 * seconds), "of_roofline": _digits(work.seconds(hardware.peak) / seconds)}
 
     kernels: dict[str, Any] = {
@@ -38,7 +39,8 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
     }
     for rows in sizes.kernel_rows:
         for kind in (kernel_work.experts, kernel_work.router, kernel_work.cca, kernel_work.residual, kernel_work.projections):
-            kernels[f"{kind.__name__} {rows}"] = row(kind(config, rows))
+            name = kind.__name__
+            kernels[f"{name} {rows}"] = row(kind(config, rows), counted(hardware.name, name, rows))
     for batch in sizes.batches:
         parts = kernel_work.verification(config, batch, block - 1)
         kernels |= {f"verify {batch} {part}": row(work) for part, work in parts.items()}
@@ -48,10 +50,11 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
         for batch in sizes.batches:
             for context in sizes.contexts:
                 step = roofline.step(schedule, batch, context)
-                seconds = step.seconds(hardware.achieved)
+                parts = step_shares(roofline, schedule, batch, context, hardware)
+                seconds = sum(parts.values())
                 steps[f"{schedule.within(block).label} {batch} at {context}"] = {
                     "ms": _digits(1e3 * seconds), "of_roofline": _digits(step.seconds(hardware.peak) / seconds),
-                    "launches": step.kernels,
+                    "launches": step.kernels, "parts_ms": {name: _digits(1e3 * part) for name, part in parts.items()},
                 }  # fmt: skip
     names = "products", "copies", "attention_products", "attention_reads"
     assumed: dict[str, Any] = dict(zip(names, hardware.reached, strict=True))
@@ -65,8 +68,18 @@ def _digits(value: float) -> float:
 
 def text(made: dict[str, Any]) -> str:
     """The file, a row on a line."""
-    rows = re.compile(r"\{\s+(\"ms\"[^{}]*?)\s+\}")
-    return rows.sub(lambda row: "{" + " ".join(row[1].split()) + "}", json.dumps(made, indent=1)) + "\n"
+    rows: list[str] = []
+
+    def folded(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "ms" in tree:
+            rows.append(json.dumps(tree))
+            return f"row {len(rows) - 1}"
+        return {name: folded(each) for name, each in tree.items()}
+
+    whole = json.dumps(folded(made), indent=1)
+    return re.sub(r'"row (\d+)"', lambda found: rows[int(found[1])], whole) + "\n"
 
 
 if __name__ == "__main__":

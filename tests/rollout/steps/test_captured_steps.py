@@ -60,7 +60,8 @@ def run(policy, schedule, asked, device=None, later=(), **config):
     ("schedule", "sampler", "temperature", "top_p"),
     [
         (FUSED, "lossless", 1.0, 1.0),
-        (FUSED, "coupled", 1.0, 0.8),
+        (Schedule("ar"), "ar", 1.0, 0.8),
+        pytest.param(FUSED, "coupled", 1.0, 0.8, marks=pytest.mark.slow),
         pytest.param(FUSED, "lossless", 0.8, 0.7, marks=pytest.mark.slow),
         pytest.param(Schedule("ar"), "ar", 1.0, 1.0, marks=pytest.mark.slow),
         pytest.param(FUSED, "coupled", 1.0, 1.0, marks=pytest.mark.slow),
