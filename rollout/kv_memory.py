@@ -6,8 +6,8 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
 
     logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
     activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
-    attention     partial sums of keys that programs share: 4 (d + 1) * H * T * splits; as many as fill the device, or one
-                  per 1024 keys with batch_invariant
+    attention     partial results of tiles whose keys programs share: 4 (d + 1) per query row and head; three times the rows that
+                  fill the largest device, or all of T, and of a tile per sequence, per 1024 keys (32 times at most) with batch_invariant
     tails         2 B slots of the convolutions' past, in every layer
     drafts        4 * B * m * V, B rounded up: q of the m drafts that wait between two captured steps
     graphs        1/32 of the device, where passes are captured
@@ -27,6 +27,8 @@ from typing import Protocol
 import torch
 
 from ..errors import RequestError
+from ..kernels.attention.splits import INVARIANT_KEYS, MOST_SPLITS, WAVES
+from ..kernels.attention.tiles import INVARIANT_QUERIES, MOST_QUERIES
 from ..model.policy import Policy
 from . import page_sizes
 from .cache import pages_for
@@ -46,9 +48,6 @@ _LOGIT_COPIES = 16
 _LIBRARIES = 512 << 20
 _UNITS = {"GB": 10**9, "GiB": 1 << 30, "MB": 10**6, "MiB": 1 << 20}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
-_SPLIT_KEYS, _SPLIT_ROWS = 1024, 2 * 304 * 256
-"""Keys of a split under `batch_invariant`; otherwise most rows of all splits: two programs of 256 rows on each of 304 compute
-units fill the largest device."""
 _log = logging.getLogger(__name__)
 
 
@@ -192,13 +191,16 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
     each += 8 * z.router_hidden_size + z.num_hidden_layers * (8 + 4 * (z.num_experts + 1))
     away = policy.device.type != "cpu"
-    split_rows = step * pages_for(z.max_position_embeddings, _SPLIT_KEYS) if config.batch_invariant else max(step, _SPLIT_ROWS)
+    split_rows = (WAVES + 1) * MOST_QUERIES
+    if config.batch_invariant:
+        most = min(pages_for(z.max_position_embeddings, INVARIANT_KEYS) + 1, MOST_SPLITS)
+        split_rows = most * (step * z.num_attention_heads + bucket(batch) * INVARIANT_QUERIES * z.num_key_value_heads)
     ring = block_size + 1 + policy.hops
     tail = page_sizes.tail_row(z.num_attention_heads, z.num_key_value_heads, z.head_dim)
     return {
         "logits": _LOGIT_COPIES * 4 * logit_rows * z.vocab_size,
         "activations": step * each,
-        "attention": 4 * (z.head_dim + 1) * z.num_attention_heads * split_rows if away else 0,
+        "attention": 4 * (z.head_dim + 1) * split_rows if away else 0,
         "tails": 2 * batch * ring * tail * z.num_hidden_layers * item,
         "drafts": 4 * bucket(batch) * max(s.drafts or 0 for s in known) * z.vocab_size if away and config.captured else 0,
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,

@@ -5,7 +5,7 @@ Invariants:
 - Built on the host and moved once; nothing is read back. All tensors are int32, of sizes that depend only on
   (T, S, pages per sequence, tiles), so that a captured step can find new values in the place of old ones.
 
-Legend: T rows, S sequences, P pages of the longest sequence, N tiles.
+Legend: T rows, S sequences, P pages of the longest sequence, N tiles, I items.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ..launch import architecture
-from .tiles import Tile, choose
+from .splits import Cut
+from .tiles import choose
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,22 @@ class Rows:
         first_S1: first pack row of each sequence, and T.
         start_S: cached positions of each sequence.
         table_SP: page numbers of each sequence.
-        tile_N2: sequence and first row (counted from the sequence's first) of each tile.
-        tile: the tile's sizes.
+        tile_N4: of each tile, its first row in the pack, its rows, its first item and the number of its items.
+        item_I8: of each item, what its program needs to begin: the tile's sequence, the sequence's first row, the tile's first
+            row (counted from that one), its rows, the key blocks of the cache, begin and end of the item's key blocks, and the
+            number of the tile's items; 0 of them for an idle item.
+        cut: how the rows are cut into tiles.
         page_size: positions per page.
-        splits: programs that share a tile's keys.
-        per_split: key blocks of each of them, where that is fixed (`batch_invariant`); 0 where they share evenly.
     """
 
     range_6T: torch.Tensor
     first_S1: torch.Tensor
     start_S: torch.Tensor
     table_SP: torch.Tensor
-    tile_N2: torch.Tensor
-    tile: Tile
+    tile_N4: torch.Tensor
+    item_I8: torch.Tensor
+    cut: Cut
     page_size: int
-    splits: int
-    per_split: int
 
     @classmethod
     def of(
@@ -70,28 +71,26 @@ class Rows:
             batch_invariant: tile sizes and the cut of the keys do not depend on what else is in the pack.
             device: where the kernels run.
         """
-        first, start = first_S1, start_S
-        sequences = len(start)
-        counts = np.diff(first)
-        group = heads // kv_heads
-        width = table_SP.shape[1] * page_size
-        arch = architecture()
-        tile = choose(arch, dtype, int(counts.max(initial=1)) * group, batch_invariant)
-        per = tile.m // group
-        each = -(-counts // per)
-        tile_N2 = np.stack(
-            [np.repeat(np.arange(sequences), each), (np.arange(each.sum()) - np.repeat(each.cumsum() - each, each)) * per]
-        ).T
-        splits, per_split = tile.split(len(tile_N2) * kv_heads, width, int(counts.max(initial=1)), batch_invariant)
+        counts = np.diff(first_S1)
+        tile = choose(architecture(), dtype, int(counts.max(initial=1)) * (heads // kv_heads), batch_invariant)
+        cut = Cut.of(first_S1, tile, heads, kv_heads, batch_invariant)
+        range_6T = apart(range_4T, np.repeat(start_S, counts)).astype(np.int32)
+        tile_N4 = np.empty((len(cut.count_N), 4), np.int32)
+        item_I8 = np.empty((cut.capacity(table_SP.shape[1] * page_size), 8), np.int32)
+        cut.deal(range_6T, start_S, tile_N4, item_I8)
 
         def move(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32)).to(device)
 
         return cls(
-            range_6T=move(apart(range_4T, np.repeat(start, counts))),
-            first_S1=move(first), start_S=move(start), table_SP=table_SP.to(torch.int32).to(device),
-            tile_N2=move(tile_N2), tile=tile, page_size=page_size, splits=splits, per_split=per_split,
+            range_6T=move(range_6T), first_S1=move(first_S1), start_S=move(start_S),
+            table_SP=table_SP.to(torch.int32).to(device), tile_N4=move(tile_N4), item_I8=move(item_I8), cut=cut,
+            page_size=page_size,
         )  # fmt: skip
+
+    def deal(self) -> None:
+        """Write tiles and items for the ranges and starts as they are now, in place, on the host."""
+        self.cut.deal(*(each.numpy() for each in (self.range_6T, self.start_S, self.tile_N4, self.item_I8)))
 
 
 def apart(range_4T: np.ndarray, start_T: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..launch import compute_units
+from ..launch import architecture, compute_units, pipeline
 
 
 @dataclass(frozen=True)
@@ -15,39 +15,44 @@ class Tile:
 
     Attributes:
         warps, stages: of the launch.
-        programs: programs that fill the device.
+        units: compute units of the device.
+        held: programs that a compute unit has registers and shared memory for.
+        matrix: rows of a matrix instruction on AMD; 0 leaves them to the compiler.
     """
 
     m: int
     n: int
     warps: int
     stages: int
-    programs: int
+    units: int
+    held: int
+    matrix: int = 0
 
-    def split(self, programs: int, cached: int, rows: int, batch_invariant: bool) -> tuple[int, int]:
-        """Programs that share one tile's keys, and the key blocks of each program if that number is fixed, else 0.
+    @property
+    def programs(self) -> int:
+        """Programs that fill the device."""
+        return self.units * self.held
 
-        Args:
-            programs: programs without a split. cached, rows: most cached positions and rows of a sequence.
-        """
-        blocks = -(-cached // self.n) + -(-rows // self.n)
-        if batch_invariant:
-            per = max(_INVARIANT_KEYS // self.n, 1)
-            return -(-blocks // per), per
-        # A split below four key blocks costs more in its start and in the combination than it saves.
-        return max(min(self.programs // max(programs, 1), blocks // 4), 1), 0
+    @property
+    def options(self) -> dict[str, int]:
+        """Of Triton's compiler for AMD."""
+        return {"matrix_instr_nonkdim": self.matrix} if self.matrix else {}
 
 
-_INVARIANT_KEYS = 1024
-_SIZES = {  # m: (n, warps) in 16 bits
-    "gfx942": {16: (64, 4), 64: (64, 4), 128: (32, 4), 256: (32, 8)},
-    "gfx950": {16: (64, 4), 64: (64, 4), 128: (32, 4), 256: (32, 8)},
-    "sm_90": {16: (64, 4), 64: (64, 4), 128: (64, 8)},
+_AMD = {16: (64, 4, 2, 0), 64: (32, 4, 2, 16), 128: (32, 4, 2, 0), 256: (32, 8, 1, 0)}
+_SIZES = {  # m: (n, warps, held, matrix) in 16 bits
+    "gfx942": _AMD,
+    "gfx950": _AMD,
+    "sm_90": {16: (64, 4, 3, 0), 64: (64, 4, 2, 0), 128: (64, 8, 1, 0)},
 }
-_WIDE = {16: (32, 4), 64: (32, 4)}  # in 32 bits
+_WIDE = {16: (32, 4, 2, 0), 64: (32, 4, 1, 0)}  # in 32 bits
 _UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
 """Compute units of MI300X, MI355X and H200."""
-_PROGRAMS_PER_UNIT = 2
+_STAGES = 3
+INVARIANT_QUERIES = 64
+"""m under `batch_invariant`."""
+MOST_QUERIES = max(m * sizes[m][2] * _UNITS[arch] for arch, sizes in _SIZES.items() for m in sizes)
+"""Query rows of the programs that fill the largest device."""
 
 
 def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -> Tile:
@@ -59,6 +64,8 @@ def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -
         # Every tile of a sequence reads its keys again, mostly from the cache of the device.
         return count * m * (1 + 0.15 * (count - 1))
 
-    m = 64 if batch_invariant else min(sizes, key=cost)
-    n, warps = sizes[m]
-    return Tile(m, n, warps, 2, _PROGRAMS_PER_UNIT * compute_units(_UNITS, "sm_90"))
+    m = INVARIANT_QUERIES if batch_invariant else min(sizes, key=cost)
+    n, warps, held, matrix = sizes[m]
+    stages = pipeline(_STAGES) if dtype.itemsize == 2 else 2
+    matrix = matrix if architecture().startswith("gfx") else 0
+    return Tile(m, n, warps, stages, compute_units(_UNITS, "sm_90"), held, matrix)

@@ -2,8 +2,8 @@
 
 One program takes a tile of query rows, (rows of one sequence) x (query heads of one key head), and a share of its keys:
 cached positions through the page table, then the pack's own rows. Cached keys that every row of the tile sees need no
-mask; the rest are masked by the ranges of `Rows`. Where several programs share a tile's keys (split-KV, arXiv
-2311.01282) they leave partial results that `combine` adds in the order of the keys.
+mask; the rest are masked by the ranges of `Rows`. Where several programs share a tile's keys (`splits`) they leave partial
+results, which `combine` adds.
 
 Invariants:
 - Offsets into the pool are int64; a position outside every row's range is never loaded, so what unused memory holds
@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ..launch import Case, Shape, launch, precision
 from .rows import Rows
+from .splits import MOST_SPLITS
 
 _FAR = tl.constexpr(2**31 - 1)
 _LOG2_E = 1.4426950408889634
@@ -60,26 +61,55 @@ def _block(
     return acc, new_top, total
 
 
-@triton.jit(do_not_specialize=["rows", "pages", "splits", "per_split"])
+@triton.jit
+def _pages(table, block, N: tl.constexpr, PAGE: tl.constexpr):
+    """Numbers of the pages that a block of keys lies in: those of its two halves where these are pages, else those of its keys."""
+    if PAGE % N == 0:
+        low = tl.load(table + block * N // PAGE)
+        high = low
+    elif N == 2 * PAGE:
+        low = tl.load(table + 2 * block)
+        high = tl.load(table + 2 * block + 1)
+    else:
+        low = tl.load(table + (block * N + tl.arange(0, N)) // PAGE)
+        high = low
+    return low, high
+
+
+@triton.jit
+def _places(low, high, block, N: tl.constexpr, PAGE: tl.constexpr):
+    """Pool positions of a block of keys, int64, by what `_pages` gave."""
+    n = tl.arange(0, N)
+    if PAGE % N == 0:
+        place = low.to(tl.int64) * PAGE + block * N % PAGE + n
+    elif N == 2 * PAGE:
+        place = tl.where(n < PAGE, low, high).to(tl.int64) * PAGE + n % PAGE
+    else:
+        place = low.to(tl.int64) * PAGE + (block * N + n) % PAGE
+    return place
+
+
+@triton.jit(do_not_specialize=["rows", "pages"])
 def paged(
-    q_ptr, k_ptr, v_ptr, k_pool, v_pool, out_ptr, partial_ptr, lse_ptr,
-    range_ptr, first_ptr, start_ptr, table_ptr, tile_ptr,
-    q_row, k_row, v_row, rows, pages, splits, per_split, scale,
+    q_ptr, k_ptr, v_ptr, k_pool, v_pool, out_ptr, partial_ptr, lse_ptr, range_ptr, table_ptr, item_ptr,
+    q_row, k_row, v_row, rows, pages, scale,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, G, splits). A single split writes the result itself."""
+    """Grid (items, G). The only item of a tile writes the result itself."""
     GROUP: tl.constexpr = H // G
-    tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    sequence = tl.load(tile_ptr + 2 * tile)
-    opening = tl.load(tile_ptr + 2 * tile + 1)
-    first = tl.load(first_ptr + sequence)
-    count = tl.load(first_ptr + sequence + 1) - first
+    item, g = tl.program_id(0), tl.program_id(1)
+    line = item_ptr + 8 * item
+    splits = tl.load(line + 7)
+    if splits == 0:
+        return
+    sequence, first, opening, count = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    cached, begin, end = tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
 
     m = tl.arange(0, M)
     row = opening + m // GROUP
     head = g * GROUP + m % GROUP
-    real = (m < M // GROUP * GROUP) & (row < count)
+    real = (m < M // GROUP * GROUP) & (m // GROUP < count)
     row_T = (first + row).to(tl.int64)
     ranges = range_ptr + row_T
     past_begin = tl.load(ranges, mask=real, other=0)
@@ -89,7 +119,7 @@ def paged(
     block_begin = tl.load(ranges + 4 * rows, mask=real, other=0)
     block_end = tl.load(ranges + 5 * rows, mask=real, other=0)
 
-    # The key blocks of this program: cached ones, then the pack's.
+    # The key blocks of this program: cached ones, then the pack's, which follow those of the whole cache.
     seen = tl.max(past_end, 0)
     past_0 = tl.min(tl.where(past_end > past_begin, past_begin, seen), 0) // N
     past_1 = tl.cdiv(seen, N)
@@ -99,19 +129,10 @@ def paged(
         tl.min(tl.where(block_end > block_begin, block_begin, fresh_end), 0),
     ) // N  # fmt: skip
     fresh_1 = tl.cdiv(fresh_end, N)
-    if per_split > 0:
-        per = per_split
-        past_origin = 0
-        fresh_origin = -tl.cdiv(tl.load(start_ptr + sequence), N)
-    else:
-        per = tl.cdiv(past_1 - past_0 + fresh_1 - fresh_0, splits)
-        past_origin = past_0
-        fresh_origin = fresh_0 - (past_1 - past_0)
-    begin, end = split * per, (split + 1) * per
-    past_0 = tl.maximum(past_0, begin + past_origin)
-    past_1 = tl.maximum(tl.minimum(past_1, end + past_origin), past_0)
-    fresh_0 = tl.maximum(fresh_0, begin + fresh_origin)
-    fresh_1 = tl.maximum(tl.minimum(fresh_1, end + fresh_origin), fresh_0)
+    past_0 = tl.maximum(past_0, begin)
+    past_1 = tl.maximum(tl.minimum(past_1, end), past_0)
+    fresh_0 = tl.maximum(fresh_0, begin - cached)
+    fresh_1 = tl.maximum(tl.minimum(fresh_1, end - cached), fresh_0)
     # Of the cached ones, [common_0, common_1) are seen whole by every row.
     common_0 = tl.minimum(tl.maximum(past_0, tl.cdiv(tl.max(past_begin, 0), N)), past_1)
     common_1 = tl.maximum(tl.minimum(past_1, tl.min(tl.where(real, past_end, _FAR), 0) // N), common_0)
@@ -125,13 +146,15 @@ def paged(
     n = tl.arange(0, N)
     column = g * D + d
     table = table_ptr + sequence.to(tl.int64) * pages
+    last = tl.maximum(common_1 - 1, 0)
+    low, high = _pages(table, tl.minimum(common_0, last), N, PAGE)
     for block in range(common_0, common_1):
-        position = block * N + n
-        page = tl.load(table + position // PAGE).to(tl.int64)
-        place = (page * PAGE + position % PAGE) * (G * D)
+        place = _places(low, high, block, N, PAGE) * (G * D)
+        # The page numbers of the next block are loaded before this block's products, so that its keys do not wait for them.
+        low, high = _pages(table, tl.minimum(block + 1, last), N, PAGE)
         acc, top, total = _block(
             acc, top, total, q, k_pool + place[None, :] + column[:, None], v_pool + place[:, None] + column[None, :],
-            position >= 0, True, scale, False, D, WIDTH, PRECISION,
+            n >= 0, True, scale, False, D, WIDTH, PRECISION,
         )  # fmt: skip
     before = common_0 - past_0
     for i in range(0, before + past_1 - common_1):
@@ -157,44 +180,41 @@ def paged(
 
     some = total > 0
     result = acc / tl.where(some, total, 1.0)[:, None]
-    place = row_T * H + head
     inside = real[:, None] & (d < D)[None, :]
     if splits == 1:
+        place = row_T * H + head
         tl.store(out_ptr + place[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        place += split.to(tl.int64) * rows * H
-        tl.store(partial_ptr + place[:, None] * D + d[None, :], result, mask=inside & some[:, None])
+        place = (item.to(tl.int64) * G + g) * M + m
+        tl.store(partial_ptr + place[:, None] * D + d[None, :], result, mask=inside)
         lse = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + place, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit
 def combine(
-    out_ptr, partial_ptr, lse_ptr, rows, splits, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
-):
-    """Grid (T,). Weighs the partial results of one row by their share of the softmax's total, in the order of the keys."""
-    row = tl.program_id(0).to(tl.int64)
-    h, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    place = row * H + h
-    inside = (h < H)[:, None] & (d < D)[None, :]
-    stride = rows.to(tl.int64) * H
-    top = tl.full((HEADS,), float("-inf"), tl.float32)
-    for split in range(splits):
-        plane = split * stride
-        top = tl.maximum(top, tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros((HEADS,), tl.float32)
-    acc = tl.zeros((HEADS, WIDTH), tl.float32)
-    for split in range(splits):
-        plane = split * stride
-        weight = tl.exp2(tl.load(lse_ptr + plane + place, mask=h < H, other=float("-inf")) - top)
-        part = tl.load(
-            partial_ptr + (plane + place)[:, None] * D + d[None, :], mask=inside & (weight > 0)[:, None], other=0.0
-        )
-        total += weight
-        acc += part * weight[:, None]
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_ptr + place[:, None] * D + d[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
+    out_ptr, partial_ptr, lse_ptr, tile_ptr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Grid (query rows of a tile, tiles, G). Weighs the partial results of one row and head by their share of the softmax's total.
+    All of them are loaded at once; those of no item count as 0."""
+    GROUP: tl.constexpr = H // G
+    m, tile, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    line = tile_ptr + 4 * tile
+    first, count, item, splits = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    if (splits == 1) | (m // GROUP >= count):
+        return
+    s, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
+    place = ((item + s).to(tl.int64) * G + g) * M + m
+    lse = tl.load(lse_ptr + place, mask=s < splits, other=float("-inf"))
+    part = tl.load(partial_ptr + place[:, None] * D + d[None, :], mask=(s < splits)[:, None] & (d < D)[None, :], other=0.0)
+    top = tl.max(lse, 0)
+    # A row that sees nothing: any finite number serves.
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(weight, 0)
+    result = tl.sum(part * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    out = ((first + m // GROUP).to(tl.int64) * H + g * GROUP + m % GROUP) * D
+    tl.store(out_ptr + out + d, result.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 def paged_attend(
@@ -203,25 +223,24 @@ def paged_attend(
 ) -> torch.Tensor:  # fmt: skip
     """`blockroll.kernels.attention.paged_attend` on an accelerator."""
     T, H, D = q_THD.shape
-    G, tile = k_TGD.shape[1], rows.tile
+    cut, G, device = rows.cut, k_TGD.shape[1], q_THD.device
+    tile, tiles, items = cut.tile, len(rows.tile_N4), len(rows.item_I8)
     out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-    whole, width = rows.splits == 1, max(triton.next_power_of_2(D), 16)
-    planes = 0 if whole else rows.splits
-    partial = torch.empty(planes, T, H, D, dtype=torch.float32, device=q_THD.device)
-    lse = torch.empty(planes, T, H, dtype=torch.float32, device=q_THD.device)
+    width, splits = max(triton.next_power_of_2(D), 16), items > tiles
+    partial = torch.empty(items if splits else 0, G, tile.m, D, dtype=torch.float32, device=device)
+    lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=device)
     launch(
-        paged, (len(rows.tile_N2), G, rows.splits), warps=tile.warps, stages=tile.stages, dot_rows=tile.m,
+        paged, (items, G), warps=tile.warps, stages=tile.stages, dot_rows=tile.m,
         q_ptr=q_THD, k_ptr=k_TGD, v_ptr=v_TGD, k_pool=k_pool_KGD, v_pool=v_pool_KGD, out_ptr=out_THD,
-        partial_ptr=partial, lse_ptr=lse, range_ptr=rows.range_6T, first_ptr=rows.first_S1, start_ptr=rows.start_S,
-        table_ptr=rows.table_SP, tile_ptr=rows.tile_N2,
+        partial_ptr=partial, lse_ptr=lse, range_ptr=rows.range_6T, table_ptr=rows.table_SP, item_ptr=rows.item_I8,
         q_row=q_THD.stride(0), k_row=k_TGD.stride(0), v_row=v_TGD.stride(0), rows=T, pages=rows.table_SP.shape[1],
-        splits=rows.splits, per_split=rows.per_split, scale=scale * _LOG2_E,
-        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, PRECISION=precision(q_THD.dtype),
+        scale=scale * _LOG2_E,
+        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, PRECISION=precision(q_THD.dtype), **tile.options,
     )  # fmt: skip
-    if not whole:
+    if splits:
         launch(
-            combine, (T,), warps=4, out_ptr=out_THD, partial_ptr=partial, lse_ptr=lse, rows=T, splits=rows.splits,
-            H=H, D=D, HEADS=triton.next_power_of_2(H), WIDTH=width,
+            combine, (tile.m // (H // G) * (H // G), tiles, G), warps=1, out_ptr=out_THD, partial_ptr=partial, lse_ptr=lse,
+            tile_ptr=rows.tile_N4, H=H, G=G, D=D, WIDTH=width, M=tile.m, SPLITS=MOST_SPLITS,
         )  # fmt: skip
     return out_THD
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from transformers import ZayaConfig
 
+from .attention_work import AttentionCall
 from .roofline import Rates, experts_touched
 
 _LOGIT, _STREAM = 4, 4
@@ -17,24 +18,26 @@ _LOGIT, _STREAM = 4, 4
 
 
 class KernelWork(NamedTuple):
-    """Work of one call."""
+    """Work of one call. `attention`: the call where it is attention's."""
 
     bytes: float
     flops: float
     launches: int
-    attention: bool = False
+    attention: AttentionCall | None = None
 
     def seconds(self, rates: Rates) -> float:
-        """At these rates: the longer of bytes and FLOPs, and what the launches cost."""
-        flops, moved = (rates.attention_flops, rates.attention_bytes) if self.attention else (rates.flops, rates.bytes)
-        return max(self.flops / flops, self.bytes / moved) + self.launches * rates.launch
+        """At these rates: the longer of bytes and FLOPs, and what the launches cost; of attention, see `Rates.attention`."""
+        if self.attention is not None:
+            beside = (self.bytes - self.attention.bytes) / rates.bytes
+            return rates.attention(self.attention) + beside + self.launches * rates.launch
+        return max(self.flops / rates.flops, self.bytes / rates.bytes) + self.launches * rates.launch
 
 
 def attention(config: ZayaConfig, batch: int, rows: int, context: int, item: int = 2) -> KernelWork:
     """Paged attention of one layer, `rows` rows of each sequence; the second launch combines splits."""
     heads, groups, wide, total = config.num_attention_heads, config.num_key_value_heads, config.head_dim, batch * rows
-    moved = item * (2 * groups * wide * (batch * context + total) + 2 * total * heads * wide)
-    return KernelWork(moved, 4 * heads * wide * total * (context + rows), 2, attention=True)
+    call = AttentionCall(heads, groups, wide, batch, rows, context)
+    return KernelWork(item * (call.bytes // 2 + 2 * total * heads * wide), call.flops, 2, call)
 
 
 def experts(config: ZayaConfig, rows: int, item: int = 2, touched: float | None = None) -> KernelWork:

@@ -5,6 +5,7 @@ Invariants:
   needed is read once per pass, every cached key and value once per pass and sequence; rows choose experts uniformly.
 - Parts of a step (dense layers, experts, attention, head, activations) follow one another; each takes the longer of its
   bytes and its FLOPs. So times are lower bounds at peak rates, and estimates at rates that kernels reach.
+- At rates of a known architecture attention takes what its programs take as well (`attention_work.py`).
 - Numbers have two bytes, except the residual stream (four).
 
 Legend: S sequences, R rows per sequence, T = S R rows, L context, m drafts, B mask rows of a proposal.
@@ -12,6 +13,7 @@ Legend: S sequences, R rows per sequence, T = S R rows, L context, m drafts, B m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import ZayaConfig
 from ...errors import DataError
 from ...model.conversion.budget import size
 from ..schedule import Schedule
+from .attention_work import AttentionCall, shares
 from .survival import chain, lasting
 
 KERNELS_PER_LAYER, KERNELS_PER_PASS = 13, 18
@@ -36,13 +39,20 @@ HIP_LAUNCH, CUDA_LAUNCH = 3.85e-6, 2e-6
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s and byte/s of plain kernels and of decode attention, and seconds that one kernel costs beside its work."""
+    """FLOP/s and byte/s of plain kernels and of decode attention, and seconds that one kernel costs beside its work. `arch`: the
+    architecture, as `kernels/launch.py` names it, whose programs attention counts; None counts bytes and FLOPs alone."""
 
     flops: float
     bytes: float
     attention_flops: float
     attention_bytes: float
     launch: float = 0.0
+    arch: str | None = None
+
+    def attention(self, call: AttentionCall) -> float:
+        """Seconds of one layer's attention, its launches apart."""
+        flops, moved = call.flops / self.attention_flops, call.bytes / self.attention_bytes
+        return max(flops, moved) if self.arch is None else shares(self.arch, call).seconds(flops, moved, self.bytes)
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Hardware:
         flops, bytes: peak dense bfloat16 FLOP/s and memory bandwidth of `source`.
         reached: rates that kernels reach, as fractions of the peaks: matrix products, copies, attention's products,
             attention's reads. basis: where the fractions come from.
-        launch: seconds per launch in a captured step.
+        launch: seconds per launch in a captured step. arch: the architecture, as `kernels/launch.py` names it.
     """
 
     name: str
@@ -63,6 +73,7 @@ class Hardware:
     reached: tuple[float, float, float, float]
     basis: str
     launch: float
+    arch: str
 
     @property
     def peak(self) -> Rates:
@@ -75,7 +86,7 @@ class Hardware:
         products, copies, attention_products, attention_reads = self.reached
         return Rates(
             self.flops * products, self.bytes * copies, self.flops * attention_products, self.bytes * attention_reads,
-            self.launch,
+            self.launch, self.arch,
         )
 
 
@@ -86,11 +97,14 @@ _H200 = f"copies 4.3 TB/s and products 790 TFLOP/s measured; attention's product
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("mi300x", 1307.4e12, 5.3e12, "AMD Instinct MI300X data sheet", (0.54, 0.81, 0.42, 0.70), _MI300X, HIP_LAUNCH),
-        Hardware("mi355x", 2516.6e12, 8.0e12, "AMD Instinct MI355X data sheet", (0.60, 0.81, 0.56, 0.70), _MI355X, HIP_LAUNCH),
-        Hardware("h200", 989.4e12, 4.8e12, "NVIDIA H200 data sheet", (0.80, 0.90, 0.67, 0.85), _H200, CUDA_LAUNCH),
+        Hardware("mi300x", 1307.4e12, 5.3e12, "AMD Instinct MI300X data sheet", (0.54, 0.81, 0.42, 0.70), _MI300X, HIP_LAUNCH,
+                 "gfx942"),
+        Hardware("mi355x", 2516.6e12, 8.0e12, "AMD Instinct MI355X data sheet", (0.60, 0.81, 0.56, 0.70), _MI355X, HIP_LAUNCH,
+                 "gfx950"),
+        Hardware("h200", 989.4e12, 4.8e12, "NVIDIA H200 data sheet", (0.80, 0.90, 0.67, 0.85), _H200, CUDA_LAUNCH,
+                 "sm_90"),
         Hardware("h100", 989.4e12, 3.35e12, "NVIDIA H100 SXM data sheet", (0.80, 0.90, 0.67, 0.85), f"as H200; {_READS}",
-                 CUDA_LAUNCH),
+                 CUDA_LAUNCH, "sm_90"),
     )
 }
 
@@ -112,6 +126,7 @@ class Step:
 
     Attributes:
         rows: R, over both passes of `two_pass`. passes: forwards. experts: expected experts read per layer and pass.
+        attention: the calls that the part of this name consists of, and how many of each.
     """
 
     schedule: Schedule
@@ -120,6 +135,7 @@ class Step:
     experts: float
     parts: Mapping[str, Work]
     kernels: int
+    attention: Mapping[AttentionCall, int]
 
     @property
     def total(self) -> Work:
@@ -130,9 +146,9 @@ class Step:
         """At these rates, part after part."""
         total = self.kernels * rates.launch
         for name, work in self.parts.items():
-            attention = name == "attention"
-            flops, moved = (rates.attention_flops, rates.attention_bytes) if attention else (rates.flops, rates.bytes)
-            total += max(work.flops / flops, work.bytes / moved)
+            if name != "attention":
+                total += max(work.flops / rates.flops, work.bytes / rates.bytes)
+        total += sum(count * rates.attention(call) for call, count in self.attention.items())
         return total
 
 
@@ -191,9 +207,15 @@ class Roofline:
         else:
             passes, heads = [1], [1]
         parts = {name: Work(0.0, 0.0) for name in ("dense", "experts", "attention", "head", "activations")}
+        attention: Counter[AttentionCall] = Counter()
         for rows in passes:
-            for name, work in self._layers(batch, rows, context).items():
+            attention += self._attention(batch, rows, context)
+            for name, work in self._layers(batch, rows).items():
                 parts[name] += work
+        parts["attention"] = Work(
+            sum(count * call.bytes for call, count in attention.items()),
+            sum(count * call.flops for call, count in attention.items()),
+        )
         weights = 2 * config.hidden_size * config.vocab_size
         for rows in heads:
             # Logits are float32. They are written once, and read once for the normaliser and once for the draw.
@@ -202,18 +224,26 @@ class Roofline:
         touched = sum(experts_touched(config.num_experts, batch * rows) for rows in passes) / len(passes)
         kernels = len(passes) * (config.num_hidden_layers * KERNELS_PER_LAYER + KERNELS_PER_PASS)
         kernels += KERNELS_OF_AR if chosen.kind == "ar" else KERNELS_OF_DRAFTS
-        return Step(chosen, sum(passes), len(passes), touched, parts, kernels)
+        return Step(chosen, sum(passes), len(passes), touched, parts, kernels, attention)
 
-    def _layers(self, batch: int, rows: int, context: int) -> dict[str, Work]:
+    def _attention(self, batch: int, rows: int, context: int) -> Counter[AttentionCall]:
         """All layers of one pass."""
+        z = self.config
+        window = z.sliding_window
+        seen = (
+            context if kind == "hybrid" or window is None else min(context, window) for kind in z.layer_types
+        )
+        return Counter(
+            AttentionCall(z.num_attention_heads, z.num_key_value_heads, z.head_dim, batch, rows, each) for each in seen
+        )
+
+    def _layers(self, batch: int, rows: int) -> dict[str, Work]:
+        """All layers of one pass, without attention."""
         config = self.config
-        T, layers, window = batch * rows, config.num_hidden_layers, config.sliding_window
+        T, layers = batch * rows, config.num_hidden_layers
         hidden, inner, wide = config.hidden_size, config.moe_intermediate_size, config.head_dim
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         expert = 3 * hidden * inner
-        seen = sum(
-            context if kind == "hybrid" or window is None else min(context, window) for kind in config.layer_types
-        )
         # Per row: two scaled residuals and norms (stream in, stream out, branch in, result out), projections and their
         # inputs, queries and outputs of attention, the expert's input, inner features and output.
         moved = 2 * (2 * 4 + 2 * 2) * hidden + 4 * (heads + 2 * groups) * wide * 2 + 2 * (3 * hidden + 2 * inner)
@@ -221,9 +251,6 @@ class Roofline:
         return {
             "dense": Work(2 * self.dense * layers, 2 * self.dense * layers * T),
             "experts": Work(2 * expert * layers * touched, 2 * expert * layers * T),
-            "attention": Work(
-                2 * 2 * groups * wide * (seen * batch + layers * T), 4 * heads * wide * (seen + layers * rows) * T
-            ),
             "activations": Work(moved * layers * T, 0.0),
         }
 

@@ -77,7 +77,7 @@ class RecurringInputs:
         moving += [layout.position_T, layout.limit_T, layout.parent_T, layout.start_S]
         moving += [places.source_TA, places.write_T, places.tail_T]
         for each, _ in self._rows:
-            moving += [each.range_6T, each.start_S, each.table_SP]
+            moving += [each.range_6T, each.start_S, each.table_SP, each.tile_N4, each.item_I8]
         self._moving = moving
 
     def pinned_copy(self, device: torch.device) -> PinnedCopy[tuple[TokenLayout, PagedPlan]]:
@@ -126,6 +126,7 @@ class RecurringInputs:
                 np.clip(begin_SR, 0, start[:, None], out=range_6SR[0], casting="unsafe")
                 np.maximum(np.minimum(begin_SR - start[:, None], clean), 0, out=range_6SR[2], casting="unsafe")
             rows.start_S.numpy()[:] = start
+            rows.deal()
             if rows is not self._rows[0][0]:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)
 

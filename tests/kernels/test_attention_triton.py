@@ -10,6 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from blockroll.kernels.attention import Rows
+from blockroll.kernels.attention import rows as tables
+from blockroll.kernels.attention import splits as splitting
+from blockroll.kernels.attention import tiles
 from blockroll.kernels.attention.triton import paged_attend
 from blockroll.model.layout import CLEAN, DecodeRows, TokenLayout, decode
 from blockroll.model.visibility import Visibility
@@ -46,14 +49,18 @@ class Pack:
         self.k, self.v = (torch.randn(T, kv_heads, size, generator=generator).to(dtype) for _ in range(2))
         self.scale = size**-0.5
 
-    def rows(self, batch_invariant=False, **changes) -> Rows:
+    def rows(self, batch_invariant=False, splits=None) -> Rows:
+        """Args: splits, of the tile with the most keys; None as the host chooses."""
         layout = self.layout
         seen = Visibility.of(layout, 1, {"": self.window})
-        rows = Rows.of(
-            seen.range_4T[""], seen.first_S1, seen.start_S, self.table_SP, page_size=self.page, heads=self.heads,
-            kv_heads=self.kv_heads, dtype=self.dtype, batch_invariant=batch_invariant,
-        )  # fmt: skip
-        return dataclasses.replace(rows, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            if splits is not None:
+                patch.setattr(splitting, "_LEAST_BLOCKS", 1)
+                patch.setattr(splitting, "longest_item", lambda blocks_N, *_: -(-int(blocks_N.max()) // splits))
+            return Rows.of(
+                seen.range_4T[""], seen.first_S1, seen.start_S, self.table_SP, page_size=self.page, heads=self.heads,
+                kv_heads=self.kv_heads, dtype=self.dtype, batch_invariant=batch_invariant,
+            )  # fmt: skip
 
     def run(self, rows: Rows) -> torch.Tensor:
         return paged_attend(*self.tensors, rows, self.scale)
@@ -112,7 +119,7 @@ def test_ragged_pack(dtype, splits, window) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "page"), [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64)]
+    ("heads", "kv_heads", "size", "page"), [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64), (2, 1, 16, 16)]
 )
 def test_odd_sizes(heads, kv_heads, size, page) -> None:
     pack = Pack(MIXED, heads, kv_heads, size, page)
@@ -120,16 +127,11 @@ def test_odd_sizes(heads, kv_heads, size, page) -> None:
 
 
 @pytest.mark.parametrize("m", [16, 128])
-def test_every_tile_gives_the_same(m) -> None:
+def test_every_tile_gives_the_same(m, monkeypatch) -> None:
     """Tiles of other sizes cut the sequences elsewhere."""
+    monkeypatch.setattr(tables, "choose", lambda *chosen: dataclasses.replace(tiles.choose(*chosen), m=m))
     pack = Pack(MIXED)
-    rows = pack.rows()
-    per = m // 2
-    counts = rows.first_S1.diff().tolist()
-    tiles = [(s, row) for s, count in enumerate(counts) for row in range(0, count, per)]
-    tile = dataclasses.replace(rows.tile, m=m)
-    tile_N2 = torch.tensor(tiles, dtype=torch.int32)
-    close(pack.run(dataclasses.replace(rows, tile=tile, tile_N2=tile_N2)), pack.expected())
+    close(pack.run(pack.rows()), pack.expected())
 
 
 def test_strides_between_rows() -> None:
