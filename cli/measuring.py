@@ -209,8 +209,9 @@ def kernels_check(
 ) -> None:
     """Compile every kernel in every shape the engine launches, for accelerators this machine need not have.
 
-    Fails (exit status 1) on spilled registers, stack, more shared memory than the device has, or a matrix product
-    without matrix instructions.
+    Fails (exit status 1) on spilled registers, stack, more shared memory than the device has, a matrix product without
+    matrix instructions, or assembly that is worse than its bound: fewer waves, narrower loads, more cycles of vector
+    instructions or barriers, fewer matrix instructions between a load and its wait.
 
     \b
     Example:

@@ -5,8 +5,8 @@ Invariants:
   `launch.record`, and the recorded arguments go through Triton's own specialisation (divisibility, and on AMD the
   32-bit pointer range, which a tensor over 2 GiB does not have).
 - A launch fails the check if it does not compile, spills vector registers, uses stack, or takes more shared memory than the
-  device has (the compiler does not compare). It also fails if its matrix product compiles to no matrix instructions, or if the
-  host code does not declare the product.
+  device has (the compiler does not compare). It also fails if its matrix product compiles to no matrix instructions, if the
+  host code does not declare the product, or if a figure of its assembly is worse than its bound (`isa/`).
 - The check and the interpreter need separate processes: Triton reads `TRITON_INTERPRET` when a kernel is defined.
 """
 
@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -26,7 +23,8 @@ from typing import Any
 
 import torch
 
-from .launch import Launch, record
+from .isa import Figures, bounds, excesses, usage
+from .launch import Case, Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
 OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "cutoffs", "philox")
@@ -40,6 +38,9 @@ class Report:
     Attributes:
         registers: vector registers of a thread. spills: of them spilled. stack: bytes per thread. shared: bytes.
         dots: matrix instructions in it.
+        variant: what its bounds are kept under, beside target and kernel: the policy and the rows of its tile, and its case
+            where that has bounds of its own.
+        figures: of its assembly; None where it did not compile.
         faults: why it fails; empty when it is clean.
     """
 
@@ -54,12 +55,14 @@ class Report:
     stack: int
     shared: int
     dots: int
+    variant: str
+    figures: Figures | None
     faults: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class _Job:
-    """The key by which another process finds a launch, and the rows of its matrix product's tile."""
+    """The key by which another process finds a launch, the rows of its matrix product's tile, and `Report.variant`."""
 
     target: str
     shape: int
@@ -68,6 +71,7 @@ class _Job:
     index: int
     kernel: str
     dot_rows: int
+    variant: str
 
 
 class _Driver:
@@ -91,13 +95,13 @@ class _Driver:
 
 
 @lru_cache(maxsize=64)
-def _launches(target: str, shape: int, op: str) -> tuple[tuple[str, int, Launch], ...]:
-    """Case name, number within the case, and launch. The order is the same in every process."""
-    found: list[tuple[str, int, Launch]] = []
+def _launches(target: str, shape: int, op: str) -> tuple[tuple[Case, int, Launch], ...]:
+    """Case, number within the case, and launch. The order is the same in every process."""
+    found: list[tuple[Case, int, Launch]] = []
     for case in importlib.import_module(f"{__package__}.{op}.triton").cases(SHAPES[shape]):
         with record(target) as launches:
             case.call()
-        found += [(case.name, index, each) for index, each in enumerate(launches)]
+        found += [(case, index, each) for index, each in enumerate(launches)]
     return tuple(found)
 
 
@@ -122,7 +126,7 @@ def _key(launch: Launch, target: Target) -> tuple[Any, ...]:
             key.append("float")
         else:
             key.append(of(value))
-    return launch.kernel.__name__, launch.warps, launch.stages, tuple(key)
+    return launch.kernel.__name__, launch.warps, launch.stages, tuple(sorted(launch.options.items())), tuple(key)
 
 
 def jobs(
@@ -140,7 +144,8 @@ def jobs(
         for op in ops:
             for number in range(len(SHAPES)):
                 for case, index, each in _launches(target, number, op):
-                    job = _Job(target, number, op, case, index, each.kernel.__name__, each.dot_rows)
+                    variant = _variant(SHAPES[number].name, each.dot_rows, case)
+                    job = _Job(target, number, op, case.name, index, each.kernel.__name__, each.dot_rows, variant)
                     found.setdefault((target, op, _key(each, TARGETS[target])), job)
     if not quick:
         return list(found.values())
@@ -157,67 +162,56 @@ def _size(job: _Job) -> tuple[int, bool]:
 
 
 def compile_job(job: _Job) -> Report:
-    """Compile one launch and report what it uses."""
+    """Compile one launch, report what it uses, and compare its figures with their bounds."""
+    import triton
+
     for case, index, each in _launches(job.target, job.shape, job.op):
-        if (case, index) == (job.case, job.index):
+        if (case.name, index) == (job.case, job.index):
             report = inspect(each, TARGETS[job.target])
-            return replace(report, op=job.op, case=job.case, shape=SHAPES[job.shape].name)
+            faults = list(report.faults)
+            if report.figures is not None:
+                name = bounds.key(job.target, f"{job.op}.{job.kernel}", job.variant)
+                faults += excesses(triton.__version__, name, report.figures)
+            return replace(
+                report, op=job.op, case=job.case, shape=SHAPES[job.shape].name, variant=job.variant, faults=tuple(faults)
+            )
     raise LookupError(f"{job} names no launch")
 
 
+def _variant(shape: str, dot_rows: int, case: Case) -> str:
+    tile = [f"{dot_rows}-row tile"] if dot_rows else []
+    return ", ".join([shape.removesuffix(" sliding"), *tile, *([case.name] if case.apart else [])])
+
+
 def inspect(launch: Launch, target: Target) -> Report:
-    """Compile a launch for a target; its report without op, case and shape."""
+    """Compile a launch for a target; its report without op, case, shape and variant."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.driver import driver
 
     driver.set_active(_Driver(target))
-    blank = Report("", "", launch.kernel.__name__, "", target.name, launch.warps, 0, 0, 0, 0, 0, ())
+    name = launch.kernel.__name__
     try:
         compiled = launch.kernel.warmup(
-            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages
+            **launch.arguments, grid=launch.grid, num_warps=launch.warps, num_stages=launch.stages, **launch.options
         )
     except (CompilationError, RuntimeError) as error:  # MLIR and LLVM passes raise RuntimeError
-        return replace(blank, faults=(f"does not compile: {str(error).strip().splitlines()[-1]}",))
-    shared = compiled.metadata.shared
-    if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, spills, stack = (
-            int(found.group(1)) if (found := re.search(rf"\.{name}:\s+(\d+)", text)) else 0
-            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
-        )
-        dots = len(re.findall(r"\bv_mfma_", text))
-        wanted = "MFMA"
-    else:
-        registers, stack = _cubin_usage(compiled.asm["cubin"])
-        spills = 0  # ptxas spills to the stack
-        instruction = "wgmma.mma_async" if launch.dot_rows >= 64 else "mma"
-        dots = len(re.findall(rf"\b{instruction}\S*\.sync", compiled.asm["ptx"]))
-        wanted = "wgmma" if launch.dot_rows >= 64 else "mma"
+        fault = f"does not compile: {str(error).strip().splitlines()[-1]}"
+        return Report("", "", name, "", target.name, launch.warps, 0, 0, 0, 0, 0, "", None, (fault,))
+    shared, wgmma = compiled.metadata.shared, launch.dot_rows >= 64
+    used = usage(compiled.asm, target.name, launch.warps, shared, target.shared, wgmma)
+    wanted = "MFMA" if target.backend == "hip" else "wgmma" if wgmma else "mma"
     undeclared = not launch.dot_rows and "tt.dot" in compiled.asm["ttir"]
     faults = [
-        *([f"{spills} spilled registers"] if spills else []),
-        *([f"{stack} bytes of stack"] if stack else []),
+        *([f"{used.spills} spilled registers"] if used.spills else []),
+        *([f"{used.stack} bytes of stack"] if used.stack else []),
         *([f"{shared} bytes of shared memory, {target.shared} at most"] if shared > target.shared else []),
-        *([f"no {wanted}"] if launch.dot_rows and not dots else []),
+        *([f"no {wanted}"] if launch.dot_rows and not used.dots else []),
         *(["a matrix product, but its launch gives no dot_rows"] if undeclared else []),
     ]
-    return replace(
-        blank, registers=registers, spills=spills, stack=stack, shared=shared, dots=dots, faults=tuple(faults)
-    )
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and stack bytes per thread, by the cuobjdump of the Triton wheel."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found.group(1)), int(found.group(2))
+    return Report(
+        "", "", name, "", target.name, launch.warps, used.registers, used.spills, used.stack, shared, used.dots, "",
+        used.figures, tuple(faults),
+    )  # fmt: skip
 
 
 def check(

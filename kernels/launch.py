@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,7 @@ class Launch:
         warps, stages: of the launch.
         dot_rows: rows of the largest matrix product in it (M of its tiles); 0 where it has none. Such a launch must
             compile to matrix instructions: MFMA, on Hopper wgmma from 64 rows and warp-level mma below.
+        options: of the device's compiler, beyond warps and stages.
     """
 
     kernel: Any
@@ -38,6 +39,7 @@ class Launch:
     warps: int
     stages: int
     dot_rows: int
+    options: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,14 @@ class Case:
 
     `kernels/<op>/triton.py` yields them from `cases(shape)`, for every combination that may compile to other code: batch
     sizes and rows that choose another tile, a pool or tensor over 2 GiB (`large` in its name).
+
+    Attributes:
+        apart: its kernels differ in kind from those of other cases with the same tile, so they have bounds of their own.
     """
 
     name: str
     call: Callable[[], object]
+    apart: bool = False
 
 
 _recording: list[Launch] | None = None
@@ -145,16 +151,21 @@ def record(target: str) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 1, dot_rows: int = 0, **arguments: Any
-) -> None:
-    """Launch `kernel` over `grid`; the arguments are the kernel's own, by name. An empty grid launches nothing."""
+    kernel: Any, grid: tuple[int, ...], *, warps: int = 4, stages: int = 1, dot_rows: int = 0,
+    options: Mapping[str, int] | None = None, **arguments: Any,
+) -> None:  # fmt: skip
+    """Launch `kernel` over `grid`; the arguments are the kernel's own, by name. An empty grid launches nothing.
+
+    Args:
+        options: of the compiler of `architecture()`; other compilers refuse options that they do not know.
+    """
     if not all(grid):
         return
     if _recording is not None:
-        _recording.append(Launch(kernel, grid, arguments, warps, stages, dot_rows))
+        _recording.append(Launch(kernel, grid, arguments, warps, stages, dot_rows, options or {}))
         return
     with _on_device_of(arguments):
-        kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, **(options or {}))
 
 
 def _on_device_of(arguments: dict[str, Any]) -> AbstractContextManager[object]:

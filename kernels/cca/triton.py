@@ -288,5 +288,5 @@ def cases(shape: Shape) -> Iterator[Case]:
         for positions, name in ((shape.positions, ""), (shape.large_positions, " large"), (0, " without a cache")):
             yield Case(f"{rows} rows{name}", partial(case, rows, positions, False, False))
     yield Case("prefill", partial(case, shape.prefill, shape.positions, True, False))
-    yield Case("weights as they come", partial(case, 1, shape.positions, False, False, False))
+    yield Case("weights as they come", partial(case, 1, shape.positions, False, False, False), apart=True)
     yield Case("invariant", partial(case, 1, shape.positions, False, True))

@@ -1,13 +1,17 @@
-"""Top-1 grouped experts in Triton: rows sorted by expert on the device, two grouped products, rows back in their order.
+"""Top-1 grouped experts in Triton: rows sorted by expert on the device, two grouped products, rows back in their order. Decode
+steps take two launches, packs of many rows three.
 
 Invariants:
 - Nothing is copied to the host: counts stay on the device, the grid is what the worst distribution of rows needs, and each
-  program finds its expert from the offsets table or ends.
+  program finds its expert from the number of rows per class or ends.
 - Every output row is written once: a skipped row with 0, in tiles of their own.
+- Output features are the first axis of a product's grid. Where their tiles are a multiple of 8, as those of ZAYA1-8B are,
+  the programs that read the same weights are a multiple of 8 apart: on MI300X and MI355X, which deal programs to 8 chiplets
+  in turn, they run on one chiplet and share the weights in its L2 cache.
 - Rows of a tile share only the weights they read. Under `batch_invariant` tile sizes do not depend on the number of rows
   either, so a row's result does not depend on its batch.
 
-Legend: T rows, D hidden, F inner, E experts, C = E + 1 classes, B blocks of the sort.
+Legend: T rows, D hidden, F inner, E experts, C = E + 1 classes.
 """
 
 from __future__ import annotations
@@ -23,42 +27,41 @@ from ..launch import Case, Shape, launch, precision
 from ..products import tile_product
 from .reference import RouterWeights
 from .router import route
-from .tiles import expert_tiles
+from .tiles import expert_tiles, options
 
 __all__ = ["cases", "route", "route_top1"]
 
 _SORT_BLOCK = 256
+_SORT_INSIDE = 512
+"""Rows up to which each program of the first product finds its own: some thousand cycles, less than another launch takes. They grow
+with the rows."""
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _count_kernel(expert_T, count_BC, rows, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
-    """Rows of each class in each block."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, CLASSES)
+@triton.jit
+def _counts(expert_T, start, rows, BLOCK: tl.constexpr, CLASSES: tl.constexpr):
+    """(expert of each row of a block, [BLOCK, CLASSES] which class it is)."""
+    i = start + tl.arange(0, BLOCK)
     expert = tl.load(expert_T + i, i < rows, -1).to(tl.int32)
-    tl.store(count_BC + tl.program_id(0) * CLASSES + c, tl.sum((expert[:, None] == c[None, :]).to(tl.int32), 0))
+    return expert, (expert[:, None] == tl.arange(0, CLASSES)[None, :]).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks"])
 def _place_kernel(
-    expert_T, count_BC, order_T, offset_C, rows, blocks, C: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    CLASSES: tl.constexpr,
-):  # fmt: skip
-    """A stable counting sort: order_T[offset_C[c] .. offset_C[c + 1]] are the rows of class c. BLOCKS 1: the only block."""
+    expert_T, order_T, offset_C, rows, blocks, C: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr
+):
+    """Grid (blocks,). A stable counting sort: order_T[offset_C[c] .. offset_C[c + 1]] are the rows of class c. Every program
+    counts all blocks: that takes less time than a launch."""
     block = tl.program_id(0)
     i = block * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, CLASSES)
-    expert = tl.load(expert_T + i, i < rows, -1).to(tl.int32)
-    mine = (expert[:, None] == c[None, :]).to(tl.int32)
-    if BLOCKS == 1:
-        total = tl.sum(mine, 0)
-        before = total * 0
-    else:
-        b = tl.arange(0, BLOCKS)
-        counts = tl.load(count_BC + b[:, None] * CLASSES + c[None, :], (b < blocks)[:, None], 0)
-        total = tl.sum(counts, 0)
-        before = tl.sum(tl.where((b < block)[:, None], counts, 0), 0)
+    total = tl.zeros((CLASSES,), tl.int32)
+    before = tl.zeros((CLASSES,), tl.int32)
+    for other in range(0, blocks):
+        count = tl.sum(_counts(expert_T, other * BLOCK, rows, BLOCK, CLASSES)[1], 0)
+        total += count
+        before += tl.where(other < block, count, 0)
     end = tl.cumsum(total, 0)
+    mine = _counts(expert_T, block * BLOCK, rows, BLOCK, CLASSES)[1]
     rank = tl.cumsum(mine, 0) - 1
     place = tl.sum(mine * (rank + (end - total + before)[None, :]), 1)
     tl.store(order_T + place, i, i < rows)
@@ -68,33 +71,77 @@ def _place_kernel(
 
 
 @triton.jit
-def _tile_of(offset_C, tile, C: tl.constexpr, CLASSES: tl.constexpr, M: tl.constexpr):
-    """Class of a tile, its first place in the order, and the class's last; C or more where there is no such tile."""
-    c = tl.arange(0, CLASSES)
-    begin, end = tl.load(offset_C + c, c < C, 0), tl.load(offset_C + c + 1, c < C, 0)
+def _tile_of(begin, end, tile, CLASSES: tl.constexpr, M: tl.constexpr):
+    """Class of a tile, its first place in the order, and the class's first and last; C or more where there is no such tile.
+
+    Args:
+        begin, end: [CLASSES], of each class in the order.
+    """
     tiles = (end - begin + M - 1) // M
     done = tl.cumsum(tiles, 0)
     expert = tl.sum((done <= tile).to(tl.int32), 0)
-    is_it = c == expert
+    is_it = tl.arange(0, CLASSES) == expert
     first = tl.sum(tl.where(is_it, begin + (tile - done + tiles) * M, 0), 0)
-    return expert, first, tl.sum(tl.where(is_it, end, 0), 0)
+    return expert, first, tl.sum(tl.where(is_it, begin, 0), 0), tl.sum(tl.where(is_it, end, 0), 0)
 
 
 @triton.jit
+def _rows_of(expert_T, rows, expert, skipped, BLOCK: tl.constexpr, M: tl.constexpr):
+    """The first M rows of an expert behind `skipped` of them, in their order; 0 where there are none."""
+    m = tl.arange(0, M)
+    row = tl.zeros((M,), tl.int32)
+    seen = expert * 0
+    for start in range(0, rows, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        mine = (tl.load(expert_T + i, i < rows, -1).to(tl.int32) == expert).to(tl.int32)
+        place = tl.where(mine > 0, seen + tl.cumsum(mine, 0) - 1 - skipped, -1)
+        row += tl.sum(tl.where(place[None, :] == m[:, None], i[None, :], 0), 1)
+        seen += tl.sum(mine, 0)
+    return row
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _gate_up_kernel(
-    x_TD, order_T, offset_C, gate_up_E2FD, inner_TF, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
-    CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    x_TD, expert_T, order_T, offset_C, gate_up_E2FD, inner_TF, rows, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr, SORT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """inner = silu(W_gate x) * (W_up x), in sorted order."""
-    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
-    if expert >= E:
-        return
-    dtype = inner_TF.dtype.element_ty
+    """Grid (tiles of output features, tiles of rows). inner = silu(W_gate x) * (W_up x), in sorted order. SORT: each program finds
+    its rows itself, and those of the first output features keep the order for the down product; else the order is there."""
+    c = tl.arange(0, CLASSES)
+    tile = tl.program_id(1)
+    if SORT:
+        total = tl.zeros((CLASSES,), tl.int32)
+        for start in range(0, rows, BLOCK):
+            total += tl.sum(_counts(expert_T, start, rows, BLOCK, CLASSES)[1], 0)
+        end = tl.cumsum(total, 0)
+        begin = end - total
+        if (tl.program_id(0) == 0) & (tile == 0):
+            tl.store(offset_C + c + 1, end, c <= E)
+            tl.store(offset_C, 0)
+    else:
+        begin, end = tl.load(offset_C + c, c <= E, 0), tl.load(offset_C + c + 1, c <= E, 0)
+    expert, first, its_first, last = _tile_of(begin, end, tile, CLASSES, M)
     m = first + tl.arange(0, M)
     real = m < last
-    # Padding reads the tile's first row: what a row holds reaches no other.
-    row = tl.load(order_T + tl.where(real, m, first)).to(tl.int64)
-    n = tl.program_id(1) * N + tl.arange(0, N)
+    # Padding reads some row: what a row holds reaches no other.
+    if SORT:
+        if expert > E:
+            return
+        if (expert == E) & (tl.program_id(0) > 0):
+            return
+        row = _rows_of(expert_T, rows, expert, first - its_first, BLOCK, M)
+        if tl.program_id(0) == 0:
+            tl.store(order_T + m, row, real)
+        if expert == E:
+            return
+    else:
+        if expert >= E:
+            return
+        row = tl.load(order_T + tl.where(real, m, first))
+    row = row.to(tl.int64)
+    dtype = inner_TF.dtype.element_ty
+    n = tl.program_id(0) * N + tl.arange(0, N)
     ok = n < F
     x_at = x_TD + row[:, None] * D
     gate_at = gate_up_E2FD + expert.to(tl.int64) * (2 * F * D) + tl.where(ok, n, 0)[None, :] * D
@@ -123,15 +170,17 @@ def _down_kernel(
     inner_TF, order_T, offset_C, weight_T, down_EDF, out_TD, D: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     CLASSES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = weight * (W_down inner), in the rows' own order."""
-    expert, first, last = _tile_of(offset_C, tl.program_id(0), E + 1, CLASSES, M)
+    """Grid (tiles of output features, tiles of rows). out = weight * (W_down inner), in the rows' own order."""
+    c = tl.arange(0, CLASSES)
+    begin, end = tl.load(offset_C + c, c <= E, 0), tl.load(offset_C + c + 1, c <= E, 0)
+    expert, first, _, last = _tile_of(begin, end, tl.program_id(1), CLASSES, M)
     if expert > E:
         return
     m = first + tl.arange(0, M)
     real = m < last
     place = tl.where(real, m, first).to(tl.int64)
     row = tl.load(order_T + place).to(tl.int64)
-    n = tl.program_id(1) * N + tl.arange(0, N)
+    n = tl.program_id(0) * N + tl.arange(0, N)
     ok = n < D
     out_at = out_TD + row[:, None] * D + n[None, :]
     inside = real[:, None] & ok[None, :]
@@ -146,26 +195,6 @@ def _down_kernel(
     tl.store(out_at, out.to(out_TD.dtype.element_ty), inside)
 
 
-def _sort(expert_T: torch.Tensor, classes: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order_T, offset_C of C + 1 entries), int32."""
-    rows, device = len(expert_T), expert_T.device
-    blocks = triton.cdiv(rows, _SORT_BLOCK)
-    order_T = torch.empty(rows, dtype=torch.int32, device=device)
-    offset_C = torch.empty(classes + 1, dtype=torch.int32, device=device)
-    count_BC = offset_C
-    if blocks > 1:
-        count_BC = torch.empty(blocks, padded, dtype=torch.int32, device=device)
-        launch(
-            _count_kernel, (blocks,), expert_T=expert_T, count_BC=count_BC, rows=rows, BLOCK=_SORT_BLOCK, CLASSES=padded
-        )
-    launch(
-        _place_kernel, (blocks,), expert_T=expert_T, count_BC=count_BC, order_T=order_T, offset_C=offset_C, rows=rows,
-        blocks=blocks, C=classes, BLOCK=_SORT_BLOCK, BLOCKS=1 if blocks == 1 else max(64, triton.next_power_of_2(blocks)),
-        CLASSES=padded,
-    )  # fmt: skip
-    return order_T, offset_C
-
-
 def route_top1(
     x_TD: torch.Tensor, expert_T: torch.Tensor, weight_T: torch.Tensor, gate_up_E2FD: torch.Tensor, down_EDF: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
@@ -176,19 +205,29 @@ def route_top1(
     if not rows:
         return out_TD
     padded = triton.next_power_of_2(experts + 1)
-    order_T, offset_C = _sort(expert_T.contiguous(), experts + 1, padded)
+    expert_T = expert_T.contiguous()
+    order_T = torch.empty(rows, dtype=torch.int32, device=x_TD.device)
+    offset_C = torch.empty(experts + 2, dtype=torch.int32, device=x_TD.device)
+    sort = rows <= _SORT_INSIDE
+    if not sort:
+        blocks = triton.cdiv(rows, _SORT_BLOCK)
+        launch(
+            _place_kernel, (blocks,), expert_T=expert_T, order_T=order_T, offset_C=offset_C, rows=rows, blocks=blocks,
+            C=experts + 1, BLOCK=_SORT_BLOCK, CLASSES=padded,
+        )  # fmt: skip
     inner_TF = torch.empty(rows, f, dtype=x_TD.dtype, device=x_TD.device)
     gate_up, down = expert_tiles(rows, experts, x_TD.dtype)
+    tiles = min(rows, rows // gate_up.m + experts + 1)
     shared = dict(order_T=order_T, offset_C=offset_C, D=d, F=f, E=experts, CLASSES=padded, PRECISION=precision(x_TD.dtype))
     launch(
-        _gate_up_kernel, (min(rows, rows // gate_up.m + experts), triton.cdiv(f, gate_up.n)), warps=gate_up.warps,
-        stages=gate_up.stages, dot_rows=gate_up.m, x_TD=x_TD.contiguous(), gate_up_E2FD=gate_up_E2FD, inner_TF=inner_TF,
-        M=gate_up.m, N=gate_up.n, K=gate_up.k, **shared,
+        _gate_up_kernel, (triton.cdiv(f, gate_up.n), tiles), warps=gate_up.warps, stages=gate_up.stages, dot_rows=gate_up.m,
+        options=options(), x_TD=x_TD.contiguous(), expert_T=expert_T, gate_up_E2FD=gate_up_E2FD, inner_TF=inner_TF, rows=rows,
+        M=gate_up.m, N=gate_up.n, K=gate_up.k, SORT=sort, BLOCK=_SORT_BLOCK, **shared,
     )  # fmt: skip
     launch(
-        _down_kernel, (min(rows, rows // down.m + experts + 1), triton.cdiv(d, down.n)), warps=down.warps,
-        stages=down.stages, dot_rows=down.m, inner_TF=inner_TF, weight_T=weight_T.contiguous(), down_EDF=down_EDF,
-        out_TD=out_TD, M=down.m, N=down.n, K=down.k, **shared,
+        _down_kernel, (triton.cdiv(d, down.n), tiles), warps=down.warps, stages=down.stages, dot_rows=down.m,
+        options=options(), inner_TF=inner_TF, weight_T=weight_T.contiguous(), down_EDF=down_EDF, out_TD=out_TD, M=down.m,
+        N=down.n, K=down.k, **shared,
     )  # fmt: skip
     return out_TD
 

@@ -1,11 +1,12 @@
-"""`blockroll kernels check`: compile every kernel for every target, print what each uses, and fail on what is wrong."""
+"""`blockroll kernels check`: compile every kernel for every target, print what each uses and the figures of its assembly, and
+fail on what is wrong."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 from ...errors import InvalidInput
 from ...files import check_output, write_json
 from ...kernels.check import OPS, Report, check
+from ...kernels.isa import Figures
 from ...kernels.shapes import TARGETS
 from ..progress import ItemMeter
 
@@ -55,6 +57,7 @@ def check_kernels(
             on_report=lambda report, total: meter.advance(f"{report.target} {report.kernel}", total),
         )  # fmt: skip
     console.print(_table(reports))
+    console.print(_figures_table(reports))
     faulty = [report for report in reports if report.faults]
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
     for report in faulty:
@@ -65,7 +68,8 @@ def check_kernels(
     console.print(f"{len(reports)} launches, {len(faulty)} with a fault; {versions}", highlight=False)
     if output is not None:
         versions_of = {"triton": triton.__version__, "torch": torch.__version__}
-        write_json(output, {"versions": versions_of, "launches": [asdict(report) for report in reports]})
+        launches = [asdict(report) for report in reports]
+        write_json(output, {"versions": versions_of, "quick": quick, "launches": launches})
     return not faulty
 
 
@@ -80,4 +84,19 @@ def _table(reports: Sequence[Report]) -> Table:
         name = f"{report.op}.{report.kernel.strip('_').removesuffix('_kernel')}"
         verdict = "FAULT" if report.faults else "ok"
         table.add_row(report.target, name, report.shape, report.case, *map(str, numbers), verdict)
+    return table
+
+
+def _figures_table(reports: Sequence[Report]) -> Table:
+    """The figures of each launch; `kernels/isa/figures.py` says what they are."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("target", "kernel", "variant"):
+        table.add_column(heading, no_wrap=True)
+    names = [field.name for field in fields(Figures)]
+    for name in names:
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for report in reports:
+        if report.figures is not None:
+            values = (f"{getattr(report.figures, name):.3g}" for name in names)
+            table.add_row(report.target, report.kernel.strip("_").removesuffix("_kernel"), report.variant, *values)
     return table

@@ -1,8 +1,10 @@
-"""One kernel per way to fail the check; run by test_check.py in a process that compiles. Prints faults as JSON."""
+"""One kernel per way to fail the check, and one per figure of its assembly; run by test_check.py in a process that compiles.
+Prints faults and figures as JSON."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import torch
 import triton
@@ -20,6 +22,19 @@ def product(a, b, out, K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEP: 
     for start in range(0, K, STEP):
         x = tl.load(a + m[:, None] * K + start + k[None, :])
         acc = tl.dot(x, tl.load(b + (start + k[:, None]) * N + n[None, :]), acc)
+    tl.store(out + m[:, None] * N + n[None, :], acc)
+
+
+@triton.jit
+def narrow_product(a, b, out, K, M: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, APART: tl.constexpr, WAIT: tl.constexpr):
+    """Rows of `a` and of `b` whose features lie APART elements apart; WAIT: a barrier behind each product."""
+    m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, STEP)
+    acc = tl.zeros((M, N), tl.float32)
+    for start in range(0, K, STEP):
+        x = tl.load(a + m[:, None] * 4096 + (start + k[None, :]) * APART)
+        acc = tl.dot(x, tl.load(b + n[None, :] * 4096 + (start + k[:, None]) * APART), acc)
+        if WAIT:
+            tl.debug_barrier()
     tl.store(out + m[:, None] * N + n[None, :], acc)
 
 
@@ -46,6 +61,11 @@ def multiply(m: int, n: int, step: int, warps: int, stages: int, dot_rows: int) 
     return Launch(product, (1,), arguments, warps, stages, dot_rows)
 
 
+def slow(m: int = 64, step: int = 64, stages: int = 3, apart: int = 1, wait: bool = False) -> Launch:
+    arguments = dict(a=tensor(m, 4096), b=tensor(64, 4096), out=tensor(m, 64, dtype=torch.float32), K=1024, M=m, N=64)
+    return Launch(narrow_product, (1,), dict(**arguments, STEP=step, APART=apart, WAIT=wait), 4, stages, m)
+
+
 LAUNCHES = {
     "clean": multiply(64, 64, 32, 4, 2, 64),
     "spills": multiply(128, 128, 32, 1, 1, 128),
@@ -55,9 +75,24 @@ LAUNCHES = {
     "does not compile": Launch(changes_type, (1,), {"a": tensor(4), "out": tensor(4)}, 4, 1, 0),
 }
 
+SLOW = {
+    "clean": slow(),
+    "2-byte loads": slow(apart=3),
+    "barriers": slow(wait=True),
+    "occupancy": slow(m=256),
+    "wait right behind the load": slow(stages=1),
+}
+
 if __name__ == "__main__":
-    faults = {
-        target: {name: inspect(launch, TARGETS[target]).faults for name, launch in LAUNCHES.items()}
-        for target in ("gfx942", "sm_90")
-    }
-    print(json.dumps(faults))
+    targets = [TARGETS[name] for name in ("gfx942", "sm_90")]
+    print(
+        json.dumps(
+            {
+                target.name: {
+                    "faults": {name: inspect(launch, target).faults for name, launch in LAUNCHES.items()},
+                    "figures": {name: asdict(inspect(launch, target).figures) for name, launch in SLOW.items()},
+                }
+                for target in targets
+            }
+        )
+    )

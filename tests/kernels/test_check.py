@@ -18,6 +18,7 @@ from transformers import ZayaConfig
 pytest.importorskip("triton")
 
 from blockroll import kernels
+from blockroll.kernels import isa
 from blockroll.kernels.check import OPS
 from blockroll.kernels.launch import Shape
 from blockroll.kernels.shapes import TARGETS, TINY_REASONER, ZAYA1_8B
@@ -73,13 +74,24 @@ def test_every_launch_is_clean(tmp_path: Path) -> None:
 def test_faults_are_seen(tmp_path: Path) -> None:
     done = run([Path(__file__).with_name("faulty_kernels.py")], tmp_path)
     assert done.returncode == 0, done.stderr
-    for target, faults in json.loads(done.stdout).items():
+    for target, seen in json.loads(done.stdout).items():
+        faults = seen["faults"]
         assert faults["clean"] == []
         assert any("spilled" in fault or "stack" in fault for fault in faults["spills"]), target
         assert "bytes of shared memory" in faults["shared"][0]
         assert "no dot_rows" in faults["undeclared"][0]
         assert faults["no matrix instruction"] == ["no MFMA" if target == "gfx942" else "no wgmma"]
         assert faults["does not compile"][0].startswith("does not compile: ")
+        figures = seen["figures"]
+        bounds = figures.pop("clean")
+        worse = {
+            name: {figure for figure, value in each.items() if isa.bounds.worse(figure, value, bounds[figure])}
+            for name, each in figures.items()
+        }
+        assert {"narrow", "small"} <= worse["2-byte loads"]
+        assert "loop_barriers" in worse["barriers"]
+        assert "waves" in worse["occupancy"]
+        assert {"ahead", "exposed"} <= worse["wait right behind the load"]
 
 
 def test_a_fault_is_exit_status_1_and_wrong_words_are_2(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.experts import RouterWeights, reference, route, route_top1
+from blockroll.kernels.launch import record
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 
@@ -150,3 +151,40 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
             alone = whole_layer(slice(row, row + 1))
             for a, b in zip(alone, together, strict=True):
                 assert torch.equal(a[0], b[row])
+
+
+def products(target: str, rows: int):
+    """The launches of ZAYA1-8B's experts on `rows` rows."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    with record(target) as launches:
+        route_top1(empty(rows, 2048), empty(rows, dtype=torch.int64), empty(rows), empty(16, 4096, 2048), empty(16, 2048, 2048))
+    return launches
+
+
+@pytest.mark.parametrize("rows", [1, 32, 264, 1040, 1568, 2048, 8320])
+def test_amd_gets_products_of_16_rows_and_programs_that_share_weights_share_a_chiplet(rows: int) -> None:
+    options = {"gfx942": {"matrix_instr_nonkdim": 16, "kpack": 2}, "gfx950": {"matrix_instr_nonkdim": 16}, "sm_90": {}}
+    for target, expected in options.items():
+        for each in products(target, rows)[-2:]:
+            assert each.options == expected
+            # Programs are dealt to 8 chiplets in the order of the first axis, whose programs read different weights.
+            features = each.arguments["F" if each.kernel.__name__ == "_gate_up_kernel" else "D"]
+            assert each.grid[0] == features // each.arguments["N"] and each.grid[0] % 8 == 0
+
+
+@pytest.mark.parametrize("rows, most", [(1568, 1.4), (2048, 1.3), (8320, 1.2)])
+def test_padding_of_tiles_that_experts_share_evenly(rows: int, most: float) -> None:
+    for target in ("gfx942", "sm_90"):
+        for each in products(target, rows)[-2:]:
+            # On average half a tile of each expert is empty.
+            assert 1 + 16 * each.arguments["M"] / 2 / rows <= most
+
+
+@pytest.mark.parametrize("rows, sorts", [(1, 0), (264, 0), (512, 0), (520, 1), (2048, 1)])
+def test_launches_of_a_layer(rows: int, sorts: int) -> None:
+    """The sort is part of the first product where rows are few, and one launch where they are many."""
+    names = [each.kernel.__name__ for each in products("gfx942", rows)]
+    assert names == [*["_place_kernel"] * sorts, "_gate_up_kernel", "_down_kernel"]
