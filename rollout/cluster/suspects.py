@@ -70,8 +70,8 @@ class Suspects:
         self._waiting = {work: left for work, numbers in self._waiting.items()
                          if works.get(work.request.id) is work and (left := numbers - work.done)}  # what was aborted has come
         able = [engine for engine in engines if not engine.waits and not engine.draining]
-        if len(able) > 1 and not any(engine.serves and engine is not self._engine for engine in able):
-            self._end()  # nobody else serves, and the others' work comes first
+        if self._engine is not None and not _others_serve(able, self._engine):
+            self._end()
             return
         if self._alone is not None:
             return
@@ -81,9 +81,10 @@ class Suspects:
         if self._engine is None or self._engine.draining or self._engine.phase == "lost":
             self._end()
             able = [engine for engine in able if engine.phase != "lost"]
-            if not able:
+            chosen = min(able, key=lambda engine: (engine.waits, engine.count), default=None)
+            if chosen is None or not _others_serve(engines, chosen):
                 return
-            self._engine = min(able, key=lambda engine: (engine.waits, engine.count))
+            self._engine = chosen
             self._engine.reserved = True
             if len(able) > 1:
                 self._engine.ask_back(self._engine.count)
@@ -91,6 +92,7 @@ class Suspects:
             self._alone = max(self._waiting, key=lambda work: work.solo_deaths)
             numbers = self._waiting.pop(self._alone)
             self._backlog.wait(self._alone, numbers)
+            self._engine.steps = 0  # those of the suspect before it
             self._dealer.give(self._engine, self._alone, len(self._alone.waiting))
             self._dealer.send()
 
@@ -104,3 +106,10 @@ class Suspects:
         if self._engine is not None:
             self._engine.reserved = False
         self._alone = self._engine = None
+
+
+def _others_serve(engines: Sequence[EngineHandle], alone: EngineHandle) -> bool:
+    """Whether the others' work, which comes first, has an engine when `alone` serves a suspect. Where there is one engine, both
+    take turns."""
+    able = [engine for engine in engines if not engine.waits and not engine.draining]
+    return len(able) <= 1 or any(engine.serves and engine is not alone for engine in able)

@@ -46,7 +46,7 @@ class Pool:
 
     @staticmethod
     def ready(engine):
-        engine.phase, engine.actor = "ready", Journal()
+        engine.phase, engine.actor, engine.steps = "ready", Journal(), 0
 
     def deal(self):
         self.suspects.deal(self.engines)
@@ -276,6 +276,24 @@ def test_a_request_that_dies_alone_at_another_step_every_time_is_not_blamed_soon
     assert deaths == DEATHS + MOST_SOLO_DEATHS
 
 
+def test_steps_of_the_suspect_before_it_do_not_count_against_a_request():
+    pool = Pool()
+    pool.submit(ask("good"), ask("bad"))
+    for work in pool.backlog.works.values():
+        work.deaths = DEATHS - 1
+    for engine in pool.engines:
+        pool.die(engine)
+    alone = next(engine for engine in pool.engines if engine.count)
+    assert pool.held()[alone.id] == {"good": [0]}
+    alone.steps = 50  # by its reports
+    pool.finish(alone, "good", 0)
+    pool.deal()
+    blamed, deaths = [], 0
+    while not blamed:
+        blamed, deaths = pool.die(next(engine for engine in pool.engines if engine.count)), deaths + 1
+    assert (blamed, deaths) == (["bad"], SOLO_DEATHS)
+
+
 def test_while_a_suspect_is_alone_the_other_engines_serve_the_others():
     pool = Pool()
     pool.submit(ask("bad"))
@@ -300,6 +318,21 @@ def test_where_nobody_else_serves_the_reserved_engine_serves_all():
     pool.strategy.again(pool.suspects.note_death(other)[0])
     pool.deal()
     assert {work.request.id for work in alone.samples} == {"bad", "r0", "r1", "r2"} and not alone.reserved
+
+
+def test_a_suspect_waits_while_one_engine_of_two_serves():
+    pool = Pool()
+    pool.submit(ask("bad"))
+    pool.backlog.works["bad"].deaths = DEATHS - 1
+    died = next(engine for engine in pool.engines if engine.count)
+    go_on, _ = pool.suspects.note_death(died)
+    died.phase = "lost"
+    pool.strategy.again(go_on)
+    pool.deal()
+    assert pool.held() == [{}, {}] and not any(engine.reserved for engine in pool.engines)
+    pool.ready(died)
+    pool.deal()
+    assert sum(engine.count for engine in pool.engines) == 1 and pool.backlog.works["bad"].deaths == DEATHS
 
 
 def test_a_suspect_that_is_aborted_is_given_to_nobody():
