@@ -29,9 +29,9 @@ _LEAST_BLOCKS = 4
 START = 3
 """What the start of a program takes, in key blocks: three loads, one behind another, and the first keys."""
 _UNDER_WAY, _BALANCED = 14000, 150
-"""Keys of a key head that must be under way for the device to read at its full rate: twice its bandwidth times the latency of a load
-(at 512 bytes a key and a value 7200 on MI300X and 6400 on H200), because the latency grows with the load. And the query rows of a
-tile whose products take as long as its keys on a full device: 148 and 162. Both are counted at the rates and latencies that
+"""Keys of a key head that must be under way for the device to read at its full rate: twice its bandwidth times the latency of a
+load (at 512 bytes a key and a value 7200 on MI300X and 6400 on H200), because the latency grows with the load. And the query rows
+of a tile whose products take as long as its keys on a full device: 148 and 162. Both are counted at the rates and latencies that
 `rollout/planning` assumes."""
 WAVES = 2
 """Waves of whole tiles up to which tiles are split; where there are more, the device is busy with them."""
@@ -117,8 +117,9 @@ class Cut:
         first_I, per_I = begin_N[tile_I], per_N[tile_I]
         first_I += (np.arange(len(tile_I)) - item_N[tile_I]) * per_I
         line_N8 = np.empty((len(row_N), 8), np.int32)
-        for column, of_N in enumerate((sequence_N, self.first_N, self.opening_N, self.count_N, cached_N, begin_N, end_N, splits_N)):
+        for column, of_N in enumerate((sequence_N, self.first_N, self.opening_N, self.count_N, cached_N)):
             line_N8[:, column] = of_N
+        line_N8[:, 7] = splits_N
         item_I8[: len(tile_I)], item_I8[len(tile_I) :] = line_N8[tile_I], 0
         item_I8[: len(tile_I), 5], item_I8[: len(tile_I), 6] = first_I, first_I + per_I
 

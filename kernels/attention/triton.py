@@ -63,7 +63,7 @@ def _block(
 
 @triton.jit
 def _pages(table, block, N: tl.constexpr, PAGE: tl.constexpr):
-    """Numbers of the pages that a block of keys lies in: those of its two halves where these are pages, else those of its keys."""
+    """Numbers of the pages that a block of keys lies in: of its two halves where these are pages, else of each of its keys."""
     if PAGE % N == 0:
         low = tl.load(table + block * N // PAGE)
         high = low
@@ -196,8 +196,8 @@ def combine(
     out_ptr, partial_ptr, lse_ptr, tile_ptr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query rows of a tile, tiles, G). Weighs the partial results of one row and head by their share of the softmax's total.
-    All of them are loaded at once; those of no item count as 0."""
+    """Grid (query rows of a tile, tiles, G). Weighs the partial results of one row and head by their share of the softmax's
+    total. All of them are loaded at once, and added in one order."""
     GROUP: tl.constexpr = H // G
     m, tile, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     line = tile_ptr + 4 * tile

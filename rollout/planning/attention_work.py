@@ -1,8 +1,8 @@
 """Paged attention as the kernels share it out: programs, splits, bytes of partial results, and what these cost.
 
-How it is counted: `kernels/attention/splits.py` deals the keys of the batch on the host; the same code deals them here, for another
-device. From the items follow the waves of programs, the key blocks of the longest item, and the partial results, which are
-written once and read once. Seconds of a layer, its launches apart, are the longest of
+How it is counted: `kernels/attention/splits.py` deals the keys of the batch on the host; the same code deals them here, for
+another device. From the items follow the waves of programs, the key blocks of the longest item, and the partial results, which
+are written once and read once. Seconds of a layer, its launches apart, are the longest of
 
     bytes / attention's bandwidth,   FLOPs / (attention's FLOP/s * busy units),   waves * (blocks + start) * block,
 
@@ -27,7 +27,7 @@ _LATENCY = {"gfx942": 1.0e-6, "gfx950": 1.0e-6, "sm_90": 0.8e-6}
 
 
 class AttentionCall(NamedTuple):
-    """Attention of one layer over a batch whose sequences have `rows` rows behind `context` cached positions each; in bfloat16."""
+    """Attention of one layer, in bfloat16, over sequences that have `rows` rows behind `context` cached positions each."""
 
     heads: int
     groups: int
@@ -86,8 +86,8 @@ def shares(arch: str, call: AttentionCall) -> Shares:
     items = item_I8[item_I8[:, 7] > 0]
     programs = len(items) * groups
     split = items[items[:, 7] > 1]
-    partial = 2 * 4 * (head_dim + 1) * heads * int(split[:, 3].sum())
     return Shares(
-        programs, -(-programs // tile.programs), programs / tile.units / -(-programs // tile.units), int(tile_N4[:, 3].max()), int((items[:, 6] - items[:, 5]).max()),
-        _LATENCY[arch] / max(tile.stages - 1, 1), partial,
+        programs, waves=-(-programs // tile.programs), busy=programs / tile.units / -(-programs // tile.units),
+        splits=int(tile_N4[:, 3].max()), longest=int((items[:, 6] - items[:, 5]).max()),
+        block=_LATENCY[arch] / max(tile.stages - 1, 1), partial=2 * 4 * (head_dim + 1) * heads * int(split[:, 3].sum()),
     )  # fmt: skip

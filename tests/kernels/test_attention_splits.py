@@ -136,7 +136,9 @@ def test_partial_results_fit_into_what_is_set_aside(arch: str) -> None:
             for tile, invariant in zip(tiles, (False, True), strict=True):
                 cut = Cut.of(first, tile, HEADS, GROUPS, invariant)
                 items = cut.capacity(131072)
-                most = 32 * (batch * rows * HEADS + batch * INVARIANT_QUERIES * GROUPS) if invariant else (WAVES + 1) * MOST_QUERIES
+                most = (WAVES + 1) * MOST_QUERIES
+                if invariant:
+                    most = MOST_SPLITS * batch * (rows * HEADS + INVARIANT_QUERIES * GROUPS)
                 assert items == len(cut.count_N) or items * GROUPS * tile.m <= most
 
 

@@ -9,10 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from blockroll.kernels.attention import Rows
+from blockroll.kernels.attention import Rows, tiles
 from blockroll.kernels.attention import rows as tables
 from blockroll.kernels.attention import splits as splitting
-from blockroll.kernels.attention import tiles
 from blockroll.kernels.attention.triton import paged_attend
 from blockroll.model.layout import CLEAN, DecodeRows, TokenLayout, decode
 from blockroll.model.visibility import Visibility
