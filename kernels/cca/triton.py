@@ -2,7 +2,8 @@
 
 One program takes a tile of rows and one head: the convolutions of its D channels as products of matrices, the means, the
 norm, RoPE, and the row's key in the cache. One more program per tile makes the values. The channels of a head are summed
-in three parts (first and second half of the rotary ones, and the rest), so that RoPE needs no exchange between threads.
+in two products, whose columns are the two channels of a pair that RoPE turns (the channels that it leaves pair up too), so
+that RoPE needs no exchange between threads.
 
 Invariants:
 - A tail entry is written in the launch that reads it only where no row reads an entry that another one writes
@@ -95,7 +96,7 @@ def _cca_kernel(
     q_THD, k_TGD, v_TC, rows, x_row, current_row, delayed_row, length,
     DEPTH_IN: tl.constexpr, DEPTH_TAP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, TAP: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, W: tl.constexpr, WIDTH: tl.constexpr,
-    TIME0: tl.constexpr, TIME1: tl.constexpr, M: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    TIME0: tl.constexpr, TIME1: tl.constexpr, M: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr,
     TAIL: tl.constexpr, KEEP: tl.constexpr, KEEP_TAIL: tl.constexpr, BEFORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows, H + G + 1). `length` is sqrt(D). DEPTH_IN, DEPTH_TAP, OUT, IN, TAP: strides of the convolutions'
@@ -120,12 +121,14 @@ def _cca_kernel(
         )  # fmt: skip
         return
 
-    n = tl.arange(0, HALF)
-    left_ok = n < P // 2
-    r = P + tl.arange(0, REST)
-    left = tl.zeros((M, HALF), tl.float32)
-    right = tl.zeros((M, HALF), tl.float32)
-    rest = tl.zeros((M, REST), tl.float32)
+    # Pairs of channels: those that RoPE turns together, then those of the first and second half of the rest.
+    pair = tl.arange(0, PAIRS)
+    turned = pair < P // 2
+    low = tl.where(turned, pair, P // 2 + pair)
+    high = low + tl.where(turned, P // 2, (D - P + 1) // 2)
+    low_ok, high_ok = pair < P // 2 + (D - P + 1) // 2, high < D
+    left = tl.zeros((M, PAIRS), tl.float32)
+    right = tl.zeros((M, PAIRS), tl.float32)
     for start in range(0, D, K):
         k = start + tl.arange(0, K)
         ok = k < D
@@ -138,61 +141,48 @@ def _cca_kernel(
                 x = _gather(x_TC, x_pool, source, x_row, C, channel, ok, TAIL)
                 tap = tl.load(depthwise_CJ + channel * DEPTH_IN + (TIME0 - 1 - j) * DEPTH_TAP, ok, 0).to(tl.float32)
                 y += x * tap[None, :]
-                if KEEP_TAIL and h + j == 0:
-                    at = x_pool + (tail.to(tl.int64) * C)[:, None] + channel[None, :]
-                    tl.store(at, x.to(x_pool.dtype.element_ty), mask=(tail >= 0)[:, None] & ok[None, :])
             y = y.to(x_TC.dtype.element_ty)
             # [in, out] of this head's matrix of tap h.
             w_at = grouped_COI + head * (D * OUT) + (TIME1 - 1 - h) * TAP + (k * IN)[:, None]
-            w = tl.load(w_at + n[None, :] * OUT, mask=ok[:, None] & left_ok[None, :], other=0.0)
+            w = tl.load(w_at + low[None, :] * OUT, mask=ok[:, None] & low_ok[None, :], other=0.0)
             left = tl.dot(y, w, left, input_precision=PRECISION)
-            w = tl.load(w_at + (P // 2 + n)[None, :] * OUT, mask=ok[:, None] & left_ok[None, :], other=0.0)
+            w = tl.load(w_at + high[None, :] * OUT, mask=ok[:, None] & high_ok[None, :], other=0.0)
             right = tl.dot(y, w, right, input_precision=PRECISION)
-            if P < D:
-                w = tl.load(w_at + r[None, :] * OUT, mask=ok[:, None] & (r < D)[None, :], other=0.0)
-                rest = tl.dot(y, w, rest, input_precision=PRECISION)
 
     is_q = head < H
     g = tl.where(is_q, head // GROUP, head - H)
     first = tl.where(is_q, H + g, g * GROUP)
     count = tl.where(is_q, 1, GROUP)
     x_at = x_TC + m * x_row
-    left_in, rest_in = real[:, None] & left_ok[None, :], real[:, None] & (r < D)[None, :]
+    low_in, high_in = real[:, None] & low_ok[None, :], real[:, None] & high_ok[None, :]
     bias_at = grouped_bias_C + head * D
-    left += tl.load(bias_at + n, left_ok, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, n, left_in, D)
-    right += tl.load(bias_at + P // 2 + n, left_ok, 0).to(tl.float32)[None, :]
-    right += _mean(x_at, head, first, count, P // 2 + n, left_in, D)
-    square = tl.sum(left * left, 1) + tl.sum(right * right, 1)
-    if P < D:
-        rest += tl.load(bias_at + r, r < D, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, r, rest_in, D)
-        square += tl.sum(rest * rest, 1)
-    scale = length / tl.maximum(tl.sqrt(square), 1.1920928955078125e-07)
+    left += tl.load(bias_at + low, low_ok, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, low, low_in, D)
+    right += tl.load(bias_at + high, high_ok, 0).to(tl.float32)[None, :] + _mean(x_at, head, first, count, high, high_in, D)
+    scale = length / tl.maximum(tl.sqrt(tl.sum(left * left + right * right, 1)), 1.1920928955078125e-07)
     scale *= tl.where(is_q, 1.0, tl.load(temperature_G + g).to(tl.float32))
-    left, right, rest = left * scale[:, None], right * scale[:, None], rest * scale[:, None]
-    turn_at = (row * P)[:, None] + n[None, :]
-    cos = tl.load(cos_TP + turn_at, mask=left_in, other=0.0).to(tl.float32)
-    sin = tl.load(sin_TP + turn_at, mask=left_in, other=0.0).to(tl.float32)
+    left, right = left * scale[:, None], right * scale[:, None]
+    turn_at, turn_in = (row * P)[:, None] + pair[None, :], real[:, None] & turned[None, :]
+    cos = tl.load(cos_TP + turn_at, mask=turn_in, other=1.0).to(tl.float32)
+    sin = tl.load(sin_TP + turn_at, mask=turn_in, other=0.0).to(tl.float32)
     left, right = (left * cos - right * sin).to(q_THD.dtype.element_ty), (right * cos + left * sin).to(q_THD.dtype.element_ty)
-    rest = rest.to(q_THD.dtype.element_ty)
     if is_q:
         at = q_THD + (row * (H * D) + head * D)[:, None]
-        tl.store(at + n[None, :], left, mask=left_in)
-        tl.store(at + P // 2 + n[None, :], right, mask=left_in)
-        if P < D:
-            tl.store(at + r[None, :], rest, mask=rest_in)
+        tl.store(at + low[None, :], left, mask=low_in)
+        tl.store(at + high[None, :], right, mask=high_in)
     else:
         at = k_TGD + (row * (G * D) + g * D)[:, None]
-        tl.store(at + n[None, :], left, mask=left_in)
-        tl.store(at + P // 2 + n[None, :], right, mask=left_in)
-        if P < D:
-            tl.store(at + r[None, :], rest, mask=rest_in)
+        tl.store(at + low[None, :], left, mask=low_in)
+        tl.store(at + high[None, :], right, mask=high_in)
         if KEEP:
             at = k_pool + (write.to(tl.int64) * (G * D) + g * D)[:, None]
             kept = (write >= 0)[:, None]
-            tl.store(at + n[None, :], left, mask=left_in & kept)
-            tl.store(at + P // 2 + n[None, :], right, mask=left_in & kept)
-            if P < D:
-                tl.store(at + r[None, :], rest, mask=rest_in & kept)
+            tl.store(at + low[None, :], left, mask=low_in & kept)
+            tl.store(at + high[None, :], right, mask=high_in & kept)
+    if KEEP_TAIL:
+        c = tl.arange(0, 2 * PAIRS)
+        inside = (tail >= 0)[:, None] & (c < D)[None, :]
+        x = tl.load(x_TC + (m * x_row)[:, None] + (head * D + c)[None, :], mask=inside, other=0.0)
+        tl.store(x_pool + (tail.to(tl.int64) * C + head * D)[:, None] + c[None, :], x, mask=inside)
 
 
 @triton.jit
@@ -210,11 +200,20 @@ def _tail_kernel(
     tl.store(delayed_pool + tail * W + w, tl.load(delayed_TW + row * delayed_row + w, w < W, 0), w < W)
 
 
+_FEW_ROWS = 416
+"""Up to here tiles have 16 rows: one for each head (11 of ZAYA1-8B) and 16 rows are no more programs than MI300X has compute
+units, and one program fills a unit's LDS with the loads of all channels."""
+
+
 def _tile(rows: int, size: int, apart: bool) -> tuple[int, int]:
-    """(rows of a tile, channels summed at once), by whether the weights' taps lie apart. 64 channels at once spill, with 64 rows
-    on gfx942; with 16 rows on sm_90 so do 32 of weights as they come, under one Triton or another."""
-    m = 64 if rows > 512 or batch_invariant() else 16
-    most = 16 if m == 16 and not apart and architecture().startswith("sm_") else 32
+    """(rows of a tile, channels summed at once), by whether the weights' taps lie apart. 64 channels at once spill with 64 rows on
+    gfx942; with 16 rows on sm_90 so do 32 of weights as they come, under one Triton or another."""
+    m = 64 if rows > _FEW_ROWS or batch_invariant() else 16
+    most = 32
+    if m == 16 and apart:
+        most = 64
+    elif m == 16 and architecture().startswith("sm_"):
+        most = 16
     return m, min(most, max(16, triton.next_power_of_2(size)))
 
 
@@ -248,7 +247,7 @@ def cca(
         cos_TP=cos_TP.contiguous(), sin_TP=sin_TP.contiguous(), q_THD=q_THD, k_TGD=k_TGD, v_TC=v_TGD, rows=rows,
         current_row=current_TW.stride(0), length=d**0.5, DEPTH_IN=depthwise[0], DEPTH_TAP=depthwise[2], OUT=grouped[0],
         IN=grouped[1], TAP=grouped[2], H=h, G=g, D=d, P=p, WIDTH=width, TIME0=time0, TIME1=time1,
-        M=m, K=k, HALF=max(16, triton.next_power_of_2(p // 2)), REST=max(16, triton.next_power_of_2(d - p)),
+        M=m, K=k, PAIRS=max(16, triton.next_power_of_2(p // 2 + (d - p + 1) // 2)),
         TAIL=keep, KEEP=keep, KEEP_TAIL=keep and not places.apart, BEFORE=weights.before_W is not None,
         PRECISION=precision(dtype), **strides, **entries,
     )  # fmt: skip

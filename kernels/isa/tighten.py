@@ -61,7 +61,7 @@ def text(content: Mapping[str, Entries]) -> str:
     for version, entries in sorted(content.items()):
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in entries.items())
         blocks.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
-    return "{\n" + ",\n".join(blocks) + "\n}\n"
+    return "{\n" + ",\n".join(blocks) + "\n}\n" if blocks else "{}\n"
 
 
 def main(arguments: list[str], path: Path = PATH) -> int:

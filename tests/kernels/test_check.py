@@ -100,6 +100,10 @@ import sys
 from dataclasses import replace
 from blockroll import cli
 from blockroll.kernels import check, shapes
+from blockroll.kernels.isa import bounds
+for entries in bounds.registered().values():
+    for each in entries.values():
+        each["waves"] = 65
 shapes.TARGETS["sm_90"] = replace(shapes.TARGETS["sm_90"], shared=1)
 sys.argv = ["blockroll", "kernels", "check", "--target", "sm_90", "--op", "residual", "--quick", "--workers", "1"]
 cli.main()
@@ -107,6 +111,9 @@ cli.main()
     done = run(["-c", program], tmp_path)
     assert done.returncode == 1, done.stderr
     assert "1 at most" in done.stdout
+    # One line names kernel, device, figure and bound.
+    line = next(line for line in done.stdout.splitlines() if "bound 65" in line)
+    assert line.startswith("sm_90 residual._residual_kernel (zaya1-8b, ") and line.count("waves ") == 1
     done = run(["-m", "blockroll.cli", "kernels", "check", "--target", "gfx90"], tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: target: unknown target 'gfx90'") and done.stderr.count("\n") == 1
