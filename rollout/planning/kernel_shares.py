@@ -2,39 +2,20 @@
 
     seconds(step) = sum over kernels of  calls * seconds(one call)  +  launches of no kernel here * seconds(launch)
 
-A kernel's call takes what `kernel_work` says of its bytes, FLOPs and launches at the device's rates, times what was counted of its
-own code on that device (`COUNTED`). Verification and drafts are those of `lossless`.
+A kernel's call takes what `kernel_work` says of its bytes, FLOPs and launches at the device's rates. Verification and drafts are
+those of `lossless`.
 """
 
 from __future__ import annotations
-
-import math
 
 from ..schedule import Schedule
 from . import kernel_work
 from .kernel_work import KernelWork
 from .roofline import Hardware, Roofline
 
-COUNTED: dict[str, dict[str, tuple[tuple[int, float], ...]]] = {}
-"""By device and kernel: (rows, how many times what `kernel_work` says), from the instructions and the waits of the compiled code.
-Between two numbers of rows the factor goes with the logarithm of the rows."""
 
-
-def counted(device: str, kernel: str, rows: int) -> float:
-    """The factor of a kernel at so many rows; 1 where nothing was counted."""
-    known = COUNTED.get(device, {}).get(kernel)
-    if known is None:
-        return 1.0
-    (least, before), at = known[0], math.log(rows)
-    for low, high in zip(known, known[1:]):
-        if rows <= high[0]:
-            part = max(0.0, (at - math.log(low[0])) / math.log(high[0] / low[0]))
-            return low[1] + (high[1] - low[1]) * part
-    return before if rows <= least else known[-1][1]
-
-
-def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> dict[str, list[tuple[int, int, KernelWork]]]:
-    """By kernel, (how many calls, rows, work of one) of a step."""
+def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> dict[str, list[tuple[int, KernelWork]]]:
+    """By kernel, (how many calls, work of one) of a step."""
     config, chosen = roofline.config, schedule.within(roofline.block)
     drafts, wide = chosen.drafts or 0, chosen.block or roofline.block
     if chosen.kind == "two_pass":
@@ -44,27 +25,24 @@ def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> d
     else:
         passes, heads = [1], [1]
     layers = config.num_hidden_layers
-    found: dict[str, list[tuple[int, int, KernelWork]]] = {}
+    found: dict[str, list[tuple[int, KernelWork]]] = {}
     for rows in passes:
         T = batch * rows
-        found.setdefault("attention", []).append((layers, T, kernel_work.attention(config, batch, rows, context)))
+        found.setdefault("attention", []).append((layers, kernel_work.attention(config, batch, rows, context)))
         for kind, each in ((kernel_work.experts, 1), (kernel_work.router, 1), (kernel_work.cca, 1), (kernel_work.residual, 2),
                            (kernel_work.projections, 1)):  # fmt: skip
-            found.setdefault(kind.__name__, []).append((layers * each, T, kind(config, T)))
-    found["head"] = [(1, batch * rows, kernel_work.head(config, batch * rows)) for rows in heads]
+            found.setdefault(kind.__name__, []).append((layers * each, kind(config, T)))
+    found["head"] = [(1, kernel_work.head(config, batch * rows)) for rows in heads]
     sampling = kernel_work.verification(config, batch, drafts)
     for name in ("ar",) if chosen.kind == "ar" else ("verify", "draft"):
-        found[name] = [(1, batch * (drafts + 1), sampling[name])]
+        found[name] = [(1, sampling[name])]
     return found
 
 
 def step_shares(roofline: Roofline, schedule: Schedule, batch: int, context: int, hardware: Hardware) -> dict[str, float]:
     """Seconds of each kernel in a step, at the rates that kernels reach on the device; `launches` are those of no kernel here."""
     made, rates = calls(roofline, schedule, batch, context), hardware.achieved
-    seconds = {
-        kernel: sum(count * work.seconds(rates) * counted(hardware.name, kernel, rows) for count, rows, work in each)
-        for kernel, each in made.items()
-    }
-    launched = sum(count * work.launches for each in made.values() for count, _, work in each)
+    seconds = {kernel: sum(count * work.seconds(rates) for count, work in each) for kernel, each in made.items()}
+    launched = sum(count * work.launches for each in made.values() for count, work in each)
     others = roofline.step(schedule, batch, context).kernels - launched
     return seconds | {"launches": max(others, 0) * rates.launch}

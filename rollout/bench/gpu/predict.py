@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from ...planning import kernel_work
-from ...planning.kernel_shares import counted, step_shares
+from ...planning.kernel_shares import step_shares
 from ...planning.kernel_work import KernelWork
 from ...planning.predictions import PATH
 from ...planning.roofline import HARDWARE, Hardware, Roofline
@@ -20,8 +20,8 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
     roofline = Roofline.of(sizes.zaya)
     return {
         "policy": "ZAYA1-8B",
-        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches, times "
-                "what was counted of its code; a step takes its kernels one after another (planning/kernel_shares.py)",
+        "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a "
+                "step takes its kernels one after another (planning/kernel_shares.py)",
         "devices": {name: _of(hardware, sizes, roofline) for name, hardware in HARDWARE.items()},
     }  # fmt: skip
 
@@ -29,8 +29,8 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
 def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
     config, block = roofline.config, roofline.block
 
-    def row(work: KernelWork, factor: float = 1.0) -> dict[str, float]:
-        seconds = work.seconds(hardware.achieved) * factor
+    def row(work: KernelWork) -> dict[str, float]:
+        seconds = work.seconds(hardware.achieved)
         return {"ms": _digits(1e3 * seconds), "of_roofline": _digits(work.seconds(hardware.peak) / seconds)}
 
     kernels: dict[str, Any] = {
@@ -39,8 +39,7 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
     }
     for rows in sizes.kernel_rows:
         for kind in (kernel_work.experts, kernel_work.router, kernel_work.cca, kernel_work.residual, kernel_work.projections):
-            name = kind.__name__
-            kernels[f"{name} {rows}"] = row(kind(config, rows), counted(hardware.name, name, rows))
+            kernels[f"{kind.__name__} {rows}"] = row(kind(config, rows))
     for batch in sizes.batches:
         parts = kernel_work.verification(config, batch, block - 1)
         kernels |= {f"verify {batch} {part}": row(work) for part, work in parts.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from blockroll.rollout.planning.kernel_shares import COUNTED, counted
 from blockroll.rollout.planning.predictions import registered
+from blockroll.rollout.planning.roofline import SORT_INSIDE
 
 GOALS = {"fused(15, {0}, 16) 16 at 2048": 9.5, "fused(15, {0}, 16) 64 at 16384": 26.0}
 """Milliseconds on an MI300X."""
@@ -26,7 +26,8 @@ def test_the_step_that_is_predicted_of_an_mi300x(name):
     assert row["ms"] <= GOALS[name], row["parts_ms"]
 
 
-def test_what_was_counted_goes_from_rows_to_rows(monkeypatch):
-    monkeypatch.setitem(COUNTED, "device", {"cca": ((16, 1.0), (256, 3.0))})
-    assert [counted("device", "cca", rows) for rows in (1, 16, 64, 256, 4096)] == pytest.approx([1, 1, 2, 3, 3])
-    assert counted("device", "router", 64) == counted("other", "cca", 64) == 1.0
+def test_launches_are_those_of_the_experts_kernels():
+    pytest.importorskip("triton")
+    from blockroll.kernels.experts import triton
+
+    assert triton._SORT_INSIDE == SORT_INSIDE

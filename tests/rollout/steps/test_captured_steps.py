@@ -99,10 +99,10 @@ def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, sched
     else:
         assert len(replays) == 2 and min(replays) > 0
     if (schedule, sampler, temperature, top_p) == (FUSED, "lossless", 1.0, 1.0):
-        # As `plan` counts them. Two of a layer run at large batches only: the count before a sort, and the merge of splits. Five
-        # of a pass are casts, which a float32 policy has none of.
+        # As `plan` counts them. One of a layer runs over split keys only, the merge of splits. Five of a pass are casts, which a
+        # float32 policy has none of.
         forward, verify, _ = (graph.launches for graph in device.graphs)
-        assert forward == KERNELS_PER_PASS - 5 + KERNELS_PER_LAYER - 2 and verify == KERNELS_OF_DRAFTS - 39
+        assert forward == KERNELS_PER_PASS - 5 + KERNELS_PER_LAYER - 1 and verify == KERNELS_OF_DRAFTS - 39
 
 
 @pytest.mark.slow
