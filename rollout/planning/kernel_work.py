@@ -91,6 +91,11 @@ def head(config: ZayaConfig, rows: int, item: int = 2) -> KernelWork:
     return KernelWork(item * (vocab + rows) * hidden + _LOGIT * rows * vocab, 2 * rows * hidden * vocab, 1)
 
 
+def cutoffs(config: ZayaConfig, rows: int) -> KernelWork:
+    """Cut-offs of rows of logits, in place: four readings find the edges, a fifth one writes."""
+    return KernelWork(6 * _LOGIT * rows * config.vocab_size, 0.0, 8)
+
+
 def verification(config: ZayaConfig, batch: int, drafts: int) -> dict[str, KernelWork]:
     """Verification of a block of drafts, the draw of the next ones, and AR's draw."""
     row = _LOGIT * batch * config.vocab_size

@@ -44,6 +44,7 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
         parts = kernel_work.verification(config, batch, block - 1)
         kernels |= {f"verify {batch} {part}": row(work) for part, work in parts.items()}
         kernels[f"head {batch}"] = row(kernel_work.head(config, batch * block))
+        kernels[f"cutoffs {batch}"] = row(kernel_work.cutoffs(config, batch * block))
     steps = {}
     for schedule in sizes.schedules:
         for batch in sizes.batches:
