@@ -27,7 +27,8 @@ import triton.language as tl
 
 from ..launch import Case, Shape, launch
 from ..verify.chunks import chunks_of, finite, row_at, scaled_of, strides_of, temperature_of
-from .reference import WEIGHT_BITS, Edges
+from .bisection import SCALE, smallest, weigh_above
+from .reference import Edges
 
 ROOM = 16384
 """Gathered numbers of a row, a sixteenth of a vocabulary of 262k. Second pivots lie at most 0.33 apart, and 0.15 where a row of
@@ -35,7 +36,6 @@ normal logits of deviation 1 is densest, which puts 16k of 262k between two of t
 _PIVOTS, _TILE = 16, 2048
 LAST = tl.constexpr(_PIVOTS - 2)
 """The pivot that is the lower end; the pivot after it is min-p's edge, and pivot 0 is the upper end."""
-SCALE = tl.constexpr(2.0**WEIGHT_BITS)
 DEEP = tl.constexpr(64.0)
 """The lowest part, which has no lower end, is divided to this depth."""
 
@@ -176,54 +176,6 @@ def _gather_kernel(
         tl.store(near_N + row.to(tl.int64) * ROOM + place, x, there)
 
 
-@triton.jit
-def _key(x):
-    """Integers in the order of the numbers."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-# The two functions below call no others in their loops, which the interpreter takes a millisecond for. They read the numbers
-# gathered in `near`, or (`far`) the whole row `own`. A compiler for AMD refuses a choice of two pointers of which one is into
-# more than 2 GiB, so both are loaded under masks.
-
-
-@triton.jit
-def _above(near, own, far, count, edge, high, top, temperature, TILE: tl.constexpr):
-    """Weight and number of the numbers below `high` that are above `edge`, and how many equal it."""
-    mass_I, count_I = tl.full((TILE,), 0, tl.int64), tl.full((TILE,), 0, tl.int32)
-    equal_I = count_I
-    for start in range(0, count, TILE):
-        inside = start + tl.arange(0, TILE) < count
-        x = tl.div_rn(tl.load(own + start + tl.arange(0, TILE), inside & far, float("-inf")), temperature)
-        x = tl.maximum(x, tl.load(near + start + tl.arange(0, TILE), inside & (far == 0), float("-inf")))
-        there = (x > edge) & (x < high)
-        mass_I += tl.where(there, (tl.exp(x - top) * SCALE).to(tl.int64), 0)
-        count_I += there.to(tl.int32)
-        equal_I += ((x == edge) & inside).to(tl.int32)
-    return tl.sum(mass_I, 0), tl.sum(count_I, 0), tl.sum(equal_I, 0)
-
-
-@triton.jit
-def _smallest(near, own, far, count, low, high, above, least, top, temperature, MASS: tl.constexpr, TILE: tl.constexpr):
-    """The smallest number t for which the weight (or how many there are) of numbers above t is below `least`. `above`: of those
-    that are not below `high`."""
-    under, over = _key(low), _key(tl.minimum(high, top))
-    while under < over:
-        middle = (under >> 1) + (over >> 1) + (under & over & 1)
-        edge = (middle ^ ((middle >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        sum_I = tl.full((TILE,), 0, tl.int64 if MASS else tl.int32)
-        for start in range(0, count, TILE):
-            inside = start + tl.arange(0, TILE) < count
-            x = tl.div_rn(tl.load(own + start + tl.arange(0, TILE), inside & far, float("-inf")), temperature)
-            x = tl.maximum(x, tl.load(near + start + tl.arange(0, TILE), inside & (far == 0), float("-inf")))
-            there = (x > edge) & (x < high)
-            sum_I += tl.where(there, (tl.exp(x - top) * SCALE).to(tl.int64), 0) if MASS else there.to(tl.int32)
-        holds = above + tl.sum(sum_I, 0) < least
-        under, over = tl.where(holds, under, middle + 1), tl.where(holds, middle, over)
-    return (over ^ ((over >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["R"])
 def _edge_kernel(
     logits_SRV, temperature_S, top_k_S, top_p_S, pivot_NP, near_N, top_N, total_N, floor_mass_N, above_N, above_mass_N,
@@ -247,14 +199,14 @@ def _edge_kernel(
     edge, mass = tl.full((), float("-inf"), tl.float32), total
     room, tied = tl.full((), V, tl.int32), tl.full((), 0, tl.int32)
     if top_k > 0:
-        edge = _smallest(near, own, far, count, low, high, above, top_k, top, temperature, False, TILE)
-        more_mass, more, tied = _above(near, own, far, count, edge, high, top, temperature, TILE)
+        edge = smallest(near, own, far, count, low, high, above, top_k, top, temperature, False, TILE)
+        more_mass, more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, TILE)
         room = (top_k - above - more).to(tl.int32)
         mass = above_mass + more_mass + room * _weight(edge, top)
     if top_p < 1:
         bound, edge_k, room_k = _bound(top_p, mass), edge, room
-        edge = _smallest(near, own, far, count, low, high, above_mass, bound, top, temperature, True, TILE)
-        more_mass, _more, tied = _above(near, own, far, count, edge, high, top, temperature, TILE)
+        edge = smallest(near, own, far, count, low, high, above_mass, bound, top, temperature, True, TILE)
+        more_mass, _more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, TILE)
         weight = tl.maximum(_weight(edge, top), 1)
         room = tl.minimum((bound - above_mass - more_mass + weight - 1) // weight, V).to(tl.int32)
         room = tl.where(edge == edge_k, tl.minimum(room, room_k), room)
@@ -337,9 +289,10 @@ def cut_(logits_SRV: torch.Tensor, temperature_S: torch.Tensor, found: Edges) ->
     """As the reference."""
     s, r, vocab_size = logits_SRV.shape
     chunk, count, _, warps = chunks_of(vocab_size)
+    strides: dict[str, Any] = {**strides_of(logits_SRV)}
     launch(
         _cut_kernel, (s * r, count), warps=warps, logits_SRV=logits_SRV, temperature_S=temperature_S, value_SR=found.value_SR,
-        last_SR=found.last_SR, R=r, V=vocab_size, CHUNK=chunk, **strides_of(logits_SRV),
+        last_SR=found.last_SR, R=r, V=vocab_size, CHUNK=chunk, **strides,
     )  # fmt: skip
 
 

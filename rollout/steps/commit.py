@@ -22,8 +22,8 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
     """
     made, verdict, forwards, samples = 0, output.verdict, plan.forwards, plan.batch.decoding
     record = StepRecord(
-        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D,
-        *map(_kept, (verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR)), version, forwards,
+        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict.logprob_SR),
+        _kept(verdict.behavior_logprob_SR), _kept(verdict.support_logmass_SR), version, forwards,
     )  # fmt: skip
     drafts, block, rows = output.drafts, output.block, verdict.token_SR.tolist()
     steps = zip(

@@ -50,11 +50,11 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
         for batch in sizes.batches:
             for context in sizes.contexts:
                 step = roofline.step(schedule, batch, context)
-                parts = step_shares(roofline, schedule, batch, context, hardware)
-                seconds = sum(parts.values())
+                shares = step_shares(roofline, schedule, batch, context, hardware)
+                seconds = sum(shares.values())
                 steps[f"{schedule.within(block).label} {batch} at {context}"] = {
                     "ms": _digits(1e3 * seconds), "of_roofline": _digits(step.seconds(hardware.peak) / seconds),
-                    "launches": step.kernels, "parts_ms": {name: _digits(1e3 * part) for name, part in parts.items()},
+                    "launches": step.kernels, "parts_ms": {name: _digits(1e3 * part) for name, part in shares.items()},
                 }  # fmt: skip
     names = "products", "copies", "attention_products", "attention_reads"
     assumed: dict[str, Any] = dict(zip(names, hardware.reached, strict=True))
