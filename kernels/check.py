@@ -27,7 +27,7 @@ from .isa import Figures, bounds, excesses, usage
 from .launch import Case, Launch, record
 from .shapes import SHAPES, TARGETS, Target
 
-OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "philox")
+OPS = ("attention", "cca", "experts", "linear", "residual", "verify", "cutoffs", "philox")
 """Folders whose `triton.py` has `cases(shape)`."""
 
 

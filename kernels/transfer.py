@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
 Tree = TypeVar("Tree")
@@ -42,7 +43,7 @@ class PinnedCopy(Generic[Tree]):
     """A copy of a host tree on an accelerator, in one piece of memory. On a CPU, the tree itself.
 
     Args:
-        moving: tensors of the tree whose values `send` copies again; the other tensors keep their values.
+        moving: contiguous tensors of the tree whose values `send` copies again; the other tensors keep their values.
 
     Attributes:
         tree: the tree on the device. Its tensors keep their addresses.
@@ -51,7 +52,7 @@ class PinnedCopy(Generic[Tree]):
     def __init__(self, tree: Tree, device: torch.device, moving: Sequence[torch.Tensor] = ()) -> None:
         if device.type == "cpu" and not _apart:
             self.tree: Tree = tree
-            self._moving: list[tuple[torch.Tensor, int, int]] = []
+            self._moving: list[tuple[np.ndarray, int, int]] = []
             return
         first = {id(part): part for part in moving}
         parts = [*first.values(), *(part for part in _unique(tree) if id(part) not in first)]
@@ -60,10 +61,11 @@ class PinnedCopy(Generic[Tree]):
             start = -(-end // _ALIGNMENT) * _ALIGNMENT
             end = start + part.numel() * part.itemsize
             spans.append((start, end))
-        self._moving = [(part, *span) for part, span in zip(first.values(), spans)]
-        packed = [(part, *span) for part, span in zip(parts, spans, strict=True)]
+        self._moving = [(_bytes(part), *span) for part, span in zip(first.values(), spans)]
+        packed = [(_bytes(part), *span) for part, span in zip(parts, spans, strict=True)]
         self._bytes = _packed(packed).to(device, non_blocking=True)
-        there = {id(part): self._bytes[start:end].view(part.dtype).view(part.shape) for part, start, end in packed}
+        places = zip(parts, spans, strict=True)
+        there = {id(part): self._bytes[start:end].view(part.dtype).view(part.shape) for part, (start, end) in places}
         self.tree = _with(tree, there)
 
     def send(self) -> None:
@@ -72,14 +74,19 @@ class PinnedCopy(Generic[Tree]):
             self._bytes[: self._moving[-1][2]].copy_(_packed(self._moving), non_blocking=True)
 
 
-def _packed(parts: Sequence[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
-    """Pinned memory that holds the bytes of each tensor at its (start, end)."""
+def _packed(parts: Sequence[tuple[np.ndarray, int, int]]) -> torch.Tensor:
+    """Pinned memory that holds these bytes, each at its (start, end)."""
     packed = torch.empty(parts[-1][2] if parts else 0, dtype=torch.uint8, pin_memory=not _apart)
     into = packed.numpy()
     for part, start, end in parts:
-        flat = part.numpy().ravel()
-        into[start:end].view(flat.dtype)[:] = flat
+        into[start:end] = part
     return packed
+
+
+def _bytes(part: torch.Tensor) -> np.ndarray:
+    """The bytes of a host tensor: of its memory where it is contiguous, as it must be to be sent again; else a copy."""
+    flat: np.ndarray = part.numpy().ravel()
+    return flat.view(np.uint8)
 
 
 def upload(tree: Tree, device: torch.device) -> Tree:
@@ -110,11 +117,12 @@ class Download:
         self._on_cpu = device.type == "cpu"
         self._tensors: list[torch.Tensor] = []
         self._packed = self._here = torch.empty(0, dtype=torch.uint8)
+        self._parts: list[torch.Tensor] = []
         self._event = None if self._on_cpu else torch.cuda.Event()
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> None:
         """The tensors that are copied from now on."""
-        self._tensors = list(tensors)
+        self._tensors, self._parts = list(tensors), []
         if not self._on_cpu:
             self._packed = _one_piece(tensors)
 
@@ -123,6 +131,7 @@ class Download:
         if self._event is not None:
             if self._here.shape != self._packed.shape:
                 self._here = torch.empty(self._packed.shape, dtype=torch.uint8, pin_memory=True)
+                self._parts = []
             self._here.copy_(self._packed, non_blocking=True)
             self._event.record()
 
@@ -131,7 +140,9 @@ class Download:
         if self._event is None:
             return list(self._tensors)
         self._event.synchronize()
-        return _unpacked(self._here, self._tensors)
+        if not self._parts:
+            self._parts = _unpacked(self._here, self._tensors)
+        return self._parts
 
 
 def _wide_first(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -131,9 +131,9 @@ class PagedCache:
             return True
         if missing > self.free_pages:
             return False
-        pages = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)]
+        pages = np.array([self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)])
         self._users[pages] = 1
-        table.pages = np.append(table.pages, pages)
+        table.pages = np.concatenate((table.pages, pages))
         return True
 
     def fork(self, table: BlockTable) -> BlockTable | None:

@@ -28,13 +28,15 @@ class CacheSizes(NamedTuple):
     page_tail: int
     first_page_tail: int
 
-    def tail_entries(self, slot: np.ndarray, page: np.ndarray, position: np.ndarray) -> np.ndarray:
+    def tail_entries(
+        self, slot: np.ndarray, page: np.ndarray, position: np.ndarray, in_page: np.ndarray | None = None
+    ) -> np.ndarray:
         """The tail entries of positions, int64. The arguments broadcast.
 
         Args:
-            slot: of the sequence. page: the number of the page that holds the position.
+            slot: of the sequence. page: the number of the page that holds the position. in_page: the place in it, where known.
         """
-        offset = position % self.page_size - (self.page_size - self.page_tail)
+        offset = (position % self.page_size if in_page is None else in_page) - (self.page_size - self.page_tail)
         with_page = self.first_page_tail + page * self.page_tail + offset
         return np.where(offset >= 0, with_page, slot * self.ring + position % self.ring)
 

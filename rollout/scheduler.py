@@ -58,6 +58,7 @@ class Scheduler:
         self._waiting_samples = 0
         self._prompts: dict[str, _SharedPrompt] = {}
         self._clients: Counter[str] = Counter()  # requests with an unfinished sample
+        self._latest: SchedulerOutput | None = None
 
     @property
     def pending(self) -> int:
@@ -102,6 +103,7 @@ class Scheduler:
         self.running.clear()
         self._groups.clear()
         self._clients.clear()
+        self._latest = None
         self._waiting.clear()
         self._waiting_samples = 0
         self._prompts.clear()
@@ -152,6 +154,7 @@ class Scheduler:
 
     def retire(self, sample: Sample) -> None:
         """Remove a finished sample that does not wait: its pages, its slot and its drafts are freed."""
+        self._latest = None
         if sample.block_table is not None:
             self._release(sample)
         sample.drafts = None
@@ -168,6 +171,8 @@ class Scheduler:
             rows: most positions a decode step writes per sample, the anchor included.
         """
         self._admit()
+        if (steady := self._steady(rows)) is not None:
+            return steady
         step: list[ScheduledSample] = []
         budget = self.prefill_rows
         for sample in in_turn(self.running):
@@ -188,7 +193,28 @@ class Scheduler:
                 step.append(ScheduledSample(sample, chunk, decodes))
         step = [each for each in step if each.sample.block_table is not None]
         self.prefilled_tokens += sum(chunk for _, chunk, _ in step)
-        return SchedulerOutput.of(sorted(step, key=lambda each: age(each.sample)))
+        self._latest = SchedulerOutput.of(sorted(step, key=lambda each: age(each.sample)))
+        return self._latest
+
+    def _steady(self, rows: int) -> SchedulerOutput | None:
+        """The latest output again, where all samples that run decoded in it and go on, and there are pages for them."""
+        latest, size, short, missing = self._latest, self.cache.page_size, [], 0
+        if latest is None or latest.prefills or set(latest.decoding) != set(self.running):
+            return None
+        for sample in latest.decoding:
+            table, length = sample.block_table, len(sample.tokens)
+            if table is None or table.length != length - 1:
+                return None
+            left = sample.limit - length + 1
+            target = length - 1 + (rows if rows < left else left)
+            if target > len(table.pages) * size:
+                short.append((table, target))
+                missing += self.cache.pages_for(target) - len(table.pages)
+        if missing > self.cache.free_pages:
+            return None
+        for table, target in short:
+            self.cache.reserve(table, target)
+        return latest
 
     def prefilled(self, sample: Sample) -> None:
         """Must be called when prompt rows of a sample have come into the cache. Other samples may reuse them, and when all have
@@ -228,6 +254,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit waiting samples, oldest first, clients in turn, until one does not fit. A fresh sample is passed over while a
         sibling prefills the prompt."""
+        if not self._waiting or (len(self.running) >= self.max_batch and len(self._clients) <= 1):
+            return
         filling = {s.request.id for s in self.running if not s.prefilled}
         passed: list[SampleGroup] = []
         while (group := self._turn(passed)) is not None:
@@ -321,6 +349,7 @@ class Scheduler:
 
     def _release(self, sample: Sample) -> None:
         assert sample.block_table is not None
+        self._latest = None
         self.running.remove(sample)
         self._keep(sample)
         self.cache.release(sample.block_table)

@@ -1,7 +1,7 @@
 """One sample while it is generated: tokens, log-probabilities, drafts, block table; and its part in a step.
 
 Invariants:
-- The lists of log-probabilities, versions and `from_draft` are as long as the generated tokens.
+- The log has an entry for each generated token.
 - A preempted sample keeps its drafts, so that preemption changes neither its tokens nor their distribution.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from ..seeds import sample_seed
 from .cache import BlockTable
 from .prompt_logprobs import PromptLogprobs
+from .sample_log import SampleLog
 from .sampling.drafts import Drafts
 from .stop_strings import StopStrings
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
@@ -33,8 +34,7 @@ class Sample:
         block_table: where it lies in the cache; None while it waits.
         drafts: a batch of drafts, of which row `draft_index` holds the sample's own `draft_count` drafts; None when it has none.
         draft_start, draft_length: first position and length of the mask block those drafts came from.
-        logprobs, behavior, support, versions, from_draft: one entry per generated token, as in `Trajectory`.
-        trace: one entry per decode step.
+        log: what its steps gave (`SampleLog`): log-probabilities, versions, trace.
         experts: int16[limit, L], the expert per row and layer; None unless they are recorded.
         forwards: forward passes of its decode steps.
         stop_strings: finds the token that completes a stop string; None where there are none.
@@ -57,12 +57,7 @@ class Sample:
     draft_count: int = 0
     draft_start: int = -1
     draft_length: int = 0
-    logprobs: list[float] = field(default_factory=list)
-    behavior: list[float] = field(default_factory=list)
-    support: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    from_draft: list[bool] = field(default_factory=list)
-    trace: list[StepTrace] = field(default_factory=list)
+    log: SampleLog = field(default_factory=SampleLog)
     experts: np.ndarray | None = None
     forwards: int = 0
     finish: FinishReason | None = None
@@ -101,26 +96,21 @@ class Sample:
             self.drafts = self.drafts.row(self.draft_index, self.draft_count) if self.draft_count else None
             self.draft_index = 0
 
-    def note_step(self, trace: StepTrace) -> None:
-        """Record one decode step."""
-        self.trace.append(trace)
-        self.forwards += trace.forwards
-
     def keep_drafts(self, drafts: Drafts | None, index: int, count: int, start: int, length: int) -> None:
         """Take the drafts of the next step: `count` of them in row `index`, from the mask block of `length` at `start`."""
         self.drafts, self.draft_index, self.draft_count = drafts, index, count
         self.draft_start, self.draft_length = start, length
 
-    def commit(
-        self,
-        accepted: int,
-        tokens: list[int],
-        logprobs: list[float],
-        behavior: list[float],
-        support: list[float],
-        version: int,
-    ) -> None:
-        """Append one step's tokens, `accepted` drafts and one more, up to the first token that ends the sample."""
+    @property
+    def trace(self) -> list[StepTrace]:
+        """One entry per decode step."""
+        return self.log.settle().trace
+
+    def commit(self, accepted: int, tokens: list[int]) -> int:
+        """Append one step's tokens, `accepted` drafts and one more, up to the first token that ends the sample.
+
+        Returns: how many.
+        """
         remaining = self.limit - len(self.tokens)
         count = min(accepted + 1, remaining)
         taken = tokens[:count]
@@ -134,15 +124,11 @@ class Sample:
             count, self.finish, self.stop_reason = found[0], "stop", found[1]
             taken = taken[:count]
         self.tokens += taken
-        self.logprobs += logprobs[:count]
-        self.behavior += behavior[:count]
-        self.support += support[:count]
-        self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
-        self.versions += [version] * count
+        return count
 
     def record_top(self, token_RK: list[list[int]], logprob_RK: list[list[float]]) -> None:
         """Keep the most probable tokens beside the tokens that the last `commit` took."""
-        k, new = self.request.params.alternatives, len(self.logprobs) - len(self.top)
+        k, new = self.request.params.alternatives, len(self.tokens) - len(self.request.prompt_tokens) - len(self.top)
         if k:
             self.top += [(token_RK[i][:k], logprob_RK[i][:k]) for i in range(new)]
 
@@ -154,7 +140,7 @@ class Sample:
     def trajectory(self) -> Trajectory:
         """The finished sample."""
         assert self.finish is not None
-        params, prompt = self.request.params, len(self.request.prompt_tokens)
+        params, prompt, log = self.request.params, len(self.request.prompt_tokens), self.log.settle()
         scores = None if self.prompt_logprobs is None or self.finish == "abort" else self.prompt_logprobs.scores
         alternatives = [np.array(part) for part in zip(*self.top, strict=True)]
         cut = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -163,14 +149,14 @@ class Sample:
             sample=self.number,
             prompt_tokens=self.request.prompt_tokens,
             tokens=self.tokens[prompt:],
-            logprobs=np.array(self.logprobs, dtype=np.float32),
-            behavior_logprobs=np.array(self.behavior, dtype=np.float32),
-            versions=np.array(self.versions, dtype=np.int32),
-            from_draft=np.array(self.from_draft, dtype=bool),
+            logprobs=np.array(log.logprobs, dtype=np.float32),
+            behavior_logprobs=np.array(log.behavior, dtype=np.float32),
+            versions=np.array(log.versions, dtype=np.int32),
+            from_draft=np.array(log.from_draft, dtype=bool),
             finish_reason=self.finish,
             forwards=self.forwards,
-            trace=tuple(self.trace),
-            support_logmass=np.array(self.support, dtype=np.float32) if cut else None,
+            trace=tuple(log.trace),
+            support_logmass=np.array(log.support, dtype=np.float32) if cut else None,
             routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
             stop_reason=self.stop_reason,
             stop_included=params.include_stop_str_in_output,

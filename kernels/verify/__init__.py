@@ -68,7 +68,7 @@ verify_rejection = dispatched(reference.verify_rejection, triton="rejection", nu
 def draft_chain(
     q_logits_SMV: torch.Tensor, markov: Callable[[torch.Tensor], torch.Tensor], previous_S: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, excluded: int,
-    purpose: int, markov_from: int = 0,
+    purpose: int, markov_from: int = 0, cut: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
@@ -79,8 +79,9 @@ def draft_chain(
         previous_S: int64, the token before the first draft.
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
         markov_from: the first slot that `markov` is added to.
+        cut: makes what is not drawn of a slot's logits float32[S, 1, V] -inf.
     """
-    if isinstance(markov, PairTable) and takes_numba(q_logits_SMV):
+    if isinstance(markov, PairTable) and takes_numba(q_logits_SMV) and cut is None:
         from . import numba as compiled
 
         keys = previous_S, count_S, temperature_S, seed_S, position_S
@@ -91,6 +92,8 @@ def draft_chain(
         if k >= markov_from:
             q_logits_SMV[:, k] += markov(previous_S)
         q_logits_SMV[:, k, excluded] = -torch.inf
+        if cut is not None:
+            cut(q_logits_SMV[:, k : k + 1])
         chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, position_S + k))
         previous_S = chosen[-1].token_SR[:, 0]
     token_SM, lse_SM = torch.cat([slot.token_SR for slot in chosen], 1), torch.cat([slot.lse_SR for slot in chosen], 1)

@@ -43,8 +43,8 @@ class WatchedSamples:
                 continue
             start, prompt = numbers[sample.number], len(sample.request.prompt_tokens)
             if len(sample.tokens) - prompt > start:
-                numbers[sample.number] = len(sample.tokens) - prompt
+                numbers[sample.number], log = len(sample.tokens) - prompt, sample.log.settle()
                 found.append(Progress(sample.request.id, sample.number, start, sample.tokens[prompt + start :],
-                                      sample.logprobs[start:], sample.behavior[start:], sample.versions[start:],
+                                      log.logprobs[start:], log.behavior[start:], log.versions[start:],
                                       sample.top[start:], sample.forwards))  # fmt: skip
         return found

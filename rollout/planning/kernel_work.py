@@ -8,29 +8,35 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from transformers import ZayaConfig
 
+from ...kernels.experts.tiles import expert_tiles
+from ...kernels.launch import record
 from .attention_work import AttentionCall
-from .roofline import Rates, experts_touched
+from .roofline import SORT_INSIDE, Rates, experts_touched
 
 _LOGIT, _STREAM = 4, 4
 """Bytes of a number."""
 
 
 class KernelWork(NamedTuple):
-    """Work of one call. `attention`: the call where it is attention's."""
+    """Work of one call. `attention`: the call where it is attention's. `padding`: how many times the FLOPs tiles do, because some
+    of their rows are empty; a roofline does not count it."""
 
     bytes: float
     flops: float
     launches: int
     attention: AttentionCall | None = None
+    padding: float = 1.0
 
     def seconds(self, rates: Rates) -> float:
         """At these rates: the longer of bytes and FLOPs, and what the launches cost; of attention, see `Rates.attention`."""
         if self.attention is not None:
             beside = (self.bytes - self.attention.bytes) / rates.bytes
             return rates.attention(self.attention) + beside + self.launches * rates.launch
-        return max(self.flops / rates.flops, self.bytes / rates.bytes) + self.launches * rates.launch
+        flops = self.flops if rates.arch is None else self.flops * self.padding
+        return max(flops / rates.flops, self.bytes / rates.bytes) + self.launches * rates.launch
 
 
 def attention(config: ZayaConfig, batch: int, rows: int, context: int, item: int = 2) -> KernelWork:
@@ -41,11 +47,14 @@ def attention(config: ZayaConfig, batch: int, rows: int, context: int, item: int
 
 
 def experts(config: ZayaConfig, rows: int, item: int = 2, touched: float | None = None) -> KernelWork:
-    """Sort, gate and up, down. `touched`: how many experts are chosen; None for the expected number of a uniform choice."""
+    """Gate and up, down, and a sort above `roofline.SORT_INSIDE` rows; half a tile of each expert is padding. `touched`: how many
+    experts are chosen; None for the expected number of a uniform choice."""
     one = 3 * config.hidden_size * config.moe_intermediate_size
     touched = experts_touched(config.num_experts, rows) if touched is None else touched
     moved = item * (one * touched + rows * 2 * (config.hidden_size + config.moe_intermediate_size))
-    return KernelWork(moved, 2 * one * rows, 4)
+    with record("gfx942"):
+        tile, _ = expert_tiles(rows, config.num_experts, torch.bfloat16)
+    return KernelWork(moved, 2 * one * rows, 2 + (rows > SORT_INSIDE), padding=1 + touched * tile.m / (2 * rows))
 
 
 def router(config: ZayaConfig, rows: int, item: int = 2) -> KernelWork:
@@ -80,6 +89,11 @@ def head(config: ZayaConfig, rows: int, item: int = 2) -> KernelWork:
     """The vocabulary head."""
     hidden, vocab = config.hidden_size, config.vocab_size
     return KernelWork(item * (vocab + rows) * hidden + _LOGIT * rows * vocab, 2 * rows * hidden * vocab, 1)
+
+
+def cutoffs(config: ZayaConfig, rows: int) -> KernelWork:
+    """Cut-offs of rows of logits, in place: four readings find the edges, a fifth one writes."""
+    return KernelWork(6 * _LOGIT * rows * config.vocab_size, 0.0, 8)
 
 
 def verification(config: ZayaConfig, batch: int, drafts: int) -> dict[str, KernelWork]:

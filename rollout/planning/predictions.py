@@ -18,7 +18,7 @@ PATH = Path(__file__).with_name("predictions.json")
 
 @cache
 def registered() -> dict[str, Any]:
-    """The file: `policy`, `rule`, and `devices`, each with `assumed`, `kernels` and `steps`."""
+    """The file: `policy`, `rule`, and `devices`, each with `assumed`, `kernels` and `steps`, whose `parts_ms` are kernels'."""
     found: dict[str, Any] = json.loads(PATH.read_text())
     return found
 

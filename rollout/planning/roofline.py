@@ -27,9 +27,10 @@ from ..schedule import Schedule
 from .attention_work import AttentionCall, shares
 from .survival import chain, lasting
 
-KERNELS_PER_LAYER, KERNELS_PER_PASS = 13, 18
-"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 4; and
-those of a pass around its layers: embedding, positions, the last norm."""
+KERNELS_PER_LAYER, KERNELS_PER_PASS, SORT_INSIDE = 11, 18, 512
+"""Launches of one layer in a decode step: projections 2, CCA 1, attention 2, residuals and norms 2, router 2, experts 2; one
+more in passes of over `SORT_INSIDE` rows, which sorts them by expert; and those of a pass around its layers: embedding,
+positions, the last norm."""
 KERNELS_OF_AR, KERNELS_OF_DRAFTS = 18, 47
 """Launches of a captured step's sampling: AR's draw; verification, the choice of a proposal and the draw of drafts."""
 HIP_LAUNCH, CUDA_LAUNCH = 3.85e-6, 2e-6
@@ -222,7 +223,8 @@ class Roofline:
             logits = 3 * 4 * batch * rows * config.vocab_size
             parts["head"] += Work(weights + logits, weights * batch * rows)
         touched = sum(experts_touched(config.num_experts, batch * rows) for rows in passes) / len(passes)
-        kernels = len(passes) * (config.num_hidden_layers * KERNELS_PER_LAYER + KERNELS_PER_PASS)
+        per_layer = [KERNELS_PER_LAYER + (batch * rows > SORT_INSIDE) for rows in passes]
+        kernels = config.num_hidden_layers * sum(per_layer) + len(passes) * KERNELS_PER_PASS
         kernels += KERNELS_OF_AR if chosen.kind == "ar" else KERNELS_OF_DRAFTS
         return Step(chosen, sum(passes), len(passes), touched, parts, kernels, attention)
 

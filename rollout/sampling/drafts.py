@@ -29,7 +29,6 @@ class Group:
         greedy: temperature 0. cut: some cut-off is active (never both).
         index_G: which rows; None when the group is the whole batch.
         adjustment: what changes the rows' logits before the temperature; None where nothing does.
-        top_k: some row may have a top-k.
     """
 
     sampler: str
@@ -37,7 +36,6 @@ class Group:
     cut: bool
     index_G: torch.Tensor | None
     adjustment: Adjustment | None = None
-    top_k: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +80,7 @@ class SamplerRows:
 
         whole = len(members) == 1
         groups = tuple(
-            Group(sampler, greedy, cut, None if whole else torch.tensor(index), adjustment(index) if adjusts else None,
-                  top_k=any(params[s].top_k > 0 for s in index))
+            Group(sampler, greedy, cut, None if whole else torch.tensor(index), adjustment(index) if adjusts else None)
             for (sampler, greedy, cut, adjusts), index in members.items()
         )
 

@@ -1,5 +1,5 @@
-"""Drafting and verifying rows without cut-offs through the kernels, which read the logits and copy none: Triton's on an
-accelerator, numba's on a CPU.
+"""Drafting and verifying rows through the kernels, which read the logits and copy none: Triton's on an accelerator, numba's on a
+CPU. Cut-offs make the logits outside the support -inf first, in place.
 
 Invariants:
 - The tokens are those of `sampler` on the same logits: the same draws, from the same distributions.
@@ -11,9 +11,11 @@ Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from ...kernels.cutoffs import Edges, cut_, edges
 from ...kernels.dispatch import takes_numba, takes_triton
 from ...kernels.philox import Purpose
 from ...kernels.verify import draft_chain, sample_cdf, sample_gumbel, verify_matching, verify_rejection
@@ -22,10 +24,11 @@ from .processing import widen
 
 
 def serves(group: Group, logits: torch.Tensor) -> bool:
-    """Whether rows of this group take the kernels. Cut-offs rank the vocabulary, adjusted logits and the greedy mixture are rare:
-    these take torch."""
-    plain = not group.cut and group.adjustment is None and not (group.greedy and group.sampler == "mixed")
-    return plain and logits.dtype != torch.float64 and (takes_triton(logits) or takes_numba(logits))
+    """Whether rows of this group take the kernels. Adjusted logits, and the mixture where it is greedy or cut, are rare: these
+    take torch. So do cut-offs on a CPU."""
+    plain = group.adjustment is None and not (group.sampler == "mixed" and (group.greedy or group.cut))
+    has_kernels = takes_triton(logits) or (takes_numba(logits) and not group.cut)
+    return plain and logits.dtype != torch.float64 and has_kernels
 
 
 def draft(
@@ -44,6 +47,8 @@ def draft(
     if markov is None:
         q_logits_SMV = q_logits_SMV.contiguous()
         q_logits_SMV[..., mask_token] = -torch.inf
+        if group.cut:
+            _cut(rows, q_logits_SMV)
         sample = sample_gumbel if noisy else sample_cdf
         token_SM, _, lse_SM = sample(q_logits_SMV, rows.temperature_S, rows.seed_S, anchor_S + 1)
         slot_M = torch.arange(token_SM.shape[1], device=token_SM.device)
@@ -53,7 +58,7 @@ def draft(
         q_logits_SMV = widen(q_logits_SMV).contiguous()
         token_SM, lse_SM = draft_chain(
             q_logits_SMV, markov, previous_S, count_S, rows.temperature_S, rows.seed_S, anchor_S + 1, mask_token,
-            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from,
+            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from, partial(_cut, rows) if group.cut else None,
         )  # fmt: skip
     if noisy:
         return Drafts(token_SM, count_S)
@@ -64,6 +69,7 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     """As `sampler.verify` for one group, whose drafts `draft` drew."""
     (group,) = rows.groups
     r = p_logits_SRV.shape[1]
+    found = _cut(rows, p_logits_SRV) if group.cut else None
     if group.greedy or group.sampler in ("ar", "coupled"):
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_matching(
             p_logits_SRV, drafts.token_SM, drafts.count_S, rows.temperature_S, rows.seed_S, anchor_S
@@ -78,6 +84,16 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
             mix_weight_S=rows.mix_weight_S if group.sampler == "mixed" else None,
         )  # fmt: skip
     nothing_SR = torch.zeros_like(logprob_SR)
+    if found is not None:  # the kernels have seen the support alone
+        support_SR = torch.where(token_SR >= 0, found.logmass_SR, nothing_SR)
+        return Verdict(accepted_S, token_SR, behavior_SR + support_SR, behavior_SR, support_SR)
     # At temperature 0 the support is the one token.
     behavior_SR, support_SR = (nothing_SR, logprob_SR) if group.greedy else (behavior_SR, nothing_SR)
     return Verdict(accepted_S, token_SR, logprob_SR, behavior_SR, support_SR)
+
+
+def _cut(rows: SamplerRows, logits_SRV: torch.Tensor) -> Edges:
+    """Apply the cut-offs in place."""
+    found = edges(logits_SRV, rows.temperature_S, rows.top_k_S, rows.top_p_S, rows.min_p_S)
+    cut_(logits_SRV, rows.temperature_S, found)
+    return found

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from .support import support
+from ...kernels.cutoffs import edges, inside
 
 
 class Processed(NamedTuple):
@@ -48,44 +47,16 @@ def scale(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
     return logits / temperature[..., None].to(logits.dtype)
 
 
-def kept(
-    scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, any_top_k: bool = True
-) -> torch.Tensor:
-    """Which tokens survive the cut-offs. top-p counts the probabilities left by top-k, renormalised; min-p compares
-    with the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0.
+def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """Which tokens survive the cut-offs (`kernels.cutoffs`). top-p counts the probabilities left by top-k, renormalised; min-p
+    compares with the most probable token. Values that cut nothing: top_k 0, top_p 1, min_p 0.
 
-    A CPU sorts the vocabulary. An accelerator finds the edge by bisection (`support`), without the memory of a sort.
-
-    Args:
-        any_top_k: whether some row has a top-k, as far as the caller knows.
     Returns: bool[..., V], never all False.
     """
-    scaled = scaled.detach()
-    if scaled.device.type != "cpu":
-        return support(scaled, top_k, top_p, min_p, any_top_k)
-    value = _descending(scaled)
-    rank = torch.arange(scaled.shape[-1], device=scaled.device)
-    top_k, top_p, min_p = top_k[..., None], top_p[..., None], min_p[..., None]
-    keep = (rank < top_k) | (top_k <= 0)
-    prob = torch.softmax(value.masked_fill(~keep, -torch.inf), -1).to(torch.float64)
-    before = prob.cumsum(-1) - prob
-    keep = keep & ((before < top_p) | (top_p >= 1))
-    keep &= value >= value[..., :1] + min_p.log().to(value.dtype)
-    # Each cut keeps a prefix of the ranking. So the number of tokens kept determines which ones; their order is not needed.
-    count = keep.sum(-1, keepdim=True)
-    edge = value.gather(-1, (count - 1).clamp(min=0))
-    keep = scaled >= edge
-    if bool((keep.sum(-1, keepdim=True) > count).any()):  # ties at the edge are rare
-        tied = scaled == edge
-        room = count - (scaled > edge).sum(-1, keepdim=True)
-        keep &= ~tied | (tied.cumsum(-1) <= room)
-    return keep
-
-
-def _descending(x: torch.Tensor) -> torch.Tensor:
-    """Values of a CPU sorted along the last dimension, largest first. NumPy's sort of values alone is several times as fast as
-    torch's, which also orders the indices."""
-    return torch.from_numpy(np.sort(x.numpy(), axis=-1)).flip(-1)
+    rows = scaled.detach().reshape(-1, 1, scaled.shape[-1])
+    each_N = [values.expand(scaled.shape[:-1]).reshape(-1) for values in (top_k, top_p, min_p)]
+    found = edges(rows, torch.ones_like(each_N[1]), *each_N)
+    return inside(rows, found).view(scaled.shape)
 
 
 def processed(
@@ -96,14 +67,12 @@ def processed(
     min_p: torch.Tensor,
     any_cut: bool | None = None,
     any_greedy: bool | None = None,
-    any_top_k: bool = True,
 ) -> Processed:
     """The distribution of each row and its support; greedy rows ignore the cut-offs, which never cut the best token.
 
     Args:
         logits: [..., V]; the parameters broadcast against [...], with the values `SamplingParams` allows.
         any_cut, any_greedy: whether some row has a cut-off, or temperature 0, where the caller knows; None: look.
-        any_top_k: whether some row has a top-k, as far as the caller knows.
     """
     greedy = temperature <= 0
     if any_greedy is None:
@@ -114,7 +83,7 @@ def processed(
     full_logp = torch.log_softmax(scaled, -1)
     if not any_cut and not any_greedy:
         return Processed(scaled, full_logp, full_logp, torch.zeros_like(full_logp[..., 0]))
-    keep = kept(scaled, top_k, top_p, min_p, any_top_k) if any_cut else torch.ones_like(scaled, dtype=torch.bool)
+    keep = kept(scaled, top_k, top_p, min_p) if any_cut else torch.ones_like(scaled, dtype=torch.bool)
     if any_greedy:
         best = torch.zeros_like(keep).scatter_(-1, scaled.argmax(-1, keepdim=True), True)
         keep = torch.where(greedy[..., None], best, keep)

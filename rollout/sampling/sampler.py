@@ -14,8 +14,8 @@ Invariants:
 | `lossless` | drafts from q; accepted with min(1, p/q), else the residual: distributed as p |
 | `mixed` | as `lossless`, with m = softmax of the mixed logits in place of p; m = p in rows without a draft |
 
-Rows without cut-offs and adjustments take the kernels if the device has any (`kernels`). All other rows are computed here in
-torch. At temperature 0 every sampler accepts while the draft is the most probable token of its target.
+Rows that the kernels of the device serve take them (`kernels.serves`). All other rows are computed here in torch. At
+temperature 0 every sampler accepts while the draft is the most probable token of its target.
 
 Legend: S = sequences, M = most drafts of one of them, R = M + 1 verify rows, V = vocabulary, G = rows of a group.
 """
@@ -188,12 +188,14 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
 
     Args:
         p_logits_SRV: raw logits of the verify rows [anchor, d_1 .. d_M], so R = M + 1; row k is p of position
-            anchor + 1 + k. Rows past a sequence's count may hold anything.
+            anchor + 1 + k. Rows past a sequence's count may hold anything. Given away: where cut-offs are active, logits outside
+            the support may become -inf.
         drafts: drawn by `draft` for the same rows and the same anchors; `Drafts.none` where there are none.
         anchor_S: int64, position of the last committed token.
     """
     assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
-    verdict = _verify_groups(rows, p_logits_SRV, drafts, anchor_S)
+    mine_SRV = p_logits_SRV.clone() if rows.top and len(rows.groups) == 1 and rows.groups[0].cut else p_logits_SRV
+    verdict = _verify_groups(rows, mine_SRV, drafts, anchor_S)
     return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top, rows.listed_SK) if rows.top else verdict
 
 
@@ -278,5 +280,4 @@ def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor) -> Proce
         rows.min_p_S[:, None],
         any_cut=group.cut,
         any_greedy=group.greedy,
-        any_top_k=group.top_k,
     )

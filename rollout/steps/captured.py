@@ -8,7 +8,7 @@ Invariants:
 - What the host knows is sent in one copy before the graphs run: seeds, parameters, positions, counts.
 - The drafts of a captured step lie in `DraftMemory`, where the next captured step verifies them. They are valid until that step
   draws its own. Drafts that lie elsewhere are copied there first.
-- Batches of one sampler take these graphs, without cut-offs, adjustments, alternatives or recorded experts.
+- Batches of one sampler take these graphs, without adjustments, alternatives or recorded experts; `mixed` without cut-offs too.
 
 Legend: S sequences of the graphs, those of padding last; D of them are samples; M most drafts, R = M + 1 verify rows, T rows,
 H hidden size, V vocabulary.
@@ -37,6 +37,7 @@ class SamplerKind(NamedTuple):
 
     sampler: str
     greedy: bool = False
+    cut: bool = False
 
     @property
     def keeps_q(self) -> bool:
@@ -44,7 +45,10 @@ class SamplerKind(NamedTuple):
         return not self.greedy and self.sampler in ("lossless", "mixed")
 
 
-CAPTURED_KINDS = (SamplerKind("lossless"), SamplerKind("coupled"), SamplerKind("coupled", True), SamplerKind("mixed"))
+CAPTURED_KINDS = (
+    SamplerKind("lossless"), SamplerKind("coupled"), SamplerKind("coupled", greedy=True), SamplerKind("mixed"),
+    SamplerKind("lossless", cut=True), SamplerKind("coupled", cut=True),
+)  # fmt: skip
 """The most usual first. At temperature 0 all samplers but `mixed` are alike, and `ar` is `coupled` without drafts."""
 
 
@@ -53,9 +57,9 @@ def kind_of(sampling: SamplerRows) -> SamplerKind | None:
     if len(sampling.groups) != 1 or sampling.top:
         return None
     (group,) = sampling.groups
-    if group.cut or group.adjustment is not None or (group.greedy and group.sampler == "mixed"):
+    if group.adjustment is not None or (group.sampler == "mixed" and (group.greedy or group.cut)):
         return None
-    return SamplerKind("coupled" if group.greedy or group.sampler == "ar" else group.sampler, group.greedy)
+    return SamplerKind("coupled" if group.greedy or group.sampler == "ar" else group.sampler, group.greedy, group.cut)
 
 
 class Verifier(Protocol):
@@ -97,6 +101,7 @@ class DraftMemory:
         self.lse_SM = torch.zeros((sequences, drafts), dtype=torch.float64, device=device)
         self.q_SMV: torch.Tensor | None = None
         self._mask_token = mask_token
+        self._views: dict[tuple[int, int, bool], Drafts] = {}
 
     def keep_q(self) -> None:
         """Make room for q."""
@@ -108,13 +113,16 @@ class DraftMemory:
         return drafts.token_SM.data_ptr() == self.token_SM.data_ptr()
 
     def drafts(self, sequences: int, most: int, keeps_q: bool) -> Drafts:
-        """The first `most` drafts of the first sequences: views."""
-        q_SMV = self.q_SMV if keeps_q else None
-        return Drafts(
-            self.token_SM[:sequences, :most], self.count_S[:sequences],
-            q_logits_SMV=None if q_SMV is None else q_SMV[:sequences, :most],
-            q_lse_SM=self.lse_SM[:sequences, :most] if keeps_q else None,
-        )  # fmt: skip
+        """The first `most` drafts of the first sequences: views, made once. `keeps_q` only after `keep_q`."""
+        found = self._views.get((sequences, most, keeps_q))
+        if found is None:
+            q_SMV = self.q_SMV if keeps_q else None
+            found = self._views[sequences, most, keeps_q] = Drafts(
+                self.token_SM[:sequences, :most], self.count_S[:sequences],
+                q_logits_SMV=None if q_SMV is None else q_SMV[:sequences, :most],
+                q_lse_SM=self.lse_SM[:sequences, :most] if keeps_q else None,
+            )  # fmt: skip
+        return found
 
     def put(self, drafts: Drafts) -> None:
         """Copy these drafts here, as those of the first sequences."""
@@ -143,12 +151,15 @@ class _Inputs:
     count_S: torch.Tensor
     remaining_S: torch.Tensor
     proposes_S: torch.Tensor
+    top_k_S: torch.Tensor
     temperature_S: torch.Tensor
+    top_p_S: torch.Tensor
+    min_p_S: torch.Tensor
     mix_weight_S: torch.Tensor
 
     @classmethod
     def of(cls, sequences: int) -> _Inputs:
-        wide = ("temperature_S", "mix_weight_S")
+        wide = ("temperature_S", "top_p_S", "min_p_S", "mix_weight_S")
         return cls(*(
             torch.ones(sequences, dtype=torch.float64) if each.name in wide else torch.zeros(sequences, dtype=torch.int64)
             for each in fields(cls)
@@ -172,6 +183,8 @@ class CapturedSampling:
         self._model, self.verifier, self._memory, self._kind, self._mask = model, verifier, memory, kind, mask_token
         self._hidden_TH, device = hidden_TH, hidden_TH.device
         self._drafts = len(rows.clean) - 1
+        if memory is not None:  # a capture shall not record how the views are made
+            memory.drafts(sequences, self._drafts, kind.keeps_q)
         each = self._drafts + 1 + len(rows.proposals) * rows.block_length
         self._block, first_S = rows.block_length, np.arange(sequences) * each
         index = first_S[:, None] + np.arange(self._drafts + 1), first_S + self._drafts + 1, np.array(rows.proposals) - 1
@@ -187,11 +200,11 @@ class CapturedSampling:
 
     @property
     def _sampling(self) -> SamplerRows:
-        """The rows on the device. Cut-offs are not read."""
-        there = self._copy.tree
+        """The rows on the device."""
+        there, kind = self._copy.tree, self._kind
         return SamplerRows(
-            there.seed_S, there.temperature_S, there.count_S, there.temperature_S, there.temperature_S, there.mix_weight_S,
-            (Group(self._kind.sampler, self._kind.greedy, False, None),),
+            there.seed_S, there.temperature_S, there.top_k_S, there.top_p_S, there.min_p_S, there.mix_weight_S,
+            (Group(kind.sampler, kind.greedy, kind.cut, None),),
         )  # fmt: skip
 
     def capture(self, budget: GraphBudget, pool: GraphPool) -> None:
@@ -207,8 +220,8 @@ class CapturedSampling:
             self._of = list(samples)
             params = [sample.request.params for sample in samples]
             numbers["seed_S"][:count] = [sample.seed for sample in samples]
-            numbers["temperature_S"][:count] = [each.temperature for each in params]
-            numbers["mix_weight_S"][:count] = [each.mix_weight for each in params]
+            for name in ("temperature", "top_k", "top_p", "min_p", "mix_weight"):
+                numbers[f"{name}_S"][:count] = [getattr(each, name) for each in params]
             for each in ("count_S", "remaining_S", "proposes_S"):
                 numbers[each][count:] = 0
         numbers["anchor_S"][:count] = plan.forward.start_D

@@ -6,7 +6,10 @@ clean row of a committed token.
 
 from __future__ import annotations
 
-from ..types import StepTrace
+import numpy as np
+import torch
+
+from ..sample_log import StepRecord
 from .plan import StepPlan
 from .runner import StepOutput
 
@@ -17,22 +20,31 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
     Args:
         version: the weight version that the tokens carry.
     """
-    made, verdict = 0, output.verdict
-    columns = verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
-    steps = plan.count_D.tolist(), plan.block_start_D, plan.block_length_D, output.draft_count_D, output.draft_level_D
-    samples = zip(
-        plan.batch.decoding, verdict.accepted_S.tolist(), *steps, *(column.tolist() for column in columns), strict=True
-    )
-    for d, (sample, accepted, drafted, start, length, waiting, level, *rows) in enumerate(samples):
-        assert sample.block_table is not None
-        before, anchor = len(sample.tokens), sample.anchor
-        sample.note_step(StepTrace(anchor, drafted, accepted, start, length, plan.forwards if drafted else 1))
-        sample.keep_drafts(output.drafts, d, waiting, anchor + level + 1, output.block)
-        sample.commit(accepted, *rows, version=version)
-        sample.block_table.length = sample.anchor
-        made += len(sample.tokens) - before
+    made, verdict, forwards, samples = 0, output.verdict, plan.forwards, plan.batch.decoding
+    record = StepRecord(
+        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict.logprob_SR),
+        _kept(verdict.behavior_logprob_SR), _kept(verdict.support_logmass_SR), version, forwards,
+    )  # fmt: skip
+    drafts, block, rows = output.drafts, output.block, verdict.token_SR.tolist()
+    steps = zip(
+        samples, record.drafted, record.accepted, rows, output.draft_count_D, output.draft_level_D, strict=True
+    )  # fmt: skip
+    for d, (sample, drafted, accepted, row, waiting, level) in enumerate(steps):
+        table, anchor = sample.block_table, len(sample.tokens) - 1
+        assert table is not None
+        sample.forwards += forwards if drafted else 1
+        sample.keep_drafts(drafts, d, waiting, anchor + level + 1, block)
+        count = sample.commit(accepted, row)
+        sample.log.take(record, d, anchor, count)
+        table.length = anchor + count
+        made += count
     if verdict.top_token_SRK is not None and verdict.top_logprob_SRK is not None:
-        tops = zip(plan.batch.decoding, verdict.top_token_SRK.tolist(), verdict.top_logprob_SRK.tolist(), strict=True)
+        tops = zip(samples, verdict.top_token_SRK.tolist(), verdict.top_logprob_SRK.tolist(), strict=True)
         for sample, *top in tops:
             sample.record_top(*top)
     return made
+
+
+def _kept(column: torch.Tensor) -> np.ndarray:
+    """A copy: a verdict is valid until the next step."""
+    return column.numpy().copy()

@@ -31,10 +31,12 @@ class FusedPlanBuilder:
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples. Of each sample's waiting drafts the first ones are verified, as many as the schedule
         takes; the others are dropped."""
-        decoding = batch.decoding
-        remaining = [sample.remaining for sample in decoding]
-        counts = [min(s.draft_count, max(left - 1, 0), self._drafts) if s.drafts else 0 for s, left in zip(decoding, remaining)]
-        count_D, remaining_D = np.array(counts, dtype=np.int64), np.array(remaining, dtype=np.int64)
+        decoding, most = batch.decoding, self._drafts
+        remaining = [sample.limit - len(sample.tokens) for sample in decoding]
+        waiting_D = np.array([0 if sample.drafts is None else sample.draft_count for sample in decoding], dtype=np.int64)
+        remaining_D = np.array(remaining, dtype=np.int64)
+        count_D = np.minimum(waiting_D, (remaining_D - 1).clip(0, most))
+        counts = count_D.tolist()
         proposes_D = np.array([takes_drafts(sample) for sample in decoding], dtype=bool) & (remaining_D > 1)
         anchor_D, token_D = anchors(decoding)
         forward = ForwardRequest(

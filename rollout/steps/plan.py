@@ -184,4 +184,5 @@ def takes_drafts(sample: Sample) -> bool:
 
 def anchors(decoding: Sequence[Sample]) -> tuple[list[int], list[int]]:
     """Position and token of each sample's anchor."""
-    return [sample.anchor for sample in decoding], [sample.tokens[-1] for sample in decoding]
+    tokens = [sample.tokens for sample in decoding]
+    return [len(each) - 1 for each in tokens], [each[-1] for each in tokens]

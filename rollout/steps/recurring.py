@@ -16,13 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...kernels.attention.rows import apart
 from ...kernels.cca import NOTHING
 from ...kernels.transfer import PinnedCopy
 from ...model.layout import FROM_START, FROM_TAIL, DecodeRows, TokenLayout, decode
 from ...model.paged import PagedPlan
 from ...model.policy import Policy
-from ...model.visibility import Visibility
 from ..cache import BlockTable, CacheView, PagedCache
 
 _NO_PAGES = np.zeros(0, dtype=np.int64)
@@ -55,7 +53,7 @@ class RecurringInputs:
         self.layout = decode([anywhere] * sequences, policy.mask_token_id)
         self.view: CacheView = cache.view([BlockTable(0)] * sequences, self.layout, width)
         self.plan = plan = policy.paged_plan(self.layout, self.view)
-        self._hops, self._windows = hops, policy.windows
+        self._hops = hops
         self._clean = clean = len(rows.clean)
         self._slot = np.zeros(sequences, dtype=np.int64)
         self._start, self._pages = np.zeros_like(self._slot), np.zeros_like(self._slot)
@@ -71,7 +69,10 @@ class RecurringInputs:
         self._line_R, self._last_R = self._position_SR[0] - hops, self._limit_SR[0] - hops
         self._opens_R = np.flatnonzero(self._parent_SR[0] == FROM_TAIL)
         self._write_SR, self._tail_SR = map(by_sequence, (places.write_T, places.tail_T))
-        self._rows = list({id(each): (each, kind) for kind, each in plan.rows.items()}.values())
+        self._source_SRA, self._first_column_S1 = by_sequence(places.source_TA), np.arange(sequences)[:, None] * width
+        self._from_tail = _from_tail(self._parent_SR[0], hops)
+        self._rows = list({id(each): (each, policy.windows[kind]) for kind, each in plan.rows.items()}.values())
+        self._range_6SR = [each.range_6T.numpy().reshape(6, sequences, -1) for each, _ in self._rows]
         moving = [layout.token_T] if clean else []
         moving += [layout.position_T, layout.limit_T, layout.parent_T, layout.start_S]
         moving += [places.source_TA, places.write_T, places.tail_T]
@@ -106,17 +107,24 @@ class RecurringInputs:
         position_SC = self._position_SR[:, :clean]
         inside_SC = position_SC < (pages * size)[:, None]
         number_SC, offset_SC = np.divmod(position_SC, size)
-        page_SC = np.take_along_axis(table, np.minimum(number_SC, table.shape[1] - 1), axis=1).astype(np.int64)
+        page_SC = table.ravel()[np.minimum(number_SC, table.shape[1] - 1) + self._first_column_S1].astype(np.int64)
         self._write_SR[:, :clean] = np.where(inside_SC, page_SC * size + offset_SC, NOTHING)
-        entry_SC = cache.sizes.tail_entries(slot[:, None], page_SC, position_SC)
+        entry_SC = cache.sizes.tail_entries(slot[:, None], page_SC, position_SC, offset_SC)
         self._tail_SR[:, :clean] = np.where(inside_SC, entry_SC, NOTHING)
         back_SH = np.maximum(start[:, None] - 1 - np.arange(self._hops), 0)
         page_SH = table[np.arange(len(start))[:, None], np.minimum(back_SH // size, table.shape[1] - 1)].astype(np.int64)
         tail_SH = cache.sizes.tail_entries(slot[:, None], page_SH, back_SH)
-        seen = Visibility.of(self.layout, self._hops, self._windows, tail_SH)
-        self.plan.places.source_TA.numpy()[:] = seen.source_TA
-        for rows, kind in self._rows:
-            rows.range_6T.numpy()[:] = apart(seen.range_4T[kind], seen.by_sequence(start))
+        row_K, hop_K, back_K = self._from_tail
+        known_SK = back_K < start[:, None]
+        self._source_SRA[:, row_K, hop_K] = np.where(known_SK, -2 - tail_SH[:, back_K], NOTHING)
+        for (rows, window), range_6SR in zip(self._rows, self._range_6SR, strict=True):
+            # Every row sees the cached positions to their end. What it sees of the pack is the same at every start, but for a
+            # window's begin.
+            range_6SR[1] = start[:, None]
+            if window is not None:
+                begin_SR = np.minimum(self._position_SR - (window - 1), self._limit_SR + 1)
+                np.clip(begin_SR, 0, start[:, None], out=range_6SR[0], casting="unsafe")
+                np.maximum(np.minimum(begin_SR - start[:, None], clean), 0, out=range_6SR[2], casting="unsafe")
             rows.start_S.numpy()[:] = start
             rows.deal()
             if rows is not self._rows[0][0]:
@@ -132,3 +140,18 @@ class RecurringInputs:
                 count = len(own)
                 table_SP[i, :count], table_SP[i, count:], pages_S[i] = own, 0, count
         self._written = rows
+
+
+def _from_tail(parent_R: np.ndarray, hops: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The ancestors of a sequence's rows that lie before the pack: (row, hop, how many tokens before the start, from 0), each
+    int64[K]. `parent_R`: of the first sequence of a pack, at a start with `hops` tokens before it."""
+    found = []
+    for row in range(len(parent_R)):
+        at, back = row, -1
+        for hop in range(1, hops + 1):
+            at = parent_R[at] if at >= 0 else at
+            back += at < 0
+            if at < 0:
+                found.append((row, hop, back))
+    row_K, hop_K, back_K = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    return row_K, hop_K, back_K

@@ -73,6 +73,7 @@ class Shape:
         self.hidden_TH: torch.Tensor | None = None
         self._hidden_TD: torch.Tensor | None = None
         self._expert_TL: torch.Tensor | None = None
+        self._drafts: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, records: bool = True) -> None:
         """Run the backend on the inputs as they are. A graph always records the experts, so that it serves every batch."""
@@ -95,8 +96,11 @@ class Shape:
         self.inputs.at(tables, starts, first)
         self.copy.send()
         if draft_SM is not None:
-            token_SR = self.copy.tree[0].token_T.view(self.sequences, -1)
-            token_SR[:, 1 : 1 + draft_SM.shape[1]].copy_(draft_SM[: self.sequences])
+            if self._drafts is None or self._drafts[0] is not draft_SM:
+                token_SR = self.copy.tree[0].token_T.view(self.sequences, -1)
+                self._drafts = draft_SM, token_SR[:, 1 : 1 + draft_SM.shape[1]], draft_SM[: self.sequences]
+            _, rows, waiting = self._drafts
+            rows.copy_(waiting)
         self.captured.graph.replay()
 
     def run(self, records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -27,6 +27,7 @@ from ...cache import BlockTable
 from ...engine import Engine, EngineConfig
 from ...schedule import Schedule
 from ...types import RolloutRequest, SamplingParams
+from .cutoff_check import check_cutoffs
 from .parts import FilledCache, ForwardPass, force_experts, layers, random_policy
 from .sizes import Sizes
 from .timing import graph_pool
@@ -325,8 +326,8 @@ def check_whole_runs(sizes: Sizes, device: torch.device) -> dict[str, Any]:
 
 CHECKS: dict[str, Check] = {
     "philox": check_philox, "residual": check_residual, "experts": check_experts, "attention": check_attention,
-    "cca": check_cca, "verify": check_verify, "policy": check_policy, "captured": check_captured, "batch": check_batch,
-    "coupled": check_coupled, "whole runs": check_whole_runs,
+    "cca": check_cca, "verify": check_verify, "cut-offs": check_cutoffs, "policy": check_policy, "captured": check_captured,
+    "batch": check_batch, "coupled": check_coupled, "whole runs": check_whole_runs,
 }  # fmt: skip
 
 

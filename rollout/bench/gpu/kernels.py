@@ -19,6 +19,7 @@ import torch
 
 from ....kernels.attention import paged_attend
 from ....kernels.cca import CCAInputs, cca
+from ....kernels.cutoffs import cut_, edges
 from ....kernels.experts import route, route_top1
 from ....kernels.residual import Scales, scale_residual_norm
 from ....kernels.verify import sample_cdf, sample_gumbel, verify_rejection
@@ -54,6 +55,7 @@ class KernelBench:
         for batch in sizes.batches:
             self.items[f"verify {batch}"] = partial(self.verify, batch)
             self.items[f"head {batch}"] = partial(self.head, batch)
+            self.items[f"cutoffs {batch}"] = partial(self.cutoffs, batch)
 
     @cached_property
     def policy(self) -> Policy:
@@ -174,6 +176,18 @@ class KernelBench:
         row = timed(lambda: self.policy.head(x), self.sizes, self.device)
         work = kernel_work.head(self.config, rows, self._item)
         return row | {"bytes": work.bytes, "flops": work.flops, "kind": "head", "batch": batch, "rows": rows}
+
+    def cutoffs(self, batch: int) -> dict[str, Any]:
+        """Top-p of the verify rows, in place. Logits that were cut before are cut in the same place again."""
+        rows, vocab = self.policy.block_size, self.config.vocab_size
+        logits = self._randn(batch, rows, vocab).float()
+        wide = torch.ones(batch, dtype=torch.float64, device=self.device)
+        top_k = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        row = timed(
+            lambda: cut_(logits, wide, edges(logits, wide, top_k, wide * 0.95, wide * 0)), self.sizes, self.device
+        )
+        work = kernel_work.cutoffs(self.config, batch * rows)
+        return row | {"bytes": work.bytes, "flops": 0.0, "kind": "cutoffs", "batch": batch, "rows": batch * rows}
 
     def verify(self, batch: int) -> dict[str, Any]:
         """Verification of a block of drafts, and the draw of the next ones; AR's draw beside it."""

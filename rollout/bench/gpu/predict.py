@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from ...planning import kernel_work
+from ...planning.kernel_shares import step_shares
 from ...planning.kernel_work import KernelWork
 from ...planning.predictions import PATH
 from ...planning.roofline import HARDWARE, Hardware, Roofline
@@ -20,7 +21,7 @@ def predictions(sizes: Sizes = DEVICE) -> dict[str, Any]:
     return {
         "policy": "ZAYA1-8B",
         "rule": "a kernel takes the longer of its bytes and FLOPs at the assumed shares of the peak rates, and its launches; a "
-                "step takes its parts one after another (planning/roofline.py)",
+                "step takes its kernels one after another (planning/kernel_shares.py)",
         "devices": {name: _of(hardware, sizes, roofline) for name, hardware in HARDWARE.items()},
     }  # fmt: skip
 
@@ -43,15 +44,17 @@ def _of(hardware: Hardware, sizes: Sizes, roofline: Roofline) -> dict[str, Any]:
         parts = kernel_work.verification(config, batch, block - 1)
         kernels |= {f"verify {batch} {part}": row(work) for part, work in parts.items()}
         kernels[f"head {batch}"] = row(kernel_work.head(config, batch * block))
+        kernels[f"cutoffs {batch}"] = row(kernel_work.cutoffs(config, batch * block))
     steps = {}
     for schedule in sizes.schedules:
         for batch in sizes.batches:
             for context in sizes.contexts:
                 step = roofline.step(schedule, batch, context)
-                seconds = step.seconds(hardware.achieved)
+                shares = step_shares(roofline, schedule, batch, context, hardware)
+                seconds = sum(shares.values())
                 steps[f"{schedule.within(block).label} {batch} at {context}"] = {
                     "ms": _digits(1e3 * seconds), "of_roofline": _digits(step.seconds(hardware.peak) / seconds),
-                    "launches": step.kernels,
+                    "launches": step.kernels, "parts_ms": {name: _digits(1e3 * part) for name, part in shares.items()},
                 }  # fmt: skip
     names = "products", "copies", "attention_products", "attention_reads"
     assumed: dict[str, Any] = dict(zip(names, hardware.reached, strict=True))
@@ -65,8 +68,18 @@ def _digits(value: float) -> float:
 
 def text(made: dict[str, Any]) -> str:
     """The file, a row on a line."""
-    rows = re.compile(r"\{\s+(\"ms\"[^{}]*?)\s+\}")
-    return rows.sub(lambda row: "{" + " ".join(row[1].split()) + "}", json.dumps(made, indent=1)) + "\n"
+    rows: list[str] = []
+
+    def folded(tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        if "ms" in tree:
+            rows.append(json.dumps(tree))
+            return f"row {len(rows) - 1}"
+        return {name: folded(each) for name, each in tree.items()}
+
+    whole = json.dumps(folded(made), indent=1)
+    return re.sub(r'"row (\d+)"', lambda found: rows[int(found[1])], whole) + "\n"
 
 
 if __name__ == "__main__":

@@ -89,10 +89,23 @@ def test_a_batch_of_every_kind(kernel) -> None:
     same(step(kernel, params, torch.float16)[1], step("reference", params, torch.float16)[1])
 
 
-@pytest.mark.parametrize("sampler", ["coupled", "lossless", "mixed"])
-def test_drafts_that_know_the_one_before(kernel, sampler) -> None:
+@pytest.mark.parametrize("sampler", ["lossless", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ar", "coupled", "mixed"))])
+def test_the_tokens_of_torch_within_cut_offs(sampler) -> None:
+    """Drafts, verdict and the mass inside the support; the alternatives are those of the whole distribution."""
+    params = [SamplingParams(sampler=sampler, temperature=0.8, top_k=9, top_p=0.8, min_p=0.02, logprobs=3)] * 2
+    drafts, verdict = step("triton", params)
+    expected_drafts, expected = step("reference", params)
+    assert torch.equal(drafts.token_SM, expected_drafts.token_SM) and (expected.support_logmass_SR < -0.05).any()
+    same(verdict, expected)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "cuts"),
+    [("coupled", {}), ("lossless", {}), ("mixed", {}), pytest.param("lossless", {"top_p": 0.7}, marks=pytest.mark.slow)],
+)
+def test_drafts_that_know_the_one_before(kernel, sampler, cuts) -> None:
     table = PairTable(torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1)))
-    params = [SamplingParams(sampler=sampler, temperature=0.9)] * 6
+    params = [SamplingParams(sampler=sampler, temperature=0.9, **cuts)] * 6
     drafts, verdict = step(kernel, params, markov=table)
     expected_drafts, expected = step("reference", params, markov=table)
     assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
@@ -104,11 +117,13 @@ def test_rows_that_the_kernels_serve() -> None:
         SamplerRows.make([SamplingParams(sampler="mixed", **changes)], [1]).groups[0]
         for changes in (dict(), dict(top_k=3), dict(temperature=0.0))
     )
+    (lossless,) = SamplerRows.make([SamplingParams(top_k=3)], [1]).groups
     p, _ = logits(1)
     for implementation in ("triton", "numba", "auto"):
         with using(implementation):
             assert kernels.serves(plain, p) and not kernels.serves(plain, p.double())
             assert not kernels.serves(cut, p) and not kernels.serves(greedy, p)
+            assert kernels.serves(lossless, p) == (implementation == "triton")
     with using("reference"):
         assert not kernels.serves(plain, p)
 
@@ -121,7 +136,7 @@ def test_a_plain_row_without_drafts_beside_a_cut_one_with_some(kernel, sampler) 
     anchor = torch.tensor([4, 9])
     with using(kernel):
         waiting = draft(SamplerRows.make([cut], [1]), q[:1], anchor[:1], MASK)
-        assert waiting.q_lse_SM is None
+        assert (waiting.q_lse_SM is None) == (kernel == "numba" or sampler == "mixed")
         drafts = Drafts.join([waiting, Drafts.none(1)])
         verdict = verify(SamplerRows.make([cut, plain], [1, 2]), p[:, : drafts.token_SM.shape[1] + 1], drafts, anchor)
         alone = verify(SamplerRows.make([plain], [2]), p[1:, :1], Drafts.none(1), anchor[1:])

@@ -1,0 +1,81 @@
+"""What a sample's steps gave: log-probabilities, versions and trace, one entry per generated token or step.
+
+A step's record serves all its samples. A sample notes which row of it is its own, and how many tokens it took; the lists are made
+when somebody reads them, which for most samples is once, at their end.
+
+Legend: D decoding samples, R most tokens of one of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .types import StepTrace
+
+
+class StepRecord(NamedTuple):
+    """One step of D samples.
+
+    Attributes:
+        drafted, accepted, start, length: one number per sample, as in `StepTrace`.
+        logprob_DR, behavior_DR, support_DR: as in `Verdict`, in memory of their own.
+        version: of the weights. forwards: forward passes of the step.
+    """
+
+    drafted: list[int]
+    accepted: list[int]
+    start: list[int]
+    length: list[int]
+    logprob_DR: np.ndarray
+    behavior_DR: np.ndarray
+    support_DR: np.ndarray
+    version: int
+    forwards: int
+
+
+class SampleLog:
+    """The log of one sample. The lists are up to date after `settle`.
+
+    Attributes:
+        logprobs, behavior, support, versions, from_draft: one entry per generated token, as in `Trajectory`.
+        trace: one entry per decode step.
+    """
+
+    __slots__ = ("_taken", "behavior", "from_draft", "logprobs", "support", "trace", "versions")
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[StepRecord, int, int, int]] = []
+        self.logprobs: list[float] = []
+        self.behavior: list[float] = []
+        self.support: list[float] = []
+        self.versions: list[int] = []
+        self.from_draft: list[bool] = []
+        self.trace: list[StepTrace] = []
+
+    def take(self, record: StepRecord, row: int, anchor: int, count: int) -> None:
+        """Note a step that committed `count` tokens behind `anchor`; the sample is `row` of its record."""
+        self._taken.append((record, row, anchor, count))
+
+    def settle(self) -> SampleLog:
+        """Bring the lists up to date; returns itself."""
+        taken = self._taken
+        if taken:
+            self.logprobs += _row_parts([(each.logprob_DR, row, count) for each, row, _, count in taken])
+            self.behavior += _row_parts([(each.behavior_DR, row, count) for each, row, _, count in taken])
+            self.support += _row_parts([(each.support_DR, row, count) for each, row, _, count in taken])
+            for each, row, anchor, count in taken:
+                drafted, accepted = each.drafted[row], each.accepted[row]
+                self.versions += [each.version] * count
+                self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
+                forwards = each.forwards if drafted else 1
+                self.trace.append(StepTrace(anchor, drafted, accepted, each.start[row], each.length[row], forwards))
+            taken.clear()
+        return self
+
+
+def _row_parts(parts: list[tuple[np.ndarray, int, int]]) -> list[float]:
+    """The first numbers of a row of each array, one after another."""
+    numbers: list[float] = np.concatenate([array_DR[row, :count] for array_DR, row, count in parts]).tolist()
+    return numbers
