@@ -36,6 +36,7 @@ class _Device(types.ModuleType):
             setattr(self, name, lambda *_, **__: None)
         for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
             setattr(self, name, lambda *_, **__: 0)
+        self.mem_get_info = lambda *_, **__: (0, 0)
         self.is_available = lambda: False
         self.get_device_name = lambda *_: "CPU"
         self.device_count = lambda: 1

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from ..policy_model import PolicyModel as PolicyModel
-from ..policy_model import model_directory
+from transformers import AutoModel
+
+from ..policy_model import PolicyConfig, PolicyModel, model_directory
+from .engine import DraftingEngine as DraftingEngine
+
+AutoModel.register(PolicyConfig, PolicyModel)  # verl asks it for architectures whose names do not end in ForCausalLM
 
 if __name__ == "__main__":
     print(model_directory(sys.argv[1], sys.argv[2]))
