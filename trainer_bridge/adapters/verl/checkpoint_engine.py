@@ -1,4 +1,4 @@
-"""verl's checkpoint engine for a trainer apart from its rollouts: the trainer pushes to the service, and rollouts receive nothing.
+"""verl's checkpoint engine for a trainer apart from its rollouts: the trainer pushes to the service, rollouts receive nothing.
 
     actor_rollout_ref.rollout.checkpoint_engine.backend=blockroll
     +actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs.blockroll.address=tcp://HOST:PORT
@@ -48,7 +48,8 @@ class ServiceCheckpointEngine(CheckpointEngine):
     def finalize(self) -> None:
         """Nothing: no memory is held between two updates."""
 
-    async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]], global_steps: int | None = None) -> dict[str, float]:
+    async def send_weights(self, weights: Iterable[tuple[str, torch.Tensor]],
+                           global_steps: int | None = None) -> dict[str, float]:
         """Makes these serve; returns figures for verl's log when every engine has them."""
         version = await self._publisher.publish(weights, global_steps)
         return {} if version is None else {"rollout/weight_version": float(version)}

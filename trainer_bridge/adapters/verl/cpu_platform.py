@@ -4,8 +4,8 @@
 
 Ray is told of as many GPUs as there are training processes, because verl places workers by that resource. None is used.
 
-What is changed in verl: one name, `get_device_name` in `verl.utils.distributed`, where this platform is chosen. It names the second
-device of the process group `cpu:gloo,DEVICE:BACKEND`, and torch refuses a device that is named twice.
+What is changed in verl: one name, `get_device_name` in `verl.utils.distributed`, where this platform is chosen. It names the
+second device of the process group `cpu:gloo,DEVICE:BACKEND`, and torch refuses a device that is named twice.
 """
 
 from __future__ import annotations

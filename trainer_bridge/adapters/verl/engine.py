@@ -28,7 +28,8 @@ _OWN = ("draft_weight", "draft_share")
 
 def draft_training(override_config: Mapping[str, Any]) -> DraftTraining:
     """The form of the draft loss. Raises ConfigError for a value out of range."""
-    return parse({name: override_config[name] for name in _OWN if name in override_config}, DraftTraining, "model.override_config")
+    own = {name: override_config[name] for name in _OWN if name in override_config}
+    return parse(own, DraftTraining, "model.override_config")
 
 
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device=["cuda", "npu", "cpu"], vendor=VENDOR)

@@ -23,7 +23,8 @@ from ...wire.key_files import client_keys
 from .settings import ServiceSettings
 from .weight_steps import weight_steps
 
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+_EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(_PARTS)})\.weight")
 
 
 class Publisher:
@@ -82,14 +83,16 @@ def joined_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             found[name] = tensor
     for name, matrices in parts.items():
         experts = range(1 + max(expert for expert, _ in matrices))
-        for missing in ((e, kind) for e in experts for kind in ("gate_proj", "up_proj", "down_proj") if (e, kind) not in matrices):
-            raise InvalidInput("weights", f"{name}.{missing[0]}.{missing[1]}.weight is missing", "send every tensor of the model")
-        found[f"{name}.gate_up_proj"] = torch.stack([torch.cat([matrices[e, "gate_proj"], matrices[e, "up_proj"]]) for e in experts])
+        if missing := [f"{name}.{e}.{kind}.weight" for e in experts for kind in _PARTS if (e, kind) not in matrices]:
+            raise InvalidInput("weights", f"{missing[0]} is missing", "send every tensor of the model")
+        both = [torch.cat([matrices[e, "gate_proj"], matrices[e, "up_proj"]]) for e in experts]
+        found[f"{name}.gate_up_proj"] = torch.stack(both)
         found[f"{name}.down_proj"] = torch.stack([matrices[e, "down_proj"] for e in experts])
     return found
 
 
-def in_dtypes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+def in_dtypes(tensors: Mapping[str, torch.Tensor],
+              expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
     """The tensors in the dtypes of the service; those that it does not know stay as they are, and it refuses them."""
     return {name: tensor.to(DTYPES[expected[name][0]]) if name in expected and expected[name][0] in DTYPES else tensor
             for name, tensor in tensors.items()}  # fmt: skip

@@ -21,8 +21,8 @@ class ServiceReplica(RolloutReplica):
         if self.is_reward_model or self.is_teacher_model:
             raise InvalidInput("rollout.name", f"{NAME} for a reward model or a teacher", "use another rollout for it")
         if config.enable_rollout_routing_replay:
-            raise InvalidInput("rollout.enable_rollout_routing_replay", "True", "set it to False; verl's trainer replays no routes of "
-                               "this policy")
+            raise InvalidInput("rollout.enable_rollout_routing_replay", "True",
+                               "set it to False; verl's trainer replays no routes of this policy")
         settings = service_settings(config.engine_kwargs)
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": self.max_concurrency,
                                    "name": f"{NAME}_server_{self.replica_rank}{self.name_suffix}"}

@@ -50,7 +50,8 @@ class ServiceRollout(BaseRollout):
         if peft_config is not None:
             raise InvalidInput("model.lora", "adapters cannot be sent", "set actor_rollout_ref.model.lora.merge=True")
         if wire_format not in ("named_tensors", NAME):
-            raise InvalidInput("rollout.checkpoint_engine.backend", f"sends {wire_format}", f"use {NAME}, or one that sends whole tensors")
+            raise InvalidInput("rollout.checkpoint_engine.backend", f"sends {wire_format}",
+                               f"use {NAME}, or one that sends whole tensors")
         if wire_format == NAME:
             async for _item in weights:  # type: ignore[attr-defined]
                 pass

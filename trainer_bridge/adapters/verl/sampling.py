@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ....errors import RequestError
+from ....model.arguments import short
 from ....rollout.params import SamplerName, SamplingParams
 from ....rollout.types import Trajectory
 
-_SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "seed", "stop",
-         "stop_token_ids", "min_tokens")  # fmt: skip
+_SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "ignore_eos", "seed",
+         "stop", "stop_token_ids", "min_tokens")  # fmt: skip
 """Names that mean the same here. A value of None is left out."""
 _LENGTHS = ("max_tokens", "max_new_tokens")
 """vLLM's and SGLang's names of the longest answer."""
@@ -37,7 +38,8 @@ def sampling_params(given: Mapping[str, Any], sampler: SamplerName, longest: int
             raise RequestError(f"sampling_params.{name}"[:80], "not supported", "leave it out")
     wanted = lengths[0] if lengths and lengths[0] is not None else longest
     if not isinstance(wanted, int) or wanted < 1:
-        raise RequestError("sampling_params.max_tokens", f"{wanted!r:.40} is no whole number from 1", "ask for at least one token")
+        raise RequestError("sampling_params.max_tokens", f"{short(wanted)} is no whole number from 1",
+                           "ask for at least one token")
     if isinstance(taken.get("stop_token_ids"), list):
         taken["stop_token_ids"] = tuple(taken["stop_token_ids"])
     return SamplingParams(sampler=sampler, max_tokens=min(wanted, longest), top_k=-1 if top_k is None else top_k,

@@ -42,8 +42,8 @@ class RolloutServer:
         """Connects to the service. Raises TransportError when it cannot be reached."""
         settings = self._settings
         keys = client_keys(settings.keys or None)
-        client = await AsyncRolloutClient.connect(settings.address, client_id=f"verl-{self._life}-{self._replica_rank}", keys=keys,
-                                                  timeout=settings.timeout)  # fmt: skip
+        name = f"verl-{self._life}-{self._replica_rank}"
+        client = await AsyncRolloutClient.connect(settings.address, client_id=name, keys=keys, timeout=settings.timeout)
         self._generations = Generations(client, lambda: ServiceControl(settings.address, keys=keys, timeout=settings.timeout))
         self._versions = weight_steps()
 
@@ -58,8 +58,8 @@ class RolloutServer:
 
         Raises RequestError for what the service cannot serve, naming it.
         """
-        for name, value in {"image_data": image_data, "video_data": video_data, "audio_data": audio_data,
-                            **{name: value for name, value in options.items() if name != "mm_processor_output"}}.items():  # fmt: skip
+        options.pop("mm_processor_output", None)  # of what is refused below
+        for name, value in {"image_data": image_data, "video_data": video_data, "audio_data": audio_data, **options}.items():
             if value is not None and value != []:
                 raise RequestError(name, "given", "leave it out; the policy reads text alone")
         request = self._request([int(token) for token in prompt_ids], sampling_params, request_id, priority)
@@ -78,8 +78,8 @@ class RolloutServer:
         turn = self._turns[request_id]
         self._turns[request_id] += 1
         seed = derived_seed(config.seed, f"{request_id}/{turn}") if params.seed is None else params.seed
-        return RolloutRequest(id=f"{self._life}/{request_id}/{turn}", prompt_tokens=tuple(prompt), params=params, seed=seed, samples=1,
-                              priority=priority)  # fmt: skip
+        return RolloutRequest(id=f"{self._life}/{request_id}/{turn}", prompt_tokens=tuple(prompt), params=params, seed=seed,
+                              samples=1, priority=priority)  # fmt: skip
 
     async def _steps_of(self, trajectory: Trajectory) -> dict[int, int]:
         """verl's step of each version in the trajectory. Raises TransportError for a version that this run has not pushed."""
@@ -87,13 +87,13 @@ class RolloutServer:
         if not versions <= self._steps.keys():
             self._steps = await self._versions.steps.remote()
         if unknown := versions - self._steps.keys():
-            raise TransportError(f"the service answered with weight version {min(unknown)}, which this run has not pushed; give each "
-                                 "trainer a service of its own")
+            raise TransportError(f"the service answered with weight version {min(unknown)}, which this run has not pushed; give "
+                                 "each trainer a service of its own")
         return self._steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
-        """Closes the gate until `resume_generation`. Unless `in_flight` is `keep`, ends the requests that are inside; returns when they
-        are answered.
+        """Closes the gate until `resume_generation`. Unless `in_flight` is `keep`, ends the requests that are inside; returns
+        when they are answered.
 
         Args:
             reject_request: answer requests that arrive meanwhile with `aborted`, instead of letting them wait.

@@ -23,8 +23,9 @@ class ServiceSettings(Config):
         keys: directory of the client's keys; empty on loopback.
         sampler: of training and validation. With `ar` and `coupled` tokens depend on seed, prompt and weights alone.
         timeout: seconds without a message from the gateway after which a call fails.
-        in_flight: what an update of the weights does to requests that have begun, where trainer and rollouts are apart. `abort` ends
-            them with the tokens that they have, and verl submits them again; `keep` lets them go on, each token with its version.
+        in_flight: what an update of the weights does to requests that have begun, where trainer and rollouts are apart. `abort`
+            ends them with the tokens that they have, and verl's asynchronous trainers ask for the rest; `keep` lets them go on,
+            each token with its version.
     """
 
     address: str
