@@ -61,8 +61,8 @@ class ZayaConfig(PreTrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """Adds the kind to the sections that lack it. `read_config` checks the rest. transformers' own method would take a section
-        without layers for parameters."""
+        """Adds the kind to the sections that lack it. `read_config` checks the rest. transformers' own method would take a
+        section without layers for parameters."""
         for section in self.rope_parameters.values():
             if isinstance(section, dict):
                 section.setdefault("rope_type", "default")

@@ -116,6 +116,22 @@ def test_experts_that_verl_took_apart_are_put_together() -> None:
     assert (cast["a"].dtype, cast["b"].dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_positions_that_are_trained(padded: bool) -> None:
+    """Answers of 3 and 1 tokens after prompts of 2 and 4; the answer's second token is the environment's."""
+    from blockroll.trainer_bridge.adapters.verl.positions import answer_masks, trained_positions
+
+    masks = [torch.tensor([1, 0, 1]), torch.tensor([1])]
+    if padded:
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+        batch = {"loss_mask": torch.nn.utils.rnn.pad_sequence(masks, True), "prompts": torch.zeros(2, 4), "attention_mask": mask}
+    else:
+        batch = {"loss_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}
+    found = trained_positions([5, 5], answer_masks(batch), packed=False)
+    assert found.int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 0, 1, 0]]
+    assert torch.equal(trained_positions([5, 5], answer_masks(batch), packed=True), found.flatten()[None])
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("service")

@@ -21,6 +21,7 @@ from ....settings import parse
 from ...trainers.grpo.config import DraftTraining
 from ..policy_model import PolicyModel
 from .engine_vendor import VENDOR
+from .positions import answer_masks, trained_positions
 
 _OWN = ("draft_weight", "draft_share")
 """Keys of `override_config` that are read here."""
@@ -53,7 +54,8 @@ class DraftingEngine(FSDPEngineWithLMHead):
         temperature = micro_batch["temperature"]
         at = float(temperature.flatten()[0] if isinstance(temperature, torch.Tensor) else temperature)
         packed = tensordict_utils.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
-        trained_BN = trained_positions(micro_batch["input_ids"].offsets(), rows(micro_batch["loss_mask"]), packed)
+        lengths = micro_batch["input_ids"].offsets().diff().tolist()
+        trained_BN = trained_positions(lengths, answer_masks(micro_batch), packed)
         with model.drafting(trained_BN, draw, self.drafts.draft_share, (self.drafts.draft, at)) as drafting:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         drafted = drafting.found
@@ -64,25 +66,3 @@ class DraftingEngine(FSDPEngineWithLMHead):
         part = 1.0 if tokens is None else float(trained_BN.sum()) * self.get_data_parallel_size() / tokens
         share = drafted.share(self.drafts.draft, drafted.weight, drafted.sampled_weight)
         return loss + self.drafts.draft_weight * part * share, output
-
-
-def rows(masks: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of a jagged or a padded tensor."""
-    return list(masks.unbind())
-
-
-def trained_positions(ends: torch.Tensor, masks: list[torch.Tensor], packed: bool) -> torch.Tensor:
-    """bool[B, N], or bool[1, sum of lengths] where packed: positions whose next token is trained.
-
-    Args:
-        ends: int[B + 1], where each sequence begins and ends in the packed row.
-        masks: of each answer, 1 for a token that is trained; answers stand at the ends of their sequences.
-    """
-    lengths = ends.diff().tolist()
-    found = []
-    for length, mask in zip(lengths, masks, strict=True):
-        row = torch.zeros(length, dtype=torch.bool, device=mask.device)
-        answer = mask.bool()[: length - 1]
-        row[length - 1 - len(answer) : length - 1] = answer
-        found.append(row)
-    return torch.cat(found)[None] if packed else torch.nn.utils.rnn.pad_sequence(found, batch_first=True)

@@ -87,11 +87,10 @@ class Generations:
         Raises TransportError without the control key.
         """
         async with self._ending:
-            ended = set(self._waiting)
-            while left := ended & self._waiting.keys():
+            ended = dict(self._waiting)
+            while left := {name: future for name, future in ended.items() if not future.done()}:
                 await asyncio.to_thread(self._abort, sorted(left))
-                await asyncio.wait([self._waiting[name] for name in left if name in self._waiting] or [asyncio.sleep(0)],
-                                   timeout=_ENDING_S)  # fmt: skip
+                await asyncio.wait(left.values(), timeout=_ENDING_S)
         return len(ended)
 
     async def reset_prefix_cache(self) -> None:

@@ -13,7 +13,6 @@ import re
 from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import Any
 
-import ray
 import torch
 
 from ....errors import InvalidInput
@@ -48,18 +47,22 @@ class Publisher:
         async for name, tensor in _each(weights):
             if self._leads:
                 kept[name] = tensor.detach().to("cpu", copy=True)  # verl may use its memory for the next tensor
-        return await asyncio.to_thread(self._push, kept, global_steps) if self._leads else None
+        if not self._leads:
+            return None
+        version, expected = await asyncio.to_thread(self._ask)
+        if global_steps is not None:
+            await weight_steps().record.remote(version, global_steps)
+        in_flight = "keep" if self._settings.in_flight == "keep" else "finish"
+        assert self._control is not None
+        return await asyncio.to_thread(self._control.push_weights, version, in_dtypes(joined_experts(kept), expected),
+                                       in_flight=in_flight)  # fmt: skip
 
-    def _push(self, gathered: dict[str, torch.Tensor], global_steps: int | None) -> int:
+    def _ask(self) -> tuple[int, dict[str, tuple[str, tuple[int, ...]]]]:
+        """The number of the next version, and the tensors that it consists of."""
         if self._control is None:
             self._control = ServiceControl(self._settings.address, keys=client_keys(self._settings.keys or None),
                                            timeout=self._settings.timeout)  # fmt: skip
-        expected = self._control.expected_weights()
-        tensors = in_dtypes(joined_experts(gathered), expected)
-        version = int(self._control.status().figures["version"]) + 1
-        if global_steps is not None:
-            ray.get(weight_steps().record.remote(version, global_steps))
-        return self._control.push_weights(version, tensors, in_flight="keep" if self._settings.in_flight == "keep" else "finish")
+        return int(self._control.status().figures["version"]) + 1, self._control.expected_weights()
 
 
 async def _each(weights: Iterable[Any] | AsyncIterable[Any]) -> Any:
