@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from blockroll.trainer_bridge.gateway import Gateway
 
 ROOT = Path(__file__).resolve().parents[3]
 POLICY = "tiny-reasoner-terse"
+MODEL = "blockroll.trainer_bridge.adapters.verl.model"
 VERL_PYTHON = os.environ.get("BLOCKROLL_VERL_PYTHON", "")
 needs_verl = pytest.mark.skipif(not VERL_PYTHON, reason="BLOCKROLL_VERL_PYTHON names no interpreter of an environment with verl "
                                 "(docs/trainers/verl.md)")  # fmt: skip
@@ -193,8 +195,8 @@ def environment(folder: Path) -> dict[str, str]:
             "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
 
-def verl_python(arguments: list[str], folder: Path, environment: dict[str, str]) -> str:
-    done = subprocess.run([VERL_PYTHON, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+def run_in(folder: Path, environment: dict[str, str], command: list[str]) -> str:
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout
 
@@ -223,9 +225,9 @@ def service(tmp_path: Path) -> Iterator[str]:
 def test_rollouts_an_update_and_a_ppo_step_in_verls_environment(backend: str, service: str, tmp_path: Path) -> None:
     surroundings = environment(tmp_path)
     model = tmp_path / "model"
-    verl_python(["-m", "blockroll.trainer_bridge.adapters.verl.model", POLICY, str(model)], tmp_path, surroundings)
+    run_in(tmp_path, surroundings, [VERL_PYTHON, "-m", MODEL, POLICY, str(model)])
     script, output = Path(__file__).with_name("verl_steps.py"), tmp_path / "found.json"
-    verl_python([str(script), service, str(model), str(output), backend], tmp_path, surroundings)
+    run_in(tmp_path, surroundings, [VERL_PYTHON, str(script), service, str(model), str(output), backend])
     found = json.loads(output.read_text())
     print(json.dumps({name: value for name, value in found.items() if "rollout" not in name}, indent=1))
     first, second = found["rollout_0"], found["rollout_1"]
@@ -238,3 +240,33 @@ def test_rollouts_an_update_and_a_ppo_step_in_verls_environment(backend: str, se
     assert found["ratio_after_step"][0] < 0.99 or found["ratio_after_step"][1] > 1.01  # the step changed the policy
     assert found["train"]["grad_norm"] > 0 and 0.3 < found["train"]["draft/overlap"] < 1
     assert found["aborted"]["aborted"] > 0 and found["aborted"]["late_waited"] and found["aborted"]["late"] == "completed"
+
+
+@pytest.mark.slow
+@needs_verl
+@pytest.mark.timeout(2400)
+def test_the_command_of_the_page(service: str, tmp_path: Path) -> None:
+    """verl's own program, with its agent loop, reward workers and trainer, for two steps."""
+    import pyarrow
+    import pyarrow.parquet
+
+    page = (ROOT / "docs/trainers/verl.md").read_text()
+    command = next(text for text in re.findall(r"```sh\n(.*?)```", page, re.S) if "verl.trainer.main_ppo" in text)
+    command = command.replace("verl-env/bin/python", VERL_PYTHON).replace("tcp://127.0.0.1:5555", service)
+    rows = [{"data_source": "sum", "prompt": [{"role": "user", "content": f"Q:{a}+{a + 3}\nS:"}], "ability": "math",
+             "reward_model": {"style": "rule", "ground_truth": str(2 * a + 3)}, "extra_info": {"index": a}}
+            for a in range(11, 19)]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    (tmp_path / "reward.py").write_text("def score(data_source, solution_str, ground_truth, extra_info=None, **_):\n"
+                                        "    return len(set(solution_str)) % 5 / 4\n")  # fmt: skip
+    surroundings = environment(tmp_path)
+    run_in(tmp_path, surroundings, [VERL_PYTHON, "-m", MODEL, POLICY, "runs/verl/model"])
+    said = run_in(tmp_path, surroundings, ["bash", "-euo", "pipefail", "-c", command])
+    steps = [dict(re.findall(r"([\w/]+):(?:np\.\w+\()?(-?[\d.]+(?:e-?\d+)?|nan)", line)) for line in said.splitlines()
+             if "step:" in line and "actor/pg_loss" in line]  # fmt: skip
+    assert [step["training/global_step"] for step in steps] == ["1", "2"]
+    for step in steps:
+        print(step)
+        assert float(step["training/rollout_probs_diff_max"]) < 1e-4
+        assert float(step["training/off_policy/trajectory_staleness_worst/max"]) == 0
+        assert float(step["actor/grad_norm"]) > 0 and 0.3 < float(step["actor/draft/overlap"]) < 1

@@ -10,6 +10,7 @@ from verl.workers.rollout.replica import RolloutReplica
 from ....errors import InvalidInput
 from .server import RolloutServer
 from .settings import NAME, service_settings
+from .weight_steps import weight_steps
 
 
 class ServiceReplica(RolloutReplica):
@@ -24,6 +25,7 @@ class ServiceReplica(RolloutReplica):
             raise InvalidInput("rollout.enable_rollout_routing_replay", "True",
                                "set it to False; verl's trainer replays no routes of this policy")
         settings = service_settings(config.engine_kwargs)
+        self._steps = weight_steps()  # belongs to the process that owns the replicas, which outlives a server
         options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": self.max_concurrency,
                                    "name": f"{NAME}_server_{self.replica_rank}{self.name_suffix}"}
         server = ray.remote(RolloutServer).options(**options).remote(config, settings, self.replica_rank)
