@@ -239,7 +239,9 @@ def test_rollouts_an_update_and_a_ppo_step_in_verls_environment(backend: str, se
         assert len(set(map(tuple, rollout["answers"]))) > 8
     assert found["ratio_after_step"][0] < 0.99 or found["ratio_after_step"][1] > 1.01  # the step changed the policy
     assert found["train"]["grad_norm"] > 0 and 0.3 < found["train"]["draft/overlap"] < 1
-    assert found["aborted"]["aborted"] > 0 and found["aborted"]["late_waited"] and found["aborted"]["late"] == "completed"
+    aborted = found["aborted"]
+    assert aborted["answered"] == 200 and aborted["aborted"] > 0 and aborted["tokens_of_aborted"][1] < 64, aborted
+    assert aborted["late_waited"] and aborted["late"] == "completed"
 
 
 @pytest.mark.slow

@@ -34,7 +34,9 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
-PROMPTS, SAMPLES, PROMPT, ANSWER = 4, 4, 24, 64
+from blockroll.trainer_bridge.client import ServiceControl
+
+PROMPTS, SAMPLES, PROMPT, ANSWER, MANY = 4, 4, 24, 64, 200
 PARAMS = {"temperature": 0.9, "top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0, "logprobs": True}
 
 
@@ -46,7 +48,7 @@ def configuration(address: str, model: str, backend: str) -> DictConfig:
         config = compose("ppo_trainer", overrides=[
             f"actor_rollout_ref.model.path={model}", "actor_rollout_ref.model.enable_gradient_checkpointing=False",
             "actor_rollout_ref.model.external_lib=blockroll.trainer_bridge.adapters.verl.model",
-            "actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.actor.optim.lr=1e-3",
+            "actor_rollout_ref.actor.strategy=fsdp2", "actor_rollout_ref.actor.optim.lr=1e-4",
             "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8", "actor_rollout_ref.actor.use_torch_compile=False",
             "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
             "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32",
@@ -123,22 +125,25 @@ def figures(batch: DataProto, outputs: list[Any], theirs: torch.Tensor) -> dict[
     }  # fmt: skip
 
 
-def abort_and_resume(servers: LLMServerManager, prompt: list[int]) -> dict[str, Any]:
+def abort_and_resume(servers: LLMServerManager, address: str, prompt: list[int]) -> dict[str, Any]:
     """Requests that verl aborts end with the tokens that they have, and those that arrive meanwhile wait."""
     replica, client = servers.get_replicas()[0], servers.get_client()
+    params = {**PARAMS, "ignore_eos": True}
 
     async def run() -> dict[str, Any]:
-        running = [asyncio.ensure_future(client.generate(f"abort-{i}", prompt_ids=prompt, sampling_params={
-            **PARAMS, "ignore_eos": True, "max_tokens": ANSWER})) for i in range(32)]  # fmt: skip
-        await asyncio.sleep(0.2)
+        all_of_them = [asyncio.ensure_future(client.generate(f"abort-{i}", prompt_ids=prompt, sampling_params=dict(params)))
+                       for i in range(MANY)]  # fmt: skip
+        with ServiceControl(address) as control:
+            while not int((await asyncio.to_thread(control.status)).figures["in_flight"]):
+                await asyncio.sleep(0.01)
         await replica.abort_all_requests()
-        late = asyncio.ensure_future(client.generate("late", prompt_ids=prompt, sampling_params=dict(PARAMS)))
-        ended = await asyncio.gather(*running)
-        waited = not (await asyncio.wait([late], timeout=1.0))[0]
+        late = asyncio.ensure_future(client.generate("late", prompt_ids=prompt, sampling_params=dict(params)))
+        waited = not (await asyncio.wait([late], timeout=2.0))[0]
         await replica.resume_generation()
-        reasons = [output.stop_reason for output in ended]
-        return {"reasons": sorted(set(reasons)), "aborted": reasons.count("aborted"), "late_waited": waited,
-                "late": (await late).stop_reason}  # fmt: skip
+        outputs = await asyncio.gather(*all_of_them)
+        aborted = [len(output.token_ids) for output in outputs if output.stop_reason == "aborted"]
+        return {"answered": len(outputs), "aborted": len(aborted), "tokens_of_aborted": [min(aborted), max(aborted)],
+                "late_waited": waited, "late": (await late).stop_reason}  # fmt: skip
 
     return asyncio.run(run())
 
@@ -159,7 +164,9 @@ def main(address: str, model: str, output: str, backend: str = "naive") -> None:
     weights = CheckpointEngineManager(section.rollout.checkpoint_engine, workers, servers.get_replicas())
     weights.update_weights(global_steps=0)
     client = servers.get_client()
-    prompts = [[1, *range(10 + i, 20 + 2 * i)] for i in range(PROMPTS)]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompts = [[tokenizer.bos_token_id, *tokenizer(f"Q:{13 + 7 * i}+{28 + i}\nS:", add_special_tokens=False)["input_ids"]]
+               for i in range(PROMPTS)]  # fmt: skip
     found: dict[str, Any] = {"backend": backend, "device": verl.utils.device.get_device_name(), "versions": {
         "verl": verl.__version__, "transformers": transformers.__version__, "torch": torch.__version__, "ray": ray.__version__,
         "tensordict": tensordict.__version__, "python": sys.version.split()[0]}}  # fmt: skip
@@ -173,7 +180,8 @@ def main(address: str, model: str, output: str, backend: str = "naive") -> None:
                               if isinstance(value, int | float | list)}  # fmt: skip
             found["ratio_after_step"] = ratios(batch, log_probs(workers, batch))
             weights.update_weights(global_steps=1)
-    found["aborted"] = abort_and_resume(servers, prompts[0])
+    Path(output).write_text(json.dumps(found))
+    found["aborted"] = abort_and_resume(servers, address, prompts[0])
     found["seconds"] = time.monotonic() - began
     Path(output).write_text(json.dumps(found))
     ray.shutdown()
