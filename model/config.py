@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ZayaConfig
 from transformers.utils import logging
 
 from ..errors import CheckpointError
 from .arguments import is_number, is_whole, short
 from .rotary import is_activation, rotary_embedding
+from .zaya_config import ZayaConfig
 
 MAX_CONFIG_BYTES = 1 << 20
 """Largest config.json. That of ZAYA1-8B has 2 kB, and a layer adds 20 bytes."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ZayaConfig
 
 from ..kernels.dispatch import takes_triton
 from ..kernels.linear import linear_float32, linear_float32_into
@@ -32,6 +31,7 @@ from .plan import PlainPlan, Plan
 from .rotary import rotary_embedding
 from .state import SequenceState
 from .vocabulary import recomputed
+from .zaya_config import ZayaConfig
 
 
 @dataclass

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import ZayaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .zaya_config import ZayaConfig
 
 FIXED = ("default", "linear", "yarn", "llama3")
 """Kinds whose frequencies depend on the configuration alone."""

@@ -81,12 +81,16 @@ class Drafting:
     Attributes:
         trained_BN: bool, the positions whose next token is trained; mask blocks begin after the first one of a document.
         draw: where the blocks lie. share: share of the documents that carry mask rows.
+        inside: the losses' form and temperature, to have them computed within the model's forward pass, as `found`: parameters in
+            shards are whole there alone.
     """
 
     trained_BN: torch.Tensor
     draw: random.Random
     share: float
     policy: Policy
+    inside: tuple[DraftLoss, float] | None = None
+    found: DraftLosses | None = None
     hidden_TD: torch.Tensor | None = None
     layout: TokenLayout | None = None
     target_T: torch.Tensor | None = None
@@ -128,6 +132,7 @@ class Backbone(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         tree_kv_index: torch.Tensor | None = None,
         tree_cu_seqlens_q: torch.Tensor | None = None,
         tree_cu_seqlens_k: torch.Tensor | None = None,
@@ -138,12 +143,14 @@ class Backbone(nn.Module):
         Args:
             input_ids: int64[B, N].
             attention_mask: [B, N], 0 for padding, anywhere.
+            position_ids: int64[B, N]; read where there is no mask: each 0 begins a document of a packed row.
             tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k: a row of samples that share prefixes, as TRL's `TreeRow` packs
                 it. Each sample becomes a document; a shared prefix is computed once per sample.
         """
         policy = self._policy[0]
         if tree_kv_index is None:
-            documents = padded_documents(input_ids, attention_mask)
+            packed = attention_mask is None and position_ids is not None
+            documents = packed_documents(position_ids) if packed else padded_documents(input_ids, attention_mask)
         else:
             assert tree_cu_seqlens_q is not None and tree_cu_seqlens_k is not None
             documents = tree_documents(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
@@ -173,6 +180,18 @@ def padded_documents(input_ids: torch.Tensor, attention_mask: torch.Tensor | Non
     masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rows = ([row * size + i for i, kept in enumerate(mask) if kept] for row, mask in enumerate(masks.tolist()))
     return [places for places in rows if places]
+
+
+def packed_documents(position_ids: torch.Tensor) -> Places:
+    """The documents of rows of samples one after another, whose positions begin at 0."""
+    size = position_ids.shape[1]
+    found: Places = []
+    for row, positions in enumerate(position_ids.tolist()):
+        for i, position in enumerate(positions):
+            if position == 0 or i == 0:
+                found.append([])
+            found[-1].append(row * size + i)
+    return found
 
 
 def tree_documents(kv_index: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Places:
@@ -236,12 +255,15 @@ class PolicyModel(PreTrainedModel):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any) -> CausalLMOutput:
         """Logits [B, N, V]. Trainers with a fused head call `model` and use the head themselves."""
         hidden_BND = self.model(input_ids, attention_mask, **options).last_hidden_state
+        if (drafting := self.model.drafting) is not None and drafting.inside is not None:
+            drafting.found = drafting.losses(*drafting.inside)
         return CausalLMOutput(logits=self.policy.head(hidden_BND))
 
     @contextmanager
-    def drafting(self, trained_BN: torch.Tensor, draw: random.Random, share: float = 1.0) -> Iterator[Drafting]:
+    def drafting(self, trained_BN: torch.Tensor, draw: random.Random, share: float = 1.0,
+                 inside: tuple[DraftLoss, float] | None = None) -> Iterator[Drafting]:
         """Forward passes with gradients also run mask rows for the batch of this shape; see `Drafting`."""
-        self.model.drafting = Drafting(trained_BN, draw, share, self.policy)
+        self.model.drafting = Drafting(trained_BN, draw, share, self.policy, inside)
         try:
             yield self.model.drafting
         finally:

@@ -63,6 +63,19 @@ def test_log_probabilities_of_a_padded_batch_are_those_that_engines_record(model
     assert model.model(ids, mask).last_hidden_state[mask == 0].abs().max() == 0
 
 
+def test_rows_of_samples_one_after_another_are_computed_apart(model: PolicyModel) -> None:
+    """Without a mask each position 0 begins a sample, as verl packs them."""
+    paths = [[5, 6, 7, 8], [9], [5, 6, 40, 41, 42]]
+    flat = torch.tensor([[token for path in paths for token in path]])
+    positions = torch.cat([torch.arange(len(path)) for path in paths])[None]
+    hidden_ND = model.model(flat, position_ids=positions).last_hidden_state[0]
+    alone_ND = torch.cat([model.model(torch.tensor([path])).last_hidden_state[0] for path in paths])
+    assert torch.allclose(hidden_ND, alone_ND, atol=1e-5)
+    assert not torch.allclose(hidden_ND, model.model(flat).last_hidden_state[0], atol=1e-2)
+    mask = torch.ones_like(flat)  # a mask says what is padding, and positions say no more
+    assert torch.equal(model.model(flat, mask, positions).last_hidden_state, model.model(flat, mask).last_hidden_state)
+
+
 def tree(paths: list[list[int]]) -> dict[str, torch.Tensor]:
     """A packed row of TRL's."""
     packing = pytest.importorskip("trl.experimental.async_grpo.packing")
@@ -129,6 +142,10 @@ def test_the_draft_loss_is_that_of_the_grpo_trainer(model: PolicyModel) -> None:
     expected = draft_losses(model.policy, model.policy(layout), layout, target_T, [len(p) for p, _ in pairs], draft, 0.8)
     assert found is not None and expected is not None and found.weight == expected.weight
     assert torch.allclose(found.loss, expected.loss, rtol=1e-4)
+    inside = model.drafting(trained_positions(completion_mask, size), random.Random(3), inside=(draft, 0.8))
+    with inside as drafting:  # within the pass, where parameters in shards are whole
+        model(ids, mask)
+    assert drafting.found is not None and torch.allclose(drafting.found.loss, found.loss, rtol=1e-6)
     found.loss.backward()
     assert model.model.drafting is None and model.policy.markov is not None
     assert model.policy.markov.next.weight.grad.abs().max() > 0
