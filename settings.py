@@ -50,7 +50,7 @@ def load_yaml(path: str | os.PathLike[str], config: type[ConfigT]) -> ConfigT:
     try:
         return parse(read_yaml(read_input(path, MAX_FILE), name), config, name)
     except OSError as error:
-        raise ConfigError(name, f"cannot be read ({error.strerror})", "check the path") from error
+        raise ConfigError(name, f"cannot be read ({error.strerror})", "check the path of the YAML file") from error
 
 
 def whole_text(path: str | os.PathLike[str]) -> str:

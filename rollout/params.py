@@ -73,7 +73,8 @@ class SamplingParams:
         ignore_eos: go on past the policy's own end-of-sequence tokens.
         routed_experts: record which expert each layer chose for each row of the sequence.
         n: samples per prompt, >= 1.
-        seed: seed of the request, 0 <= seed < 2**63; None for one made of the request's id.
+        seed: seed of the request, 0 <= seed < 2**63; None for one made of the request's id. Requests with the same seed draw the
+            same random numbers, so their samples are not independent of each other.
         stop: strings; a sample ends with the token that completes one of them. That token is the last one of `tokens` and of the
             log-probabilities; the text is cut before the string.
         include_stop_str_in_output: cut the text after the stop string.

@@ -245,7 +245,7 @@ def test_disk_that_fills_up_during_a_run(disk: Path, tmp_path: Path, small_polic
     done = run_grpo(config)
     error = one_error(done)
     assert str(disk / "run") in error and "full" in error and "free" in error
-    assert "step 1 " in done.stderr
+    assert "step 1/" in done.stderr
     assert 2 <= len(metrics.read_text().splitlines()) < 40
     assert not {"summary.json", "report.png", "policy"} & {p.name for p in (disk / "run").iterdir()}
 

@@ -58,6 +58,14 @@ def test_help_shows_an_example_of_the_command(
     assert f"blockroll {' '.join(command)} " in example
 
 
+@pytest.mark.parametrize("command", [(), ("grpo",), ("bench", "decode")], ids=" ".join)
+def test_help_has_a_short_name(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, *command, "-h") == 0
+    assert "Usage:" in capsys.readouterr().out
+
+
 def test_help_answers_at_once() -> None:
     start = time.perf_counter()
     done = blockroll_command("--help")

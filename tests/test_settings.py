@@ -126,7 +126,7 @@ def test_what_is_not_plain_yaml_is_one_line(file: Path, data: bytes) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read \\(No such file or directory\\); check the path"):
+    with pytest.raises(ConfigError, match="cannot be read \\(No such file or directory\\); check the path of the YAML file"):
         load_yaml(tmp_path / "none.yaml", Run)
 
 

@@ -6,16 +6,18 @@ Invariants: made from the report alone. Tokens per forward never stand without t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from ...files import whole_file
+from ..plot_style import BLACK, COLOURS, GREY, head, picture, series
 
-_COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers tell apart; black is ar."""
 _CURVES = 6
 """Ways that have curves; all are in the lower row."""
+_MARKS = 4
+"""Batches that are shown in one row of the lower panels; of more, the first and the last."""
+_ROW, _LEGEND_ROWS = 0.27, 2
+"""Inches of a row of the lower panels, and rows that are free for a legend."""
 
 
 def reach(reference: Mapping[str, Any], way: Mapping[str, Any], batch: str) -> list[dict[str, float | None]]:
@@ -61,39 +63,23 @@ def conclusion(report: Mapping[str, Any]) -> str:
 
 def draw(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a PNG, whole or not at all. Bars are two standard errors long, one to each side."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
-
-    ways = report["ways"]
-    figure = Figure(figsize=(15, 5.4 + 0.26 * len(ways)), layout="constrained")
-    halves: Any = figure.subfigures(2, 1, height_ratios=(4.2, 1 + 0.26 * len(ways)))
-    upper, lower = halves
-    figure.suptitle(conclusion(report), fontsize=10)
-    batches = [str(report["batches"][0]), str(report["batches"][-1])]
-    panels = upper.subplots(1, 4, sharey=True)
-    curves = _shown(ways, batches[0])
-    for axes, (label, cost) in zip(panels, (
-        (f"seconds per question, batch {batches[0]}", lambda way: way["seconds"][batches[0]]),
-        (f"seconds per question, batch {batches[1]}", lambda way: way["seconds"][batches[1]]),
-        ("forwards per question", lambda way: way["forwards"]),
-        ("tokens per question", lambda way: way["tokens"]),
-    ), strict=True):  # fmt: skip
-        for colour, way in zip(_COLOURS, curves, strict=False):
-            ks = [int(k) for k in way["majority_at"]]
-            costs = [k * cost(way) for k in ks]
-            axes.errorbar(costs, list(way["majority_at"].values()), list(way["standard_error"]["majority_at"].values()),
-                          marker="o", markersize=4, color=colour, label=way["name"])  # fmt: skip
-            axes.plot(costs, list(way["pass_at"].values()), linestyle=":", color=colour)
-        axes.set_xscale("log", base=4)
-        axes.set_xlabel(f"{label} (k = 1 to {report['k'][-1]})")
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("right answers: majority@k (line), pass@k (dots)")
-    upper.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    _rows(lower, report, batches)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    ways, batches = report["ways"], [str(batch) for batch in report["batches"]]
+    detail = (f"{report['policy']}: {report['tasks']} held-out tasks, {report['samples']} samples of each at "
+              f"T={report['temperature']:g}, block size {report['block_size']}, {report['dtype']}, "
+              f"{report['machine']['processor']}, {report['machine']['device']}, {report['machine']['torch_threads']} thread(s); "
+              f"tokens per forward at batch {report['batch']}. Bars: one standard error to each side.")  # fmt: skip
+    band = _ROW * (len(ways) + _LEGEND_ROWS)
+    with picture(path, 2, 3, 4.6 + band, detail, sharey="row", gridspec_kw={"height_ratios": (2.4, 0.4 + band)}) as axes:
+        (first, last, forwards), (drafted, clock, right) = axes
+        _curves(first, report, "seconds", f", batch {batches[0]}", lambda way: way["seconds"][batches[0]])
+        _curves(last, report, "seconds", f", batch {batches[-1]}", lambda way: way["seconds"][batches[-1]])
+        _curves(forwards, report, "forwards", "", lambda way: way["forwards"])
+        first.set_ylabel(f"majority@k, k = {', '.join(map(str, report['k']))}")
+        handles, labels = first.get_legend_handles_labels()
+        first.figure.legend(handles, labels, loc="outside upper left", ncols=4)
+        _tokens_per_forward(drafted, ways)
+        _speed(clock, ways, batches if len(batches) <= _MARKS else [batches[0], batches[-1]])
+        _right(right, report)
 
 
 def _shown(ways: Sequence[dict[str, Any]], batch: str) -> list[dict[str, Any]]:
@@ -106,25 +92,79 @@ def _shown(ways: Sequence[dict[str, Any]], batch: str) -> list[dict[str, Any]]:
     return list(best.values())[: _CURVES + 1]
 
 
-def _rows(figure: Any, report: Mapping[str, Any], batches: Sequence[str]) -> None:
-    """One row per way: tokens per forward, speed by the clock, accuracy."""
-    ways = list(reversed(report["ways"]))
-    places = range(len(ways))
-    forward, clock, right = figure.subplots(1, 3, sharey=True)
-    forward.errorbar([way["tokens_per_forward"] for way in ways], places,
-                     xerr=[way["standard_error"]["tokens_per_forward"] for way in ways], fmt="o", color=_COLOURS[0])  # fmt: skip
-    for colour, marker, batch in zip(_COLOURS[1:], "os", dict.fromkeys(batches), strict=False):
-        clock.plot([1 / way["ratio_to_ar"][batch] for way in ways], places, marker, color=colour, label=f"batch {batch}")
-    clock.axvline(1.0, color="grey", linewidth=0.8)
-    last = str(report["k"][-1])
-    for colour, marker, (name, k) in zip(_COLOURS[1:], "os", (("pass_at", "1"), ("majority_at", last)), strict=False):
-        right.errorbar([way[name][k] for way in ways], places, xerr=[way["standard_error"][name][k] for way in ways], fmt=marker,
-                       color=colour, label=f"{name.removesuffix('_at')}@{k}")  # fmt: skip
-    forward.set(yticks=list(places), yticklabels=[way["name"] for way in ways], xlim=(0, None),
-                xlabel=f"tokens per forward (planner: at batch {report['batch']})")  # fmt: skip
-    clock.set(xlabel="speed over ar, by the clock", xlim=(0, None))
-    right.set(xlabel=f"right answers, {report['tasks']} tasks, T={report['temperature']:g}")
-    for axes in (forward, clock, right):
-        axes.grid(alpha=0.3)
-    for axes in (clock, right):
-        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, frameon=False)
+def _curves(axes: Any, report: Mapping[str, Any], unit: str, at: str, cost: Callable[[Mapping[str, Any]], float]) -> None:
+    """Accuracy against what k samples of a question cost, in a unit at a batch."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    shown = _shown(report["ways"], str(report["batches"][0]))
+    for i, way in enumerate(shown):
+        costs = [int(k) * cost(way) for k in way["majority_at"]]
+        errors = list(way["standard_error"]["majority_at"].values())
+        axes.errorbar(costs, list(way["majority_at"].values()), errors, label=way["name"], elinewidth=1.0, **_style(i))
+    reference, *others = shown
+    least = min(others, key=cost, default=reference)
+    finding = f"{least['name']}: {cost(least) / cost(reference):.2f} of ar's {unit}{at}" if others else f"ar alone, {unit}{at}"
+    head(axes, finding, "majority vote of k samples", width=31)
+    axes.set(xscale="log", xlabel=f"{unit} per question{at}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _style(i: int) -> dict[str, Any]:
+    """Black is `ar`."""
+    colours = (BLACK, *(colour for colour in COLOURS if colour != BLACK))
+    return series(i) | {"color": colours[i % len(colours)]}
+
+
+def _places(axes: Any, ways: Sequence[Mapping[str, Any]]) -> list[int]:
+    """One row per way, the first at the top, and free rows for a legend below the last."""
+    axes.set(yticks=range(len(ways)), yticklabels=[way["name"] for way in reversed(ways)],
+             ylim=(-0.6 - _LEGEND_ROWS, len(ways) - 0.4))  # fmt: skip
+    return list(reversed(range(len(ways))))
+
+
+def _aside(places: Sequence[int], i: int, count: int) -> list[float]:
+    """Marks of one row stand below each other, so that none hides another."""
+    return [place + 0.5 * ((count - 1) / 2 - i) / max(count - 1, 1) for place in places]
+
+
+def _tokens_per_forward(axes: Any, ways: Sequence[Mapping[str, Any]]) -> None:
+    values = [way["tokens_per_forward"] for way in ways]
+    errors = [way["standard_error"]["tokens_per_forward"] for way in ways]
+    axes.errorbar(values, _places(axes, ways), xerr=errors, fmt="o", color=BLACK)
+    most = max(ways, key=lambda way: way["tokens_per_forward"])
+    head(axes, f"{most['name']}: {most['tokens_per_forward']:.1f} tokens per forward", "tokens over forward passes", width=31)
+    axes.set(xlabel="tokens per forward", xlim=(0, 1.08 * max(values)))
+
+
+def _speed(axes: Any, ways: Sequence[Mapping[str, Any]], batches: Sequence[str]) -> None:
+    places = _places(axes, ways)
+    for i, batch in enumerate(batches):
+        axes.plot([1 / way["ratio_to_ar"][batch] for way in ways], _aside(places, i, len(batches)), label=f"batch {batch}",
+                  **series(i) | {"linestyle": "none"})  # fmt: skip
+    axes.plot([1.0, 1.0], [-0.5, len(ways) - 0.5], "-", color=GREY, linewidth=1.0, zorder=1)
+    fastest = min(ways, key=lambda way: way["ratio_to_ar"][batches[0]])
+    ends = dict.fromkeys((batches[0], batches[-1]))
+    figures = ", ".join(f"{1 / fastest['ratio_to_ar'][batch]:.1f}x at batch {batch}" for batch in ends)
+    head(axes, f"{fastest['name']}: {figures}", "speed over ar, by the clock", width=31)
+    axes.set(xlabel="speed over ar (grey line: as fast)")
+    axes.set_xlim(0, None)
+    axes.legend(loc="lower center", ncols=2, columnspacing=1.0, handletextpad=0.2)
+
+
+def _right(axes: Any, report: Mapping[str, Any]) -> None:
+    ways, last = report["ways"], str(report["k"][-1])
+    places = _places(axes, ways)
+    shares = list(dict.fromkeys((("pass_at", "1"), ("majority_at", last), ("pass_at", last))))
+    for i, (name, k) in enumerate(shares):
+        axes.errorbar([way[name][k] for way in ways], _aside(places, i, len(shares)),
+                      xerr=[way["standard_error"][name][k] for way in ways], label=f"{name.removesuffix('_at')}@{k}",
+                      **series(i) | {"linestyle": "none"})  # fmt: skip
+    reference = ways[0]
+    worst = min(ways, key=lambda way: way["pass_at"]["1"])
+    points = 100 * (worst["pass_at"]["1"] - reference["pass_at"]["1"])
+    finding = "No way has a lower pass@1 than ar" if worst is reference else f"{worst['name']}: {points:+.1f} points of pass@1"
+    head(axes, finding, "right answers, against ar's pass@1" if len(ways) > 1 else "right answers", width=31)
+    axes.set(xlabel="right answers")
+    axes.legend(loc="lower center", ncols=2, columnspacing=1.0, handletextpad=0.2)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from blockroll import cli
 from blockroll.rollout.evaluation.tradeoff import TradeoffOptions, levels_of, table, tradeoff
 from blockroll.rollout.evaluation.tradeoff_plot import conclusion, draw, reach
+from blockroll.rollout.plot_style import DPI, WIDTH
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_levels_are_spread_over_the_block() -> None:
@@ -63,6 +68,33 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     only = report | {"ways": report["ways"][:1]}
     draw(only, tmp_path / "ar.png")
     assert conclusion(only).startswith("ar: ")
+
+
+def test_the_picture_has_the_style_of_all_and_says_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def kept(figure: Figure, *arguments: object, **options: object) -> None:
+        drawn.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    report = json.loads((ROOT / "docs/tradeoff.json").read_text())
+    draw(report, tmp_path / "picture.png")
+    width, height = struct.unpack(">II", (tmp_path / "picture.png").read_bytes()[16:24])
+    assert width == round(WIDTH * DPI) and height < 1.3 * width
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in drawn[0].axes]
+    assert titles == [
+        "lossless, planner: 0.36 of ar's seconds, batch 1",
+        "lossless, planner: 0.65 of ar's seconds, batch 8",
+        "mixed(0.5), 3 levels: 0.14 of ar's forwards",
+        "mixed(0.5), 8 levels: 8.0 tokens per forward",
+        "lossless, planner: 2.8x at batch 1, 1.5x at batch 8",
+        "mixed(0.5), 3 levels: -6.8 points of pass@1",
+    ]
+    clock = drawn[0].axes[4]
+    marks = [tuple(point) for line in clock.lines if line.get_linestyle() == "None" for point in line.get_xydata()]
+    assert len(marks) == len(set(marks)) == len(report["ways"]) * len(report["batches"])  # none hides another
 
 
 @pytest.mark.slow

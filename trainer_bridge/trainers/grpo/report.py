@@ -21,6 +21,7 @@ class Display:
 
     def __init__(self, config: GrpoConfig) -> None:
         self._console = Console(stderr=True)
+        self._steps = config.steps
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -53,7 +54,7 @@ class Display:
             )
             self._progress.update(self._bar, completed=row["step"], description=text)
             if not self._console.is_terminal:
-                self.say(f"step {row['step']}  {text}")
+                self.say(f"step {row['step']}/{self._steps}  {text}")
         if "heldout_accuracy" in row:
             self.say(f"held-out after step {row['step']}: {row['heldout_accuracy']:.3f} at the training temperature, "
                      f"{row['heldout_greedy']:.3f} greedy ({row['heldout_tasks']} tasks)")

@@ -203,6 +203,7 @@ class Trainer:
     def _evaluate(self, step: int) -> tuple[Row, list[Trajectory]]:
         """Accuracy and mean answer length on the held-out tasks, and the trajectories they were taken from."""
         tasks, requests = self._heldout(step)
+        self.display.say(f"measuring {len(tasks)} held-out tasks after step {step}")
         found = self.client.generate(requests)
         figures: Row = {}
         for name, part in (("accuracy", found[: len(tasks)]), ("greedy", found[len(tasks) :])):

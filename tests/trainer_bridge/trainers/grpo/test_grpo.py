@@ -19,6 +19,7 @@ from blockroll.errors import ConfigError
 from blockroll.settings import load_yaml
 from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
 from blockroll.trainer_bridge.trainers.grpo.metrics import read_rows
+from blockroll.trainer_bridge.trainers.grpo.report import Display
 
 RUN = """
 output: {output}
@@ -102,6 +103,12 @@ def test_a_run_writes_what_it_came_to(whole):
         assert all(line["versions"] == [step - 1] * len(line["tokens"]) for line in of_step)
         assert abs(sum(line["advantage"] for line in of_step)) < 1e-6 and 0 <= min(rewards) <= max(rewards) <= 1
     assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_says_which_step_of_how_many_it_is(capsys):
+    row = {"step": 2, "reward": 0.5, "groups_used": 3, "groups": 4, "tokens_per_s": 10.0, "tokens_per_forward": 3.0, "weight_version": 2}
+    Display(GrpoConfig(output="run", steps=3)).row(row)
+    assert capsys.readouterr().err.startswith("step 2/3  reward 0.500")
 
 
 def test_a_finished_run_is_not_overwritten_unasked(whole, said):
