@@ -230,12 +230,12 @@ def paged_attend(
     partial = torch.empty(items if splits else 0, G, tile.m, D, dtype=torch.float32, device=device)
     lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=device)
     launch(
-        paged, (items, G), warps=tile.warps, stages=tile.stages, dot_rows=tile.m,
+        paged, (items, G), warps=tile.warps, stages=tile.stages, dot_rows=tile.m, options=tile.options,
         q_ptr=q_THD, k_ptr=k_TGD, v_ptr=v_TGD, k_pool=k_pool_KGD, v_pool=v_pool_KGD, out_ptr=out_THD,
         partial_ptr=partial, lse_ptr=lse, range_ptr=rows.range_6T, table_ptr=rows.table_SP, item_ptr=rows.item_I8,
         q_row=q_THD.stride(0), k_row=k_TGD.stride(0), v_row=v_TGD.stride(0), rows=T, pages=rows.table_SP.shape[1],
         scale=scale * _LOG2_E,
-        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, PRECISION=precision(q_THD.dtype), **tile.options,
+        H=H, G=G, D=D, WIDTH=width, PAGE=rows.page_size, M=tile.m, N=tile.n, PRECISION=precision(q_THD.dtype),
     )  # fmt: skip
     if splits:
         launch(

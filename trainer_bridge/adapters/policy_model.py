@@ -149,8 +149,10 @@ class Backbone(nn.Module):
         """
         policy = self._policy[0]
         if tree_kv_index is None:
-            packed = attention_mask is None and position_ids is not None
-            documents = packed_documents(position_ids) if packed else padded_documents(input_ids, attention_mask)
+            if attention_mask is None and position_ids is not None:
+                documents = packed_documents(position_ids)
+            else:
+                documents = padded_documents(input_ids, attention_mask)
         else:
             assert tree_cu_seqlens_q is not None and tree_cu_seqlens_k is not None
             documents = tree_documents(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)

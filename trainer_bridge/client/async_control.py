@@ -12,7 +12,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..wire.messages import PauseMode
+from ..wire import messages
 from .service_control import ServiceControl, ServiceStatus
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class AsyncServiceControl:
         """See ServiceControl.scale."""
         await self._call(lambda control: control.scale(engines, timeout))
 
-    async def pause(self, mode: PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
+    async def pause(self, mode: messages.PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
         """See ServiceControl.pause."""
         await self._call(lambda control: control.pause(mode, reset_cache=reset_cache, timeout=timeout))
 
