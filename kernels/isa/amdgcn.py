@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from .costs import amd_vector_cycles, matrix_cycles
 from .program import Instruction, Program
@@ -18,20 +19,12 @@ _WAIT = re.compile(r"vmcnt\((\d+)\)")
 
 def parse(text: str, target: str) -> Program:
     """Args: target: `gfx942` or `gfx950`."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif found := _LINE.match(line):
-            name, operands = found["name"], found["operands"] or ""
-            if name == "s_branch" or name.startswith("s_cbranch_"):
-                branches.append((len(instructions), operands.strip()))
-            instructions.append(_instruction(name, operands, target))
-        elif line.startswith(".Lfunc_end"):
-            break
-    return Program.of(instructions, labels, branches)
+    body = re.split(r"^\.Lfunc_end", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return Program.read(body, _LABEL, _LINE, _branch, partial(_instruction, target=target))
+
+
+def _branch(name: str, operands: str) -> str | None:
+    return operands.strip() if name == "s_branch" or name.startswith("s_cbranch_") else None
 
 
 def _instruction(name: str, operands: str, target: str) -> Instruction:

@@ -8,7 +8,8 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,8 +47,28 @@ class Program:
     loops: tuple[range, ...]
 
     @classmethod
-    def of(cls, instructions: Sequence[Instruction], labels: dict[str, int], branches: Sequence[tuple[int, str]]) -> Program:
-        """Args: labels: the instruction that each stands before. branches: (instruction, label)."""
+    def read(
+        cls, text: str, label: re.Pattern[str], line: re.Pattern[str], target_of: Callable[[str, str], str | None],
+        instruction: Callable[[str, str], Instruction],
+    ) -> Program:  # fmt: skip
+        """Reads assembly, a line at a time.
+
+        Args:
+            label: a line that names a place, as its first group. line: an instruction, with groups `name` and `operands`.
+            target_of: the label that an instruction may branch to; None where it does not branch.
+            instruction: what an instruction does.
+        """
+        instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        branches: list[tuple[int, str]] = []
+        for each in text.splitlines():
+            if place := label.match(each):
+                labels[place[1]] = len(instructions)
+            elif found := line.match(each):
+                name, operands = found["name"], found["operands"] or ""
+                if (target := target_of(name, operands)) is not None:
+                    branches.append((len(instructions), target))
+                instructions.append(instruction(name, operands))
         ends: dict[int, int] = {}
         for at, label in branches:
             begin = labels.get(label, at + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 from .costs import matrix_cycles, nvidia_vector_cycles
 from .program import Instruction, Program
@@ -25,18 +26,11 @@ _OTHER = re.compile(
 
 def parse(text: str, target: str) -> Program:
     """Args: target: `sm_90`."""
-    instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif found := _LINE.match(line):
-            name, operands = found["name"], found["operands"]
-            if name.startswith("BRA"):
-                branches.append((len(instructions), operands.rpartition("(")[2].rstrip(") ")))
-            instructions.append(_instruction(name, operands, target))
-    return Program.of(instructions, labels, branches)
+    return Program.read(text, _LABEL, _LINE, _branch, partial(_instruction, target=target))
+
+
+def _branch(name: str, operands: str) -> str | None:
+    return operands.rpartition("(")[2].rstrip(") ") if name.startswith("BRA") else None
 
 
 def _registers(text: str, count: int) -> frozenset[int]:

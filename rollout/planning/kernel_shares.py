@@ -17,13 +17,7 @@ from .roofline import Hardware, Roofline
 def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> dict[str, list[tuple[int, KernelWork]]]:
     """By kernel, (how many calls, work of one) of a step."""
     config, chosen = roofline.config, schedule.within(roofline.block)
-    drafts, wide = chosen.drafts or 0, chosen.block or roofline.block
-    if chosen.kind == "two_pass":
-        passes, heads = [1 + drafts, drafts], [1 + drafts, drafts]
-    elif chosen.kind == "fused":
-        passes, heads = [1 + drafts + len(chosen.levels) * wide], [1 + drafts, wide - 1]
-    else:
-        passes, heads = [1], [1]
+    passes, heads = roofline.rows(chosen)
     layers = config.num_hidden_layers
     found: dict[str, list[tuple[int, KernelWork]]] = {}
     for rows in passes:
@@ -33,7 +27,7 @@ def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> d
                            (kernel_work.projections, 1)):  # fmt: skip
             found.setdefault(kind.__name__, []).append((layers * each, kind(config, T)))
     found["head"] = [(1, kernel_work.head(config, batch * rows)) for rows in heads]
-    sampling = kernel_work.verification(config, batch, drafts)
+    sampling = kernel_work.verification(config, batch, chosen.drafts or 0)
     for name in ("ar",) if chosen.kind == "ar" else ("verify", "draft"):
         found[name] = [(1, sampling[name])]
     return found

@@ -196,17 +196,21 @@ class Roofline:
         rows = rates.attention_flops / rates.attention_bytes / group
         return rows, (rows - self.block) / self.block
 
+    def rows(self, schedule: Schedule) -> tuple[list[int], list[int]]:
+        """Rows per sequence of each forward pass, and of each product with the head, of a step with sizes."""
+        drafts = schedule.drafts or 0
+        if schedule.kind == "two_pass":
+            return [1 + drafts, drafts], [1 + drafts, drafts]
+        if schedule.kind == "fused":
+            # The head sees the verify rows, then the rows of one proposal that can still become drafts.
+            wide = schedule.block or self.block
+            return [1 + drafts + len(schedule.levels) * wide], [1 + drafts, wide - 1]
+        return [1], [1]
+
     def step(self, schedule: Schedule, batch: int, context: int) -> Step:
         """One decode step of `batch` sequences with `context` cached positions each, under `ar`, `two_pass` or `fused`."""
         config, chosen = self.config, schedule.within(self.block)
-        drafts, wide = chosen.drafts or 0, chosen.block or self.block
-        if chosen.kind == "two_pass":
-            passes, heads = [1 + drafts, drafts], [1 + drafts, drafts]
-        elif chosen.kind == "fused":
-            # The head sees the verify rows, then the rows of one proposal that can still become drafts.
-            passes, heads = [1 + drafts + len(chosen.levels) * wide], [1 + drafts, wide - 1]
-        else:
-            passes, heads = [1], [1]
+        passes, heads = self.rows(chosen)
         parts = {name: Work(0.0, 0.0) for name in ("dense", "experts", "attention", "head", "activations")}
         attention: Counter[AttentionCall] = Counter()
         for rows in passes:

@@ -16,30 +16,18 @@ from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer_bridge"))
-from bridge_parts import ToyBackend, request, until
+from bridge_parts import Endless, request, until
 
 
-class Scalable(ToyBackend):
-    """Remembers how many engines it was asked for; its work never ends, and it can be interrupted."""
+class Scalable(Endless):
+    """Remembers how many engines it was asked for."""
 
     def __init__(self) -> None:
-        super().__init__(rate=1e-9)
+        super().__init__()
         self.asked: list[int] = []
 
     def scale(self, engines: int) -> None:
         self.asked.append(engines)
-
-    def hold(self, held: bool) -> None:
-        pass
-
-    def reset_prefix_cache(self) -> None:
-        pass
-
-    def label_version(self, version: int) -> None:
-        self.version = version
-
-    def abort(self, request_ids: object = None) -> None:
-        """Not asked for."""
 
 
 def test_a_queue_that_a_pause_holds_starts_no_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

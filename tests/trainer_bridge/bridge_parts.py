@@ -179,6 +179,25 @@ class ToyBackend:
         self._work.clear()
 
 
+class Endless(ToyBackend):
+    """Its work never ends, and it can be interrupted, which takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__(rate=1e-9)
+
+    def hold(self, held: bool) -> None:
+        pass
+
+    def reset_prefix_cache(self) -> None:
+        pass
+
+    def label_version(self, version: int) -> None:
+        self.version = version
+
+    def abort(self, request_ids: object = None) -> None:
+        pass
+
+
 class Served:
     """A gateway process on a fixed port, to be killed and started again."""
 

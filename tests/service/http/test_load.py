@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,12 @@ from blockroll.service.lifecycle import Service
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from http_parts import CONTROL_KEY, KEY, MODEL, live_service, url_of
+from http_parts import CONTROL_KEY, KEY, MODEL, url_of
 
 CONTROL = "pause|resume|abort|reset|flush|continue|update_weight|weight_update"
 """Paths of the routes that change the service."""
 CLIENTS, REQUESTS, TOKENS = 64, 2000, 64
 PROMPT = tuple(range(5, 25))
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with live_service(tmp_path_factory.mktemp("load")) as service:
-        yield service
 
 
 @pytest.mark.slow

@@ -26,24 +26,12 @@ from blockroll.trainer_bridge.wire.key_files import load_client_keys
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from http_parts import CONTROL_KEY, KEY, MODEL, live_service, url_of, wait_for
+from http_parts import CONTROL_KEY, KEY, MODEL, url_of, wait_for
 
 PROMPT = "Q: 17 + 5 * 3 = ?\n"
 CHAT: Any = [{"role": "system", "content": "count"}, {"role": "user", "content": "17 + 5"}]
 SEED = 2**63 - 25
 """No float64 holds it: a seed that went through one would be another."""
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with live_service(tmp_path_factory.mktemp("http")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url_of(service)}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,18 +34,6 @@ PROMPT = question("47 + 85 - 12")
 TOKENIZER = read_tokenizer(policy_files.find(MODEL))
 OTHER = "this:d"
 """A function that the service's configuration does not list."""
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with live_service(tmp_path_factory.mktemp("search")) as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def client(service: Service) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url_of(service)}/v1", api_key=KEY, max_retries=0) as client:
-        yield client
 
 
 def searched(service: Service, prompts: list[Any], fields: dict[str, Any], **params: Any) -> list[SearchResult]:

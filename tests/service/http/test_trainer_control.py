@@ -16,26 +16,7 @@ from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "trainer_bridge"))
-from bridge_parts import ToyBackend, request, until
-
-
-class Endless(ToyBackend):
-    """Its work never ends, and it can be interrupted."""
-
-    def __init__(self) -> None:
-        super().__init__(rate=1e-9)
-
-    def hold(self, held: bool) -> None:
-        pass
-
-    def reset_prefix_cache(self) -> None:
-        pass
-
-    def label_version(self, version: int) -> None:
-        self.version = version
-
-    def abort(self, request_ids: object = None) -> None:
-        """Takes its time."""
+from bridge_parts import Endless, request, until
 
 
 def test_a_resume_gets_through_however_many_pauses_wait(tmp_path: Path) -> None:
