@@ -238,8 +238,10 @@ def cca(
     width = max(16, triton.next_power_of_2(w))
     depthwise, grouped = weights.depthwise_weight.stride(), weights.grouped_weight.stride()
     m, k = _tile(rows, d, grouped[1] == 1)
+    # Triton 3.6 spills scalar registers of a prefill's tile to gfx942's stack where four warps share it.
+    warps = 8 if m == 64 and keep and places.apart and architecture().startswith("gfx") else 4
     launch(
-        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=4, stages=pipeline(3), dot_rows=m,
+        _cca_kernel, (triton.cdiv(rows, m), h + g + 1), warps=warps, stages=pipeline(3), dot_rows=m,
         current_TW=current_TW, source_TA=places.source_TA, write_T=places.write_T, k_pool=k_pool, v_pool=v_pool,
         depthwise_CJ=weights.depthwise_weight, depthwise_bias_C=weights.depthwise_bias,
         grouped_COI=weights.grouped_weight, grouped_bias_C=weights.grouped_bias, temperature_G=weights.temperature_G,
