@@ -70,16 +70,25 @@ class Accesses:
                     found.setdefault(name, f"{self.kernel}: program {program} reads what program {others[0]} writes to {name}")
         return list(found.values())
 
-    def touched(self) -> tuple[int, int]:
-        """(bytes of the distinct elements, bytes of the distinct lines) that the launch reads or writes."""
+    def extents(self, kind: list[tuple[int, np.ndarray, int]]) -> set[tuple[int, int]]:
+        """The tensors that these accesses touch, as first and last address."""
+        known, found = list(self.tensors.values()), set[tuple[int, int]]()
+        for _, addresses, _ in kind:
+            found |= {each for each in known if each not in found and ((addresses >= each[0]) & (addresses < each[1])).any()}
+        return found
+
+    def touched(self, without: Collection[tuple[int, int]] = ()) -> tuple[int, int]:
+        """(bytes of the distinct elements, bytes of the distinct lines) that the launch reads or writes, outside `without`."""
         useful, lines = 0, 0
         for kind in (self.reads, self.writes + self.atomics):
             by_size: dict[int, list[np.ndarray]] = {}
             for _, addresses, size in kind:
+                for start, end in without:
+                    addresses = addresses[(addresses < start) | (addresses >= end)]
                 by_size.setdefault(size, []).append(addresses)
             useful += sum(size * len(np.unique(np.concatenate(parts))) for size, parts in by_size.items())
-            if kind:
-                lines += LINE * len(np.unique(np.concatenate([addresses for _, addresses, _ in kind]) // LINE))
+            if by_size:
+                lines += LINE * len(np.unique(np.concatenate([each for parts in by_size.values() for each in parts]) // LINE))
         return useful, lines
 
 
@@ -166,9 +175,14 @@ class Audit:
                 sums.setdefault(launch.kernel, [0, 0])[i] += part
         return {kernel: useful / lines for kernel, (useful, lines) in sums.items()}
 
-    def line_bytes(self, *kernels: str) -> int:
-        """Bytes of the lines that the launches of these kernels touch."""
-        return sum(launch.touched()[1] for launch in self.launches if launch.kernel in kernels)
+    def line_bytes(self) -> int:
+        """Bytes of the lines that all launches touch, without what they hand on to each other: what one writes and a later one
+        reads."""
+        handed, written = set[tuple[int, int]](), set[tuple[int, int]]()
+        for launch in self.launches:
+            handed |= launch.extents(launch.reads) & written
+            written |= launch.extents(launch.writes + launch.atomics)
+        return sum(launch.touched(handed)[1] for launch in self.launches)
 
     def _order(self, kernel: str, grid: tuple[int, ...]) -> list[int]:
         """The programs that run, in order."""
