@@ -70,16 +70,25 @@ class Accesses:
                     found.setdefault(name, f"{self.kernel}: program {program} reads what program {others[0]} writes to {name}")
         return list(found.values())
 
-    def touched(self) -> tuple[int, int]:
-        """(bytes of the distinct elements, bytes of the distinct lines) that the launch reads or writes."""
+    def extents(self, kind: list[tuple[int, np.ndarray, int]]) -> set[tuple[int, int]]:
+        """The tensors that these accesses touch, as first and last address."""
+        known, found = list(self.tensors.values()), set[tuple[int, int]]()
+        for _, addresses, _ in kind:
+            found |= {each for each in known if each not in found and ((addresses >= each[0]) & (addresses < each[1])).any()}
+        return found
+
+    def touched(self, without: Collection[tuple[int, int]] = ()) -> tuple[int, int]:
+        """(bytes of the distinct elements, bytes of the distinct lines) that the launch reads or writes, outside `without`."""
         useful, lines = 0, 0
         for kind in (self.reads, self.writes + self.atomics):
             by_size: dict[int, list[np.ndarray]] = {}
             for _, addresses, size in kind:
+                for start, end in without:
+                    addresses = addresses[(addresses < start) | (addresses >= end)]
                 by_size.setdefault(size, []).append(addresses)
             useful += sum(size * len(np.unique(np.concatenate(parts))) for size, parts in by_size.items())
-            if kind:
-                lines += LINE * len(np.unique(np.concatenate([addresses for _, addresses, _ in kind]) // LINE))
+            if by_size:
+                lines += LINE * len(np.unique(np.concatenate([each for parts in by_size.values() for each in parts]) // LINE))
         return useful, lines
 
 
@@ -96,15 +105,22 @@ def _flat(parts: list[tuple[int, np.ndarray, int]]) -> tuple[np.ndarray, np.ndar
 
 
 class Audit:
-    """The audit of all launches within the context. `seed`: of the order of programs; `programs`: most of a launch, None for all.
+    """The audit of all launches within the context.
+
+    Args:
+        seed: of the order of programs.
+        programs: most of a launch; None for all. every: kernels all of whose programs run, because later launches find their
+            indices in what these write. rows: kernels of which `programs` rows of the grid run whole.
 
     Attributes:
         launches: in order.
     """
 
-    def __init__(self, seed: int = 0, programs: int | None = None) -> None:
+    def __init__(
+        self, seed: int = 0, programs: int | None = None, every: Collection[str] = (), rows: Collection[str] = ()
+    ) -> None:
         self.launches: list[Accesses] = []
-        self._draw, self._most = np.random.default_rng(seed), programs
+        self._draw, self._most, self._every, self._rows = np.random.default_rng(seed), programs, every, rows
         self._program = 0
 
     def __enter__(self) -> Audit:
@@ -159,12 +175,24 @@ class Audit:
                 sums.setdefault(launch.kernel, [0, 0])[i] += part
         return {kernel: useful / lines for kernel, (useful, lines) in sums.items()}
 
-    def line_bytes(self, *kernels: str) -> int:
-        """Bytes of the lines that the launches of these kernels touch."""
-        return sum(launch.touched()[1] for launch in self.launches if launch.kernel in kernels)
+    def line_bytes(self) -> int:
+        """Bytes of the lines that all launches touch, without what they hand on to each other: what one writes and a later one
+        reads."""
+        handed, written = set[tuple[int, int]](), set[tuple[int, int]]()
+        for launch in self.launches:
+            handed |= launch.extents(launch.reads) & written
+            written |= launch.extents(launch.writes + launch.atomics)
+        return sum(launch.touched(handed)[1] for launch in self.launches)
 
-    def _order(self, count: int) -> list[int]:
+    def _order(self, kernel: str, grid: tuple[int, ...]) -> list[int]:
         """The programs that run, in order."""
+        count = grid[0] * grid[1] * grid[2]
+        if kernel in self._rows:
+            each = count // grid[0]
+            return [row * each + i for row in self._some(grid[0]) for i in self._draw.permutation(each).tolist()]
+        return self._draw.permutation(count).tolist() if kernel in self._every else self._some(count)
+
+    def _some(self, count: int) -> list[int]:
         if self._most is None or count <= self._most:
             return self._draw.permutation(count).tolist()
         others = self._draw.choice(count, self._most - 2, replace=False).tolist()
@@ -197,16 +225,16 @@ def _run_grid(audit: Audit) -> Callable[..., Any]:
         arguments = inspect.getcallargs(executor.fn, *given, **options)
         grid = executor.grid(arguments) if callable(executor.grid) else executor.grid
         grid = (*grid, 1, 1)[:3]
-        count = int(np.prod(grid))
-        tensors = {name: _extent(x) for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
-        audit.launches.append(Accesses(executor.fn.__name__, count, tensors))
+        name = executor.fn.__name__
+        tensors = {each: _extent(x) for each, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
+        audit.launches.append(Accesses(name, int(np.prod(grid)), tensors))
         scope = interpreter._patch_lang(executor.fn)
         try:
             values = {
-                name: x if name in executor.constexprs else interpreter._implicit_cvt(x) for name, x in arguments.items()
+                each: x if each in executor.constexprs else interpreter._implicit_cvt(x) for each, x in arguments.items()
             }
             interpreter.interpreter_builder.set_grid_dim(*grid)
-            for program in audit._order(count):
+            for program in audit._order(name, grid):
                 audit._program = program
                 x, rest = divmod(program, grid[1] * grid[2])
                 interpreter.interpreter_builder.set_grid_idx(x, *divmod(rest, grid[2]))

@@ -1,8 +1,8 @@
 """The edge of a support among the numbers of a row, by bisection over their bits: functions that the edge kernel calls.
 
 They read the numbers gathered in `near`, or (`far`) the whole row `own`. A compiler for AMD refuses a choice of two pointers of
-which one is into more than 2 GiB, so both are loaded under masks. Their loops call no other functions: each such call takes the
-interpreter a millisecond.
+which one is into more than 2 GiB, so both are loaded under masks. Their loops call no other functions: the interpreter takes a
+millisecond for a call.
 """
 
 from __future__ import annotations

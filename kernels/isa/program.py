@@ -70,8 +70,8 @@ class Program:
                     branches.append((len(instructions), target))
                 instructions.append(instruction(name, operands))
         ends: dict[int, int] = {}
-        for at, label in branches:
-            begin = labels.get(label, at + 1)
+        for at, aim in branches:
+            begin = labels.get(aim, at + 1)
             if begin < at:
                 ends[begin] = max(ends.get(begin, 0), at + 1)
         return cls(tuple(instructions), tuple(range(begin, end) for begin, end in sorted(ends.items())))

@@ -31,8 +31,8 @@ HALF = torch.float16
 D, H, G, SIZE, PAGE = SHAPE.hidden, SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim, SHAPE.page_size
 
 
-def audited(call, programs: int = 2) -> Audit:
-    with using("triton"), Audit(programs=programs) as audit:
+def audited(call, programs: int = 2, **options) -> Audit:
+    with using("triton"), Audit(programs=programs, **options) as audit:
         call()
     return audit
 
@@ -99,7 +99,8 @@ def test_residual_and_router():
 def test_experts(rows):
     e, f = SHAPE.experts, SHAPE.ffn
     expert = torch.arange(rows) % e
-    audited(lambda: route_top1(half(rows, D), expert, half(rows), half(e, 2 * f, D), half(e, D, f)))
+    audited(lambda: route_top1(half(rows, D), expert, half(rows), half(e, 2 * f, D), half(e, D, f)),
+            every=("_place_kernel",))
 
 
 def keys(sequences: int) -> tuple[torch.Tensor, ...]:
@@ -138,7 +139,7 @@ def test_cut_offs():
         found = edges(logits, wide, torch.full((sequences,), 50), wide * 0.9, wide * 0.1)
         cut_(logits, wide, found)
 
-    audited(call)
+    audited(call, rows=("_top_kernel", "_count_kernel", "_gather_kernel"))
 
 
 @pytest.mark.slow
