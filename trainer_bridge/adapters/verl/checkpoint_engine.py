@@ -56,5 +56,6 @@ class ServiceCheckpointEngine(CheckpointEngine):
 
     async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[tuple[str, torch.Tensor]]:
         """Nothing: the service has them."""
-        for item in ():
+        nothing: tuple[tuple[str, torch.Tensor], ...] = ()
+        for item in nothing:
             yield item
