@@ -57,14 +57,12 @@ class ZayaConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs):
         """Files on the Hugging Face Hub hold a kind beside the sections; the sections have their own."""
-        assert self.rope_parameters is not None
-        self.rope_parameters.pop("rope_type", None)
+        (self.rope_parameters or {}).pop("rope_type", None)
         return kwargs
 
     def validate_rope(self):
         """Adds the kind to the sections that lack it. `read_config` checks the rest. transformers' own method would take a
         section without layers for parameters."""
-        assert self.rope_parameters is not None
-        for section in self.rope_parameters.values():
+        for section in (self.rope_parameters or {}).values():
             if isinstance(section, dict):
                 section.setdefault("rope_type", "default")

@@ -148,14 +148,13 @@ class Backbone(nn.Module):
                 it. Each sample becomes a document; a shared prefix is computed once per sample.
         """
         policy = self._policy[0]
-        if tree_kv_index is None:
-            if attention_mask is None and position_ids is not None:
-                documents = packed_documents(position_ids)
-            else:
-                documents = padded_documents(input_ids, attention_mask)
-        else:
+        if tree_kv_index is not None:
             assert tree_cu_seqlens_q is not None and tree_cu_seqlens_k is not None
             documents = tree_documents(tree_kv_index, tree_cu_seqlens_q, tree_cu_seqlens_k)
+        elif attention_mask is None and position_ids is not None:
+            documents = packed_documents(position_ids)
+        else:
+            documents = padded_documents(input_ids, attention_mask)
         flat = input_ids.flatten().tolist()
         drafting = self.drafting if torch.is_grad_enabled() else None
         blocks = [[] for _ in documents] if drafting is None else drafting.blocks(documents)
