@@ -23,6 +23,7 @@ import numpy as np
 from .cache import BlockTable, PagedCache
 from .sample_group import SampleGroup, age, is_fresh
 from .sequence import Sample, ScheduledSample, SchedulerOutput
+from .steady import goes_on
 from .turns import above_share, in_turn, next_group, youngest
 
 
@@ -171,8 +172,8 @@ class Scheduler:
             rows: most positions a decode step writes per sample, the anchor included.
         """
         self._admit()
-        if (steady := self._steady(rows)) is not None:
-            return steady
+        if self._latest is not None and goes_on(self._latest, self.running, self.cache, rows):
+            return self._latest
         step: list[ScheduledSample] = []
         budget = self.prefill_rows
         for sample in in_turn(self.running):
@@ -195,26 +196,6 @@ class Scheduler:
         self.prefilled_tokens += sum(chunk for _, chunk, _ in step)
         self._latest = SchedulerOutput.of(sorted(step, key=lambda each: age(each.sample)))
         return self._latest
-
-    def _steady(self, rows: int) -> SchedulerOutput | None:
-        """The latest output again, where all samples that run decoded in it and go on, and there are pages for them."""
-        latest, size, short, missing = self._latest, self.cache.page_size, [], 0
-        if latest is None or latest.prefills or set(latest.decoding) != set(self.running):
-            return None
-        for sample in latest.decoding:
-            table, length = sample.block_table, len(sample.tokens)
-            if table is None or table.length != length - 1:
-                return None
-            left = sample.limit - length + 1
-            target = length - 1 + (rows if rows < left else left)
-            if target > len(table.pages) * size:
-                short.append((table, target))
-                missing += self.cache.pages_for(target) - len(table.pages)
-        if missing > self.cache.free_pages:
-            return None
-        for table, target in short:
-            self.cache.reserve(table, target)
-        return latest
 
     def prefilled(self, sample: Sample) -> None:
         """Must be called when prompt rows of a sample have come into the cache. Other samples may reuse them, and when all have
