@@ -23,7 +23,7 @@ import numpy as np
 from .cache import BlockTable, PagedCache
 from .sample_group import SampleGroup, age, is_fresh
 from .sequence import Sample, ScheduledSample, SchedulerOutput
-from .steady import steady
+from .steady import goes_on
 from .turns import above_share, in_turn, next_group, youngest
 
 
@@ -172,8 +172,8 @@ class Scheduler:
             rows: most positions a decode step writes per sample, the anchor included.
         """
         self._admit()
-        if (again := steady(self._latest, self.running, self.cache, rows)) is not None:
-            return again
+        if self._latest is not None and goes_on(self._latest, self.running, self.cache, rows):
+            return self._latest
         step: list[ScheduledSample] = []
         budget = self.prefill_rows
         for sample in in_turn(self.running):
