@@ -92,7 +92,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 @contextmanager
 def working(gateway: Gateway, *asked: RolloutRequest) -> Iterator[tuple[RolloutClient, ServiceControl]]:
-    """A client of the gateway and a control session, once the backend has begun these requests."""
+    """A client of the gateway and a control session, once the backend has begun these requests, one batch."""
     with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
         client.submit(asked)
         until(lambda: gateway._driver.in_flight > 0)

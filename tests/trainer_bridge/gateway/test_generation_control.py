@@ -122,7 +122,9 @@ def test_a_client_s_control_in_both_forms(serve: Serve) -> None:
 def test_wait_lets_what_runs_finish(serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend, max_in_flight=20)
-    with working(gateway, *(request(name, samples=20) for name in "abcd")) as (client, control):
+    with working(gateway, request("a", samples=20)) as (client, control):
+        for name in "bcd":
+            client.submit([request(name, samples=20)])
         backend.rate = 100
         control.pause("wait", reset_cache=True)
         figures = client.status()
