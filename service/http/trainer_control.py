@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from ...errors import TransportError
+from ...errors import ClusterError, TransportError
 from ...trainer_bridge.client import ServiceControl
 from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.keys import ClientKeys
@@ -44,7 +44,7 @@ class TrainerControl:
         self._address, self._keys, self._gateway = gateway.address, keys, gateway
         self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
         self._waits = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-wait")  # of their own, so that a resume finds a thread
-        self._waiting = 0
+        self._waiting = self._resumes = 0
         self._updating = threading.Lock()
         self._chunks: WeightChunks | None = None
         self._touched = 0.0
@@ -65,10 +65,18 @@ class TrainerControl:
         """
         self._check_waiting()
         self._refuses, self._in_flight = refuse, in_flight
-        await self._wait(lambda control: control.pause(mode, reset_cache=reset_cache))
+        resumes = self._resumes
+
+        def act(control: ServiceControl) -> None:
+            if self._resumes != resumes:  # it waited for a thread
+                raise ClusterError("the pause was ended before it had begun")
+            control.pause(mode, reset_cache=reset_cache)
+
+        await self._wait(act)
 
     async def resume(self) -> None:
-        """Ends the pause."""
+        """Ends the pause, and those that were asked for and have not begun."""
+        self._resumes += 1
         self._refuses, self._in_flight = False, "keep"
         await self._call(lambda control: control.resume())
 
