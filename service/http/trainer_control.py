@@ -28,6 +28,7 @@ from .weight_chunks import Tensor, WeightChunks
 T = TypeVar("T")
 MAX_CALLS = 16
 """Pauses and aborts at once, which wait for samples, and other calls at once. Each takes a thread."""
+_LOOK_S = 0.05
 IDLE_S = 300.0
 """Seconds without a chunk after which another update may replace one that was started."""
 
@@ -45,6 +46,7 @@ class TrainerControl:
         self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
         self._waits = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-wait")  # of their own, so that a resume finds a thread
         self._waiting = self._resumes = 0
+        self._pauses = set[asyncio.Future[None]]()  # that have not begun
         self._updating = threading.Lock()
         self._chunks: WeightChunks | None = None
         self._touched = 0.0
@@ -72,13 +74,20 @@ class TrainerControl:
                 raise ClusterError("the pause was ended before it had begun")
             control.pause(mode, reset_cache=reset_cache)
 
-        await self._wait(act)
+        pause = asyncio.ensure_future(self._wait(act))
+        self._pauses.add(pause)
+        pause.add_done_callback(self._pauses.discard)
+        await pause
 
     async def resume(self) -> None:
         """Ends the pause, and those that were asked for and have not begun."""
         self._resumes += 1
         self._refuses, self._in_flight = False, "keep"
+        asked = set(self._pauses)
         await self._call(lambda control: control.resume())
+        while asked := {pause for pause in asked if not pause.done()}:  # one may have been on its way
+            await asyncio.wait(asked, timeout=_LOOK_S)
+            await self._call(lambda control: control.resume())
 
     async def abort(self, request_ids: Sequence[str] | None) -> None:
         """Ends requests where they are; None for all. Their clients are answered with what they have."""
