@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from golden import FILE, POLICIES, compute
 
+SLOW = {"random-float64": pytest.mark.slow}  # the other random policy takes the same paths
 
-@pytest.mark.parametrize("policy", POLICIES)
+
+@pytest.mark.parametrize("policy", [pytest.param(name, marks=SLOW.get(name, ())) for name in POLICIES])
 def test_tokens_and_logprobs_are_those_recorded(policy: str) -> None:
     """Tokens exactly; log-probabilities to 1e-5: processors differ in how many numbers of a sum they add at once."""
     recorded, cases = np.load(FILE), 0

@@ -1,4 +1,8 @@
-"""A live service of a test file, and OpenAI's client of it."""
+"""A live service of this folder's files, and OpenAI's client of it.
+
+The folder is a package (`__init__.py`), so that the service ends with its last test; ONE_PROCESS in tests/conftest.py gives one
+process all of its files.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from http_parts import KEY, live_service, url_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with live_service(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def client(service: Service) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url_of(service)}/v1", api_key=KEY, max_retries=0) as client:
         yield client

@@ -36,7 +36,9 @@ def test_a_damaged_request_fails_by_name_and_the_others_go_on(tmp_path: Path, co
     ledger.close()
     change(path, f"UPDATE requests SET {column}=? WHERE id='bad'", value)
     with Gateway(ToyBackend(), "tcp://127.0.0.1:*", path) as gateway, connect(gateway.address, client_id="t") as client:
-        with pytest.raises(RequestRefused, match="row of request 'bad' is damaged"):
+        # Of a damaged digest the client may hear when it asks for the request again, before the request is leased.
+        why = "row of request 'bad' is damaged" + ("|'bad' was already used" if column == "digest" else "")
+        with pytest.raises(RequestRefused, match=why):
             client.generate([request("a", 2), request("bad", 2), request("c")], timeout=10)
         assert sorted(t.key for t in client.results(timeout=10)) == [("a", 0), ("a", 1), ("c", 0)]
         assert client.delivery["missing"] == 0

@@ -1,0 +1,1 @@
+"""Tests of the HTTP face: one live service for its files."""
