@@ -14,7 +14,8 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
     graphs        1/32 of the device, where passes are captured
     libraries     512 MB: workspaces of two streams, compiled kernels
 
-Invariants: nothing is allocated before the pool is known to fit. One line in the log says what was decided.
+Invariants: nothing is allocated before the pool is known to fit. A GPU has no more pages than its kernels address. One line in
+the log says what was decided.
 """
 
 from __future__ import annotations
@@ -94,17 +95,25 @@ class Room:
     Attributes:
         free: bytes that are free with the policy loaded. aside: bytes that are set aside, by what for.
         page: bytes of a page in all layers, the tail that lies with it included.
+        most: pages that kernels address; None for any number.
     """
 
     free: int
     aside: Mapping[str, int]
     page: int
+    most: int | None
 
     @classmethod
     def of(cls, policy: Policy, config: PoolConfig, block_size: int) -> Room:
         """Beside a loaded policy."""
         free, total = memory(policy.device)
-        return cls(free, set_aside(policy, config, block_size, total), page_bytes(policy, config.page_size))
+        z, most = policy.config, None
+        if policy.device.type != "cpu":
+            most = page_sizes.addressable_pages(
+                heads=z.num_attention_heads, groups=z.num_key_value_heads, head_dim=z.head_dim, hops=policy.hops,
+                page_size=config.page_size, ring_entries=2 * config.max_batch * _ring(policy, block_size),
+            )  # fmt: skip
+        return cls(free, set_aside(policy, config, block_size, total), page_bytes(policy, config.page_size), most)
 
     @property
     def usable(self) -> int:
@@ -113,7 +122,12 @@ class Room:
 
     def pages(self, share: float) -> int:
         """Pages that fit into this share of what is usable."""
-        return int(share * self.usable) // self.page
+        return self.within(int(share * self.usable))
+
+    def within(self, size: int) -> int:
+        """Pages that so many bytes hold, at most `most`."""
+        pages = size // self.page
+        return pages if self.most is None else min(pages, self.most)
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.aside.items() if size >= 5 * 10**6)
@@ -132,7 +146,7 @@ def pool_pages(policy: Policy, config: PoolConfig, block_size: int) -> int:
     if wanted is None and asked is None and policy.device.type != "cpu":
         wanted = DEFAULT_SHARE
     if isinstance(wanted, str):
-        pages, field, value = _bytes_of(wanted) // room.page, "kv_memory", repr(wanted)
+        pages, field, value = room.within(_bytes_of(wanted)), "kv_memory", repr(wanted)
     elif wanted is not None:
         pages, field, value = room.pages(wanted), "kv_memory", f"{wanted:g} of what is left"
     elif asked is not None:
@@ -141,7 +155,7 @@ def pool_pages(policy: Policy, config: PoolConfig, block_size: int) -> int:
         longest = min(_DEFAULT_POSITIONS, policy.config.max_position_embeddings)
         pages, field = config.max_batch * pages_for(longest, size), "max_batch"
         value = f"{config.max_batch} samples of {longest} positions, {_gb(pages * room.page)} of K/V"
-    if pages * room.page > room.usable:
+    if pages > room.pages(1.0):
         raise RequestError(field, f"{value}, and {room}", f"use at most {room.pages(1.0)} pages ({_gb(room.usable)}), or lower "
                            "max_batch and prefill_rows")  # fmt: skip
     least = pages_for(block_size + 2, size)
@@ -196,7 +210,7 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     if config.batch_invariant:
         most = min(pages_for(z.max_position_embeddings, INVARIANT_KEYS) + 1, MOST_SPLITS)
         split_rows = most * (step * z.num_attention_heads + bucket(batch) * INVARIANT_QUERIES * z.num_key_value_heads)
-    ring = block_size + 1 + policy.hops
+    ring = _ring(policy, block_size)
     tail = page_sizes.tail_row(z.num_attention_heads, z.num_key_value_heads, z.head_dim)
     return {
         "logits": _LOGIT_COPIES * 4 * logit_rows * z.vocab_size,
@@ -207,6 +221,11 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
         "graphs": device_memory // GRAPH_SHARE if away and config.captured else 0,
         "libraries": _LIBRARIES if away else 0,
     }
+
+
+def _ring(policy: Policy, block_size: int) -> int:
+    """Tail entries of a slot (`PagedCache.ring`)."""
+    return block_size + 1 + policy.hops
 
 
 def memory(device: torch.device) -> tuple[int, int]:

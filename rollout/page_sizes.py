@@ -16,3 +16,11 @@ def page_bytes(*, layers: int, heads: int, groups: int, head_dim: int, hops: int
     Args: hops: positions that the convolutions look back. itemsize: bytes of a number."""
     keys_and_values = 2 * groups * head_dim * page_size
     return layers * (keys_and_values + min(hops, page_size) * tail_row(heads, groups, head_dim)) * itemsize
+
+
+def addressable_pages(*, heads: int, groups: int, head_dim: int, hops: int, page_size: int, ring_entries: int) -> int:
+    """Pages whose tail the kernels of a GPU address: offsets into the tail of one layer have 32 bits.
+
+    Args: ring_entries: tail entries of all slots, which come before those of the pages."""
+    entries = (1 << 31) // ((heads + groups) * head_dim) - ring_entries
+    return max(entries, 0) // max(min(hops, page_size), 1)

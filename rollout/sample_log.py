@@ -1,7 +1,9 @@
 """What a sample's steps gave: log-probabilities, versions and trace, one entry per generated token or step.
 
 A step's record serves all its samples. A sample notes which row of it is its own, and how many tokens it took; the lists are made
-when somebody reads them, which for most samples is once, at their end.
+when somebody reads them, or for many steps at once.
+
+Invariant: a sample keeps at most `2 * UNSETTLED` records, which hold the numbers of its neighbours too.
 
 Legend: D decoding samples, R most tokens of one of them.
 """
@@ -13,6 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .types import StepTrace
+
+UNSETTLED = 64
+"""Steps after which the lists are made."""
 
 
 class StepRecord(NamedTuple):
@@ -57,6 +62,9 @@ class SampleLog:
     def take(self, record: StepRecord, row: int, anchor: int, count: int) -> None:
         """Note a step that committed `count` tokens behind `anchor`; the sample is `row` of its record."""
         self._taken.append((record, row, anchor, count))
+        # Rows differ, so the samples of a batch do not all make their lists in the same step.
+        if len(self._taken) >= UNSETTLED + row % UNSETTLED:
+            self.settle()
 
     def settle(self) -> SampleLog:
         """Bring the lists up to date; returns itself."""

@@ -62,16 +62,22 @@ def _block(
 
 
 @triton.jit
-def _pages(table, block, N: tl.constexpr, PAGE: tl.constexpr):
-    """Numbers of the pages that a block of keys lies in: of its two halves where these are pages, else of each of its keys."""
+def _pages(table, block, pages, N: tl.constexpr, PAGE: tl.constexpr, WHOLE: tl.constexpr):
+    """Numbers of the pages that a block of keys lies in: of its two halves where these are pages, else of each of its keys.
+
+    Args:
+        pages: columns of the table. WHOLE: the block is cached whole; others may end behind the table.
+    """
+    last = pages - 1
     if PAGE % N == 0:
         low = tl.load(table + block * N // PAGE)
         high = low
     elif N == 2 * PAGE:
         low = tl.load(table + 2 * block)
-        high = tl.load(table + 2 * block + 1)
+        high = tl.load(table + (2 * block + 1 if WHOLE else tl.minimum(2 * block + 1, last)))
     else:
-        low = tl.load(table + (block * N + tl.arange(0, N)) // PAGE)
+        column = (block * N + tl.arange(0, N)) // PAGE
+        low = tl.load(table + (column if WHOLE else tl.minimum(column, last)))
         high = low
     return low, high
 
@@ -147,11 +153,11 @@ def paged(
     column = g * D + d
     table = table_ptr + sequence.to(tl.int64) * pages
     last = tl.maximum(common_1 - 1, 0)
-    low, high = _pages(table, tl.minimum(common_0, last), N, PAGE)
+    low, high = _pages(table, tl.minimum(common_0, last), pages, N, PAGE, False)
     for block in range(common_0, common_1):
         place = _places(low, high, block, N, PAGE) * (G * D)
         # The page numbers of the next block are loaded before this block's products, so that its keys do not wait for them.
-        low, high = _pages(table, tl.minimum(block + 1, last), N, PAGE)
+        low, high = _pages(table, tl.minimum(block + 1, last), pages, N, PAGE, True)
         acc, top, total = _block(
             acc, top, total, q, k_pool + place[None, :] + column[:, None], v_pool + place[:, None] + column[None, :],
             n >= 0, True, scale, False, D, WIDTH, PRECISION,

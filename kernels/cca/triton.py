@@ -231,6 +231,7 @@ def cca(
     keep = pools is not None
     assert rows * max(x_TC.stride(0), h * d) < 1 << 31, "offsets into a pack are 32 bits"
     k_pool, v_pool, x_pool, delayed_pool = pools if pools is not None else (k_TGD, v_TGD, x_TC, delayed_TW)
+    assert x_pool.numel() <= 1 << 31, "offsets into the tail are 32 bits"
     strides: dict[str, Any] = dict(x_row=x_TC.stride(0), delayed_row=delayed_TW.stride(0))
     entries: dict[str, Any] = dict(
         x_TC=x_TC, delayed_TW=delayed_TW, tail_T=places.tail_T, x_pool=x_pool, delayed_pool=delayed_pool, W=w

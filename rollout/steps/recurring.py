@@ -44,6 +44,7 @@ class RecurringInputs:
     Attributes:
         layout, plan: on the host, as the latest `at` made them.
         view: gives the pools of the cache.
+        clean: C.
     """
 
     def __init__(self, policy: Policy, cache: PagedCache, rows: DecodeRows, sequences: int, width: int) -> None:
@@ -54,7 +55,7 @@ class RecurringInputs:
         self.view: CacheView = cache.view([BlockTable(0)] * sequences, self.layout, width)
         self.plan = plan = policy.paged_plan(self.layout, self.view)
         self._hops = hops
-        self._clean = clean = len(rows.clean)
+        self.clean = clean = len(rows.clean)
         self._slot = np.zeros(sequences, dtype=np.int64)
         self._start, self._pages = np.zeros_like(self._slot), np.zeros_like(self._slot)
         self._written: list[np.ndarray] = [_NO_PAGES] * sequences
@@ -92,7 +93,7 @@ class RecurringInputs:
             starts: position of its first row.
             first: token of that row; None where only the device knows it.
         """
-        cache, size, clean, count = self._cache, self._cache.page_size, self._clean, len(tables)
+        cache, size, clean, count = self._cache, self._cache.page_size, self.clean, len(tables)
         start, slot, pages, table = self._start, self._slot, self._pages, self._rows[0][0].table_SP.numpy()
         self._write_pages(tables, table, pages)
         start[:count], start[count:] = starts, 0

@@ -90,15 +90,16 @@ class Shape:
         """Replay the graph on these sequences; the result is `hidden_TH`.
 
         Args:
-            draft_SM: int64, tokens of the rows behind the first one, of at least S sequences; None where there are none.
+            draft_SM: int64, tokens of the clean rows behind the first one, of at least S sequences and as many rows; None where
+                there are none.
         """
         assert self.captured is not None
         self.inputs.at(tables, starts, first)
         self.copy.send()
         if draft_SM is not None:
             if self._drafts is None or self._drafts[0] is not draft_SM:
-                token_SR = self.copy.tree[0].token_T.view(self.sequences, -1)
-                self._drafts = draft_SM, token_SR[:, 1 : 1 + draft_SM.shape[1]], draft_SM[: self.sequences]
+                token_SR, clean = self.copy.tree[0].token_T.view(self.sequences, -1), self.inputs.clean
+                self._drafts = draft_SM, token_SR[:, 1:clean], draft_SM[: self.sequences, : clean - 1]
             _, rows, waiting = self._drafts
             rows.copy_(waiting)
         self.captured.graph.replay()

@@ -100,6 +100,22 @@ def test_a_gpu_gives_nine_tenths_of_what_is_left(policy):
     assert kv_memory.prefill_rows(EngineConfig(), policy) == 512
 
 
+def test_a_gpu_has_no_more_pages_than_its_kernels_address(policy):
+    """A small policy on a large GPU: offsets into the tail of a layer have 32 bits."""
+    pytest.importorskip("triton")
+    from pretend_device import PretendDevice
+
+    away, z = copy.deepcopy(policy), policy.config
+    channels = (z.num_attention_heads + z.num_key_value_heads) * z.head_dim
+    config = EngineConfig(max_batch=2, page_size=16, captured=False)
+    with PretendDevice(free=1000 * GB):
+        away.to("cuda:0")
+        entries = 2 * 2 * (16 + 1 + policy.hops) + kv_memory.pool_pages(away, config, 16) * policy.hops
+        assert 0.99 * 2**31 < entries * channels <= 2**31
+        with pytest.raises(RequestError, match="pages: .* use at most"):
+            kv_memory.pool_pages(away, EngineConfig(max_batch=2, page_size=16, captured=False, pages=10**8), 16)
+
+
 def test_a_file_of_long_prompts_takes_the_pages_there_are(policy, free):
     """More would be welcome: then no sample would wait for another's pages."""
     config = EngineConfig(max_batch=8, page_size=16)

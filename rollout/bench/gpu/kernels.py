@@ -178,13 +178,14 @@ class KernelBench:
         return row | {"bytes": work.bytes, "flops": work.flops, "kind": "head", "batch": batch, "rows": rows}
 
     def cutoffs(self, batch: int) -> dict[str, Any]:
-        """Top-p of the verify rows, in place. Logits that were cut before are cut in the same place again."""
+        """Top-p of the verify rows. What is cut lies apart: logits that were cut once would have other edges."""
         rows, vocab = self.policy.block_size, self.config.vocab_size
         logits = self._randn(batch, rows, vocab).float()
+        apart = logits.clone()
         wide = torch.ones(batch, dtype=torch.float64, device=self.device)
         top_k = torch.zeros(batch, dtype=torch.int64, device=self.device)
         row = timed(
-            lambda: cut_(logits, wide, edges(logits, wide, top_k, wide * 0.95, wide * 0)), self.sizes, self.device
+            lambda: cut_(apart, wide, edges(logits, wide, top_k, wide * 0.95, wide * 0)), self.sizes, self.device
         )
         work = kernel_work.cutoffs(self.config, batch * rows)
         return row | {"bytes": work.bytes, "flops": 0.0, "kind": "cutoffs", "batch": batch, "rows": batch * rows}

@@ -62,6 +62,17 @@ def test_attention():
     audited(lambda: attention(64, 32, 300))
 
 
+@pytest.mark.parametrize("page", [32, 8, 1])
+def test_attention_over_a_sequence_that_begins(page):
+    """No block of keys is cached whole, and the table of pages has one column."""
+    rows = Rows.of(
+        np.array([[0], [2], [0], [0]]), np.array([0, 1]), np.array([1]), torch.zeros(1, 1, dtype=torch.int32), page_size=page,
+        heads=H, kv_heads=G, dtype=HALF,
+    )  # fmt: skip
+    pools = half(page, G, SIZE), half(page, G, SIZE)
+    audited(lambda: paged_attend(half(1, H, SIZE), half(1, G, SIZE), half(1, G, SIZE), *pools, rows, SIZE**-0.5))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(64, 32, 16384), (1, 32, 16384), (512, 17, 2048)])
 def test_attention_over_long_contexts(sizes):

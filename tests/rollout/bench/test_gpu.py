@@ -21,7 +21,7 @@ from blockroll.errors import InvalidInput
 from blockroll.kernels.dispatch import using
 from blockroll.kernels.launch import record
 from blockroll.model.policy import Policy
-from blockroll.rollout.bench.gpu import checks, compilation, host, predict, runner
+from blockroll.rollout.bench.gpu import checks, compilation, host, kernels, predict, runner
 from blockroll.rollout.bench.gpu.kernels import KernelBench
 from blockroll.rollout.bench.gpu.parts import FilledCache, passes
 from blockroll.rollout.bench.gpu.report import summarise, text, write_plot
@@ -398,3 +398,11 @@ def test_compilers_are_few_on_a_large_node(monkeypatch):
     monkeypatch.setattr(compilation, "architecture", lambda: "gfx942")
     compilation.compile_kernels()
     assert asked == [16]
+
+
+def test_every_timed_call_of_cut_offs_finds_the_same_edges(monkeypatch):
+    found = []
+    edges = kernels.edges
+    monkeypatch.setattr(kernels, "edges", lambda *arguments: found.append(edges(*arguments)) or found[-1])
+    KernelBench(replace(DRY, repeats=3), CPU).cutoffs(2)
+    assert len(found) > 1 and all(torch.equal(part, first) for each in found for part, first in zip(each, found[0], strict=True))

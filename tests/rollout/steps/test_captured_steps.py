@@ -13,6 +13,7 @@ from engine_cases import small_markov_policy
 from graph_emulator import EmulatedDevice, GraphFault
 
 from blockroll.kernels import graphs
+from blockroll.rollout import engine as engine_module
 from blockroll.rollout.bench.gpu.running import engine_for, measure
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning.roofline import KERNELS_OF_DRAFTS, KERNELS_PER_LAYER, KERNELS_PER_PASS
@@ -98,6 +99,27 @@ def test_captured_steps_give_the_tokens_of_eager_ones(policy, monkeypatch, sched
         # float32 policy has none of.
         forward, verify, _ = (graph.launches for graph in device.graphs)
         assert forward == KERNELS_PER_PASS - 5 + KERNELS_PER_LAYER - 1 and verify == KERNELS_OF_DRAFTS - 39
+
+
+def test_schedules_with_fewer_drafts_run_in_graphs_too(policy, monkeypatch):
+    """As under `auto`: they share the memory of the drafts that wait, which holds as many as the widest schedule draws."""
+    monkeypatch.setattr(sampling_graphs, "CAPTURED_KINDS", (SamplerKind("coupled"),))
+    schedules = Schedule("fused", levels=(0,)).within(8), Schedule("fused", 2, (0,), 4).within(8)
+    monkeypatch.setattr(engine_module, "schedules_of", lambda *_: schedules)
+
+    def sample(policy):
+        engine, done = Engine(policy, block_size=8, page_size=8, pages=8, max_batch=1, schedule=schedules[0]), []
+        engine.add(RolloutRequest("r", (3,), SamplingParams("coupled", max_tokens=8, ignore_eos=True), seed=2))
+        while engine.has_work:
+            engine.schedule = schedules[engine.forwards % 2]
+            done += engine.step()
+        return done[0]
+
+    expected = sample(policy)
+    with EmulatedDevice() as device:
+        got = sample(copy.deepcopy(policy).to("cuda:0"))
+    assert got.tokens == expected.tokens and got.trace == expected.trace
+    assert len(device.graphs) == 6 and all(graph.replays for graph in device.graphs)
 
 
 @pytest.mark.slow
