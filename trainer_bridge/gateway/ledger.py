@@ -34,7 +34,7 @@ from ..wire.records import FAILURE, encode_trajectory
 from . import aborting
 from .aborting import Aborted
 from .batch_parts import Part, Receipt, record_part
-from .damage import Pending, fail_damaged, read_pending, read_request
+from .damage import Pending, fail_damaged, read_pending, read_requests
 from .leasing import in_turn
 from .ledger_counters import Change, Counters, Totals
 from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
@@ -136,7 +136,7 @@ class Ledger:
 
     def _leased(self, found: Sequence[tuple[str, tuple[Any, ...]]]) -> tuple[int, list[RolloutRequest], list[str]]:
         """Leases rows (id, samples, digest, payload) of clients under a new epoch. Those that are damaged fail."""
-        whole, damaged = _read(found)
+        whole, damaged = read_requests(found)
         with self._totals.changing() as new:
             epoch = self._take([row[0] for _, row in found], damaged, new)
         self._epoch = epoch
@@ -164,17 +164,15 @@ class Ledger:
         An output under an old epoch, or for a request that is not leased, is dropped and counted `stale`; one whose key
         is recorded already is dropped and counted in `duplicates`.
         """
-        outputs = [(item, *_payload(item)) for item in completed]
         with self._totals.changing() as new:
-            return self._record(outputs, new)
+            return self._record([(item, *_payload(item)) for item in completed], new)
 
     def _record(self, outputs: Sequence[tuple[Completed, int, bytes]], new: Change) -> set[str]:
         """Inside a transaction: `record`, for outputs with the sample number and payload of each."""
         clients, run = set[str](), self._file.run
         for item, place, payload in outputs:
-            row = run("SELECT client, samples, state, epoch, recorded, settled FROM requests WHERE id=?",
-                      (item.request_id,)).fetchone()
-            key = (item.request_id, place)
+            columns, key = "client, samples, state, epoch, recorded, settled", (item.request_id, place)
+            row = run(f"SELECT {columns} FROM requests WHERE id=?", (item.request_id,)).fetchone()
             client, samples, state, epoch, recorded, settled = row or ("", 0, STAGED, 0, 0, 0)
             if state not in (LEASED, DONE) or epoch != item.epoch or not FAILURE <= place < samples:
                 new.stale += 1
@@ -222,13 +220,12 @@ class Ledger:
             found = aborting.queued(self._file, aborted)
         if not found:
             return set()
-        whole, damaged = _read(found)
-        epoch = self._epoch + 1
-        outputs = [(item, *_payload(item)) for _, request in whole for number in range(request.samples)
-                   for item in [Completed(epoch, request.id, Trajectory.aborted(request, number))]]
+        (whole, damaged), epoch = read_requests(found), self._epoch + 1
+        ended = [Completed(epoch, request.id, Trajectory.aborted(request, number))
+                 for _, request in whole for number in range(request.samples)]
         with self._totals.changing() as new:
             self._take([row[0] for _, row in found], damaged, new)
-            clients = self._record(outputs, new)
+            clients = self._record([(item, *_payload(item)) for item in ended], new)
         self._epoch = epoch
         return clients | {client for client, _, _ in damaged}
 
@@ -337,15 +334,6 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _read(found: Sequence[tuple[str, tuple[Any, ...]]]
-          ) -> tuple[list[tuple[str, RolloutRequest]], list[tuple[str, str, str]]]:  # fmt: skip
-    """Of rows (id, samples, digest, payload) of clients: (client, request) of each that is whole, and (client, id, what is
-    wrong) of each that is damaged."""
-    read = [(client, row[0], read_request(*row)) for client, row in found]
-    return ([(client, request) for client, _, request in read if not isinstance(request, str)],
-            [(client, request_id, why) for client, request_id, why in read if isinstance(why, str)])
 
 
 def _payload(item: Completed) -> tuple[int, bytes]:
