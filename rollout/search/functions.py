@@ -35,15 +35,18 @@ def load_function(reference: str, field: str) -> Callable[..., Any]:
     """The function that `module:function` names. The working directory is searched for modules too, as Python does for scripts.
 
     Raises:
-        InvalidInput: there is no such module or function. `field` is what the error calls it.
+        InvalidInput: there is no such module or function, or the module raises an error. `field` is what the error calls it.
     """
+    if not is_reference(reference):
+        raise InvalidInput(field, f"{short(reference)} names no function", "write it as module:function")
     name, _, path = reference.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         found: Any = importlib.import_module(name)
-    except ImportError as error:
-        raise InvalidInput(field, f"module {name!r} cannot be imported ({' '.join(str(error).split())})",
+    except Exception as error:  # whatever a user's module raises
+        said = " ".join(str(error).split())
+        raise InvalidInput(field, f"module {name!r} cannot be imported ({type(error).__name__}: {said})",
                            "check its name, and that it can be imported from here") from error  # fmt: skip
     for part in path.split("."):
         found = getattr(found, part, None)

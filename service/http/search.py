@@ -142,7 +142,7 @@ def _config(body: GenerationBody, state: HttpState, prompts: Sequence[Sequence[i
     if body.n != 1:
         raise HttpError(400, f"n: {body.n} given beside search, which has one answer; give search.samples", "n")
     for field in _OF_ONE_SAMPLE:
-        if getattr(body, field, None) not in (None, False):
+        if (value := getattr(body, field, None)) is not None and value is not False:
             raise HttpError(400, f"{field}: given beside search; its answer is not one sample", field)
     if not body.skip_special_tokens:
         raise HttpError(400, "skip_special_tokens: false, and a search reads texts without them", "skip_special_tokens")
@@ -166,15 +166,18 @@ def _bounded(
 ) -> SearchConfig:  # fmt: skip
     """The configuration with a budget of tokens: all of them are kept until the search ends."""
     side_by_side = 1 if config.method == "budget_forcing" else config.samples or WAVE
+    field = "search.samples"
+    if config.method == "beam" and config.width > side_by_side:  # one text is always kept, and has so many next steps
+        side_by_side, field = config.width, "search.width"
     if side_by_side * len(prompts) > state.options.max_samples:
-        raise HttpError(400, f"search.samples: {len(prompts)} prompts of {side_by_side} samples are more than "
-                        f"{state.options.max_samples} (http.max_samples)", "search.samples")
+        raise HttpError(400, f"{field}: {len(prompts)} prompts of {side_by_side} samples are more than "
+                        f"{state.options.max_samples} (http.max_samples)", field)
     more = params.max_tokens
     if config.method == "markovian_rsa":
         more += config.aggregate * (config.tail or max(params.max_tokens // 2, 1))
     if side_by_side * sum(min(len(prompt) + more, state.sizes.positions) for prompt in prompts) > MAX_ENTRIES:
-        raise HttpError(400, f"search.samples: {side_by_side} samples per prompt may have more than {MAX_ENTRIES} tokens at "
-                        "once, prompts included; lower samples or max_tokens", "search.samples", "answer_too_large")
+        raise HttpError(400, f"{field}: {side_by_side} samples per prompt may have more than {MAX_ENTRIES} tokens at once, "
+                        f"prompts included; lower {field} or max_tokens", field, "answer_too_large")
     most = MAX_ENTRIES // len(prompts)
     if config.budget_tokens is not None and config.budget_tokens > most:
         raise HttpError(400, f"search.budget_tokens: {config.budget_tokens} is more than {most}, which one request of "

@@ -27,7 +27,8 @@ from .pending_requests import Arrival
 from .rollout_client import STOP, RolloutClient
 
 MAX_WAITING, MAX_SHORT = 64, 8
-"""Calls of `results` and `generate` that wait at once, and other calls; each takes a thread. Further ones wait for a place."""
+"""Calls of `results` and `generate` that wait at once, and other calls; each takes a thread. Further ones wait for a place. So do
+calls of `control` that wait for samples, in MAX_SHORT threads of their own."""
 T = TypeVar("T")
 
 
@@ -41,6 +42,7 @@ class AsyncRolloutClient:
         self._client = client
         self._waiting = ThreadPoolExecutor(MAX_WAITING, "blockroll-wait")
         self._short = ThreadPoolExecutor(MAX_SHORT, "blockroll-call")
+        self._controlling = ThreadPoolExecutor(MAX_SHORT, "blockroll-control")
 
     @classmethod
     async def connect(cls, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,
@@ -99,14 +101,14 @@ class AsyncRolloutClient:
         return await self._call(self._short, self._client.status)
 
     def control(self) -> AsyncServiceControl:
-        """See RolloutClient.control. Its calls share the places of those that wait."""
-        return AsyncServiceControl(self._client.control, self._waiting)
+        """See RolloutClient.control."""
+        return AsyncServiceControl(self._client.control, self._short, self._controlling)
 
     async def close(self, *, acknowledge: bool = True) -> None:
         """See RolloutClient.close."""
         await asyncio.to_thread(self._client.close, acknowledge=acknowledge)
-        self._waiting.shutdown(wait=False)
-        self._short.shutdown(wait=False)
+        for threads in (self._waiting, self._short, self._controlling):
+            threads.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
         return self

@@ -22,11 +22,12 @@ class AsyncServiceControl:
     """What a trainer asks of a service beside rollouts; made by `AsyncRolloutClient.control`.
 
     Args:
-        session: opens a session. threads: run the calls; of the client, which has to be open.
+        session: opens a session. threads, waiting: run the calls, and those that wait for samples; of the client, which has to be
+            open. A call of `threads` finds one even while every thread of `waiting` waits for a resume.
     """
 
-    def __init__(self, session: Callable[[], ServiceControl], threads: Executor) -> None:
-        self._session, self._threads = session, threads
+    def __init__(self, session: Callable[[], ServiceControl], threads: Executor, waiting: Executor) -> None:
+        self._session, self._threads, self._waiting = session, threads, waiting
 
     async def status(self) -> ServiceStatus:
         """See ServiceControl.status."""
@@ -38,7 +39,7 @@ class AsyncServiceControl:
 
     async def pause(self, mode: messages.PauseMode = "keep", *, reset_cache: bool = False, timeout: float | None = None) -> None:
         """See ServiceControl.pause."""
-        await self._call(lambda control: control.pause(mode, reset_cache=reset_cache, timeout=timeout))
+        await self._call(lambda control: control.pause(mode, reset_cache=reset_cache, timeout=timeout), self._waiting)
 
     async def resume(self) -> None:
         """See ServiceControl.resume."""
@@ -50,7 +51,7 @@ class AsyncServiceControl:
 
     async def abort(self, request_ids: Iterable[str] | None = None) -> None:
         """See ServiceControl.abort."""
-        await self._call(lambda control: control.abort(request_ids))
+        await self._call(lambda control: control.abort(request_ids), self._waiting)
 
     async def reset_prefix_cache(self) -> None:
         """See ServiceControl.reset_prefix_cache."""
@@ -61,22 +62,22 @@ class AsyncServiceControl:
     ) -> int:
         """See RolloutClient.push_weights."""
         return await self._call(lambda control: control.push_weights(
-            version, tensors, allow_gap=allow_gap, in_flight=in_flight))
+            version, tensors, allow_gap=allow_gap, in_flight=in_flight), self._waiting)
 
     async def load_weights(
         self, version: int, directory: str | Path, *, allow_gap: bool = False, in_flight: str = "finish"
     ) -> int:
         """See ServiceControl.load_weights."""
         return await self._call(lambda control: control.load_weights(
-            version, directory, allow_gap=allow_gap, in_flight=in_flight))
+            version, directory, allow_gap=allow_gap, in_flight=in_flight), self._waiting)
 
     async def label_version(self, version: int) -> int:
         """See ServiceControl.label_version."""
         return await self._call(lambda control: control.label_version(version))
 
-    async def _call(self, act: Callable[[ServiceControl], T]) -> T:
+    async def _call(self, act: Callable[[ServiceControl], T], threads: Executor | None = None) -> T:
         def run() -> T:
             with self._session() as control:
                 return act(control)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        return await asyncio.get_running_loop().run_in_executor(threads or self._threads, run)

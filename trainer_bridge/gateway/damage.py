@@ -6,7 +6,9 @@ A damaged row fails its own request, with a reason that names the row. It keeps 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import TransportError
 from ...rollout.types import RolloutRequest
@@ -44,6 +46,15 @@ def read_request(request_id: str, samples: object, digest: object, payload: obje
     if (request.id, request.samples) != (request_id, samples):
         return f"{where}: it holds {request.samples} samples of {request.id!r}"
     return request
+
+
+def read_requests(found: Sequence[tuple[str, tuple[Any, ...]]]
+                  ) -> tuple[list[tuple[str, RolloutRequest]], list[tuple[str, str, str]]]:  # fmt: skip
+    """Of rows (id, samples, digest, payload) of clients: (client, request) of each that is whole, and (client, id, what is
+    wrong) of each that is damaged."""
+    read = [(client, row[0], read_request(*row)) for client, row in found]
+    return ([(client, request) for client, _, request in read if not isinstance(request, str)],
+            [(client, request_id, why) for client, request_id, why in read if isinstance(why, str)])
 
 
 def read_pending(file: LedgerFile, client: str, after: int, max_bytes: int, check_to: int

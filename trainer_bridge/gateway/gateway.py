@@ -284,24 +284,26 @@ class Gateway:
         return bool(self._unrecorded) or self._weights.undecided
 
     def _dispatch(self, now: float) -> None:
-        """Ends revoked leases, then leases queued batches while there is room."""
+        """Ends revoked leases, also during a pause or an abort, which waits for what is leased. Then leases queued batches while
+        there is room."""
         weights = self._weights
-        if (self._unrecorded or weights.undecided or weights.missing or self._operations.draining
-                or self._generation.holds_back or not self._retries.due("dispatch", now)):
+        if self._unrecorded or weights.undecided or not self._retries.due("dispatch", now):
             return
+        held = weights.missing or self._operations.draining or self._generation.holds_back
         try:
-            for epoch in sorted(self._revoked):
+            for epoch in (ended := sorted(self._revoked)):
                 self._ledger.release(epoch)
                 self._driver.revoke(epoch)
                 self._revoked.remove(epoch)
                 self._leases.pop(epoch, None)
                 _log.info("lease %d is over; its unfinished work is leased again", epoch)
-            while (leased := self._lease()) is not None:
+            while not held and (leased := self._lease()) is not None:
                 if leased[1]:  # the rows of a batch may all be damaged
                     self._leases[leased[0]] = now
                     _log.info("lease %d: %d requests", leased[0], len(leased[1]))
                     self._driver.submit(*leased)
-            self._retries.worked("dispatch")
+            if ended or not held:
+                self._retries.worked("dispatch")
         except StorageError as error:
             self._retries.failed("dispatch", error, now)
 

@@ -50,13 +50,14 @@ class GenerationControl:
     def __init__(self, sessions: Sessions, ledger: Ledger, driver: BackendDriver, retries: StorageRetries) -> None:
         self._sessions, self._ledger, self._driver, self._retries = sessions, ledger, driver, retries
         self._aborted: list[Aborted] = []
+        self._queued: list[Aborted] = []  # those of which requests may be queued
         self._waiting: list[_Waiting] = []
         self.mode = ""
 
     @property
     def holds_back(self) -> bool:
         """Whether nothing may be leased now."""
-        return bool(self.mode) or any(aborted.request_ids is None for aborted in self._aborted)
+        return bool(self.mode or self._queued) or any(aborted.request_ids is None for aborted in self._aborted)
 
     def handle(self, session: Session, message: Pause | Resume | Abort | ResetPrefixCache) -> None:
         """Begins what a message wants; its sender is answered later. Where the ledger cannot be read, nothing has begun."""
@@ -110,9 +111,12 @@ class GenerationControl:
     def _advance(self) -> set[str]:
         clients = set[str]()
         for aborted in list(self._aborted):
-            clients |= self._ledger.abort_queued(aborted)
-            if not self._ledger.any_open(aborted):
+            found = self._ledger.abort_queued(aborted)
+            clients |= found
+            if not (left := self._ledger.any_open(aborted)):
                 self._aborted.remove(aborted)
+            if aborted in self._queued and not (found and left):
+                self._queued.remove(aborted)
         for waiting in list(self._waiting):
             if not all(call.done() for call in waiting.calls) or not waiting.settled():
                 continue
@@ -147,6 +151,7 @@ class GenerationControl:
     def _abort(self, request_ids: Collection[str] | None) -> Aborted:
         aborted = Aborted(request_ids, self._ledger.newest())
         self._aborted.append(aborted)
+        self._queued.append(aborted)
         self._driver.abort(request_ids)
         return aborted
 

@@ -34,9 +34,9 @@ from ..wire.records import FAILURE, encode_trajectory
 from . import aborting
 from .aborting import Aborted
 from .batch_parts import Part, Receipt, record_part
-from .damage import Pending, fail_damaged, read_pending, read_request
+from .damage import Pending, fail_damaged, read_pending, read_requests
 from .leasing import in_turn
-from .ledger_counters import Counters, Totals
+from .ledger_counters import Change, Counters, Totals
 from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
 from .retention import KEEP, KEEP_VERSIONS, fail, purge, settle
 
@@ -136,20 +136,22 @@ class Ledger:
 
     def _leased(self, found: Sequence[tuple[str, tuple[Any, ...]]]) -> tuple[int, list[RolloutRequest], list[str]]:
         """Leases rows (id, samples, digest, payload) of clients under a new epoch. Those that are damaged fail."""
-        epoch = self._epoch + 1
-        with self._file.transaction():
-            self._file.run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
-            for _, row in found:
-                self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, row[0]))
+        whole, damaged = read_requests(found)
+        with self._totals.changing() as new:
+            epoch = self._take([row[0] for _, row in found], damaged, new)
         self._epoch = epoch
-        read = [(client, row[0], read_request(*row)) for client, row in found]
-        if damaged := [(client, request_id, why) for client, request_id, why in read if isinstance(why, str)]:
-            with self._totals.changing() as new:
-                for client, request_id, why in damaged:
-                    fail_damaged(self._file, request_id, client, why, new)
-                    self._news.add(client)
-        whole = [(client, request) for client, _, request in read if not isinstance(request, str)]
+        self._news.update(client for client, _, _ in damaged)
         return epoch, [request for _, request in whole], [client for client, _ in whole]
+
+    def _take(self, request_ids: Sequence[str], damaged: Sequence[tuple[str, str, str]], new: Change) -> int:
+        """Inside a transaction: leases these requests and fails those (client, id, why) that are damaged; returns the epoch."""
+        epoch = self._epoch + 1
+        self._file.run("UPDATE meta SET value=? WHERE key='epoch'", (epoch,))
+        for request_id in request_ids:
+            self._file.run("UPDATE requests SET state=?, epoch=? WHERE id=?", (LEASED, epoch, request_id))
+        for client, request_id, why in damaged:
+            fail_damaged(self._file, request_id, client, why, new)
+        return epoch
 
     def release(self, epoch: int) -> None:
         """Queues the unfinished work of a lease again. From the next lease on, outputs of this one are refused."""
@@ -162,35 +164,36 @@ class Ledger:
         An output under an old epoch, or for a request that is not leased, is dropped and counted `stale`; one whose key
         is recorded already is dropped and counted in `duplicates`.
         """
-        clients: set[str] = set()
-        outputs, run = [_payload(item) for item in completed], self._file.run
         with self._totals.changing() as new:
-            for item, (place, payload) in zip(completed, outputs, strict=True):
-                row = run("SELECT client, samples, state, epoch, recorded, settled FROM requests WHERE id=?",
-                          (item.request_id,)).fetchone()
-                key = (item.request_id, place)
-                client, samples, state, epoch, recorded, settled = row or ("", 0, STAGED, 0, 0, 0)
-                if state not in (LEASED, DONE) or epoch != item.epoch or not FAILURE <= place < samples:
-                    new.stale += 1
-                    continue
-                if settled or run("SELECT 1 FROM trajectories WHERE request_id=? AND sample=?", key).fetchone():
-                    new.duplicates += 1
-                    continue
-                if state == DONE:
-                    new.stale += 1
-                    continue
-                clients.add(client)
-                if place == FAILURE:
-                    fail(self._file, item.request_id, client, samples - recorded, payload, new)
-                    continue
-                recorded, new.unique = recorded + 1, new.unique + 1
-                new.unfinished[client] -= 1
-                run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)",
-                    (*key, client, payload))
-                if recorded < samples:
-                    run("UPDATE requests SET recorded=? WHERE id=?", (recorded, item.request_id))
-                else:
-                    run("UPDATE requests SET state=?, recorded=?, payload=NULL WHERE id=?", (DONE, recorded, item.request_id))
+            return self._record([(item, *_payload(item)) for item in completed], new)
+
+    def _record(self, outputs: Sequence[tuple[Completed, int, bytes]], new: Change) -> set[str]:
+        """Inside a transaction: `record`, for outputs with the sample number and payload of each."""
+        clients, run = set[str](), self._file.run
+        for item, place, payload in outputs:
+            columns, key = "client, samples, state, epoch, recorded, settled", (item.request_id, place)
+            row = run(f"SELECT {columns} FROM requests WHERE id=?", (item.request_id,)).fetchone()
+            client, samples, state, epoch, recorded, settled = row or ("", 0, STAGED, 0, 0, 0)
+            if state not in (LEASED, DONE) or epoch != item.epoch or not FAILURE <= place < samples:
+                new.stale += 1
+                continue
+            if settled or run("SELECT 1 FROM trajectories WHERE request_id=? AND sample=?", key).fetchone():
+                new.duplicates += 1
+                continue
+            if state == DONE:
+                new.stale += 1
+                continue
+            clients.add(client)
+            if place == FAILURE:
+                fail(self._file, item.request_id, client, samples - recorded, payload, new)
+                continue
+            recorded, new.unique = recorded + 1, new.unique + 1
+            new.unfinished[client] -= 1
+            run("INSERT INTO trajectories (request_id, sample, client, payload) VALUES (?, ?, ?, ?)", (*key, client, payload))
+            if recorded < samples:
+                run("UPDATE requests SET recorded=? WHERE id=?", (recorded, item.request_id))
+            else:
+                run("UPDATE requests SET state=?, recorded=?, payload=NULL WHERE id=?", (DONE, recorded, item.request_id))
         return clients
 
     def cancel(self, client: str, request_ids: Sequence[str], why: str) -> list[str]:
@@ -211,15 +214,20 @@ class Ledger:
         return leased
 
     def abort_queued(self, aborted: Aborted) -> set[str]:
-        """Answers some of these requests, which are queued, with samples that have no token; returns the clients that have
-        something new. To be called until `any_open` says no."""
+        """Answers some of these requests, which are queued, with samples that have no token, in one transaction; returns the
+        clients that have something new, none where nothing was queued. To be called until `any_open` says no."""
         with self._file.guard():
             found = aborting.queued(self._file, aborted)
         if not found:
             return set()
-        epoch, requests, _ = self._leased(found)
-        return self.record([Completed(epoch, request.id, Trajectory.aborted(request, number))
-                            for request in requests for number in range(request.samples)])
+        (whole, damaged), epoch = read_requests(found), self._epoch + 1
+        ended = [Completed(epoch, request.id, Trajectory.aborted(request, number))
+                 for _, request in whole for number in range(request.samples)]
+        with self._totals.changing() as new:
+            self._take([row[0] for _, row in found], damaged, new)
+            clients = self._record([(item, *_payload(item)) for item in ended], new)
+        self._epoch = epoch
+        return clients | {client for client, _, _ in damaged}
 
     def any_open(self, aborted: Aborted) -> bool:
         """Whether one of these requests is queued or leased."""

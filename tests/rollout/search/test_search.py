@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from blockroll.errors import RequestError
+from blockroll.errors import InvalidInput, RequestError
 from blockroll.model.tasks import Task, answer, make_tasks, score
 from blockroll.model.tokenizer import encode_prompt
 from blockroll.rollout.engine import Engine
@@ -17,7 +18,7 @@ from blockroll.rollout.search.config import METHODS, SearchConfig
 from blockroll.rollout.search.context import Search
 from blockroll.rollout.search.driver import run_searches, search
 from blockroll.rollout.search.engine_source import EngineSource
-from blockroll.rollout.search.functions import canonical
+from blockroll.rollout.search.functions import canonical, load_function
 from blockroll.rollout.search.self_consistency import stops
 from blockroll.rollout.search.votes import tally, winner
 from blockroll.rollout.types import RolloutRequest, SamplingParams
@@ -213,6 +214,19 @@ def test_answers_are_found_by_a_users_function_and_compared_in_canonical_form(en
     assert {given: canonical(given) for given in forms} == forms
     result = found(engine, TASKS[:1], answer=f"{__name__}:first_digit")[0]
     assert set(result.verdict.votes) <= set("0123456789")
+
+
+@pytest.mark.parametrize(("reference", "said"), [
+    (":f", "names no function"), ("math", "names no function"), ("no_such_module:f", "cannot be imported"),
+    ("raises_at_import:f", "ZeroDivisionError"), ("math:no_such", "has no function 'no_such'"),
+])  # fmt: skip
+def test_a_function_that_cannot_be_loaded_is_told_so(
+    reference: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    (tmp_path / "raises_at_import.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidInput, match=f"http.search_functions: .*{said}"):
+        load_function(reference, "http.search_functions")
 
 
 def test_what_stops_a_search_leaves_nothing_in_the_engine(engine: Engine) -> None:

@@ -20,12 +20,13 @@ import torch
 import yaml
 from engine_backend import EngineBackend
 
-from blockroll.errors import ConfigError, InvalidInput, RequestError
+from blockroll.errors import ConfigError, InvalidInput, RequestError, StorageError
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
+from blockroll.trainer_bridge.adapters.verl import turns
 from blockroll.trainer_bridge.adapters.verl.generations import Generations
 from blockroll.trainer_bridge.adapters.verl.sampling import longest_answer, sampling_params, token_output
 from blockroll.trainer_bridge.adapters.verl.settings import service_settings
-from blockroll.trainer_bridge.client import RequestRefused
+from blockroll.trainer_bridge.client import RequestRefused, RolloutClient
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -174,6 +175,49 @@ def test_requests_that_wait(address: str) -> None:
         await found.close()
 
     asyncio.run(run())
+
+
+def test_an_error_of_one_call_ends_no_other(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id twice among requests that are submitted together; and a gateway whose disk is full, until it is started again."""
+
+    def request(name: str, *prompt: int) -> RolloutRequest:
+        return RolloutRequest(name, (1, *prompt), SamplingParams(sampler="coupled", max_tokens=8, ignore_eos=True))
+
+    take, failed = RolloutClient.take, list[str]()
+
+    def full_once(self: RolloutClient, *given: Any) -> Any:
+        if not failed:
+            failed.append("the disk is full")
+            raise StorageError(failed[0])
+        return take(self, *given)
+
+    async def run() -> None:
+        client = await AsyncRolloutClient.connect(address)
+        found = Generations(client, lambda: pytest.fail("no request is aborted"))
+        await found.generate(request("first", 5))
+        answers = await asyncio.gather(*(found.generate(request(name, 6)) for name in ("second", "first", "third")),
+                                       return_exceptions=True)  # fmt: skip
+        assert [isinstance(answer, RequestError) for answer in answers] == [False, True, False], answers
+        monkeypatch.setattr(RolloutClient, "take", full_once)
+        found._submitted.set()
+        while not failed:
+            await asyncio.sleep(0.01)
+        assert (await found.generate(request("fourth", 6))).request_id == "fourth"  # type: ignore[union-attr]
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_turns_of_verls_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No id is made twice while its request goes on, however many others there were."""
+    monkeypatch.setattr(turns, "MAX_COUNTED", 4)
+    counted = turns.Turns()
+    found = [counted.take("goes on")]
+    for i in range(20):
+        assert counted.take(f"r{i}") == 0
+        if i % 3 == 0:
+            found.append(counted.take("goes on"))
+    assert found == list(range(8)) and len(counted) == 4
 
 
 def test_the_parts_that_talk_to_the_service_import_neither_torch_nor_verl() -> None:

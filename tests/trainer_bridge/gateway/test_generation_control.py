@@ -16,9 +16,9 @@ from bridge_parts import ToyBackend, request, until, weights, working
 from blockroll.errors import ClusterError, StorageError, TransportError
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import Trajectory
-from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, connect
+from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, async_client, connect
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
-from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.gateway import Gateway, aborting
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 
 Serve = Callable[..., Gateway]
@@ -64,6 +64,23 @@ def settled(client: RolloutClient) -> None:
     """requested = unique + failed, and no sample came twice."""
     figures = client.status()
     assert figures["requested"] == figures["unique"] + figures["failed"] and figures["missing"] == figures["duplicates"] == 0
+
+
+def test_a_resume_finds_a_thread_while_every_call_of_generate_waits(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(async_client, "MAX_WAITING", 2)
+    gateway = serve(Pausable())
+
+    async def main() -> None:
+        async with await AsyncRolloutClient.connect(gateway.address, client_id="u", timeout=20) as client:
+            control = client.control()
+            await control.pause("keep")
+            calls = [asyncio.create_task(client.generate([request(f"r{i}")])) for i in range(5)]
+            while (await client.status())["requested"] < 2:
+                await asyncio.sleep(0.01)
+            await control.resume()
+            assert [len(found) for found in await asyncio.gather(*calls)] == [1] * 5
+
+    asyncio.run(asyncio.wait_for(main(), 5))
 
 
 def test_keep_holds_what_runs_and_queues_what_comes(serve: Serve) -> None:
@@ -167,6 +184,34 @@ def test_named_requests_are_aborted_and_the_others_go_on(serve: Serve) -> None:
         reasons = {t.key: t.finish_reason == "abort" for t in client.results(timeout=20)}
         assert len(reasons) == 8 and all(aborted == (name != "other") for (name, _), aborted in reasons.items())
         control.abort()
+        settled(client)
+
+
+def test_an_abort_of_more_than_one_transaction_takes_leases_nothing_of_it(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(aborting, "MOST_REQUESTS", 1)
+    gateway = serve(Pausable(rate=0.0), max_in_flight=4)
+    asked = [request(f"r{i}", samples=4) for i in range(12)]
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        for each in asked:
+            client.submit([each])
+        until(lambda: gateway._driver.in_flight == 4)
+        control.abort([each.id for each in asked])
+        assert {len(t.tokens) for t in client.results(timeout=10)} == {0}
+        settled(client)
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_an_abort_answers_work_that_the_cluster_has_refused(pause: bool, serve: Serve) -> None:
+    backend = Pausable()
+    backend.broken = "no engine"
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
+        client.submit([request("a", samples=3)])
+        until(lambda: bool(gateway._revoked))
+        control.pause("abort", timeout=10) if pause else control.abort()
+        assert [t.finish_reason for t in client.results(timeout=10)] == ["abort"] * 3
         settled(client)
 
 

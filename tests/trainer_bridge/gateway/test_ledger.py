@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from bridge_parts import assert_same, done, make_trajectory, record, request
 
 from blockroll.errors import StorageError, TransportError
 from blockroll.rollout.backend import Completed
+from blockroll.trainer_bridge.gateway.aborting import Aborted
 from blockroll.trainer_bridge.gateway.batch_parts import Part
 from blockroll.trainer_bridge.gateway.ledger import Ledger
+from blockroll.trainer_bridge.gateway.ledger_file import LedgerFile
 from blockroll.trainer_bridge.wire.records import FAILURE, decode_trajectory, encode_request
 
 ROOM = 10**6
@@ -115,6 +117,30 @@ def test_a_write_that_breaks_off_leaves_nothing(ledger: Ledger) -> None:
     assert ledger.lease(ROOM) is None
     assert ledger.counters.requested == 0
     assert record(ledger, request("a", prompt=[9])) == ([0], [])
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_abort_or_a_lease_that_the_disk_refuses_leaves_the_work_queued(
+    damaged: bool, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    asked, run, full = request("a", samples=2), LedgerFile.run, [True]
+    record(ledger, asked)
+    if damaged:
+        ledger._file.run("UPDATE requests SET payload=x'00'")
+
+    def refused(self: LedgerFile, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        if full and "INTO trajectories" in statement:
+            raise sqlite3.OperationalError("database or disk is full")
+        return run(self, statement, values)
+
+    monkeypatch.setattr(LedgerFile, "run", refused)
+    every = Aborted(None, ledger.newest())
+    with pytest.raises(StorageError):
+        ledger.lease(ROOM) if damaged else ledger.abort_queued(every)
+    assert not ledger.any_leased() and ledger.counters.unique == ledger.counters.failed == 0
+    full.clear()
+    assert ledger.abort_queued(every) == {"t"} and not ledger.any_open(every)
+    assert (ledger.counters.unique, ledger.counters.failed, ledger.counters.missing) == ((0, 2, 0) if damaged else (2, 0, 0))
 
 
 def test_malformed_output_of_an_engine_fails_its_request_alone(ledger: Ledger) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ....errors import BlockrollError, TransportError
+from ....errors import BlockrollError, RequestError
 from ....rollout.types import RolloutRequest, Trajectory
 from ...client import RequestRefused, ServiceControl
 from ...client.async_client import AsyncRolloutClient
@@ -123,12 +123,22 @@ class Generations:
             self._arrived.clear()
             while self._queue:
                 batch, self._queue = self._queue[:_BATCH], self._queue[_BATCH:]
-                try:
-                    await self._client.submit(batch)
-                except BlockrollError as error:
-                    for request in batch:
-                        self._fail(request.id, error)
-                self._submitted.set()
+                await self._record(batch)
+
+    async def _record(self, batch: list[RolloutRequest]) -> None:
+        """Submits requests. One that cannot travel, or has an id twice, fails alone."""
+        try:
+            await self._client.submit(batch)
+        except RequestError as error:
+            if len(batch) > 1:
+                for request in batch:
+                    await self._record([request])
+            else:
+                self._fail(batch[0].id, error)
+        except BlockrollError as error:
+            for request in batch:
+                self._fail(request.id, error)
+        self._submitted.set()
 
     async def _take(self) -> None:
         while True:
@@ -141,7 +151,7 @@ class Generations:
             except RequestRefused as refused:
                 self._fail(refused.request_id, refused)
                 self._submitted.set()
-            except TransportError as error:
+            except BlockrollError as error:  # of a gateway that ends, too: the next life has the requests
                 _log.warning("no trajectories: %s; trying again", error)
                 await asyncio.sleep(_RETRY_S)
                 self._submitted.set()

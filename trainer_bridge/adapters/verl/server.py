@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +17,8 @@ from ...wire.key_files import client_keys
 from .generations import Generations
 from .sampling import longest_answer, sampling_params, token_output
 from .settings import ServiceSettings
+from .turns import Turns
 from .weight_steps import weight_steps
-
-MAX_COUNTED = 1 << 16
-"""Request ids whose turns are counted. verl's are random; where they repeat, in a deterministic run, there are few."""
 
 
 class RolloutServer:
@@ -35,7 +32,7 @@ class RolloutServer:
 
     def __init__(self, config: Any, settings: ServiceSettings, replica_rank: int) -> None:
         self._config, self._settings, self._replica_rank = config, settings, replica_rank
-        self._life, self._turns, self._steps = uuid.uuid4().hex[:12], Counter[str](), dict[int, int]()
+        self._life, self._turns, self._steps = uuid.uuid4().hex[:12], Turns(), dict[int, int]()
         self._versions: Any = None
 
     async def launch(self) -> None:
@@ -73,10 +70,7 @@ class RolloutServer:
         longest = longest_answer(len(prompt), config.prompt_length, config.response_length, config.max_model_len)
         given = {"repetition_penalty": config.repetition_penalty, "ignore_eos": config.ignore_eos, **given}
         params = sampling_params(given, self._settings.sampler, longest)
-        if len(self._turns) >= MAX_COUNTED:
-            self._turns.clear()
-        turn = self._turns[request_id]
-        self._turns[request_id] += 1
+        turn = self._turns.take(request_id)
         seed = derived_seed(config.seed, f"{request_id}/{turn}") if params.seed is None else params.seed
         return RolloutRequest(id=f"{self._life}/{request_id}/{turn}", prompt_tokens=tuple(prompt), params=params, seed=seed,
                               samples=1, priority=priority)  # fmt: skip
