@@ -104,7 +104,7 @@ def test_several_prompts_and_a_conversation(service: Service, client: openai.Ope
     ({"budget_tokens": 1 << 40}, {}, "search.budget_tokens", "is more than"), ({}, {"n": 2}, "n", "give search.samples"),
     ({}, {"stream": True}, "stream", "leave stream out"), ({}, {"logprobs": 1}, "logprobs", "not one sample"),
     ({}, {"logprobs": 0}, "logprobs", "not one sample"), ({}, {"prompt_logprobs": 0}, "prompt_logprobs", "not one sample"),
-    ({"method": "beam", "samples": 1, "width": 256}, {"prompt": ["a"] * 2}, "search.width", "(http.max_samples)"),
+    ({"method": "beam", "samples": 1, "width": 256}, {"prompt": ["a"] * 5}, "search.width", "(http.max_samples)"),
     ({}, {"echo": True}, "echo", "not one sample"), ({}, {"skip_special_tokens": False}, "skip_special_tokens", "without them"),
     ({}, {"prompt": ["a"] * 100}, "search.samples", "100 prompts of 16 samples"),
 ])  # fmt: skip
