@@ -71,6 +71,7 @@ def test_every_launch_is_clean(tmp_path: Path) -> None:
     assert len(check(tmp_path, timeout=3500)) > 300
 
 
+@pytest.mark.slow
 def test_faults_are_seen(tmp_path: Path) -> None:
     done = run([Path(__file__).with_name("faulty_kernels.py")], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -69,7 +69,7 @@ def compare(got, expected, atol):
 @pytest.mark.parametrize(
     ("schedule", "samplers"),
     [
-        pytest.param(SCHEDULES[0], ["ar"], id="ar"),
+        pytest.param(SCHEDULES[0], ["ar"], id="ar", marks=pytest.mark.slow),
         pytest.param(SCHEDULES[1], ["lossless"], id="two_pass", marks=pytest.mark.slow),
         pytest.param(SCHEDULES[2], ["coupled", "lossless", "mixed", "ar"], id="fused"),
     ],

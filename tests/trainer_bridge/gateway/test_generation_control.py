@@ -215,7 +215,7 @@ def test_an_abort_answers_work_that_the_cluster_has_refused(pause: bool, serve: 
         settled(client)
 
 
-@pytest.mark.parametrize("names", [None, ["leased", "queued"]])
+@pytest.mark.parametrize("names", [pytest.param(None, marks=pytest.mark.slow), ["leased", "queued"]])
 def test_an_abort_reaches_the_work_of_a_client_that_is_gone(names: list[str] | None, serve: Serve) -> None:
     backend = Pausable(rate=0.0)
     gateway = serve(backend, client_grace=0.2, max_in_flight=10)
