@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from ...errors import ClusterError, TransportError
+from ...errors import TransportError
 from ...trainer_bridge.client import ServiceControl
 from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.keys import ClientKeys
@@ -45,7 +45,7 @@ class TrainerControl:
         self._address, self._keys, self._gateway = gateway.address, keys, gateway
         self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
         self._waits = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-wait")  # of their own, so that a resume finds a thread
-        self._waiting = self._resumes = 0
+        self._waiting = 0
         self._pauses = set[asyncio.Future[None]]()  # that have not begun
         self._updating = threading.Lock()
         self._chunks: WeightChunks | None = None
@@ -67,27 +67,20 @@ class TrainerControl:
         """
         self._check_waiting()
         self._refuses, self._in_flight = refuse, in_flight
-        resumes = self._resumes
-
-        def act(control: ServiceControl) -> None:
-            if self._resumes != resumes:  # it waited for a thread
-                raise ClusterError("the pause was ended before it had begun")
-            control.pause(mode, reset_cache=reset_cache)
-
-        pause = asyncio.ensure_future(self._wait(act))
+        pause = asyncio.ensure_future(self._wait(lambda control: control.pause(mode, reset_cache=reset_cache)))
         self._pauses.add(pause)
         pause.add_done_callback(self._pauses.discard)
         await pause
 
     async def resume(self) -> None:
         """Ends the pause, and those that were asked for and have not begun."""
-        self._resumes += 1
         self._refuses, self._in_flight = False, "keep"
         asked = set(self._pauses)
         await self._call(lambda control: control.resume())
-        while asked := {pause for pause in asked if not pause.done()}:  # one may have been on its way
-            await asyncio.wait(asked, timeout=_LOOK_S)
-            await self._call(lambda control: control.resume())
+        while asked:  # one of them may reach the gateway behind the resume
+            ended, asked = await asyncio.wait(asked, timeout=_LOOK_S)
+            if asked or any(not pause.cancelled() and pause.exception() is None for pause in ended):
+                await self._call(lambda control: control.resume())
 
     async def abort(self, request_ids: Sequence[str] | None) -> None:
         """Ends requests where they are; None for all. Their clients are answered with what they have."""
