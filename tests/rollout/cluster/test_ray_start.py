@@ -47,7 +47,8 @@ def test_a_ray_that_does_not_start_is_one_error(error: Exception, monkeypatch: p
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "init", fail)
-    with pytest.raises(ClusterError, match=r"ray: none could be started here \(.*(node timed out|a socket).*\); try again") as found:
+    said = r"ray: none could be started here \(.*(node timed out|a socket).*\); try again"
+    with pytest.raises(ClusterError, match=said) as found:
         start_ray(None, 2)
     assert "\n" not in str(found.value)
 

@@ -16,6 +16,7 @@ from blockroll.rollout.backend import Completed
 from blockroll.trainer_bridge.client import RequestRefused, connect
 from blockroll.trainer_bridge.client.connection import Connection
 from blockroll.trainer_bridge.gateway import Gateway, message_router
+from blockroll.trainer_bridge.gateway.backend_driver import BackendDriver
 from blockroll.trainer_bridge.wire.messages import Shutdown, Stopping
 
 Serve = Callable[..., Gateway]
@@ -75,6 +76,31 @@ def test_cluster_without_engines_is_a_notice_and_outlived(serve: Serve) -> None:
         backend.broken = ""
         assert len(client.generate([request("a")], timeout=10)) == 1
         assert client.status()["notice"] == ""
+
+
+def test_a_refusal_of_work_is_told_while_there_is_work(serve: Serve) -> None:
+    backend = ToyBackend()
+    backend.broken = "no live actor"
+    with connect(serve(backend).address) as client:
+        client.submit([request("a")])
+        until(lambda: "no live actor" in str(client.status()["notice"]))
+        client.cancel(["a"])
+        assert client.status()["notice"] == ""
+
+
+def test_a_refusal_of_work_is_told_until_engines_answer() -> None:
+    backend = ToyBackend(rate=0.0)
+    driver = BackendDriver(backend, lambda: None)
+    try:
+        driver.submit(1, [request("runs")], ["t"])
+        until(lambda: len(backend.batches) == 1)
+        backend.broken = "no live actor"
+        driver.submit(2, [request("refused")], ["t"])
+        until(lambda: driver.notices(waiting=True) == ["no live actor"])
+        backend.rate = 1e9
+        until(lambda: not driver.notices(waiting=True))
+    finally:
+        assert driver.stop(10)
 
 
 def test_bug_of_the_backend_ends_the_gateway_and_is_raised(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 Invariants:
 - Requests that arrive while a batch is being submitted are the next batch.
 - A request whose coroutine is cancelled, or has failed here, is cancelled at the service.
-- When the gateway has been gone for `patience` to twice `patience` seconds, every call that waits fails, and so do those that come
-  until it answers again.
+- When the gateway has been gone for `patience` to twice `patience` seconds, every call that waits fails, and so do those that
+  come until it answers again.
 - While the gate is closed no request is submitted; those that arrive wait for it, or are turned away.
 """
 
@@ -189,8 +189,8 @@ class Generations:
                 error = again
             if (silent := time.monotonic() - since) >= self._patience:
                 self._give_up(TransportError(
-                    f"the service at {self._address} has not answered for {silent:.0f} s ({error}); see `blockroll status`, start it "
-                    "again with `blockroll up`, or give a longer `timeout` in rollout.engine_kwargs.blockroll"))
+                    f"the service at {self._address} has not answered for {silent:.0f} s ({error}); see `blockroll status`, "
+                    "start it again with `blockroll up`, or give a longer `timeout` in rollout.engine_kwargs.blockroll"))
 
     def _give_up(self, error: TransportError) -> None:
         """Fails the calls that wait. What of them is not submitted yet is not submitted."""
