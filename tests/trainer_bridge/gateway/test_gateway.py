@@ -233,6 +233,19 @@ def test_an_error_in_many_bytes_reaches_the_client_and_the_gateway_goes_on(serve
         assert len(client.generate([request("a")], timeout=10)) == 1
 
 
+def test_a_batch_of_which_a_part_finds_no_room_is_refused_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that come behind it would fit."""
+    monkeypatch.setattr(message_router, "MAX_PART_BYTES", 0)  # each part is a transaction
+    backend = ToyBackend(longest=10**6)
+    large = [request(f"large{i}", prompt=range(10_000)) for i in range(32)]
+    with connect(serve(backend, max_ledger_bytes=300_000).address) as client:
+        with pytest.raises(StorageError, match="full"):
+            client.submit([*large, request("small")])
+        assert not client.status()["requested"] and not backend.batches
+        assert client.delivery == {"requested": 0, "unique": 0, "duplicates": 0, "failed": 0, "missing": 0}
+        assert len(client.generate([request("small", 2)], timeout=10)) == 2
+
+
 def test_leases_commits_retries_and_refusals_are_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="blockroll.trainer_bridge.gateway")
     backend = ToyBackend()
