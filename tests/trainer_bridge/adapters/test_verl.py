@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -232,6 +233,33 @@ def test_calls_fail_while_the_gateway_is_gone_and_their_requests_do_not_run_afte
         while (figures := await client.status())["failed"] < 2:
             await asyncio.sleep(0.01)
         assert figures["requested"] == 2 and figures["outstanding"] == 0
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_call_that_is_cancelled_while_its_batch_is_submitted(
+    serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    gateway, submit = serve(ToyBackend(rate=0.0)), RolloutClient.submit
+
+    def late(self: RolloutClient, batch: Any) -> None:
+        time.sleep(0.2)
+        submit(self, batch)
+
+    monkeypatch.setattr(RolloutClient, "submit", late)
+
+    async def run() -> None:
+        client = await AsyncRolloutClient.connect(gateway.address)
+        found = Generations(client, lambda: pytest.fail("no request is aborted"), address=gateway.address, patience=60.0)
+        dropped = asyncio.ensure_future(found.generate(bridge_request("dropped")))
+        await asyncio.sleep(0.05)
+        dropped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        await asyncio.sleep(0.3)
+        figures = await client.status()
+        assert (figures["requested"], figures["failed"], figures["outstanding"]) == (1, 1, 0)
         await found.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))

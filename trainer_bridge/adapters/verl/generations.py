@@ -47,7 +47,7 @@ class Generations:
         self._unwanted = set[str]()  # nobody waits for these, and the service may have them
         self._arrived, self._submitted, self._open = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._open.set()
-        self._turning_away, self._ending = False, asyncio.Lock()
+        self._turning_away, self._ending, self._submitting = False, asyncio.Lock(), asyncio.Lock()
         self._tasks = [asyncio.create_task(self._submit()), asyncio.create_task(self._take())]
 
     @property
@@ -74,6 +74,8 @@ class Generations:
             if request in self._queue:
                 self._queue.remove(request)
             else:
+                async with self._submitting:
+                    pass  # while its batch is submitted, the client may not know it
                 await self._cancel(request.id)
             raise
         finally:
@@ -139,7 +141,8 @@ class Generations:
             self._arrived.clear()
             while self._queue:
                 batch, self._queue = self._queue[:_BATCH], self._queue[_BATCH:]
-                await self._record(batch)
+                async with self._submitting:
+                    await self._record(batch)
 
     async def _record(self, batch: list[RolloutRequest]) -> None:
         """Submits requests. One that cannot travel, or has an id twice, fails alone."""
