@@ -15,6 +15,7 @@ from ..trainer_bridge.client import ServiceControl, ServiceStatus
 from ..trainer_bridge.wire.key_files import load_client_keys
 from . import detached, logs, preflight, runtime_file
 from .config import ServiceConfig, check_cores
+from .http import HTTP_CLIENT
 from .runtime_file import ServiceRecord
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -55,7 +56,7 @@ def up(path: Path, *, detach: bool, log: Path | None, level: str | None) -> None
             service.wait()
     except KeyboardInterrupt as stop:
         name = str(stop)
-        print(f"the service is down ({name}); {config.ledger} keeps what is unfinished", file=sys.stderr, flush=True)
+        print(f"the service is down ({name}); {_kept(config)}", file=sys.stderr, flush=True)
         sys.exit(128 + signal.Signals[name])
     _say("the service is down")
 
@@ -117,7 +118,7 @@ def down(path: Path, *, drain: bool, seconds: float | None) -> None:
         detached.end(record.pid, config.ledger)
     if runtime_file.read(config.ledger) is not None:
         raise ClusterError(f"service: process {record.pid} does not end; see {record.log or 'its terminal'}")
-    _say(f"the service is down after {time.monotonic() - began:.1f} s; {config.ledger} keeps what is unfinished or not fetched")
+    _say(f"the service is down after {time.monotonic() - began:.1f} s; {_kept(config)}")
 
 
 def show_logs(path: Path, *, follow: bool, lines: int) -> None:
@@ -173,6 +174,19 @@ def _described(record: ServiceRecord) -> str:
     named = (("http", record.http), ("keys", record.keys), ("metrics", record.metrics), ("log", record.log))
     more = "".join(f", {name} {value}" for name, value in named if value)
     return f"the service of {record.policy} is up at {record.address} (process {record.pid}{more})"
+
+
+def _kept(config: ServiceConfig) -> str:
+    """What the ledger of a service that has ended keeps. The answers of requests by HTTP are not kept."""
+    from ..trainer_bridge.gateway.kept_work import kept_work
+
+    try:
+        unfinished, waiting = kept_work(config.ledger, HTTP_CLIENT)
+    except StorageError as error:
+        return str(error)
+    if not (unfinished or waiting):
+        return f"nothing in {config.ledger} is unfinished or not fetched"
+    return f"{config.ledger} keeps {unfinished} unfinished samples and {waiting} that are not fetched"
 
 
 def _running(config: ServiceConfig) -> ServiceRecord:

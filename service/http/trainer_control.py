@@ -136,15 +136,11 @@ class TrainerControl:
         """One weight update. What the gateway refuses of it is answered with 409."""
         if not self._updating.acquire(blocking=False):
             raise _busy()
-
-        def run(control: ServiceControl) -> int:
-            try:
-                return act(control)
-            finally:
-                self._updating.release()
-
+        # A call that is cancelled goes on in its thread, or is never made: the update is over when the thread says so.
+        call = self._calls.submit(self._with_session, act)
+        call.add_done_callback(lambda ended: self._updating.release())
         try:
-            return await self._call(run)
+            return await asyncio.wrap_future(call)
         except TransportError as error:
             raise HttpError(409, str(error), code="weights_refused") from error
 
@@ -163,11 +159,11 @@ class TrainerControl:
             self._waiting -= 1
 
     async def _call(self, act: Callable[[ServiceControl], T], threads: ThreadPoolExecutor | None = None) -> T:
-        def run() -> T:
-            with ServiceControl(self._address, keys=self._keys) as control:
-                return act(control)
+        return await asyncio.wrap_future((threads or self._calls).submit(self._with_session, act))
 
-        return await asyncio.get_running_loop().run_in_executor(threads or self._calls, run)
+    def _with_session(self, act: Callable[[ServiceControl], T]) -> T:
+        with ServiceControl(self._address, keys=self._keys) as control:
+            return act(control)
 
 
 def _next(control: ServiceControl, version: int | None) -> int:

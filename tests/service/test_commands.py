@@ -48,7 +48,9 @@ def test_the_life_of_a_service_in_commands(tmp_path: Path) -> None:
         assert "6 requested, 6 recorded, 0 failed, 0 to come" in commands.run("status", config)
         assert "lease 1: 6 requests" in commands.run("logs", config)
     finally:
-        assert commands.run("down", config).startswith("the service is down after ")
+        said = commands.run("down", config)
+        assert said.startswith("the service is down after ")
+        assert said.endswith(" s; nothing in ledger.sqlite is unfinished or not fetched\n")
     commands.wait_until_none_is_left()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keys", "ledger.sqlite", "service.log", "service.yaml"]
     assert (tmp_path / "keys" / "control.key").stat().st_mode & 0o77 == 0

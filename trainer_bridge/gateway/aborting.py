@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,7 @@ def queued(file: LedgerFile, aborted: Aborted) -> list[tuple[str, tuple[Any, ...
     clients that are gone are among them."""
     found = list[tuple[str, tuple[Any, ...]]]()
     samples = 0
-    for client, *row in [row for state in (QUEUED, PAUSED) for row in
-                         _rows(file, aborted, state, "client, id, samples, digest, payload")]:  # fmt: skip
+    for client, *row in _rows(file, aborted, (QUEUED, PAUSED), "client, id, samples, digest, payload", MOST_REQUESTS):
         found.append((client, tuple(row)))
         samples += row[1] if isinstance(row[1], int) else 0  # a damaged row is found when it is read
         if len(found) >= MOST_REQUESTS or samples >= MOST_SAMPLES:
@@ -42,7 +41,7 @@ def queued(file: LedgerFile, aborted: Aborted) -> list[tuple[str, tuple[Any, ...
 
 def any_open(file: LedgerFile, aborted: Aborted) -> bool:
     """Whether one of the requests is unfinished."""
-    return any(_rows(file, aborted, state, "1") for state in (QUEUED, PAUSED, LEASED))
+    return bool(_rows(file, aborted, (QUEUED, PAUSED, LEASED), "1", 1))
 
 
 def any_leased(file: LedgerFile) -> bool:
@@ -50,11 +49,20 @@ def any_leased(file: LedgerFile) -> bool:
     return file.run(f"SELECT 1 FROM requests WHERE state={LEASED} AND {OPEN} LIMIT 1").fetchone() is not None
 
 
-def _rows(file: LedgerFile, aborted: Aborted, state: int, columns: str) -> list[tuple[Any, ...]]:
-    condition = f"state={state} AND {OPEN} AND seq<=?"
-    if aborted.request_ids is None:
-        return file.run(f"SELECT {columns} FROM requests WHERE {condition} ORDER BY seq LIMIT ?",
-                        (aborted.upto, MOST_REQUESTS)).fetchall()
-    rows = [file.run(f"SELECT {columns} FROM requests WHERE id=? AND {condition}", (name, aborted.upto)).fetchone()
-            for name in aborted.request_ids]
-    return [row for row in rows if row is not None]
+def _rows(file: LedgerFile, aborted: Aborted, states: Sequence[int], columns: str, most: int) -> list[tuple[Any, ...]]:
+    """Columns of at most `most` of the requests that are in one of these states."""
+    if aborted.request_ids is not None:
+        names = list(aborted.request_ids)
+        # The rows are found by their ids: with `+` the state is no reason to read all open requests.
+        return file.run(f"SELECT {columns} FROM requests WHERE id IN ({_marks(names)}) AND +state IN ({_marks(states)}) "
+                        "AND seq<=? LIMIT ?", (*names, *states, aborted.upto, most)).fetchall()
+    found = list[tuple[Any, ...]]()
+    for state in states:
+        if len(found) < most:
+            found += file.run(f"SELECT {columns} FROM requests WHERE state=? AND {OPEN} AND seq<=? ORDER BY seq LIMIT ?",
+                              (state, aborted.upto, most - len(found))).fetchall()
+    return found
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))

@@ -92,9 +92,9 @@ class BackendDriver:
         """What is known of each engine (`EngineStatus`); empty for a backend that does not say."""
         return self._engines
 
-    def notices(self) -> list[str]:
-        """What the backend cannot do at present, one line each."""
-        return sorted({**self._trouble}.values())
+    def notices(self, waiting: bool) -> list[str]:
+        """What the backend cannot do at present, one line each; that it takes no work, only while work is `waiting`."""
+        return sorted(why for what, why in {**self._trouble}.items() if waiting or what != "submit")
 
     def submit(self, epoch: int, batch: Sequence[RolloutRequest], clients: Sequence[str]) -> None:
         """Queues leased requests for the backend; `clients` says whose each is. Returns at once; any thread may call
@@ -301,6 +301,7 @@ class BackendDriver:
         self._trouble.pop("poll", None)
         self.progress.report()
         if completed:
+            self._trouble.pop("submit", None)
             self._hand_out(completed)
 
     def _hand_out(self, completed: list[Completed]) -> None:

@@ -289,7 +289,6 @@ class Gateway:
         weights = self._weights
         if self._unrecorded or weights.undecided or not self._retries.due("dispatch", now):
             return
-        held = weights.missing or self._operations.draining or self._generation.holds_back
         try:
             for epoch in (ended := sorted(self._revoked)):
                 self._ledger.release(epoch)
@@ -297,6 +296,8 @@ class Gateway:
                 self._revoked.remove(epoch)
                 self._leases.pop(epoch, None)
                 _log.info("lease %d is over; its unfinished work is leased again", epoch)
+                self._generation.requeued()
+            held = weights.missing or self._operations.draining or self._generation.holds_back
             while not held and (leased := self._lease()) is not None:
                 if leased[1]:  # the rows of a batch may all be damaged
                     self._leases[leased[0]] = now

@@ -33,7 +33,8 @@ class GatewayStatus:
 
     def notice(self) -> str:
         """What keeps the service from working, in one line; empty when nothing does."""
-        return clip("; ".join(filter(None, [self._weights.missing, *self._retries.notices(), *self._driver.notices()])))
+        backend = self._driver.notices(waiting=self._ledger.outstanding > 0)
+        return clip("; ".join(filter(None, [self._weights.missing, *self._retries.notices(), *backend])))
 
     def figures(self) -> Figures:
         """Figures of the ledger, the gateway and the engines, by name."""

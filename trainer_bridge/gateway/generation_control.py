@@ -52,6 +52,7 @@ class GenerationControl:
         self._aborted: list[Aborted] = []
         self._queued: list[Aborted] = []  # those of which requests may be queued
         self._waiting: list[_Waiting] = []
+        self._news = set[str]()  # clients with samples that an abort has ended
         self.mode = ""
 
     @property
@@ -101,18 +102,22 @@ class GenerationControl:
         if not self.busy or not self._retries.due("abort", now):
             return set()
         try:
-            clients = self._advance()
+            self._advance()
         except StorageError as error:
             self._retries.failed("abort", error, now)
-            return set()
-        self._retries.worked("abort")
+        else:
+            self._retries.worked("abort")
+        clients, self._news = self._news, set()
         return clients
 
-    def _advance(self) -> set[str]:
-        clients = set[str]()
+    def requeued(self) -> None:
+        """Leased work is queued again. What of it is to be aborted is not leased anew."""
+        self._queued = list(self._aborted)
+
+    def _advance(self) -> None:
         for aborted in list(self._aborted):
             found = self._ledger.abort_queued(aborted)
-            clients |= found
+            self._news |= found
             if not (left := self._ledger.any_open(aborted)):
                 self._aborted.remove(aborted)
             if aborted in self._queued and not (found and left):
@@ -126,7 +131,6 @@ class GenerationControl:
                 continue
             self._waiting.remove(waiting)
             self._answer(waiting.peer, waiting.number, errors[0] if errors else "")
-        return clients
 
     @property
     def busy(self) -> bool:

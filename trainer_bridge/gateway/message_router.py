@@ -3,6 +3,7 @@
 Invariants:
 - A message counts only inside a session, under the key and of the kind (data or control) the session was opened with.
   Any other message is answered with Reset or Refused.
+- A batch of which a part is refused is refused whole: the parts that come behind it are not recorded.
 - Deliveries leave in the order of the ledger, as far as the client's credit in bytes reaches.
 - What a full disk refuses is tried again, or told to the client, whose next session repeats it.
 """
@@ -34,6 +35,8 @@ MAX_ACKS_WAITING = 64
 """Ack messages of one session that may wait for the disk."""
 MAX_PART_BYTES = 16 << 20
 """Bytes of request records that may wait for one transaction."""
+MAX_REFUSED = 64
+"""Refused batches of one session that are remembered. Their other parts are on their way already."""
 PROBE_S, RETRY_S = 5.0, 0.5
 """Seconds between two Pongs to idle clients, and before the disk is tried again."""
 
@@ -198,7 +201,10 @@ class MessageRouter:
             requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
         except TransportError as error:
             self._status.malformed += 1
-            self._sessions.reply(session.peer, messages.Refused(message.batch, "transport", clip(str(error))))
+            self._refuse_batch(session, messages.Refused(message.batch, "transport", clip(str(error))))
+            return
+        if (refused := session.refused.get(message.batch)) is not None:
+            self._refuse_batch(session, refused)
             return
         self._parts.append((session, Part(session.client, message.batch, message.index, requests, message.final)))
         self._part_bytes += sum(len(record) for _, record in requests)
@@ -215,7 +221,7 @@ class MessageRouter:
         except StorageError as error:
             for session, part in parts:
                 _log.warning("a batch of client %s is refused: %s", session.client, error)
-                self._sessions.reply(session.peer, messages.Refused(part.batch, "storage", clip(str(error))))
+                self._refuse_batch(session, messages.Refused(part.batch, "storage", clip(str(error))))
             return
         for (session, part), (acked, refused) in zip(parts, receipts, strict=True):
             for place, why in refused:
@@ -223,6 +229,12 @@ class MessageRouter:
             self._sessions.reply(session.peer, messages.Submitted(part.batch, part.index, tuple(acked),
                                                          tuple((i, clip(why)) for i, why in refused)))
         self.mark({session.client for session, _ in parts})
+
+    def _refuse_batch(self, session: Session, refused: messages.Refused) -> None:
+        session.refused[refused.about] = refused
+        if len(session.refused) > MAX_REFUSED:
+            del session.refused[next(iter(session.refused))]
+        self._sessions.reply(session.peer, refused)
 
     def _cancel(self, session: Session, message: messages.Cancel) -> None:
         try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ...errors import StorageError
 from ..wire.gateway_socket import GatewaySocket, Sent
-from ..wire.messages import Ack, Message, encode
+from ..wire.messages import Ack, Message, Refused, encode
 
 MAX_SESSIONS, MAX_OUTBOX = 1024, 256
 
@@ -31,6 +31,7 @@ class Session:
         outbox: messages for which the peer had no room.
         acks, ack_error: acknowledgements the ledger has not recorded, and why the disk refused the oldest of them.
         asked_to_stop: whether this client has sent Shutdown.
+        refused: names of batches of which a part was refused, and what was said then.
     """
 
     peer: bytes
@@ -45,6 +46,7 @@ class Session:
     ack_error: StorageError | None = None
     outbox: deque[Message] = field(default_factory=deque)
     acks: deque[Ack] = field(default_factory=deque)
+    refused: dict[str, Refused] = field(default_factory=dict)
 
 
 class Sessions:

@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import ray
+from ray.exceptions import RaySystemError
+
+from blockroll.errors import ClusterError
+from blockroll.rollout.cluster.ray_start import start_ray
 
 PROGRAM = """
 import ray
@@ -14,6 +19,46 @@ from blockroll.rollout.cluster.ray_start import start_ray
 assert start_ray(None, 2)
 print(ray.cluster_resources()["CPU"])
 """
+LATE = """
+import psutil
+from ray._private import services
+from blockroll.errors import ClusterError
+from blockroll.rollout.cluster.ray_start import start_ray
+
+def late(*_):
+    assert {"gcs_server", "raylet"} <= {child.name() for child in psutil.Process().children()}
+    raise Exception("The current node timed out during startup. This could happen because")
+
+services.get_node = late
+try:
+    start_ray(None, 2)
+except ClusterError as error:
+    print(error)
+print(psutil.Process().children(recursive=True))
+"""
+
+
+@pytest.mark.parametrize("error", [Exception("The current node\ntimed out during startup."), RaySystemError("a socket")])
+def test_a_ray_that_does_not_start_is_one_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    # Another file of this process may have a Ray of its own, which goes on.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", fail)
+    said = r"ray: none could be started here \(.*(node timed out|a socket).*\); try again"
+    with pytest.raises(ClusterError, match=said) as found:
+        start_ray(None, 2)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.slow
+def test_a_ray_that_does_not_start_in_time_leaves_no_process() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    said, left = done.stdout.splitlines()
+    assert said.startswith("ray: none could be started here (The current node timed out") and left == "[]"
 
 
 @pytest.mark.slow

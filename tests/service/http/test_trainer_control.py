@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from blockroll.errors import ClusterError
+from blockroll.service.http import trainer_control
 from blockroll.service.http.dispatch import Dispatch
 from blockroll.service.http.http_errors import HttpError
 from blockroll.service.http.trainer_control import MAX_CALLS, TrainerControl
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.wire.keys import ClientKeys, CurveKeys
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "trainer_bridge"))
 from bridge_parts import Endless, request, until
@@ -44,4 +47,35 @@ def test_a_resume_gets_through_however_many_pauses_wait(tmp_path: Path) -> None:
             asyncio.run(asyncio.wait_for(ask(), 30))
         finally:
             control.close()
+            dispatch.close()
+
+
+def test_an_update_that_was_never_made_stands_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose session cannot be opened, and one that is given up while it waits for a thread."""
+    monkeypatch.setattr(trainer_control, "MAX_CALLS", 1)
+    with Gateway(Endless(), "tcp://127.0.0.1:*", tmp_path / "ledger.sqlite") as gateway:
+        dispatch, busy = Dispatch(gateway, None, 10), threading.Event()
+        without_control_key = ClientKeys(CurveKeys.generate().public, CurveKeys.generate())
+        keyless, control = TrainerControl(gateway, without_control_key, dispatch), TrainerControl(gateway, None, dispatch)
+
+        async def ask() -> None:
+            for _ in range(2):
+                with pytest.raises(HttpError, match="needs a control key"):
+                    await keyless.label(1)
+            control._calls.submit(busy.wait)
+            given_up = asyncio.ensure_future(control.label(1))
+            await asyncio.sleep(0)
+            with pytest.raises(HttpError, match="another weight update is under way"):
+                await control.label(1)
+            given_up.cancel()
+            await asyncio.wait([given_up])
+            busy.set()
+            assert await control.label(1) == 1
+
+        try:
+            asyncio.run(asyncio.wait_for(ask(), 30))
+        finally:
+            busy.set()
+            for each in (keyless, control):
+                each.close()
             dispatch.close()

@@ -9,8 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from bridge_parts import ToyBackend
+from bridge_parts import request as bridge_request
 from engine_backend import EngineBackend
 
-from blockroll.errors import ConfigError, InvalidInput, RequestError, StorageError
+from blockroll.errors import ConfigError, InvalidInput, RequestError, StorageError, TransportError
 from blockroll.rollout.types import RolloutRequest, SamplingParams, Trajectory
-from blockroll.trainer_bridge.adapters.verl import turns
+from blockroll.trainer_bridge.adapters.verl import generations, turns
 from blockroll.trainer_bridge.adapters.verl.generations import Generations
 from blockroll.trainer_bridge.adapters.verl.sampling import longest_answer, sampling_params, token_output
 from blockroll.trainer_bridge.adapters.verl.settings import service_settings
-from blockroll.trainer_bridge.client import RequestRefused, RolloutClient
+from blockroll.trainer_bridge.client import RequestRefused, RolloutClient, connection
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -151,7 +154,7 @@ def test_requests_that_wait(address: str) -> None:
 
     async def run() -> None:
         client = await AsyncRolloutClient.connect(address)
-        found = Generations(client, lambda: pytest.fail("no request is aborted"))
+        found = Generations(client, lambda: pytest.fail("no request is aborted"), address=address, patience=60.0)
         answers = await asyncio.gather(*(found.generate(request(f"r-{i}")) for i in range(40)),
                                        found.generate(request("r-0-far", 1, 300)), return_exceptions=True)  # fmt: skip
         assert [answer.request_id for answer in answers[:40]] == [f"r-{i}" for i in range(40)]  # type: ignore[union-attr]
@@ -166,12 +169,13 @@ def test_requests_that_wait(address: str) -> None:
         assert await found.generate(request("turned away")) is None
         found.open_gate()
         assert (await held).request_id == "held"  # type: ignore[union-attr]
+        failed = (await client.status())["failed"]
         dropped = asyncio.ensure_future(found.generate(request("dropped", tokens=400)))
         await asyncio.sleep(0.05)
         dropped.cancel()
         with pytest.raises(asyncio.CancelledError):
             await dropped
-        assert not found.unfinished and (await client.status())["in_flight"] == 0
+        assert not found.unfinished and (await client.status())["failed"] == failed + 1
         await found.close()
 
     asyncio.run(run())
@@ -193,7 +197,7 @@ def test_an_error_of_one_call_ends_no_other(address: str, monkeypatch: pytest.Mo
 
     async def run() -> None:
         client = await AsyncRolloutClient.connect(address)
-        found = Generations(client, lambda: pytest.fail("no request is aborted"))
+        found = Generations(client, lambda: pytest.fail("no request is aborted"), address=address, patience=60.0)
         await found.generate(request("first", 5))
         answers = await asyncio.gather(*(found.generate(request(name, 6)) for name in ("second", "first", "third")),
                                        return_exceptions=True)  # fmt: skip
@@ -203,6 +207,60 @@ def test_an_error_of_one_call_ends_no_other(address: str, monkeypatch: pytest.Mo
         while not failed:
             await asyncio.sleep(0.01)
         assert (await found.generate(request("fourth", 6))).request_id == "fourth"  # type: ignore[union-attr]
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_calls_fail_while_the_gateway_is_gone_and_their_requests_do_not_run_after_it(
+    serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(generations, "_RETRY_S", 0.05)
+    monkeypatch.setattr(connection, "PING_S", 0.1)
+    gateway = serve(ToyBackend(rate=0.0))
+    address = gateway.address
+
+    async def run() -> None:
+        client = await AsyncRolloutClient.connect(address, timeout=0.3)
+        found = Generations(client, lambda: pytest.fail("no request is aborted"), address=address, patience=0.3)
+        calls = [asyncio.ensure_future(found.generate(bridge_request("recorded")))]
+        while not (await client.status())["in_flight"]:
+            await asyncio.sleep(0.01)
+        gateway.stop()
+        calls.append(asyncio.ensure_future(found.generate(bridge_request("not submitted"))))
+        for error in await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10):
+            assert isinstance(error, TransportError) and address in str(error), error
+        serve(ToyBackend(rate=0.0), address)
+        while (figures := await client.status())["failed"] < 2:
+            await asyncio.sleep(0.01)
+        assert figures["requested"] == 2 and figures["outstanding"] == 0
+        await found.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_a_call_that_is_cancelled_while_its_batch_is_submitted(
+    serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    gateway, submit = serve(ToyBackend(rate=0.0)), RolloutClient.submit
+
+    def late(self: RolloutClient, batch: Any) -> None:
+        time.sleep(0.2)
+        submit(self, batch)
+
+    monkeypatch.setattr(RolloutClient, "submit", late)
+
+    async def run() -> None:
+        client = await AsyncRolloutClient.connect(gateway.address)
+        found = Generations(client, lambda: pytest.fail("no request is aborted"), address=gateway.address, patience=60.0)
+        dropped = asyncio.ensure_future(found.generate(bridge_request("dropped")))
+        await asyncio.sleep(0.05)
+        dropped.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        await asyncio.sleep(0.3)
+        figures = await client.status()
+        assert (figures["requested"], figures["failed"], figures["outstanding"]) == (1, 1, 0)
         await found.close()
 
     asyncio.run(asyncio.wait_for(run(), 20))

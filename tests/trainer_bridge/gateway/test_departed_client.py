@@ -10,6 +10,7 @@ from bridge_parts import done, record, request
 
 from blockroll.errors import TransportError
 from blockroll.trainer_bridge.gateway.departed_client import end_client
+from blockroll.trainer_bridge.gateway.kept_work import kept_work
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 
 
@@ -26,6 +27,7 @@ def test_a_client_that_is_gone_for_good_leaves_nothing_to_do(tmp_path: Path) -> 
         record(ledger, other, client="stays")
         with pytest.raises(TransportError):
             ledger.claim("gone", "a new key")
+    assert kept_work(path) == (6, 1) and kept_work(path, "gone") == (1, 0) and kept_work(path, "stays") == (5, 1)
     assert end_client(path, "gone") == 3
     with closing(Ledger(path)) as ledger:
         ledger.claim("gone", "a new key")
@@ -34,4 +36,5 @@ def test_a_client_that_is_gone_for_good_leaves_nothing_to_do(tmp_path: Path) -> 
         assert ledger.pending("gone", 0) == [] and ledger.outstanding == 1
         leases = ledger.lease(10)
         assert leases is not None and leases[1] == [other]
+    assert kept_work(path) == (1, 0) and kept_work(tmp_path / "none") == (0, 0) and not (tmp_path / "none").exists()
     assert end_client(path, "gone") == 0 and end_client(path, "nobody") == 0

@@ -16,6 +16,7 @@ from blockroll.rollout.backend import Completed
 from blockroll.trainer_bridge.client import RequestRefused, connect
 from blockroll.trainer_bridge.client.connection import Connection
 from blockroll.trainer_bridge.gateway import Gateway, message_router
+from blockroll.trainer_bridge.gateway.backend_driver import BackendDriver
 from blockroll.trainer_bridge.wire.messages import Shutdown, Stopping
 
 Serve = Callable[..., Gateway]
@@ -75,6 +76,31 @@ def test_cluster_without_engines_is_a_notice_and_outlived(serve: Serve) -> None:
         backend.broken = ""
         assert len(client.generate([request("a")], timeout=10)) == 1
         assert client.status()["notice"] == ""
+
+
+def test_a_refusal_of_work_is_told_while_there_is_work(serve: Serve) -> None:
+    backend = ToyBackend()
+    backend.broken = "no live actor"
+    with connect(serve(backend).address) as client:
+        client.submit([request("a")])
+        until(lambda: "no live actor" in str(client.status()["notice"]))
+        client.cancel(["a"])
+        assert client.status()["notice"] == ""
+
+
+def test_a_refusal_of_work_is_told_until_engines_answer() -> None:
+    backend = ToyBackend(rate=0.0)
+    driver = BackendDriver(backend, lambda: None)
+    try:
+        driver.submit(1, [request("runs")], ["t"])
+        until(lambda: len(backend.batches) == 1)
+        backend.broken = "no live actor"
+        driver.submit(2, [request("refused")], ["t"])
+        until(lambda: driver.notices(waiting=True) == ["no live actor"])
+        backend.rate = 1e9
+        until(lambda: not driver.notices(waiting=True))
+    finally:
+        assert driver.stop(10)
 
 
 def test_bug_of_the_backend_ends_the_gateway_and_is_raised(tmp_path: Path) -> None:
@@ -205,6 +231,19 @@ def test_an_error_in_many_bytes_reaches_the_client_and_the_gateway_goes_on(serve
             client.generate([request("a")], timeout=1.5)
         backend.broken = ""
         assert len(client.generate([request("a")], timeout=10)) == 1
+
+
+def test_a_batch_of_which_a_part_finds_no_room_is_refused_whole(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that come behind it would fit."""
+    monkeypatch.setattr(message_router, "MAX_PART_BYTES", 0)  # each part is a transaction
+    backend = ToyBackend(longest=10**6)
+    large = [request(f"large{i}", prompt=range(10_000)) for i in range(32)]
+    with connect(serve(backend, max_ledger_bytes=300_000).address) as client:
+        with pytest.raises(StorageError, match="full"):
+            client.submit([*large, request("small")])
+        assert not client.status()["requested"] and not backend.batches
+        assert client.delivery == {"requested": 0, "unique": 0, "duplicates": 0, "failed": 0, "missing": 0}
+        assert len(client.generate([request("small", 2)], timeout=10)) == 2
 
 
 def test_leases_commits_retries_and_refusals_are_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:

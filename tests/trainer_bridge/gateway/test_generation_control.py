@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from blockroll.rollout.backend import Completed
 from blockroll.rollout.types import Trajectory
 from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, async_client, connect
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
-from blockroll.trainer_bridge.gateway import Gateway, aborting
+from blockroll.trainer_bridge.gateway import Gateway, aborting, message_router
 from blockroll.trainer_bridge.gateway.ledger import Ledger
+from blockroll.trainer_bridge.wire import messages
 
 Serve = Callable[..., Gateway]
 
@@ -202,21 +204,45 @@ def test_an_abort_of_more_than_one_transaction_takes_leases_nothing_of_it(
         settled(client)
 
 
-@pytest.mark.parametrize("pause", [False, True])
-def test_an_abort_answers_work_that_the_cluster_has_refused(pause: bool, serve: Serve) -> None:
+@pytest.mark.parametrize("how", ["abort", "pause", "names"])
+def test_an_abort_answers_work_that_the_cluster_has_refused(how: str, serve: Serve) -> None:
     backend = Pausable()
     backend.broken = "no engine"
     gateway = serve(backend)
     with connect(gateway.address, client_id="t") as client, ServiceControl(gateway.address) as control:
         client.submit([request("a", samples=3)])
         until(lambda: bool(gateway._revoked))
-        control.pause("abort", timeout=10) if pause else control.abort()
+        if how == "pause":
+            control.pause("abort", timeout=10)
+        else:
+            control._act(partial(messages.Abort, ids=("a",) if how == "names" else ()), 5.0)
         assert [t.finish_reason for t in client.results(timeout=10)] == ["abort"] * 3
         settled(client)
 
 
+def test_samples_that_an_abort_has_ended_are_delivered_though_the_disk_refuses_its_rest(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    gateway, any_open, failed = serve(Pausable(rate=0.0), max_in_flight=1), Ledger.any_open, list[str]()
+
+    def once(self: Ledger, aborted: aborting.Aborted) -> bool:
+        if not failed:
+            failed.append("ledger.sqlite cannot be read")
+            raise StorageError(failed[0])
+        return any_open(self, aborted)
+
+    with working(gateway, request("runs")) as (client, control):
+        client.submit([request("queued", samples=3)])
+        monkeypatch.setattr(Ledger, "any_open", once)
+        control.abort(["queued"])
+        assert failed and len([t for _, t in zip(range(3), client.results(timeout=2), strict=False)]) == 3
+
+
 @pytest.mark.parametrize("names", [pytest.param(None, marks=pytest.mark.slow), ["leased", "queued"]])
-def test_an_abort_reaches_the_work_of_a_client_that_is_gone(names: list[str] | None, serve: Serve) -> None:
+def test_an_abort_reaches_the_work_of_a_client_that_is_gone(
+    names: list[str] | None, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(message_router, "PROBE_S", 0.2)  # the gateway sees that a client is gone when it writes to it
     backend = Pausable(rate=0.0)
     gateway = serve(backend, client_grace=0.2, max_in_flight=10)
     gone = connect(gateway.address, client_id="gone")

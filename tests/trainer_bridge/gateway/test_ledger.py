@@ -143,6 +143,23 @@ def test_an_abort_or_a_lease_that_the_disk_refuses_leaves_the_work_queued(
     assert (ledger.counters.unique, ledger.counters.failed, ledger.counters.missing) == ((0, 2, 0) if damaged else (2, 0, 0))
 
 
+def test_an_abort_that_waits_asks_the_file_once_for_all_its_requests(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, run, said = [f"r{i}" for i in range(100)], LedgerFile.run, list[str]()
+    record(ledger, *map(request, names))
+    ledger.lease(ROOM)
+
+    def counted(self: LedgerFile, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
+        said.append(statement)
+        return run(self, statement, values)
+
+    monkeypatch.setattr(LedgerFile, "run", counted)
+    every = Aborted(names, 1000)
+    assert ledger.any_open(every) and len(said) == 1
+    assert ledger.abort_queued(every) == set() and len(said) == 2
+    plans = [run(ledger._file, f"EXPLAIN QUERY PLAN {sql}", (None,) * sql.count("?")).fetchall() for sql in said]
+    assert all("(id=?" in str(plan) for plan in plans), plans
+
+
 def test_malformed_output_of_an_engine_fails_its_request_alone(ledger: Ledger) -> None:
     a, b = request("a"), request("b")
     record(ledger, a, b)

@@ -2,7 +2,9 @@
 
 Invariants:
 - Requests that arrive while a batch is being submitted are the next batch.
-- A request whose coroutine is cancelled is cancelled at the service.
+- A request whose coroutine is cancelled, or has failed here, is cancelled at the service.
+- When the gateway has been gone for `patience` to twice `patience` seconds, every call that waits fails, and so do those that
+  come until it answers again.
 - While the gate is closed no request is submitted; those that arrive wait for it, or are turned away.
 """
 
@@ -10,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
-from ....errors import BlockrollError, RequestError
+from ....errors import BlockrollError, RequestError, TransportError
 from ....rollout.types import RolloutRequest, Trajectory
 from ...client import RequestRefused, ServiceControl
 from ...client.async_client import AsyncRolloutClient
@@ -21,7 +24,7 @@ _log = logging.getLogger(__package__)
 _BATCH = 256
 """Requests submitted in one call."""
 _RETRY_S = 1.0
-"""Seconds between two tries to take trajectories from a gateway that does not answer."""
+"""Seconds between two tries to reach a gateway that does not answer."""
 _ENDING_S = 0.2
 """Seconds between two calls of abort: a request that the gateway has not recorded yet is unknown to the first."""
 
@@ -31,16 +34,20 @@ class Generations:
 
     Args:
         connect_control: opens the session that aborts requests; called at the first abort, because it needs the control key.
+        address: of the gateway, for messages.
+        patience: seconds; the client's `timeout`.
     """
 
-    def __init__(self, client: AsyncRolloutClient, connect_control: Callable[[], ServiceControl]) -> None:
-        self._client, self._connect_control = client, connect_control
+    def __init__(self, client: AsyncRolloutClient, connect_control: Callable[[], ServiceControl], *, address: str,
+                 patience: float) -> None:
+        self._client, self._connect_control, self._address, self._patience = client, connect_control, address, patience
         self._control: ServiceControl | None = None
         self._waiting: dict[str, asyncio.Future[Trajectory]] = {}
         self._queue: list[RolloutRequest] = []
+        self._unwanted = set[str]()  # nobody waits for these, and the service may have them
         self._arrived, self._submitted, self._open = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._open.set()
-        self._turning_away, self._ending = False, asyncio.Lock()
+        self._turning_away, self._ending, self._submitting = False, asyncio.Lock(), asyncio.Lock()
         self._tasks = [asyncio.create_task(self._submit()), asyncio.create_task(self._take())]
 
     @property
@@ -51,7 +58,8 @@ class Generations:
     async def generate(self, request: RolloutRequest) -> Trajectory | None:
         """The trajectory of a request of one sample; None when it was turned away at the gate.
 
-        Raises RequestRefused when the service cannot serve it, StorageError or TransportError when it was not submitted.
+        Raises RequestRefused when the service cannot serve it, StorageError when it was not submitted, TransportError when the
+        gateway is gone.
         """
         if not self._open.is_set():
             if self._turning_away:
@@ -66,10 +74,20 @@ class Generations:
             if request in self._queue:
                 self._queue.remove(request)
             else:
-                await self._client.cancel([request.id])
+                async with self._submitting:
+                    pass  # while its batch is submitted, the client may not know it
+                await self._cancel(request.id)
             raise
         finally:
             self._waiting.pop(request.id, None)
+
+    async def _cancel(self, name: str) -> None:
+        try:
+            await self._client.cancel([name])
+        except BlockrollError as error:
+            _log.warning("request %s is cancelled once the gateway answers: %s", name, error)
+            self._unwanted.add(name)
+            self._submitted.set()
 
     def close_gate(self, turn_away: bool = False) -> None:
         """Lets no further request in, until `open_gate`. With `turn_away` those that arrive are answered at once, with None."""
@@ -123,7 +141,8 @@ class Generations:
             self._arrived.clear()
             while self._queue:
                 batch, self._queue = self._queue[:_BATCH], self._queue[_BATCH:]
-                await self._record(batch)
+                async with self._submitting:
+                    await self._record(batch)
 
     async def _record(self, batch: list[RolloutRequest]) -> None:
         """Submits requests. One that cannot travel, or has an id twice, fails alone."""
@@ -136,6 +155,8 @@ class Generations:
             else:
                 self._fail(batch[0].id, error)
         except BlockrollError as error:
+            # The client submits them again in its next session.
+            self._unwanted.update(request.id for request in batch)
             for request in batch:
                 self._fail(request.id, error)
         self._submitted.set()
@@ -145,6 +166,9 @@ class Generations:
             await self._submitted.wait()
             self._submitted.clear()
             try:
+                if unwanted := sorted(self._unwanted):
+                    await self._client.cancel(unwanted)
+                    self._unwanted.difference_update(unwanted)
                 async for trajectory in self._client.results():
                     if (future := self._waiting.get(trajectory.request_id)) is not None and not future.done():
                         future.set_result(trajectory)
@@ -153,8 +177,31 @@ class Generations:
                 self._submitted.set()
             except BlockrollError as error:  # of a gateway that ends, too: the next life has the requests
                 _log.warning("no trajectories: %s; trying again", error)
-                await asyncio.sleep(_RETRY_S)
+                await self._reach(error)
                 self._submitted.set()
+
+    async def _reach(self, error: BlockrollError) -> None:
+        """Returns when the gateway answers. Fails the calls that wait where it has not for `patience` seconds."""
+        since = time.monotonic()
+        while True:
+            await asyncio.sleep(_RETRY_S)
+            try:
+                await self._client.status()
+                return
+            except BlockrollError as again:
+                error = again
+            if (silent := time.monotonic() - since) >= self._patience:
+                self._give_up(TransportError(
+                    f"the service at {self._address} has not answered for {silent:.0f} s ({error}); see `blockroll status`, "
+                    "start it again with `blockroll up`, or give a longer `timeout` in rollout.engine_kwargs.blockroll"))
+
+    def _give_up(self, error: TransportError) -> None:
+        """Fails the calls that wait. What of them is not submitted yet is not submitted."""
+        queued = {request.id for request in self._queue}
+        self._queue.clear()
+        self._unwanted |= self._waiting.keys() - queued
+        for name in list(self._waiting):
+            self._fail(name, error)
 
     def _fail(self, name: str, error: BlockrollError) -> None:
         if (future := self._waiting.get(name)) is not None and not future.done():

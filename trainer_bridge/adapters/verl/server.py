@@ -41,7 +41,8 @@ class RolloutServer:
         keys = client_keys(settings.keys or None)
         name = f"verl-{self._life}-{self._replica_rank}"
         client = await AsyncRolloutClient.connect(settings.address, client_id=name, keys=keys, timeout=settings.timeout)
-        self._generations = Generations(client, lambda: ServiceControl(settings.address, keys=keys, timeout=settings.timeout))
+        self._generations = Generations(client, lambda: ServiceControl(settings.address, keys=keys, timeout=settings.timeout),
+                                        address=settings.address, patience=settings.timeout)
         self._versions = weight_steps()
 
     async def generate(self, prompt_ids: Sequence[int], sampling_params: dict[str, Any], request_id: str, image_data: Any = None,
@@ -53,7 +54,7 @@ class RolloutServer:
             request_id: of the sample; the seed of its tokens is made of it and `rollout.seed`.
             priority: requests with a smaller number go first.
 
-        Raises RequestError for what the service cannot serve, naming it.
+        Raises RequestError for what the service cannot serve, naming it; TransportError when the service is gone.
         """
         options.pop("mm_processor_output", None)  # of what is refused below
         for name, value in {"image_data": image_data, "video_data": video_data, "audio_data": audio_data, **options}.items():

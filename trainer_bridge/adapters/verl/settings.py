@@ -22,7 +22,7 @@ class ServiceSettings(Config):
         address: of the gateway, as `blockroll status` shows it.
         keys: directory of the client's keys; empty on loopback.
         sampler: of training and validation. With `ar` and `coupled` tokens depend on seed, prompt and weights alone.
-        timeout: seconds without a message from the gateway after which a call fails.
+        timeout: a call fails when the gateway has been silent for so many seconds, or twice as many.
         in_flight: what an update of the weights does to requests that have begun, where trainer and rollouts are apart. `abort`
             ends them with the tokens that they have, and verl's asynchronous trainers ask for the rest; `keep` lets them go on,
             each token with its version.
