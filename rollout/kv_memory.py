@@ -39,7 +39,7 @@ from .planning.planner import candidates
 from .planning.step_costs import rows
 from .schedule import Schedule
 from .steps.recurring import bucket
-from .steps.shapes import GRAPH_SHARE
+from .steps.shapes import GRAPH_SHARE, power_of_two
 
 DEFAULT_SHARE = 0.9
 """Of what is free on a GPU; the rest is for what torch's allocator cannot use between blocks."""
@@ -200,7 +200,8 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     z, item, batch = policy.config, policy.dtype.itemsize, config.max_batch
     known = schedules_of(config.schedule, block_size)
     row = max(map(rows, known))
-    step = prefill_rows(config, policy) + batch * row
+    prefilled = prefill_rows(config, policy)
+    step = prefilled + batch * row
     logit_rows = batch * max(max((s.drafts or 0) + 1, s.block or 1) for s in known)
     channels = (z.num_attention_heads + z.num_key_value_heads) * z.head_dim
     each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
@@ -208,7 +209,9 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     away = policy.device.type != "cpu"
     split_rows = (WAVES + 1) * MOST_QUERIES
     if config.batch_invariant:
-        most = min(pages_for(z.max_position_embeddings, INVARIANT_KEYS) + 1, MOST_SPLITS)
+        # The table of pages of a captured step is wider than the longest sequence.
+        cached = power_of_two(pages_for(z.max_position_embeddings, config.page_size)) * config.page_size
+        most = min(pages_for(cached, INVARIANT_KEYS) + pages_for(prefilled + row, INVARIANT_KEYS), MOST_SPLITS)
         split_rows = most * (step * z.num_attention_heads + bucket(batch) * INVARIANT_QUERIES * z.num_key_value_heads)
     ring = _ring(policy, block_size)
     tail = page_sizes.tail_row(z.num_attention_heads, z.num_key_value_heads, z.head_dim)

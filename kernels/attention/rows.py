@@ -72,7 +72,7 @@ class Rows:
             device: where the kernels run.
         """
         counts = np.diff(first_S1)
-        tile = choose(architecture(), dtype, int(counts.max(initial=1)) * (heads // kv_heads), batch_invariant)
+        tile = choose(architecture(), dtype, int(counts.max(initial=1)), heads // kv_heads, batch_invariant)
         cut = Cut.of(first_S1, tile, heads, kv_heads, batch_invariant)
         range_6T = apart(range_4T, np.repeat(start_S, counts)).astype(np.int32)
         tile_N4 = np.empty((len(cut.count_N), 4), np.int32)
