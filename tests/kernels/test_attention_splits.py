@@ -116,8 +116,10 @@ def test_a_captured_step_deals_again_within_its_grid() -> None:
     for starts in (np.full(8, 16000), np.array([16000, 5, 0, 300, 2000, 31, 32, 33])):
         fresh = rows_of(starts, 17, 512)
         rows.range_6T[:], rows.start_S[:] = fresh.range_6T, fresh.start_S
-        rows.deal()
-        assert torch.equal(rows.item_I8, fresh.item_I8) and torch.equal(rows.tile_N4, fresh.tile_N4)
+        for pack in (None, rows.cut.fresh_blocks(rows.range_6T.numpy())):
+            rows.item_I8[:], rows.tile_N4[:] = -1, -1
+            rows.deal(pack)
+            assert torch.equal(rows.item_I8, fresh.item_I8) and torch.equal(rows.tile_N4, fresh.tile_N4)
 
 
 @pytest.mark.parametrize("arch", TARGETS)

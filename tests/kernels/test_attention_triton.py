@@ -118,7 +118,8 @@ def test_ragged_pack(dtype, splits, window) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "page"), [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64), (2, 1, 16, 16), (32, 1, 16, 16)]
+    ("heads", "kv_heads", "size", "page"),
+    [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64), (2, 1, 16, 16), (32, 1, 16, 16)],
 )
 def test_odd_sizes(heads, kv_heads, size, page) -> None:
     pack = Pack(MIXED, heads, kv_heads, size, page)
