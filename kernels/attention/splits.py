@@ -100,7 +100,7 @@ class Cut:
         return row_N2, line_N8
 
     def fresh_blocks(self, range_6T: np.ndarray) -> np.ndarray:
-        """Begin and end, [2, N], of the key blocks of the pack that each tile sees something of, from its sequence's first row."""
+        """Begin and end, [2, N], of the key blocks of the pack that each tile sees, from the first row of its sequence."""
         ranges_6T = range_6T.copy()
         ranges_6T[:2] = 0
         row_N = self._rows[0][:, 0]

@@ -118,12 +118,16 @@ def test_ragged_pack(dtype, splits, window) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "page"),
-    [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64), (2, 1, 16, 16), (32, 1, 16, 16)],
+    ("heads", "kv_heads", "size", "page"), [(8, 2, 128, 32), (3, 1, 24, 5), (6, 2, 16, 1), (2, 2, 80, 64), (2, 1, 16, 16)]
 )
 def test_odd_sizes(heads, kv_heads, size, page) -> None:
     pack = Pack(MIXED, heads, kv_heads, size, page)
     close(pack.run(pack.rows(splits=2)), pack.expected())
+
+
+def test_more_heads_of_a_row_than_the_smallest_tile_has() -> None:
+    pack = Pack([DecodeRows([3], 9, (), 4), DecodeRows([4], 0, (), 4)], heads=32, kv_heads=1, size=16, page=8)
+    close(pack.run(pack.rows()), pack.expected())
 
 
 @pytest.mark.parametrize("m", [16, 128])
