@@ -7,8 +7,8 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
     logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
     activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
     attention     partial results of tiles whose keys programs share: 4 (d + 1) per query row and head; three times the rows that
-                  fill the largest device; with batch_invariant those of T and of a tile per sequence, once per 1024 keys, at
-                  most 32 times
+                  fill the largest device; with batch_invariant those of T and of a tile per sequence, once per 1024 keys of
+                  the widest table of pages, at most 32 times
     tails         2 B slots of the convolutions' past, in every layer
     drafts        4 * B * m * V, B rounded up: q of the m drafts that wait between two captured steps
     graphs        1/32 of the device, where passes are captured

@@ -175,7 +175,7 @@ def longest_item(blocks_N: np.ndarray, tile: Tile, groups: int, room: int) -> in
     per_C = -(-most // splits_C)
     # In float64, whose division is several times as fast as that of integers: a quotient of such numbers is never rounded to a
     # whole one.
-    items_C = np.ceil(blocks_N.clip(1) / per_C[:, None].astype(np.float64)).sum(1)
+    items_C = np.ceil(np.maximum(blocks_N, 1) / per_C[:, None].astype(np.float64)).sum(1)
     programs_C = items_C * groups
     waves_C, on_a_unit_C = np.ceil(programs_C / programs), np.ceil(programs_C / tile.units)
     products = tile.m / (_BALANCED * tile.held)
