@@ -72,7 +72,7 @@ class Rows:
             device: where the kernels run.
         """
         counts = np.diff(first_S1)
-        tile = choose(architecture(), dtype, int(counts.max(initial=1)) * (heads // kv_heads), batch_invariant)
+        tile = choose(architecture(), dtype, int(counts.max(initial=1)), heads // kv_heads, batch_invariant)
         cut = Cut.of(first_S1, tile, heads, kv_heads, batch_invariant)
         range_6T = apart(range_4T, np.repeat(start_S, counts)).astype(np.int32)
         tile_N4 = np.empty((len(cut.count_N), 4), np.int32)
@@ -88,9 +88,9 @@ class Rows:
             page_size=page_size,
         )  # fmt: skip
 
-    def deal(self) -> None:
-        """Write tiles and items for the ranges and starts as they are now, in place, on the host."""
-        self.cut.deal(*(each.numpy() for each in (self.range_6T, self.start_S, self.tile_N4, self.item_I8)))
+    def deal(self, fresh_2N: np.ndarray | None = None) -> None:
+        """Write tiles and items for the ranges and starts as they are now, in place, on the host. Args: of `Cut.deal`."""
+        self.cut.deal(*(each.numpy() for each in (self.range_6T, self.start_S, self.tile_N4, self.item_I8)), fresh_2N)
 
 
 def apart(range_4T: np.ndarray, start_T: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ Legend: T rows, S sequences, N tiles, I items, C candidates.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -89,15 +90,39 @@ class Cut:
         """Key blocks of an item under `batch_invariant`, of a sequence that needs no longer ones."""
         return max(INVARIANT_KEYS // self.tile.n, 1)
 
-    def deal(self, range_6T: np.ndarray, start_S: np.ndarray, tile_N4: np.ndarray, item_I8: np.ndarray) -> None:
+    @cached_property
+    def _rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """The columns of both tables that no position changes: row_N2 of `tile_N4`, and line_N8 with those of `item_I8`."""
+        row_N2 = np.stack([self.first_N + self.opening_N, self.count_N], 1).astype(np.int32)
+        line_N8 = np.zeros((len(row_N2), 8), np.int32)
+        for column, of_N in enumerate((self.sequence_N, self.first_N, self.opening_N, self.count_N)):
+            line_N8[:, column] = of_N
+        return row_N2, line_N8
+
+    def fresh_blocks(self, range_6T: np.ndarray) -> np.ndarray:
+        """Begin and end, [2, N], of the key blocks of the pack that each tile sees, from the first row of its sequence."""
+        ranges_6T = range_6T.copy()
+        ranges_6T[:2] = 0
+        row_N = self._rows[0][:, 0]
+        return np.stack(key_blocks(ranges_6T, row_N, 0 * row_N, self.tile.n))
+
+    def deal(
+        self, range_6T: np.ndarray, start_S: np.ndarray, tile_N4: np.ndarray, item_I8: np.ndarray,
+        fresh_2N: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         """Write the tables of tiles and items for these positions.
 
-        Args: range_6T, as of `Rows`; start_S, cached positions of each sequence; item_I8, as long as the `capacity`.
+        Args:
+            range_6T: as of `Rows`. start_S: cached positions of each sequence. item_I8: as long as the `capacity`.
+            fresh_2N: the `fresh_blocks`, where every row sees all cached positions; then `range_6T` is not read.
         """
-        n, sequence_N = self.tile.n, self.sequence_N
-        cached_N = -(-start_S[sequence_N] // n)
-        row_N = self.first_N + self.opening_N
-        begin_N, end_N = key_blocks(range_6T, row_N, cached_N, n)
+        n = self.tile.n
+        row_N2, line_N8 = self._rows
+        cached_N = -(-start_S // n)[self.sequence_N]
+        if fresh_2N is None:
+            begin_N, end_N = key_blocks(range_6T, row_N2[:, 0], cached_N, n)
+        else:
+            begin_N, end_N = fresh_2N[0] * (cached_N == 0), cached_N + fresh_2N[1]
         if self.batch_invariant:
             most_N = (cached_N + -(-self.rows_N // n)).clip(1)
             # A power of two times the least, as large as it takes to have no more than MOST_SPLITS of them.
@@ -111,17 +136,14 @@ class Cut:
             splits_N = np.maximum(-(-blocks_N // longest), 1)
             per_N = -(-blocks_N // splits_N)
         item_N = np.cumsum(splits_N) - splits_N
-        for column, of_N in enumerate((row_N, self.count_N, item_N, splits_N)):
-            tile_N4[:, column] = of_N
-        tile_I = np.repeat(np.arange(len(splits_N)), splits_N)
-        first_I, per_I = begin_N[tile_I], per_N[tile_I]
-        first_I += (np.arange(len(tile_I)) - item_N[tile_I]) * per_I
-        line_N8 = np.empty((len(row_N), 8), np.int32)
-        for column, of_N in enumerate((sequence_N, self.first_N, self.opening_N, self.count_N, cached_N)):
-            line_N8[:, column] = of_N
-        line_N8[:, 7] = splits_N
-        item_I8[: len(tile_I)], item_I8[len(tile_I) :] = line_N8[tile_I], 0
-        item_I8[: len(tile_I), 5], item_I8[: len(tile_I), 6] = first_I, first_I + per_I
+        tile_N4[:, :2], tile_N4[:, 2], tile_N4[:, 3] = row_N2, item_N, splits_N
+        # Begin and end of each tile's first item, and how far the next one is from it.
+        line_N8, step_N = line_N8.copy(), per_N.astype(np.int32)
+        line_N8[:, 4], line_N8[:, 5], line_N8[:, 7] = cached_N, begin_N - item_N * per_N, splits_N
+        line_N8[:, 6] = line_N8[:, 5] + step_N
+        count = int(item_N[-1] + splits_N[-1]) if len(item_N) else 0
+        item_I8[:count], item_I8[count:] = np.repeat(line_N8, splits_N, axis=0), 0
+        item_I8[:count, 5:7] += (np.repeat(step_N, splits_N) * np.arange(count, dtype=np.int32))[:, None]
 
 
 def key_blocks(range_6T: np.ndarray, row_N: np.ndarray, cached_N: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -148,15 +170,19 @@ def longest_item(blocks_N: np.ndarray, tile: Tile, groups: int, room: int) -> in
     compute unit share its matrix units. All programs together are bound by the bandwidth. Partial results are written and read
     again beside that.
     """
-    most = int(blocks_N.max(initial=1))
+    programs, most = tile.programs, int(blocks_N.max(initial=1))
     splits_C = np.arange(1, max(min(most // _LEAST_BLOCKS, MOST_SPLITS), 1) + 1)
     per_C = -(-most // splits_C)
-    items_C = np.maximum(-(-blocks_N // per_C[:, None]), 1).sum(1)
-    waves_C, on_a_unit_C = np.ceil(items_C * groups / tile.programs), np.ceil(items_C * groups / tile.units)
+    # In float64, whose division is several times as fast as that of integers: a quotient of such numbers is never rounded to a
+    # whole one.
+    items_C = np.ceil(np.maximum(blocks_N, 1) / per_C[:, None].astype(np.float64)).sum(1)
+    programs_C = items_C * groups
+    waves_C, on_a_unit_C = np.ceil(programs_C / programs), np.ceil(programs_C / tile.units)
     products = tile.m / (_BALANCED * tile.held)
-    alone = _UNDER_WAY / (tile.programs * tile.n * max(tile.stages - 1, 1))
+    alone = _UNDER_WAY / (programs * tile.n * max(tile.stages - 1, 1))
     cost_C = (per_C + START) * np.maximum(waves_C * alone, on_a_unit_C * products)
-    cost_C = np.maximum(cost_C, float(blocks_N.sum()) * groups / tile.programs)
-    # Four bytes a number, written and read, against two bytes a number of a key and a value.
-    cost_C += np.where(splits_C > 1, items_C * groups / tile.programs * (2 * tile.m / tile.n), 0.0)
-    return int(per_C[np.argmin(np.where(items_C <= max(room, len(blocks_N)), cost_C, np.inf))])
+    cost_C = np.maximum(cost_C, float(blocks_N.sum()) * groups / programs)
+    # Four bytes a number, written and read, against two bytes a number of a key and a value. One split has no partial results.
+    cost_C[1:] += programs_C[1:] / programs * (2 * tile.m / tile.n)
+    cost_C[items_C > max(room, len(blocks_N))] = np.inf
+    return int(per_C[cost_C.argmin()])

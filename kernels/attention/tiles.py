@@ -51,20 +51,24 @@ _UNITS = {"gfx942": 304, "gfx950": 256, "sm_90": 132}
 _STAGES = 3
 INVARIANT_QUERIES = 64
 """m under `batch_invariant`."""
+MOST_GROUP = 64
+"""Query heads of a key head: a tile holds those of one row at least, and every device and precision has a tile of so many."""
 MOST_QUERIES = max(m * sizes[m][2] * _UNITS[arch] for arch, sizes in _SIZES.items() for m in sizes)
 """Query rows of the programs that fill the largest device."""
 
 
-def choose(arch: str, dtype: torch.dtype, queries: int, batch_invariant: bool) -> Tile:
-    """The tile for sequences of `queries` query rows (rows times query heads per key head)."""
+def choose(arch: str, dtype: torch.dtype, rows: int, group: int, batch_invariant: bool) -> Tile:
+    """The tile for sequences of `rows` rows. Args: group, query heads of a key head, at most `MOST_GROUP`."""
+    assert group <= MOST_GROUP, "the backend refuses such a policy"
     sizes = _SIZES.get(arch, _SIZES["sm_90"]) if dtype.itemsize == 2 else _WIDE
 
-    def cost(m: int) -> float:
-        count = -(-queries // m)
-        # Every tile of a sequence reads its keys again, mostly from the cache of the device.
-        return count * m * (1 + 0.15 * (count - 1))
+    def cost(m: int) -> tuple[int, int]:
+        count = -(-rows // (m // group))
+        # Every tile of a sequence reads its keys again, mostly from the cache of the device: 0.15 of the first reading. Of equals
+        # the fewest tiles are as many products and less of all else: 17 to 20 rows of 4 heads take one of 128, not five of 16.
+        return count * m * (100 + 15 * (count - 1)), count
 
-    m = INVARIANT_QUERIES if batch_invariant else min(sizes, key=cost)
+    m = INVARIANT_QUERIES if batch_invariant else min((m for m in sizes if m >= group), key=cost)
     n, warps, held, matrix = sizes[m]
     stages = pipeline(_STAGES) if dtype.itemsize == 2 else 2
     matrix = matrix if architecture().startswith("gfx") else 0

@@ -10,10 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reference import WEIGHT_BITS
-
-SCALE = tl.constexpr(2.0**WEIGHT_BITS)
-
 
 @triton.jit
 def key_of(x):
@@ -23,7 +19,7 @@ def key_of(x):
 
 
 @triton.jit
-def weigh_above(near, own, far, count, edge, high, top, temperature, TILE: tl.constexpr):
+def weigh_above(near, own, far, count, edge, high, top, temperature, SCALE: tl.constexpr, TILE: tl.constexpr):
     """Weight and number of the numbers below `high` that are above `edge`, and how many equal it."""
     mass_I, count_I = tl.full((TILE,), 0, tl.int64), tl.full((TILE,), 0, tl.int32)
     equal_I = count_I
@@ -39,7 +35,10 @@ def weigh_above(near, own, far, count, edge, high, top, temperature, TILE: tl.co
 
 
 @triton.jit
-def smallest(near, own, far, count, low, high, above, least, top, temperature, MASS: tl.constexpr, TILE: tl.constexpr):
+def smallest(
+    near, own, far, count, low, high, above, least, top, temperature,
+    MASS: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """The smallest number t for which the weight (or how many there are) of numbers above t is below `least`. `above`: of those
     that are not below `high`."""
     under, over = key_of(low), key_of(tl.minimum(high, top))

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-WEIGHT_BITS = 44
-"""Of the largest weight. The sum over a vocabulary of up to 2^18 tokens then fits into 63 bits."""
+_WEIGHT_BITS, _SUM_BITS = 44, 63
+"""Of the largest weight, and of the largest sum of weights."""
 
 
 class Edges(NamedTuple):
@@ -77,8 +77,13 @@ def scaled(logits_SRV: torch.Tensor, temperature_S: torch.Tensor) -> torch.Tenso
 
 
 def whole_weights(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    """The weights w, int64, of numbers whose row has this largest one."""
-    return (torch.exp(x - top) * 2.0**WEIGHT_BITS).long()
+    """The weights w, int64, of the numbers of a row, whose largest one is `top`."""
+    return (torch.exp(x - top) * weight_scale(x.shape[-1])).long()
+
+
+def weight_scale(vocab_size: int) -> float:
+    """The largest weight: 2^44, or less where the sum over so many tokens would not fit into 63 bits."""
+    return 2.0 ** min(_WEIGHT_BITS, _SUM_BITS - vocab_size.bit_length())
 
 
 def _descending(x: torch.Tensor) -> torch.Tensor:

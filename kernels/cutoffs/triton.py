@@ -27,8 +27,8 @@ import triton.language as tl
 
 from ..launch import Case, Shape, launch
 from ..verify.chunks import chunks_of, finite, row_at, scaled_of, strides_of, temperature_of
-from .bisection import SCALE, smallest, weigh_above
-from .reference import Edges
+from .bisection import smallest, weigh_above
+from .reference import Edges, weight_scale
 
 ROOM = 16384
 """Gathered numbers of a row, a sixteenth of a vocabulary of 262k. Second pivots lie at most 0.33 apart, and 0.15 where a row of
@@ -41,7 +41,7 @@ DEEP = tl.constexpr(64.0)
 
 
 @triton.jit
-def _weight(x, top):
+def _weight(x, top, SCALE: tl.constexpr):
     """The whole weight of a number."""
     return (tl.exp(x - top) * SCALE).to(tl.int64)
 
@@ -100,14 +100,14 @@ def _pivot_kernel(
 @triton.jit(do_not_specialize=["R"])
 def _count_kernel(
     logits_SRV, temperature_S, top_N, pivot_NP, mass_NCP, count_NCP, s_stride, r_stride, R,
-    V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    SCALE: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, C): weights, and how many numbers, are not below each pivot."""
     row, chunk = tl.program_id(0), tl.program_id(1)
     temperature, _ = temperature_of(temperature_S, row // R)
     v = chunk * CHUNK + tl.arange(0, CHUNK)
     x = scaled_of(row_at(logits_SRV, row, s_stride, r_stride, R), v, temperature, V, -1)
-    weight = _weight(x, tl.load(top_N + row))
+    weight = _weight(x, tl.load(top_N + row), SCALE)
     at = (row * C + chunk) * 16
     for j in tl.static_range(16):
         there = (x >= tl.load(pivot_NP + row * 16 + j)) & (v < V)
@@ -180,7 +180,7 @@ def _gather_kernel(
 def _edge_kernel(
     logits_SRV, temperature_S, top_k_S, top_p_S, pivot_NP, near_N, top_N, total_N, floor_mass_N, above_N, above_mass_N,
     count_NCP, first_N, end_N, value_SR, last_SR, logmass_SR, s_stride, r_stride, R,
-    ROOM: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+    ROOM: tl.constexpr, SCALE: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (N)."""
     row = tl.program_id(0)
@@ -199,15 +199,15 @@ def _edge_kernel(
     edge, mass = tl.full((), float("-inf"), tl.float32), total
     room, tied = tl.full((), V, tl.int32), tl.full((), 0, tl.int32)
     if top_k > 0:
-        edge = smallest(near, own, far, count, low, high, above, top_k, top, temperature, False, TILE)
-        more_mass, more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, TILE)
+        edge = smallest(near, own, far, count, low, high, above, top_k, top, temperature, False, SCALE, TILE)
+        more_mass, more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, SCALE, TILE)
         room = (top_k - above - more).to(tl.int32)
-        mass = above_mass + more_mass + room * _weight(edge, top)
+        mass = above_mass + more_mass + room * _weight(edge, top, SCALE)
     if top_p < 1:
         bound, edge_k, room_k = _bound(top_p, mass), edge, room
-        edge = smallest(near, own, far, count, low, high, above_mass, bound, top, temperature, True, TILE)
-        more_mass, _more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, TILE)
-        weight = tl.maximum(_weight(edge, top), 1)
+        edge = smallest(near, own, far, count, low, high, above_mass, bound, top, temperature, True, SCALE, TILE)
+        more_mass, _more, tied = weigh_above(near, own, far, count, edge, high, top, temperature, SCALE, TILE)
+        weight = tl.maximum(_weight(edge, top, SCALE), 1)
         room = tl.minimum((bound - above_mass - more_mass + weight - 1) // weight, V).to(tl.int32)
         room = tl.where(edge == edge_k, tl.minimum(room, room_k), room)
         mass = above_mass + more_mass + room * weight
@@ -265,22 +265,22 @@ def edges(
         top_k_S=top_k_S, top_p_S=top_p_S, top_N=largest, above_N=empty(dtype=torch.int32),
         **{name: empty(dtype=torch.int64) for name in ("total_N", "floor_mass_N", "above_mass_N")}, **parts,
     )  # fmt: skip
-    n, chunked = (s * r,), (s * r, count)
+    n, chunked, scale = (s * r,), (s * r, count), weight_scale(vocab_size)
     launch(_top_kernel, chunked, warps=warps, top_NC=top, CHUNK=chunk, **logits)
     launch(
         _pivot_kernel, n, warps=1, top_NC=top, floor_S=min_p_S.log().float(), pivot_NP=first_pivots, top_N=largest, R=r, C=count,
         CHUNKS=chunks,
     )  # fmt: skip
     for here, first in ((first_pivots, True), (pivots, False)):
-        launch(_count_kernel, chunked, warps=warps, top_N=largest, pivot_NP=here, CHUNK=chunk, **logits, **sums)
+        launch(_count_kernel, chunked, warps=warps, top_N=largest, pivot_NP=here, SCALE=scale, CHUNK=chunk, **logits, **sums)
         launch(_choose_kernel, n, pivot_NP=here, next_NP=pivots, FIRST=first, CHUNKS=chunks, **cut, **sums, **found)
     shared: dict[str, Any] = dict(pivot_NP=pivots, near_N=near, count_NCP=numbers, ROOM=ROOM, CHUNKS=chunks)
     launch(_gather_kernel, chunked, warps=warps, CHUNK=chunk, **logits, **parts, **shared)
     kinds = torch.float32, torch.int64, torch.float32
     out = Edges(*(torch.empty(s, r, dtype=kind, device=logits_SRV.device) for kind in kinds))
     launch(
-        _edge_kernel, n, warps=8, TILE=min(_TILE, chunk), value_SR=out.value_SR, last_SR=out.last_SR, logmass_SR=out.logmass_SR,
-        **logits, **found, **shared,
+        _edge_kernel, n, warps=8, SCALE=scale, TILE=min(_TILE, chunk), value_SR=out.value_SR, last_SR=out.last_SR,
+        logmass_SR=out.logmass_SR, **logits, **found, **shared,
     )  # fmt: skip
     return out
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from ...errors import CheckpointError
+from ...kernels.attention.tiles import MOST_GROUP
 from ..layout import TokenLayout
 from ..state import SequenceState
 from . import packed
@@ -61,11 +63,15 @@ class Backend(Protocol):
 
 
 def choose(policy: Policy) -> Backend:
-    """The fastest backend that serves the policy where it lies."""
+    """The fastest backend that serves the policy where it lies. Raises CheckpointError where there is none."""
     if packed.serves(policy):
         from .packed.backend import PackedBackend  # numba takes a moment to import
 
         return PackedBackend(policy)
+    heads, kv_heads = policy.config.num_attention_heads, policy.config.num_key_value_heads
+    if policy.paged and heads > MOST_GROUP * kv_heads:
+        raise CheckpointError("num_attention_heads", f"{heads} query heads share {kv_heads} key heads, and kernels take at most "
+                              f"{MOST_GROUP} for each", "serve this policy on a CPU")  # fmt: skip
     with torch.no_grad():  # weights under training are run without gradients here
         return TritonBackend(policy) if policy.paged else PlainBackend(policy)
 

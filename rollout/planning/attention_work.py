@@ -76,7 +76,7 @@ def shares(arch: str, call: AttentionCall) -> Shares:
     """How the kernels of an architecture share a call out."""
     heads, groups, head_dim, batch, rows, context = call
     with record(arch):
-        tile = choose(arch, torch.bfloat16, rows * heads // groups, False)
+        tile = choose(arch, torch.bfloat16, rows, heads // groups, False)
     first_S1 = np.arange(batch + 1) * rows
     cut = Cut.of(first_S1, tile, heads, groups, False)
     line_T, past_T, zero_T = np.tile(np.arange(rows), batch), np.full(batch * rows, context), np.zeros(batch * rows, np.int64)

@@ -22,7 +22,8 @@ def calls(roofline: Roofline, schedule: Schedule, batch: int, context: int) -> d
     found: dict[str, list[tuple[int, KernelWork]]] = {}
     for rows in passes:
         T = batch * rows
-        found.setdefault("attention", []).append((layers, kernel_work.attention(config, batch, rows, context)))
+        for call, count in roofline.attention_calls(batch, rows, context).items():
+            found.setdefault("attention", []).append((count, kernel_work.attention(config, batch, rows, call.context)))
         for kind, each in ((kernel_work.experts, 1), (kernel_work.router, 1), (kernel_work.cca, 1), (kernel_work.residual, 2),
                            (kernel_work.projections, 1)):  # fmt: skip
             found.setdefault(kind.__name__, []).append((layers * each, kind(config, T)))

@@ -214,7 +214,7 @@ class Roofline:
         parts = {name: Work(0.0, 0.0) for name in ("dense", "experts", "attention", "head", "activations")}
         attention: Counter[AttentionCall] = Counter()
         for rows in passes:
-            attention += self._attention(batch, rows, context)
+            attention += self.attention_calls(batch, rows, context)
             for name, work in self._layers(batch, rows).items():
                 parts[name] += work
         parts["attention"] = Work(
@@ -232,8 +232,8 @@ class Roofline:
         kernels += KERNELS_OF_AR if chosen.kind == "ar" else KERNELS_OF_DRAFTS
         return Step(chosen, sum(passes), len(passes), touched, parts, kernels, attention)
 
-    def _attention(self, batch: int, rows: int, context: int) -> Counter[AttentionCall]:
-        """All layers of one pass."""
+    def attention_calls(self, batch: int, rows: int, context: int) -> Counter[AttentionCall]:
+        """Of all layers of one pass; a layer with a sliding window has that much context at most."""
         z = self.config
         window = z.sliding_window
         seen = (

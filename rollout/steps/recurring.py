@@ -74,6 +74,8 @@ class RecurringInputs:
         self._from_tail = _from_tail(self._parent_SR[0], hops)
         self._rows = list({id(each): (each, policy.windows[kind]) for kind, each in plan.rows.items()}.values())
         self._range_6SR = [each.range_6T.numpy().reshape(6, sequences, -1) for each, _ in self._rows]
+        # What a tile sees of the pack is the same at every start, but for a window's begin.
+        self._fresh = [each.cut.fresh_blocks(each.range_6T.numpy()) if w is None else None for each, w in self._rows]
         moving = [layout.token_T] if clean else []
         moving += [layout.position_T, layout.limit_T, layout.parent_T, layout.start_S]
         moving += [places.source_TA, places.write_T, places.tail_T]
@@ -118,7 +120,7 @@ class RecurringInputs:
         row_K, hop_K, back_K = self._from_tail
         known_SK = back_K < start[:, None]
         self._source_SRA[:, row_K, hop_K] = np.where(known_SK, -2 - tail_SH[:, back_K], NOTHING)
-        for (rows, window), range_6SR in zip(self._rows, self._range_6SR, strict=True):
+        for (rows, window), range_6SR, fresh_2N in zip(self._rows, self._range_6SR, self._fresh, strict=True):
             # Every row sees the cached positions to their end. What it sees of the pack is the same at every start, but for a
             # window's begin.
             range_6SR[1] = start[:, None]
@@ -127,7 +129,7 @@ class RecurringInputs:
                 np.clip(begin_SR, 0, start[:, None], out=range_6SR[0], casting="unsafe")
                 np.maximum(np.minimum(begin_SR - start[:, None], clean), 0, out=range_6SR[2], casting="unsafe")
             rows.start_S.numpy()[:] = start
-            rows.deal()
+            rows.deal(fresh_2N)
             if rows is not self._rows[0][0]:
                 rows.table_SP.copy_(self._rows[0][0].table_SP)
 

@@ -14,7 +14,7 @@ import torch
 
 from blockroll.kernels.attention.rows import Rows, apart
 from blockroll.kernels.attention.splits import INVARIANT_KEYS, MOST_SPLITS, WAVES, Cut, key_blocks
-from blockroll.kernels.attention.tiles import INVARIANT_QUERIES, MOST_QUERIES, choose
+from blockroll.kernels.attention.tiles import INVARIANT_QUERIES, MOST_GROUP, MOST_QUERIES, choose
 from blockroll.kernels.launch import record
 from blockroll.kernels.shapes import TARGETS
 
@@ -116,8 +116,31 @@ def test_a_captured_step_deals_again_within_its_grid() -> None:
     for starts in (np.full(8, 16000), np.array([16000, 5, 0, 300, 2000, 31, 32, 33])):
         fresh = rows_of(starts, 17, 512)
         rows.range_6T[:], rows.start_S[:] = fresh.range_6T, fresh.start_S
-        rows.deal()
-        assert torch.equal(rows.item_I8, fresh.item_I8) and torch.equal(rows.tile_N4, fresh.tile_N4)
+        for pack in (None, rows.cut.fresh_blocks(rows.range_6T.numpy())):
+            rows.item_I8[:], rows.tile_N4[:] = -1, -1
+            rows.deal(pack)
+            assert torch.equal(rows.item_I8, fresh.item_I8) and torch.equal(rows.tile_N4, fresh.tile_N4)
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 3, 17, 32, 48, MOST_GROUP])
+def test_a_tile_holds_all_query_heads_of_a_row(arch: str, dtype: torch.dtype, group: int) -> None:
+    for rows in (1, 2, 17, 300):
+        for invariant in (False, True):
+            with record(arch):
+                tile = choose(arch, dtype, rows, group, invariant)
+            cut = Cut.of(np.array([0, rows]), tile, group, 1, invariant)
+            assert tile.m >= group and cut.count_N.sum() == rows and cut.count_N.max() * group <= tile.m
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (4, 1), (16, 1), (17, 2), (20, 2), (32, 1), (33, 3)])
+def test_few_tiles_read_the_keys_of_a_sequence(arch: str, rows: int, most: int) -> None:
+    """Of ZAYA1-8B's schedules: `ar`, `two_pass` and `fused`, of a block of 16."""
+    with record(arch):
+        tile = choose(arch, torch.bfloat16, rows, HEADS // GROUPS, False)
+    assert -(-rows * HEADS // GROUPS // tile.m) <= most
 
 
 def test_a_tile_that_sees_nothing_has_one_item_of_no_keys() -> None:
@@ -132,7 +155,7 @@ def test_partial_results_fit_into_what_is_set_aside(arch: str) -> None:
         for rows in (1, 16, 17, 32, 65, 300):
             first = np.arange(batch + 1) * rows
             with record(arch):
-                tiles = [choose(arch, torch.bfloat16, rows * HEADS // GROUPS, invariant) for invariant in (False, True)]
+                tiles = [choose(arch, torch.bfloat16, rows, HEADS // GROUPS, invariant) for invariant in (False, True)]
             for tile, invariant in zip(tiles, (False, True), strict=True):
                 cut = Cut.of(first, tile, HEADS, GROUPS, invariant)
                 items = cut.capacity(131072)

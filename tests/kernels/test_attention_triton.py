@@ -125,6 +125,11 @@ def test_odd_sizes(heads, kv_heads, size, page) -> None:
     close(pack.run(pack.rows(splits=2)), pack.expected())
 
 
+def test_more_heads_of_a_row_than_the_smallest_tile_has() -> None:
+    pack = Pack([DecodeRows([3], 9, (), 4), DecodeRows([4], 0, (), 4)], heads=32, kv_heads=1, size=16, page=8)
+    close(pack.run(pack.rows()), pack.expected())
+
+
 @pytest.mark.parametrize("m", [16, 128])
 def test_every_tile_gives_the_same(m, monkeypatch) -> None:
     """Tiles of other sizes cut the sequences elsewhere."""

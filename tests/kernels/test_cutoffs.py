@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from memory_meter import MemoryMeter
 
 pytest.importorskip("triton")
 
 from blockroll.kernels.cutoffs import reference, triton
 from blockroll.kernels.cutoffs.reference import Edges
+from blockroll.kernels.launch import record
 
 CUTS = ((0, 0.9, 0.0), (5, 1.0, 0.0), (9, 0.6, 0.02), (0, 1.0, 0.1), (10**6, 0.999, 0.0))
 """top-k, top-p, min-p."""
@@ -74,6 +78,39 @@ def test_a_large_vocabulary(poisoned_outputs):
     x = torch.randn(3, 1, 262272, generator=torch.Generator().manual_seed(3)) * torch.tensor([3.0, 1.0, 3.0])[:, None, None]
     x[2] = x[2].bfloat16().float()
     same_sets(x, torch.ones(3, dtype=torch.float64), columns([(0, 0.95, 0.0), (40, 0.9, 0.0), (0, 0.5, 0.0)]))
+
+
+@pytest.mark.parametrize("vocab_size", [1 << 19, pytest.param(1 << 22, marks=pytest.mark.slow)])
+def test_equal_numbers_of_a_large_vocabulary(vocab_size):
+    """The sum of their weights is the largest there is."""
+    x, ones = torch.zeros(1, 1, vocab_size), torch.ones(1, dtype=torch.float64)
+    found = reference.edges(x, ones, *columns([(0, 0.5, 0.0)]))
+    assert int(found.last_SR) == vocab_size // 2 - 1 and float(found.logmass_SR) == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.slow
+def test_the_kernels_find_the_same_among_them(poisoned_outputs):
+    same_sets(torch.zeros(1, 1, (1 << 19) + 3), torch.ones(1, dtype=torch.float64), columns([(0, 0.5, 0.0)]))
+
+
+def edges_on_a_device(sequences: int, rows: int, vocab_size: int):
+    """(launches, bytes that the cut-offs hold beside the logits at most)."""
+    wide, logits = (torch.empty(sequences, dtype=torch.float64, device="meta"),
+                    torch.empty(sequences, rows, vocab_size, device="meta"))
+    with record("gfx942") as launches, MemoryMeter() as meter:
+        triton.edges(logits, wide, wide.long(), wide, wide)
+    return launches, meter.peak
+
+
+@pytest.mark.parametrize("vocab_size", [274, 262272, (1 << 19) - 1, 1 << 19, 1 << 22])
+def test_sums_of_weights_fit_into_63_bits(vocab_size):
+    scales = {each.arguments["SCALE"] for each in edges_on_a_device(1, 1, vocab_size)[0] if "SCALE" in each.arguments}
+    assert scales == {reference.weight_scale(vocab_size)} and vocab_size * int(scales.pop()) < 1 << 63
+
+
+def test_edges_take_a_tenth_of_the_memory_of_the_logits():
+    """Verify rows of 64 samples. A sort of the vocabulary takes three times as much as the logits."""
+    assert edges_on_a_device(64, 16, 262272)[1] < 0.1 * 4 * 64 * 16 * 262272
 
 
 def test_a_row_does_not_depend_on_its_batch(monkeypatch, poisoned_outputs):

@@ -118,17 +118,17 @@ def test_compute_units_are_the_devices_own(monkeypatch):
 
     launch._units.cache_clear()
     launch._machine.cache_clear()
-    tile = choose("cpu", torch.bfloat16, 16, False)
+    tile = choose("cpu", torch.bfloat16, 16, 1, False)
     assert tile.units == 132 and tile.programs == tile.held * 132
     properties = types.SimpleNamespace(multi_processor_count=38, major=9, minor=0, gcnArchName="gfx942:sramecc+")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     try:
-        assert choose("sm_90", torch.bfloat16, 16, False).units == 38
+        assert choose("sm_90", torch.bfloat16, 16, 1, False).units == 38
         with record("gfx942"):
             assert compute_units({"gfx942": 304}, "gfx942") == 304
-            assert choose("gfx942", torch.bfloat16, 16, False).units == 304
+            assert choose("gfx942", torch.bfloat16, 16, 1, False).units == 304
     finally:
         launch._units.cache_clear()
         launch._machine.cache_clear()

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from memory_meter import MemoryMeter
 
 from blockroll.errors import RequestError
+from blockroll.kernels.attention.splits import Cut
+from blockroll.kernels.attention.tiles import choose
 from blockroll.kernels.dispatch import using
 from blockroll.model.checkpoint import load_policy
 from blockroll.rollout import kv_memory
+from blockroll.rollout.cache import pages_for
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.host_memory import host_memory
 from blockroll.rollout.offline import pool_size
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps.shapes import power_of_two
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 from blockroll.service import policy_files
 
@@ -161,6 +166,23 @@ def test_activations_are_set_aside(make_policy, dtype):
             engine.step()
     activations = kv_memory.set_aside(policy, config, engine.block_size, 0)["activations"]
     assert 0.3 * activations < meter.peak < activations
+
+
+@pytest.mark.parametrize("limit", [512, 3000, 5000])
+def test_partial_results_under_batch_invariant_are_set_aside(make_policy, limit):
+    """Of captured steps, whose tables of pages are wider than the longest sequence."""
+    pytest.importorskip("triton")
+    from pretend_device import PretendDevice
+
+    config = EngineConfig(Schedule("ar"), max_batch=8, prefill_rows=8, page_size=16, batch_invariant=True)
+    policy = make_policy(torch.float32, max_position_embeddings=limit)
+    z, width = policy.config, power_of_two(pages_for(limit, 16))
+    with PretendDevice(free=GB):
+        aside = kv_memory.set_aside(policy.to("cuda:0"), config, 16, GB)["attention"]
+    group = z.num_attention_heads // z.num_key_value_heads
+    tile = choose("sm_90", torch.float32, 1, group, True)
+    cut = Cut.of(np.arange(9), tile, z.num_attention_heads, z.num_key_value_heads, True)
+    assert cut.capacity(width * 16) * z.num_key_value_heads * tile.m * 4 * (z.head_dim + 1) <= aside
 
 
 def test_memory_of_this_machine():

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from transformers import ZayaConfig
 
+from blockroll.rollout.planning.kernel_shares import step_shares
 from blockroll.rollout.planning.predictions import registered
-from blockroll.rollout.planning.roofline import SORT_INSIDE
+from blockroll.rollout.planning.roofline import HARDWARE, SORT_INSIDE, Roofline
+from blockroll.rollout.schedule import Schedule
 
 GOALS = {"fused(15, {0}, 16) 16 at 2048": 9.5, "fused(15, {0}, 16) 64 at 16384": 26.0}
 """Milliseconds on an MI300X."""
@@ -24,6 +27,15 @@ def test_shares_of_a_step_add_up_to_it():
 def test_the_step_that_is_predicted_of_an_mi300x(name):
     row = registered()["devices"]["mi300x"]["steps"][name]
     assert row["ms"] <= GOALS[name], row["parts_ms"]
+
+
+def test_layers_with_a_sliding_window_read_that_much():
+    def attention(window, context):
+        kinds = ["hybrid" if window is None else "hybrid_sliding"] * 4
+        config = ZayaConfig(num_hidden_layers=4, layer_types=kinds, sliding_window=window)
+        return step_shares(Roofline.of(config), Schedule("ar"), 64, context, HARDWARE["mi300x"])["attention"]
+
+    assert attention(1024, 16384) == attention(1024, 1024) == attention(None, 1024) < attention(None, 16384) / 4
 
 
 def test_launches_are_those_of_the_experts_kernels():
