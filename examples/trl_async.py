@@ -22,10 +22,11 @@ OUTPUT = Path("runs/trl_async")
 
 
 def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, tokens=1024, samples=96, output=OUTPUT,
-         learning_rate=5e-5, **options):  # fmt: skip
-    """Trains; returns the trainer, and the figures before and after."""
+         learning_rate=5e-5, families=FAMILIES, difficulty=None, **options):  # fmt: skip
+    """Trains; returns the trainer, and the figures before and after. `difficulty`: by family, options of reasoning-gym."""
     torch.set_num_threads(1)
-    tasks = make_tasks("rl", 1000, only=FAMILIES)
+    tasks, unseen = (make_tasks(split, count, only=families, difficulty=difficulty)
+                     for split, count in (("rl", 1000), ("heldout", heldout)))  # fmt: skip
     dataset = Dataset.from_list([{"prompt": task.prompt, "task": task.id} for task in tasks])
     args = AsyncGRPOConfig(
         str(output), gradient_accumulation_steps=2, token_budget=tokens, num_generations=8, max_completion_length=192,
@@ -38,9 +39,9 @@ def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, tokens=10
                                    drafts=DraftTraining(draft_weight=0.1, draft_share=0.5))  # fmt: skip
         tokenizer = trainer.processing_class
         client.push_weights(client.version + 1, trainer.model.policy.state_dict())
-        before = evaluate(client, tokenizer, heldout)
+        before = evaluate(client, tokenizer, unseen)
         trainer.train()
-        after = evaluate(client, tokenizer, heldout)
+        after = evaluate(client, tokenizer, unseen)
     print(f"held-out accuracy {before[0]:.3f} -> {after[0]:.3f}, tokens per forward {before[1]:.2f} -> {after[1]:.2f}")
     return trainer, before, after
 

@@ -27,9 +27,9 @@ def right(completions, task, finish_reason, **_):
             for name, text, end in zip(task, completions, finish_reason, strict=True)]  # fmt: skip
 
 
-def evaluate(client, tokenizer, count):
-    """Accuracy of greedy answers to `count` held-out tasks, and tokens per forward of samples at temperature 1."""
-    tasks, found = make_tasks("heldout", count, only=FAMILIES), {}
+def evaluate(client, tokenizer, tasks):
+    """Accuracy of greedy answers, tokens per forward of samples at temperature 1, and the accuracy of those."""
+    found = {}
     for temperature in (0.0, 1.0):
         params = blockroll.SamplingParams(sampler="coupled", temperature=temperature, max_tokens=192)
         name = f"heldout/{client.version}/{temperature}"
@@ -37,15 +37,17 @@ def evaluate(client, tokenizer, count):
         found[temperature] = client.generate(
             blockroll.RolloutRequest(f"{client.client_id}/{name}/{i:04d}", prompt, params, seed=i)
             for i, prompt in enumerate(prompts))  # fmt: skip
-    texts = [t.text(tokenizer) for t in found[0.0]]
-    accuracy = sum(score(task, text) for task, text in zip(tasks, texts, strict=True)) / count
-    return accuracy, sum(len(t.tokens) for t in found[1.0]) / sum(t.forwards for t in found[1.0])
+    greedy, sampled = (sum(score(task, t.text(tokenizer)) for task, t in zip(tasks, found[at], strict=True)) / len(tasks)
+                       for at in (0.0, 1.0))  # fmt: skip
+    return greedy, sum(len(t.tokens) for t in found[1.0]) / sum(t.forwards for t in found[1.0]), sampled
 
 
-def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, prompts=10, output=OUTPUT, learning_rate=5e-5, **options):
-    """Trains; returns the trainer, and the figures before and after."""
+def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, prompts=10, output=OUTPUT, learning_rate=5e-5,
+         families=FAMILIES, difficulty=None, **options):  # fmt: skip
+    """Trains; returns the trainer, and the figures before and after. `difficulty`: by family, options of reasoning-gym."""
     torch.set_num_threads(1)
-    tasks = make_tasks("rl", steps * prompts, only=FAMILIES)
+    tasks, unseen = (make_tasks(split, count, only=families, difficulty=difficulty)
+                     for split, count in (("rl", steps * prompts), ("heldout", heldout)))  # fmt: skip
     dataset = Dataset.from_list([{"prompt": task.prompt, "task": task.id} for task in tasks])
     args = GRPOConfig(
         str(output), per_device_train_batch_size=prompts * 4, gradient_accumulation_steps=2, num_generations=8,
@@ -58,9 +60,9 @@ def main(address, policy="tiny-reasoner-terse", steps=64, heldout=400, prompts=1
         trainer = GRPOTrainer(client, model=model, reward_funcs=right, args=args, train_dataset=dataset,
                               drafts=DraftTraining(draft_weight=0.1, draft_share=0.5))  # fmt: skip
         trainer.rollouts.sync_weights()
-        before = evaluate(client, model.policy.tokenizer, heldout)
+        before = evaluate(client, model.policy.tokenizer, unseen)
         trainer.train()
-        after = evaluate(client, model.policy.tokenizer, heldout)
+        after = evaluate(client, model.policy.tokenizer, unseen)
     print(f"held-out accuracy {before[0]:.3f} -> {after[0]:.3f}, tokens per forward {before[1]:.2f} -> {after[1]:.2f}")
     return trainer, before, after
 

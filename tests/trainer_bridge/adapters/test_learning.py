@@ -35,8 +35,10 @@ from blockroll.trainer_bridge.adapters.trl import GRPOTrainer, load_model
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "cluster" / "local.yaml"
 POLICY = "tiny-reasoner-terse"
-"""tiny-reasoner answers as well as it can: a short run makes it surer, and no better. This one mostly leaves out the steps that
-it can do."""
+"""Mostly leaves out the steps that it can do."""
+LONGER = {"families": ["count_bits"], "difficulty": {"count_bits": {"min_n": 4000, "max_n": 16000}}, "learning_rate": 1e-4}
+"""Numbers above those that tiny-reasoner was trained on, which end at 4000: nearly all need one or two halvings more. Within its
+own range it answers as well as it can: a short run makes it surer, and no better."""
 
 
 @pytest.fixture
@@ -71,23 +73,36 @@ def watch(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[set[int]]:
     return seen
 
 
-def show(name: str, trainer: Any, before: tuple[float, float], after: tuple[float, float], seconds: float) -> None:
+def show(name: str, trainer: Any, before: tuple[float, ...], after: tuple[float, ...], seconds: float) -> None:
     rewards = lines(trainer, "reward")
-    print(f"\n{name}: held-out greedy {before[0]:.3f} -> {after[0]:.3f}, tokens per forward {before[1]:.2f} -> {after[1]:.2f}, "
+    print(f"\n{name}: held-out greedy {before[0]:.3f} -> {after[0]:.3f}, at temperature 1 {before[2]:.3f} -> {after[2]:.3f}, "
+          f"tokens per forward {before[1]:.2f} -> {after[1]:.2f}, "
           f"reward {sum(rewards[:8]) / 8:.3f} -> {sum(rewards[-8:]) / 8:.3f}, "
           f"overlap {lines(trainer, 'draft/overlap')[0]:.3f} -> {lines(trainer, 'draft/overlap')[-1]:.3f}, {seconds:.0f} s")
 
 
-def test_grpo_trainer_learns(up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    address, seen, began = up(POLICY), watch(monkeypatch, trl_grpo), time.monotonic()
-    trainer, before, after = trl_grpo.main(address, POLICY, steps=48, heldout=400, output=tmp_path / "out")
+@pytest.mark.parametrize(
+    ("policy", "options", "rounding"),
+    [(POLICY, {"steps": 48}, 1e-4), ("tiny-reasoner", {"steps": 40, "prompts": 6, **LONGER}, 5e-4)],
+    ids=["steps left out", "longer numbers"],
+)
+def test_grpo_trainer_learns(
+    up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, options: Any, rounding: float
+) -> None:
+    """`rounding`: of the ratio of a single token. Of the longer numbers' 200,000 tokens a few exceed 1e-4."""
+    address, seen, began = up(policy), watch(monkeypatch, trl_grpo), time.monotonic()
+    trainer, before, after = trl_grpo.main(address, policy, heldout=400, output=tmp_path / "out", **options)
     show("GRPOTrainer", trainer, before, after, time.monotonic() - began)
-    assert seen == [{2 + step} for step in range(48)]  # version 1: before the first evaluation
-    assert lines(trainer, "rollout/weight_version") == [2 + step for step in range(48)]
-    ratios = lines(trainer, "sampling/importance_sampling_ratio/min") + lines(trainer, "sampling/importance_sampling_ratio/max")
+    versions = [2 + step for step in range(options["steps"])]  # version 1: before the first evaluation
+    assert seen == [{version} for version in versions]
+    assert lines(trainer, "rollout/weight_version") == versions
+    means, ratios = (
+        [ratio for name in names for ratio in lines(trainer, f"sampling/importance_sampling_ratio/{name}")]
+        for names in (["mean"], ["min", "max"])
+    )
     print(f"ratios {min(ratios):.6f} .. {max(ratios):.6f}, largest difference of log-probabilities "
           f"{max(lines(trainer, 'sampling/sampling_logp_difference/max')):.1e}")  # fmt: skip
-    assert all(abs(ratio - 1) < 1e-4 for ratio in ratios)
+    assert all(abs(mean - 1) < 1e-4 for mean in means) and all(abs(ratio - 1) < rounding for ratio in ratios)
     assert after[0] > before[0] + 0.2
     assert after[1] >= 0.95 * before[1]
 
