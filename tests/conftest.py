@@ -35,14 +35,14 @@ def _logging_stays_as_it_was() -> Iterator[None]:
 
 
 LONG = (
-    "grpo/test_grpo.py", "cluster/test_cluster.py", "service/http/", "service/test_commands.py", "test_check.py",
+    "grpo/test_grpo.py", "cluster/live/", "service/http/", "service/test_commands.py", "test_check.py",
     "test_engine_distribution.py", "test_engine_device.py", "test_examples.py", "test_huggingface_kernels.py",
-    "cluster/test_weight_transport.py", "rollout/test_golden.py", "rollout/bench/test_gpu.py", "test_cli_bad_input.py",
+    "rollout/test_golden.py", "rollout/bench/test_gpu.py", "test_cli_bad_input.py",
     "test_distributed.py", "test_engine.py", "wire/test_sockets.py", "trainer_bridge/test_recovery.py",
 )  # fmt: skip
 """The files and folders that take longest start first, so that no process is left alone with one at the end."""
-ONE_PROCESS = ("tests/service/http/",)
-"""Folders whose files run in one process, and so share what lives as long as the folder's package."""
+ONE_PROCESS = ("tests/edges/", "tests/rollout/cluster/live/", "tests/service/http/")
+"""Folders whose files run in one process, and so share what lives as long as the folder's package, or as the process."""
 
 
 DECODE = """

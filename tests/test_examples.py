@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import ray
 
 from blockroll.errors import DataError
 from blockroll.service.config import ServiceConfig
@@ -55,6 +56,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     values = {"policy": "tiny-reasoner-terse", "engines": engines, "schedule": {"kind": "fused"}, "delivery": {"ledger": ledger}}
     with serve(parse(values, ServiceConfig, "test")) as service:
         yield service.address
+    assert not ray.is_initialized()  # it was the service's
 
 
 @pytest.mark.parametrize("name", TWO_STEPS)

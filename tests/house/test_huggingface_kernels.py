@@ -48,7 +48,10 @@ def wanted_version(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["started-in-the-repository", "started-elsewhere"])
+@pytest.mark.parametrize("inside", [
+    pytest.param(True, id="started-in-the-repository"),
+    pytest.param(False, id="started-elsewhere", marks=pytest.mark.slow),  # where our folder is not on the path by itself
+])
 def test_transformers_uses_the_installed_package(inside: bool, wanted_version: Path, tmp_path: Path) -> None:
     installed = Path(str(importlib.metadata.distribution("kernels").locate_file("kernels/__init__.py"))).resolve()
     available, theirs, ours = _run(PROGRAM, ROOT if inside else tmp_path, wanted_version)

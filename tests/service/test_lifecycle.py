@@ -21,6 +21,7 @@ def config(ledger: Path, policy: str = "tiny-reasoner", **sections: object) -> S
     return parse({"policy": policy, "engines": {"count": 1, "batch": 4}, **sections, "delivery": delivery}, ServiceConfig, "test")
 
 
+@pytest.mark.slow
 def test_a_service_serves_within_its_block_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its Ray is its own, also where the machine belongs to a cluster."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")

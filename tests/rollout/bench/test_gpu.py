@@ -221,7 +221,7 @@ def test_an_item_that_dies_or_hangs_costs_itself_alone(tmp_path: Path, monkeypat
     monkeypatch.setattr(
         runner.subprocess, "Popen", lambda command, **options: real([command[0], str(child), *command[3:]], **options)
     )
-    monkeypatch.setattr(runner, "_ITEM_SECONDS", 3.0)
+    monkeypatch.setattr(runner, "_ITEM_SECONDS", 2.0)
     monkeypatch.setattr(runner, "_START_SECONDS", 300.0)
     lines, output = tmp_path / "lines.jsonl", tmp_path / "gpu.json"
     result: dict[str, Any] = {"machine": {}, "sections": {}}

@@ -15,7 +15,7 @@ import blockroll
 from blockroll.model.policy import Policy
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def policy_dir(tmp_path_factory):
     config = ZayaConfig(
         vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

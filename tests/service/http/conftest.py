@@ -12,7 +12,9 @@ from pathlib import Path
 
 import openai
 import pytest
+import ray
 
+from blockroll.rollout.cluster.ray_start import start_ray
 from blockroll.service.lifecycle import Service
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,7 +23,16 @@ from http_parts import KEY, live_service, url_of
 
 
 @pytest.fixture(scope="package")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def started_ray() -> Iterator[None]:
+    """The Ray that the services of this folder and of `dialects` join: each would take seconds to start its own."""
+    started = start_ray(None, 4)
+    yield
+    if started:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="package")
+def service(started_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     with live_service(tmp_path_factory.mktemp("service")) as service:
         yield service
 

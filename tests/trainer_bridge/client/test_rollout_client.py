@@ -179,7 +179,7 @@ def test_a_batch_is_collected_after_long_work_elsewhere(serve: Serve, monkeypatc
     with connect(serve(ToyBackend(rate=200)).address, timeout=2.0) as client:
         mine = [request(f"next-{i}", 2) for i in range(20)]
         client.submit(mine)
-        time.sleep(3.5)
+        time.sleep(2.5)
         assert client.push_weights(1, weights(1)) == 1
         assert {t.request_id for t in client.generate([request("other")])} == {"other"}
         assert [t.key for t in client.generate(mine)] == sorted((r.id, i) for r in mine for i in range(2))

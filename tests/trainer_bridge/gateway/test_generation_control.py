@@ -238,11 +238,11 @@ def test_samples_that_an_abort_has_ended_are_delivered_though_the_disk_refuses_i
         assert failed and len([t for _, t in zip(range(3), client.results(timeout=2), strict=False)]) == 3
 
 
-@pytest.mark.parametrize("names", [pytest.param(None, marks=pytest.mark.slow), ["leased", "queued"]])
+@pytest.mark.parametrize("names", [None, ["leased", "queued"]])
 def test_an_abort_reaches_the_work_of_a_client_that_is_gone(
     names: list[str] | None, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(message_router, "PROBE_S", 0.2)  # the gateway sees that a client is gone when it writes to it
+    monkeypatch.setattr(message_router, "PROBE_S", 0.1)  # the gateway sees that a client is gone when it writes to it
     backend = Pausable(rate=0.0)
     gateway = serve(backend, client_grace=0.2, max_in_flight=10)
     gone = connect(gateway.address, client_id="gone")

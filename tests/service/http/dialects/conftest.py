@@ -22,7 +22,7 @@ from dialect_parts import POLICY, Live
 
 
 @pytest.fixture(scope="package")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(started_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("dialects")
     config = parse({
         "policy": POLICY, "engines": {"count": 1, "batch": 8}, "http": {}, "sampling": {"sampler": "coupled"},

@@ -144,11 +144,19 @@ def kill(process: subprocess.Popen, mark: str) -> None:
             left.kill()
 
 
-def test_a_run_that_is_killed_twice_goes_on_to_the_same_trajectories(whole, tmp_path):
-    """Killed in its first step, where there is no checkpoint, and again after two steps. One engine has the work of two."""
+@pytest.mark.parametrize("kills", [
+    pytest.param([(2, 0.15)], id="after a step"),
+    pytest.param([(1, 0.3), (3, 0.15)], id="in the first step and after two", marks=pytest.mark.slow),
+])
+def test_a_run_that_is_killed_goes_on_to_the_same_trajectories(whole, tmp_path, kills):
+    """Each kill: rows of metrics, and seconds after the last of them. One engine has the work of two.
+
+    In the first step there is no checkpoint.
+    """
     output = tmp_path / "run"
     config = write_config(tmp_path / "run.yaml", output, engines=1)
-    for rows, wait, flags in ((1, 0.3, ()), (3, 0.15, ("--resume",))):
+    for number, (rows, wait) in enumerate(kills):
+        flags = ("--resume",) if number else ()
         with open(tmp_path / "stderr", "w") as stderr:
             environment = os.environ | {"BLOCKROLL_TEST_RUN": str(output)}
             process = subprocess.Popen([*COMMAND, str(config), *flags], stderr=stderr, env=environment)

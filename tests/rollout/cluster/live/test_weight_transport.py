@@ -13,34 +13,24 @@ import pytest
 
 import blockroll
 from blockroll.errors import ClusterError, TransportError
-from blockroll.rollout.cluster import EngineSpec, RayCluster
 from blockroll.rollout.cluster.shared_weights import SharedMemoryTransport
 from blockroll.rollout.cluster.transports import transport_of
 from blockroll.rollout.cluster.weight_transport import TRANSPORTS
-from blockroll.rollout.engine import EngineConfig
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 from blockroll.trainer_bridge.client import connect
 from blockroll.trainer_bridge.client.host_weights import HostWeights
 from blockroll.trainer_bridge.gateway import Gateway
-
-
-@pytest.fixture(scope="module")
-def started(policy_dir):
-    cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=2)
-    yield cluster
-    cluster.close()
-
 
 QUICK_LAST = [pytest.param(name, marks=[pytest.mark.slow] * (name != "torch_distributed")) for name in TRANSPORTS]
 """A killed engine's next process takes seconds, so one of the transports stands for the others: the one that has to notice."""
 
 
 @pytest.fixture(params=TRANSPORTS)
-def cluster(started, request):
-    """The engines are those of all tests of this file: starting a pool of its own would take each test seconds."""
-    settle(started)
-    started._transport = transport_of(request.param, 60.0)
-    return started
+def cluster(pool, request):
+    """The pool of all tests, by this transport."""
+    settle(pool)
+    pool._transport = transport_of(request.param, 60.0)
+    return pool
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from cluster_parts import collect, requests
 import blockroll
 from blockroll.errors import ClusterError, InvalidInput
 from blockroll.model.scoring import score
-from blockroll.rollout.cluster import EngineSpec, RayCluster
+from blockroll.rollout.cluster import fleet
 from blockroll.rollout.cluster.handle import EngineHandle
 from blockroll.rollout.cluster.weight_commit import WeightCommit
 from blockroll.rollout.engine import Engine, EngineConfig
@@ -27,10 +27,8 @@ from blockroll.trainer_bridge.wire.records import decode_trajectory, encode_traj
 
 
 @pytest.fixture(scope="module")
-def cluster(policy_dir):
-    cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=2)
-    yield cluster
-    cluster.close()
+def cluster(pool):
+    return pool
 
 
 class Stubborn:
@@ -218,9 +216,11 @@ def test_a_cluster_that_starts_elsewhere_is_brought_to_the_version_of_the_ledger
             assert largest_error(policy, got) < 1e-4
 
 
-def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path):
+def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path, monkeypatch):
     """Stopped, not dead: nothing but silence tells."""
     settle(cluster)
+    for engine in cluster._engines:
+        monkeypatch.setattr(engine, "_silence_s", 3.0)
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger", max_in_flight=80) as gateway:
         with connect(gateway.address) as client:
             client.submit(requests("hung", 40, tokens=100))
@@ -248,8 +248,9 @@ def test_a_short_request_of_a_second_client_is_served_at_once(cluster, tmp_path)
             first.cancel([f"long{i:02d}" for i in range(100)])
 
 
-def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_their_work(cluster, caplog):
+def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_their_work(cluster, caplog, monkeypatch):
     settle(cluster)
+    monkeypatch.setattr(fleet, "PLACING_S", 0.5)
     cluster.scale(3)
     start = time.monotonic()
     while cluster.engines()[-1].state != "waiting":

@@ -1,0 +1,1 @@
+"""Tests of a pool of two engines that runs for all of them."""
