@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "trainer_bridge"))
 from bridge_parts import ToyBackend
 
 
-@pytest.mark.parametrize("method", ["take", "submit"])
+@pytest.mark.parametrize("method", ["take_some", "submit"])
 def test_work_that_nobody_waits_for_any_more_is_cancelled(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway that was silent for too long, once, has what it was sent all the same."""
     call, failed = getattr(RolloutClient, method), list[str]()
