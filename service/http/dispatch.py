@@ -126,7 +126,8 @@ class Dispatch:
 
         Args:
             progress: also bring what samples make before they end.
-            admitted: they are further work of an HTTP request that was admitted before, so a pause queues them.
+            admitted: they are further work of an HTTP request that was admitted before. A pause queues them, and they are not
+                refused for others that came meanwhile: what was made for the request would be lost.
 
         Raises HttpError (429) where too many samples are unfinished.
         """
@@ -137,7 +138,7 @@ class Dispatch:
         with self._lock:
             if self._closing:
                 raise HttpError(503, "the service stops", code="unavailable")
-            if sum(self._samples.values()) + wanted > self._most:
+            if not admitted and sum(self._samples.values()) + wanted > self._most:
                 raise HttpError(429, f"more than {self._most} samples would be unfinished (http.max_unfinished); try again later",
                                 code="rate_limit_exceeded")
             for request in requests:

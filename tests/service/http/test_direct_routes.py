@@ -17,10 +17,13 @@ from blockroll.service.http.state import HttpState, read_policy
 from blockroll.settings import parse
 
 BODIES: list[tuple[str, bytes]] = [("application/json", json.dumps(body).encode()) for body in (
-    None, [], 7, {}, {"prompt": "a", "wrong": 1}, {"prompt": 7}, {"prompt": []}, {"prompt": "a", "n": 0}, {"prompt": "a", "n": "1"},
-    {"prompt": "a", "stream_options": {"include_usage": 1}}, {"prompt": "a", "model": "other"}, {"prompt": [1, 1 << 20]},
-    {"prompt": "a", "max_tokens": 1 << 40}, {"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": 1}]},
-    {"token_ids": [3], "sampling_params": {"temperature": -1}}, {"text": "a", "input_ids": [1]}, {"input_ids": ["a"]})]  # fmt: skip
+    None, [], 7, {}, {"prompt": "a", "wrong": 1}, {"prompt": 7}, {"prompt": []}, {"prompt": "a", "n": 0},
+    {"prompt": "a", "n": "1"}, {"prompt": "a", "stream_options": {"include_usage": 1}},
+    {"prompt": "a", "model": "other"}, {"prompt": [1, 1 << 20]},
+    {"prompt": "a", "max_tokens": 1 << 40}, {"messages": [{"role": "user", "content": "a"}]},
+    {"messages": [{"role": 1}]},
+    {"token_ids": [3], "sampling_params": {"temperature": -1}}, {"text": "a", "input_ids": [1]},
+    {"input_ids": ["a"]})]  # fmt: skip
 BODIES += [("application/json", b""), ("text/plain", b"{}"), ("application/json", b'{"n": NaN}'), ("application/json", b"{"),
            ("application/json", b"\xff"), ("application/json", b" " * 2000)]  # fmt: skip
 
