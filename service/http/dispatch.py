@@ -2,6 +2,7 @@
 
 Invariants:
 - One thread submits and cancels, another one takes trajectories; the event loop never waits for the gateway.
+- Trajectories that have come together wake the event loop once.
 - Requests that arrive while a batch is being recorded are the next batch, so one write to the ledger serves many.
 - Whatever ends the wait for a request, a disconnect or an error, cancels what is unfinished of it.
 - An HTTP request is answered to its connection. A service that starts drops what its former life has left unfinished.
@@ -13,10 +14,11 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ...errors import BlockrollError, RequestError, TransportError
 from ...rollout.backend import Progress
@@ -30,6 +32,9 @@ from .http_errors import HttpError
 _log = logging.getLogger(__package__)
 MAX_BATCH = 256
 """Requests submitted in one call."""
+BUSY, GATHER_S = 16, 0.01
+"""While so many requests are unfinished, a batch waits so many seconds for others: each batch is two writes to the ledger and a
+call of an engine, and where so many are at work a request takes far longer than that."""
 RETRY_S = 1.0
 """Seconds between two tries to take trajectories from a gateway that does not answer."""
 
@@ -40,16 +45,17 @@ class Answers:
 
     def __init__(self, dispatch: Dispatch, requests: Sequence[RolloutRequest]) -> None:
         self.requests = requests
-        self._dispatch, self._loop = dispatch, asyncio.get_running_loop()
+        self._dispatch, self.loop = dispatch, asyncio.get_running_loop()
         self._queue: asyncio.Queue[Trajectory | Progress | Exception] = asyncio.Queue()
         self._missing = sum(request.samples for request in requests)
 
     def put(self, item: Trajectory | Progress | Exception) -> None:
         """Hands an item to whoever waits. Any thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-        except RuntimeError:
-            _log.debug("the loop of a request is closed")
+        _call(self.loop, self.enter, item)
+
+    def enter(self, item: Trajectory | Progress | Exception) -> None:
+        """`put`, from the event loop."""
+        self._queue.put_nowait(item)
 
     def __aiter__(self) -> Self:
         return self
@@ -120,7 +126,8 @@ class Dispatch:
 
         Args:
             progress: also bring what samples make before they end.
-            admitted: they are further work of an HTTP request that was admitted before, so a pause queues them.
+            admitted: they are further work of an HTTP request that was admitted before. A pause queues them, and they are not
+                refused for others that came meanwhile: what was made for the request would be lost.
 
         Raises HttpError (429) where too many samples are unfinished.
         """
@@ -131,7 +138,7 @@ class Dispatch:
         with self._lock:
             if self._closing:
                 raise HttpError(503, "the service stops", code="unavailable")
-            if sum(self._samples.values()) + wanted > self._most:
+            if not admitted and sum(self._samples.values()) + wanted > self._most:
                 raise HttpError(429, f"more than {self._most} samples would be unfinished (http.max_unfinished); try again later",
                                 code="rate_limit_exceeded")
             for request in requests:
@@ -178,6 +185,8 @@ class Dispatch:
         while not stop:
             batch, cancelled = list[RolloutRequest](), list[str]()
             item = self._commands.get()
+            if len(self._waiting) >= BUSY and not self._closing:
+                time.sleep(GATHER_S)
             while True:
                 stop = item is None
                 for each in item or ():
@@ -218,8 +227,8 @@ class Dispatch:
         while not self._closing:
             self._submitted.clear()
             try:
-                while (found := self._client.take(None, "raise")) is not None:
-                    self._deliver(found[1])
+                while found := self._client.take_some(MAX_BATCH, None, "raise"):
+                    self._deliver([trajectory for _, trajectory in found])
             except RequestRefused as refused:
                 self._fail([refused.request_id], HttpError(400, refused.why, refused.why.partition(":")[0]))
                 continue
@@ -233,16 +242,20 @@ class Dispatch:
                 continue
             self._submitted.wait()
 
-    def _deliver(self, trajectory: Trajectory) -> None:
-        name = trajectory.request_id
+    def _deliver(self, trajectories: Sequence[Trajectory]) -> None:
+        """Hands trajectories to whoever waits, and wakes each event loop once."""
+        found = dict[asyncio.AbstractEventLoop, list[tuple[Answers, Trajectory]]]()
         with self._lock:
-            answers = self._waiting.get(name)
-            if answers is not None:
+            for trajectory in trajectories:
+                name = trajectory.request_id
+                if (answers := self._waiting.get(name)) is None:
+                    continue
                 self._samples[name] -= 1
                 if not self._samples[name]:
                     del self._samples[name], self._waiting[name]
-        if answers is not None:
-            answers.put(trajectory)
+                found.setdefault(answers.loop, []).append((answers, trajectory))
+        for loop, items in found.items():
+            _call(loop, _enter, items)
 
     def _fail(self, names: Sequence[str] | None, error: Exception) -> list[str]:
         """Ends the wait for these requests, or for all, with an error; returns the ids of those that were waited for."""
@@ -255,3 +268,16 @@ class Dispatch:
         for answers in failed:
             answers.put(error)
         return ended
+
+
+def _enter(items: Sequence[tuple[Answers, Trajectory]]) -> None:
+    for answers, trajectory in items:
+        answers.enter(trajectory)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    """Calls a function in an event loop, unless that is closed. Any thread."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        _log.debug("the loop of a request is closed")

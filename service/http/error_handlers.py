@@ -21,32 +21,29 @@ _log = logging.getLogger(__package__)
 def add_handlers(app: FastAPI) -> None:
     """Has the application answer every error in this form."""
 
-    async def known(request: Request, error: Exception) -> JSONResponse:
-        return _answer(as_http_error(error))
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return error_answer(request, error)
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
+    for kind in (HttpError, BlockrollError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def error_answer(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a request that raised an error."""
+    if isinstance(error, HttpError | BlockrollError):
+        return _answer(as_http_error(error))
+    if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         # The kind of a field that may be one of several follows its name in the location.
         param = next((str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")), None)
         message = f"{param or 'body'}: {first['msg']}"
         return _answer(HttpError(400, message, param, "unknown_field" if first["type"] == "extra_forbidden" else None))
-
-    async def plain(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    if isinstance(error, HTTPException):
         answer = _answer(HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
         answer.headers.update(error.headers or {})
         return answer
-
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _answer(HttpError(500, "the service failed; its log says why"))
-
-    app.add_exception_handler(HttpError, known)
-    app.add_exception_handler(BlockrollError, known)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, plain)
-    app.add_exception_handler(Exception, bug)
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(HttpError(500, "the service failed; its log says why"))
 
 
 def _answer(error: HttpError) -> JSONResponse:

@@ -6,7 +6,7 @@ A router is made with `route_class=ApiRoute`, or `ControlRoute` where its routes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
@@ -47,13 +47,19 @@ class BoundedRequest(Request):
         return HttpError(413, f"the body is larger than {self.most} bytes (http.max_body_bytes)", code="body_too_large")
 
 
+Handler = Callable[[BoundedRequest], Awaitable[Response]]
+
+
 class ApiRoute(APIRoute):
     """A route that needs the API key."""
 
     control = False
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        return self.guarded(super().get_route_handler())
+
+    def guarded(self, handle: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Calls `handle` with a request that this route's guards have let through."""
 
         async def guarded(request: Request) -> Response:
             state: HttpState = request.app.state.http

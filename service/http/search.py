@@ -3,7 +3,8 @@
 Invariants:
 - A wave of samples is a request to the dispatch as any other. The event loop is free while it is made, and a client that
   disconnects has the wave cancelled.
-- What a method computes between two waves runs in a thread.
+- What a method computes, before its first wave and between two, runs in a thread.
+- A search that has begun goes on: its later waves are refused neither for a pause nor for requests that came meanwhile.
 - The result is that of `blockroll.search` for the same prompts, configuration and parameters.
 - A request names no code. It may name functions that the service's configuration lists.
 """
@@ -61,11 +62,15 @@ async def search_prompts(
     """
     tokenizer = need_tokenizer(state, "search")
     config = _config(body, state, [tokens for tokens, _ in prompts], params)
-    questions = [Question(str(place), tokens, tokenizer.decode(list(tokens)) if text is None else text)
-                 for place, (tokens, text) in enumerate(prompts)]  # fmt: skip
-    try:
+
+    def make() -> list[Search]:
+        questions = [Question(str(place), tokens, tokenizer.decode(list(tokens)) if text is None else text)
+                     for place, (tokens, text) in enumerate(prompts)]  # fmt: skip
         answer, scorer = functions_of(config, params)
-        made = [Search(each, config, params, tokenizer, state.sizes.positions, answer, scorer) for each in questions]
+        return [Search(each, config, params, tokenizer, state.sizes.positions, answer, scorer) for each in questions]
+
+    try:
+        made = await _computed(state, make)
     except RequestError as error:
         raise _named(error) from error
 

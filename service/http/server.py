@@ -17,7 +17,8 @@ from ...trainer_bridge.client import ServiceControl
 from ...trainer_bridge.gateway import Gateway
 from ...trainer_bridge.wire.key_files import load_client_keys
 from ..config import Http, ServiceConfig
-from .app import create_app
+from .app import ROUTERS, create_app
+from .direct_routes import DirectRoutes
 from .dispatch import Dispatch
 from .keys import HttpKeys
 from .listener import bind
@@ -68,9 +69,10 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
 
 @contextmanager
 def _running(state: HttpState, listener: socket.socket) -> Iterator[None]:
-    server = uvicorn.Server(uvicorn.Config(create_app(state), log_config=None, access_log=False, lifespan="off", backlog=BACKLOG,
-                                           loop="asyncio", http="httptools",
-                                           server_header=False, timeout_graceful_shutdown=CLOSE_S))
+    app = DirectRoutes(create_app(state), ROUTERS)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", backlog=BACKLOG,
+                                           loop="asyncio", http="httptools", proxy_headers=False, server_header=False,
+                                           timeout_graceful_shutdown=CLOSE_S))
     thread = threading.Thread(target=server.run, args=([listener],), name="blockroll-http", daemon=True)
     thread.start()
     try:

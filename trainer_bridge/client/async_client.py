@@ -16,6 +16,7 @@ from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from ...errors import TransportError
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.keys import ClientKeys
 from .arguments import OnError, check_on_error, check_seconds
@@ -32,6 +33,21 @@ calls of `control` that wait for samples, in MAX_SHORT threads of their own."""
 T = TypeVar("T")
 
 
+class _Threads(ThreadPoolExecutor):
+    """Threads of a client. After `shutdown` a call is refused in the package's words."""
+
+    closed = False
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        if self.closed:
+            raise TransportError("this client is closed; connect again with the same client_id")
+        return super().submit(function, *arguments, **named)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.closed = True
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+
 class AsyncRolloutClient:
     """A RolloutClient for asyncio; made by `await AsyncRolloutClient.connect(...)`. An async context manager.
 
@@ -40,9 +56,9 @@ class AsyncRolloutClient:
 
     def __init__(self, client: RolloutClient) -> None:
         self._client = client
-        self._waiting = ThreadPoolExecutor(MAX_WAITING, "blockroll-wait")
-        self._short = ThreadPoolExecutor(MAX_SHORT, "blockroll-call")
-        self._controlling = ThreadPoolExecutor(MAX_SHORT, "blockroll-control")
+        self._waiting = _Threads(MAX_WAITING, "blockroll-wait")
+        self._short = _Threads(MAX_SHORT, "blockroll-call")
+        self._controlling = _Threads(MAX_SHORT, "blockroll-control")
 
     @classmethod
     async def connect(cls, address: str, *, client_id: str | None = None, keys: ClientKeys | None = None,

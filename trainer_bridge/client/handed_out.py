@@ -12,10 +12,11 @@ import weakref
 from collections.abc import Container, Hashable, Iterable
 from contextvars import ContextVar
 
+from ...errors import TransportError
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.records import FAILURE
 from .connection import RequestRefused
-from .pending_requests import PendingRequests
+from .pending_requests import Arrival, PendingRequests
 
 Key = tuple[str, int]
 CALLER: ContextVar[Hashable] = ContextVar("caller", default=None)
@@ -79,3 +80,20 @@ def keys_of(items: Iterable[Trajectory | RequestRefused | RolloutRequest], hande
         elif item.key in handed:
             found[item.key] = None
     return found, whole
+
+
+def opened(pending: PendingRequests, most: int) -> list[tuple[Arrival, Trajectory]]:
+    """Takes up to `most` trajectories from the inbox, up to the first refusal. One that cannot be read raises TransportError
+    where it is the first; otherwise it stays for the next call."""
+    found = list[tuple[Arrival, Trajectory]]()
+    while len(found) < most and pending.inbox and isinstance(pending.inbox[0], Arrival):
+        item = pending.take()
+        assert isinstance(item, Arrival)
+        try:
+            found.append((item, item.open()))
+        except TransportError:
+            if not found:
+                raise
+            pending.put_back([item])
+            break
+    return found

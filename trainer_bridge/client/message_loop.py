@@ -26,7 +26,8 @@ _log = logging.getLogger(__package__)
 WINDOW = 64 << 20
 """Bytes of deliveries the gateway may send ahead of the caller."""
 MAX_UNCONFIRMED_ACKS = 8
-"""Ack messages that may be sent before the gateway has confirmed them."""
+"""Full Ack messages that may be sent before the gateway has confirmed them. One that is not full waits until those before it are
+confirmed, since each is one write to the gateway's disk: acknowledgements that come meanwhile go with it."""
 _WAIT_S = 0.2
 Figures = dict[str, float | int | str]
 Keys = tuple[tuple[str, int], ...]
@@ -188,7 +189,7 @@ class MessageLoop:
     def _flush(self) -> None:
         """Sends what may be sent. Acknowledgements go first: a part's receipt is read against the acknowledgements
         before it."""
-        while self._acks and len(self._unconfirmed_acks) < MAX_UNCONFIRMED_ACKS:
+        while self._acks and len(self._unconfirmed_acks) < (MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
             keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
             self._number += 1
             self._unconfirmed_acks[self._number] = keys

@@ -35,7 +35,7 @@ from .arguments import (
 from .connection import Connection, RequestRefused
 from .control_session import ControlSession
 from .generate import collect, joined, refusals, served
-from .handed_out import HandedOut, keys_of
+from .handed_out import HandedOut, keys_of, opened
 from .message_loop import Figures, MessageLoop
 from .pending_requests import Arrival, PendingRequests
 from .service_control import ServiceControl
@@ -126,22 +126,27 @@ class RolloutClient:
 
     def take(self, timeout: float | None, on_error: OnError) -> tuple[Arrival, Trajectory] | None:
         """The next item of `results`, and how it arrived; None at the end."""
+        return next(iter(self.take_some(1, timeout, on_error)), None)
+
+    def take_some(self, most: int, timeout: float | None, on_error: OnError) -> list[tuple[Arrival, Trajectory]]:
+        """The items of `results` that have arrived, up to `most`, and how they arrived; waits for the first. None at the end."""
         pending = self._pending
         with self._loop.lock:
             while True:
                 self._enter()
                 self._run_until(lambda: bool(pending.inbox) or not pending.outstanding, timeout)
                 if not pending.inbox:
-                    return None
-                item = pending.take()
-                if not isinstance(item, RequestRefused):
-                    trajectory = item.open()
-                    self._hand_out(*trajectory.key)
-                    return item, trajectory
-                self._hand_out(item.request_id, FAILURE)
-                if on_error == "raise" and item.request_id not in pending.cancelled:
-                    raise item
-                self._skip([item.request_id])
+                    return []
+                if found := opened(pending, most):
+                    for item, _ in found:
+                        self._hand_out(item.request_id, item.sample)
+                    return found
+                refused = pending.take()
+                assert isinstance(refused, RequestRefused)
+                self._hand_out(refused.request_id, FAILURE)
+                if on_error == "raise" and refused.request_id not in pending.cancelled:
+                    raise refused
+                self._skip([refused.request_id])
 
     def forget_handed(self, trajectories: Iterable[Trajectory]) -> None:
         """These did not reach the caller: they are not acknowledged, and come again to the next life of the client."""

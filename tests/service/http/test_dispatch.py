@@ -13,6 +13,7 @@ import pytest
 from blockroll.errors import TransportError
 from blockroll.rollout.types import RolloutRequest
 from blockroll.service.http.dispatch import Dispatch
+from blockroll.service.http.http_errors import HttpError
 from blockroll.trainer_bridge.client import RolloutClient, ServiceControl
 from blockroll.trainer_bridge.gateway import Gateway
 
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "trainer_bridge"))
 from bridge_parts import ToyBackend
 
 
-@pytest.mark.parametrize("method", ["take", "submit"])
+@pytest.mark.parametrize("method", ["take_some", "submit"])
 def test_work_that_nobody_waits_for_any_more_is_cancelled(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gateway that was silent for too long, once, has what it was sent all the same."""
     call, failed = getattr(RolloutClient, method), list[str]()
@@ -44,6 +45,22 @@ def test_work_that_nobody_waits_for_any_more_is_cancelled(method: str, tmp_path:
                         break
                     time.sleep(0.05)
                 assert (control.status().figures["outstanding"], dispatch.unfinished) == (0, 0)
+        finally:
+            dispatch.close()
+
+
+def test_later_samples_of_a_request_are_not_refused_for_those_that_came_meanwhile(tmp_path: Path) -> None:
+    async def main(dispatch: Dispatch) -> None:
+        wanted = [RolloutRequest(dispatch.new_id(), (1,), samples=4) for _ in range(3)]
+        async with dispatch.open(wanted[:1]), dispatch.open(wanted[1:2], admitted=True):
+            assert dispatch.unfinished == 8
+            with pytest.raises(HttpError, match="max_unfinished"):
+                dispatch.open(wanted[2:])
+
+    with Gateway(ToyBackend(rate=1e-9), "tcp://127.0.0.1:*", tmp_path / "ledger.sqlite") as gateway:
+        dispatch = Dispatch(gateway, None, 4)
+        try:
+            asyncio.run(main(dispatch))
         finally:
             dispatch.close()
 

@@ -105,3 +105,19 @@ def test_a_cancellation_that_is_not_sent_does_not_hide_a_refusal(serve: Serve, m
                 client.cancel(["long"])
         with pytest.raises(RequestRefused, match="64"):
             list(client.results(timeout=5))
+
+
+def test_a_client_that_is_closed_says_so(serve: Serve) -> None:
+    gateway = serve(ToyBackend())
+
+    async def main() -> None:
+        client = await AsyncRolloutClient.connect(gateway.address, client_id="t", timeout=20)
+        control = client.control()
+        await client.close()
+        await client.close()
+        for call in (lambda: client.generate([request("a")]), lambda: client.submit([request("a")]), client.status,
+                     lambda: anext(client.results()), control.status, control.pause):  # fmt: skip
+            with pytest.raises(TransportError, match="closed; connect again"):
+                await call()
+
+    asyncio.run(main())
