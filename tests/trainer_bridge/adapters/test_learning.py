@@ -107,9 +107,15 @@ def test_grpo_trainer_learns(
     assert after[1] >= 0.95 * before[1]
 
 
-def test_async_trainer_learns(up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    address, seen, began = up(POLICY), watch(monkeypatch, trl_async), time.monotonic()
-    trainer, before, after = trl_async.main(address, POLICY, steps=40, heldout=400, output=tmp_path / "out")
+@pytest.mark.parametrize(
+    ("policy", "options", "rise"), [(POLICY, {}, 0.2), ("tiny-reasoner", LONGER, 0.12)], ids=["steps left out", "longer numbers"]
+)
+def test_async_trainer_learns(
+    up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, options: Any, rise: float
+) -> None:
+    """Its steps are smaller than those of GRPOTrainer, and what each learns from depends on the time."""
+    address, seen, began = up(policy), watch(monkeypatch, trl_async), time.monotonic()
+    trainer, before, after = trl_async.main(address, policy, steps=40, heldout=400, output=tmp_path / "out", **options)
     show("AsyncGRPOTrainer", trainer, before, after, time.monotonic() - began)
     ratios, staleness = lines(trainer, "ratio"), lines(trainer, "sample/staleness_max")
     dropped = sum(lines(trainer, "sample/dropped_stale_total"))
@@ -117,7 +123,7 @@ def test_async_trainer_learns(up: Callable[[str], str], tmp_path: Path, monkeypa
           f"{max(staleness):.0f}; {dropped:.0f} dropped; groups of several versions {sum(len(s) > 1 for s in seen)}")  # fmt: skip
     assert abs(ratios[0] - 1) < 1e-4 and staleness[0] == 0 and max(staleness) <= 4
     assert set().union(*seen) >= set(range(2, 40)), "each version made tokens"
-    assert after[0] > before[0] + 0.2
+    assert after[0] > before[0] + rise
     assert after[1] >= 0.95 * before[1]
 
 
