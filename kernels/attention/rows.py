@@ -90,7 +90,9 @@ class Rows:
 
     def deal(self, fresh_2N: np.ndarray | None = None) -> None:
         """Write tiles and items for the ranges and starts as they are now, in place, on the host. Args: of `Cut.deal`."""
-        self.cut.deal(*(each.numpy() for each in (self.range_6T, self.start_S, self.tile_N4, self.item_I8)), fresh_2N)
+        self.cut.deal(
+            self.range_6T.numpy(), self.start_S.numpy(), self.tile_N4.numpy(), self.item_I8.numpy(), fresh_2N
+        )
 
 
 def apart(range_4T: np.ndarray, start_T: np.ndarray) -> np.ndarray:
