@@ -169,14 +169,14 @@ class _Work:
         lines: scores of two heads, and two sums of features.
     """
 
+    pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
+    lines: tuple[np.ndarray, ...]
     keys_NGDL: np.ndarray
     values_NGLD: np.ndarray
     q_NGRD: np.ndarray
     score_NGRL: np.ndarray
     weight_NGRL: np.ndarray
     attended_NGRD: np.ndarray
-    pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
-    lines: tuple[np.ndarray, ...]
 
 
 class Attention:
@@ -221,7 +221,7 @@ class Attention:
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
         scores, weights = pairs[3][0], pairs[4][0]
         pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
-        work = _Work(*(array for _, array in pairs), pieces=pieces, lines=tuple(array for _, array in lines))
+        work = _Work(pieces, tuple(array for _, array in lines), *(array for _, array in pairs))
         return work, [tensor.untyped_storage().data_ptr() for tensor, _ in (*pairs, *lines)]
 
     def __call__(
