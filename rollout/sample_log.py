@@ -66,6 +66,14 @@ class SampleLog:
         if len(self._taken) >= UNSETTLED + row % UNSETTLED:
             self.settle()
 
+    @property
+    def last(self) -> StepTrace:
+        """The last step's trace; makes no lists."""
+        if not self._taken:
+            return self.trace[-1]
+        record, row, anchor, _ = self._taken[-1]
+        return _trace(record, row, anchor)
+
     def settle(self) -> SampleLog:
         """Bring the lists up to date; returns itself."""
         taken = self._taken
@@ -74,13 +82,18 @@ class SampleLog:
             self.behavior += _row_parts([(each.behavior_DR, row, count) for each, row, _, count in taken])
             self.support += _row_parts([(each.support_DR, row, count) for each, row, _, count in taken])
             for each, row, anchor, count in taken:
-                drafted, accepted = each.drafted[row], each.accepted[row]
+                accepted = each.accepted[row]
                 self.versions += [each.version] * count
                 self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
-                forwards = each.forwards if drafted else 1
-                self.trace.append(StepTrace(anchor, drafted, accepted, each.start[row], each.length[row], forwards))
+                self.trace.append(_trace(each, row, anchor))
             taken.clear()
         return self
+
+
+def _trace(record: StepRecord, row: int, anchor: int) -> StepTrace:
+    drafted = record.drafted[row]
+    forwards = record.forwards if drafted else 1
+    return StepTrace(anchor, drafted, record.accepted[row], record.start[row], record.length[row], forwards)
 
 
 def _row_parts(parts: list[tuple[np.ndarray, int, int]]) -> list[float]:

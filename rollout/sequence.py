@@ -106,6 +106,11 @@ class Sample:
         """One entry per decode step."""
         return self.log.settle().trace
 
+    @property
+    def last_step(self) -> StepTrace:
+        """The last entry of `trace`."""
+        return self.log.last
+
     def commit(self, accepted: int, tokens: list[int]) -> int:
         """Append one step's tokens, `accepted` drafts and one more, up to the first token that ends the sample.
 

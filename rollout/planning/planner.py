@@ -23,7 +23,7 @@ schedule depends only on random numbers that no later draw uses again:
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +79,25 @@ def candidates(block_size: int) -> tuple[Schedule, ...]:
     return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """S samples of a step, and what stays the same while they run.
+
+    Attributes:
+        drafting: those whose sampler takes drafts. kinds: how many of these are of each kind. kind_S: the kind of every sample.
+    """
+
+    samples: tuple[Sample, ...]
+    drafting: list[Sample]
+    kinds: dict[Kind, int]
+    kind_S: list[Kind]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Batch:
+        drafting = [sample for sample in samples if sample.request.params.sampler != "ar"]
+        return cls(tuple(samples), drafting, Counter(map(_kind, drafting)), [_kind(sample) for sample in samples])
+
+
 class Planner:
     """Chooses schedules for one engine.
 
@@ -107,6 +126,7 @@ class Planner:
         self._block_size, self._prior = block_size, prior
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
+        self._batch = _Batch.of(())
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
         self._since = self._pinned = self._turn = 0
@@ -114,26 +134,22 @@ class Planner:
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
         self._settle()
-        kinds: dict[Kind, int] = {}
-        waiting = drafting = remaining = context = 0
-        for sample in decoding:
-            context += len(sample.tokens)
-            if sample.request.params.sampler != "ar":
-                kind = _kind(sample)
-                kinds[kind] = kinds.get(kind, 0) + 1
-                drafting += 1
-                waiting += sample.draft_count > 0
-                remaining += sample.remaining
-        batch = len(decoding)
+        if len(decoding) != len(self._batch.samples) or self._batch.samples != tuple(decoding):
+            self._batch = _Batch.of(decoding)
+        drafting = self._batch.drafting
         if not drafting:
             self._decision = None
             return _AR
-        mean_context = context / batch
+        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
         if self._pinned and self._decision is not None and self._decision.probe:
             self._pinned -= 1
-            decision = self._decide(self._decision.schedule, kinds, batch, mean_context, probe=True)
+            schedule = self._decision.schedule
+            (seconds,), (tokens,), _ = self._expected((schedule,), context, ending=False)
+            decision = self._decision_of(schedule, context, seconds, tokens, probe=True)
         else:
-            decision = self._best(kinds, batch, mean_context, remaining / drafting, 1 - waiting / drafting)
+            remaining = sum([sample.remaining for sample in drafting])
+            waiting = sum([sample.draft_count > 0 for sample in drafting])
+            decision = self._best(context, remaining / len(drafting), 1 - waiting / len(drafting))
         self._decision = decision
         self._total += decision.expected_seconds
         self.log.append(decision)
@@ -149,13 +165,13 @@ class Planner:
         if decision is None:
             return
         made = 0
-        for sample in decoding:
-            step = sample.trace[-1]
+        for sample, kind in zip(decoding, self._batch.kind_S, strict=True):
+            step = sample.last_step
             made += step.accepted + 1
             # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
             if step.drafted and sample.finish in (None, "stop"):
                 accepted = min(step.accepted, sample.anchor - step.anchor - 1)
-                self._of(_kind(sample)).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
+                self._of(kind).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
         decision.tokens = made / len(decoding)
         if seconds is None:
             return
@@ -164,27 +180,27 @@ class Planner:
             drafted = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, drafted))
 
-    def _best(self, kinds: dict[Kind, int], batch: int, context: float, remaining: float, cold: float) -> Decision:
-        ranked, horizon = [], min(remaining, _HORIZON)
-        for schedule in self.schedules:
-            decision = self._decide(schedule, kinds, batch, context, probe=False)
-            tokens = decision.expected_tokens
-            past = self._past(schedule, kinds, batch) if remaining <= _HORIZON else 0.0
+    def _best(self, context: float, remaining: float, cold: float) -> Decision:
+        seconds_N, tokens_N, past_N = self._expected(self.schedules, context, remaining <= _HORIZON)
+        horizon, total_N = min(remaining, _HORIZON), list[float]()
+        for schedule, seconds, tokens, past in zip(self.schedules, seconds_N, tokens_N, past_N, strict=True):
             steps = (horizon + past) / tokens
             if schedule.kind == "fused":
                 steps += cold * (1 - 1 / tokens)
-            ranked.append((decision.expected_seconds * steps, decision))
-        ranked.sort(key=lambda pair: pair[0])
-        best = ranked[0][1]
+            total_N.append(seconds * steps)
         self._since += 1
+        first = min(range(len(total_N)), key=total_N.__getitem__)
+        best = self._decision_of(self.schedules[first], context, seconds_N[first], tokens_N[first])
         if self._since < _PROBE_EVERY:
             return best
+        ranked = sorted(range(len(total_N)), key=total_N.__getitem__)
         # `ar` teaches nothing about drafts.
-        others = [(seconds, decision) for seconds, decision in ranked[1:] if decision.schedule.kind != "ar"]
-        near = [decision for seconds, decision in others if seconds <= _NEAR * ranked[0][0]] or [others[0][1]]
+        others = [n for n in ranked[1:] if self.schedules[n].kind != "ar"]
+        near = [n for n in others if total_N[n] <= _NEAR * total_N[first]] or others[:1]
         # Every other time it is the kind of block that is not learnt from otherwise.
-        unlike = next((decision for decision in near if decision.schedule.kind != best.schedule.kind), near[0])
-        second = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
+        unlike = next((n for n in near if self.schedules[n].kind != best.schedule.kind), near[0])
+        n = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
+        second = self._decision_of(self.schedules[n], context, seconds_N[n], tokens_N[n], probe=True)
         # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
         steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
@@ -193,22 +209,30 @@ class Planner:
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
         if self._probed + excess > PROBE_SHARE * self._total:
             return best
-        self._since, self._pinned, second.probe = 0, steps - 1, True
+        self._since, self._pinned = 0, steps - 1
         self._turn += 1
         self._probed += max(excess, 0.0)
         if best.schedule.kind == "ar":  # nothing else is learnt from, and a policy in training moves
-            for kind in kinds:
+            for kind in self._batch.kinds:
                 self._of(kind).fade()
         return second
 
-    def _decide(self, schedule: Schedule, kinds: dict[Kind, int], batch: int, context: float, probe: bool) -> Decision:
-        tokens = float(batch)
-        for kind, count in kinds.items():
-            tokens += count * (self._of(kind).tokens(schedule) - 1.0)
-        return Decision(schedule, batch, context, self.costs.seconds(schedule, batch, context), tokens / batch, probe)
+    def _decision_of(self, schedule: Schedule, context: float, seconds: float, tokens: float, probe: bool = False) -> Decision:
+        return Decision(schedule, len(self._batch.samples), context, seconds, tokens, probe)
 
-    def _past(self, schedule: Schedule, kinds: dict[Kind, int], batch: int) -> float:
-        return sum(count * self._of(kind).past(schedule) for kind, count in kinds.items()) / batch
+    def _expected(
+        self, schedules: Sequence[Schedule], context: float, ending: bool
+    ) -> tuple[list[float], list[float], list[float]]:
+        """Seconds of a step, tokens per sample, and where samples are `ending` the tokens past their end, by schedule."""
+        batch = len(self._batch.samples)
+        tokens_N, past_N = [float(batch)] * len(schedules), [0.0] * len(schedules)
+        for kind, count in self._batch.kinds.items():
+            means = self._of(kind).means(schedules)
+            tokens_N = [known + count * (tokens - 1.0) for known, (tokens, _) in zip(tokens_N, means, strict=True)]
+            if ending:
+                past_N = [known + count * past for known, (_, past) in zip(past_N, means, strict=True)]
+        seconds_N = self.costs.each(schedules, batch, context)
+        return seconds_N, [tokens / batch for tokens in tokens_N], [past / batch for past in past_N]
 
     def _of(self, kind: Kind) -> Survival:
         known = self._survival.get(kind)

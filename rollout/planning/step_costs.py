@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -78,26 +78,35 @@ class StepCosts:
     _all: float = 1.0
     _own: dict[tuple[str, int], float] = field(default_factory=dict)
     _lines: dict[str, list[tuple[int, float]]] = field(init=False)
+    _known: tuple[Sequence[Schedule], int, list[tuple[float, float, float, float]]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._lines = {label: sorted(known.items()) for label, known in self.seconds_at.items()}
 
     def seconds(self, schedule: Schedule, batch: int, context: float) -> float:
         """Expected seconds of a step of `batch` sequences with `context` cached positions each."""
-        label, _ = _shape(schedule)
-        return self._table(schedule, batch, context) * self._own.get((label, batch.bit_length()), 1.0)
+        return _at(self._part(schedule, batch), (context - self.context) * batch)
+
+    def each(self, schedules: Sequence[Schedule], batch: int, context: float) -> list[float]:
+        """`seconds` of each schedule; quick where they are asked for again for the same object `schedules` and batch."""
+        known = self._known
+        if known is None or known[0] is not schedules or known[1] != batch:
+            known = self._known = schedules, batch, [self._part(schedule, batch) for schedule in schedules]
+        longer = (context - self.context) * batch
+        return [_at(part, longer) for part in known[2]]
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """Correct the table by the time of one step."""
-        expected = self._table(schedule, batch, context)
         key = schedule.label, batch.bit_length()
         own = self._own.get(key, 1.0)
-        ratio = seconds / (expected * own * self._all)
+        ratio = seconds / (self.seconds(schedule, batch, context) * self._all)
         ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
         self._own[key] = own * ratio**_SLOW
         self._all *= ratio**_FAST
+        self._known = None
 
-    def _table(self, schedule: Schedule, batch: int, context: float) -> float:
+    def _part(self, schedule: Schedule, batch: int) -> tuple[float, float, float, float]:
+        """What `_at` needs for this schedule and batch."""
         label, row_count = _shape(schedule)
         line = self._lines[label]
         (_, least), at = line[0], line[0][1]
@@ -106,8 +115,8 @@ class StepCosts:
             i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
-        longer = (context - self.context) * batch * (self.per_position + self.per_row * row_count)
-        return max(at + longer, 0.25 * least, _SHORTEST)
+        own = self._own.get((label, batch.bit_length()), 1.0)
+        return at, self.per_position + self.per_row * row_count, max(0.25 * least, _SHORTEST), own
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
         """Whether the table holds all of these."""
@@ -132,6 +141,12 @@ class StepCosts:
             return cls(table, int(found["context"]), float(found["per_position"]), float(found["per_row"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _at(part: tuple[float, float, float, float], longer: float) -> float:
+    """Seconds of a step with so many more cached positions, all sequences together, than the table was measured at."""
+    at, per_position, least, own = part
+    return max(at + longer * per_position, least) * own
 
 
 def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,10 @@ _EASE = 1.5  # odds of a later draft's acceptance in `two_pass` over those in `f
 _MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
 
 
+Means = list[tuple[float, float]]
+"""`Survival.tokens` and `Survival.past` by schedule."""
+
+
 class Survival:
     """Acceptance rates by slot.
 
@@ -42,41 +47,49 @@ class Survival:
 
     def __init__(self, slots: int, prior: float) -> None:
         self._prior = prior
-        # [two_pass or fused, first or later, tries or hits, slot]
-        self._seen = np.zeros((2, 2, 2, slots + 1))
-        self._expected: dict[Schedule, tuple[float, float]] = {}
+        # [two_pass or fused][first tries, first hits, later tries or later hits][slot]; lists: single numbers of them change
+        self._seen = np.zeros((2, 4, slots + 1)).tolist()
         self._reached: dict[int, np.ndarray] = {}
+        self._known: tuple[Sequence[Schedule], Means] | None = None
         self._tries, self._fresh = [0.0, 0.0], [0, 0]
 
     def note(self, slot: int, drafted: int, accepted: int) -> None:
         """Count one sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
         if not drafted:
             return
-        kind = int(slot > 0)
-        seen = self._seen[kind]
-        first, later = seen
-        first[0, slot] += 1
-        first[1, slot] += accepted > 0
+        kind, tried = int(slot > 0), min(accepted + 1, drafted)
+        first_tries, first_hits, later_tries, later_hits = self._seen[kind]
+        first_tries[slot] += 1
         if accepted:
-            later[0, slot + 1 : slot + min(accepted + 1, drafted)] += 1
-            later[1, slot + 1 : slot + accepted] += 1
-        self._fresh[kind] += min(accepted + 1, drafted)
+            first_hits[slot] += 1
+            for i in range(slot + 1, slot + accepted):
+                later_tries[i] += 1
+                later_hits[i] += 1
+            if accepted < drafted:
+                later_tries[slot + accepted] += 1
+        self._fresh[kind] += tried
         # What is known changes slowly once much is known.
         if self._fresh[kind] > 4 + self._tries[kind] / 4:
-            self._expected.clear()
+            self._known = None
             self._reached.clear()
-            if seen[:, 0].sum() > _MEMORY:
-                seen *= 0.5
-            self._tries, self._fresh = self._seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
+            seen = self._counts()
+            if seen[kind, :, 0].sum() > _MEMORY:
+                seen[kind] *= 0.5
+                self._seen[kind] = seen[kind].reshape(4, -1).tolist()
+            self._tries, self._fresh = seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
 
     def fade(self) -> None:
         """Reduce the weight of all observations so far by 5 %."""
-        self._seen *= 0.95
+        self._seen = [[[0.95 * count for count in line] for line in lines] for lines in self._seen]
+
+    def _counts(self) -> np.ndarray:
+        """[two_pass or fused, first or later, tries or hits, slot]."""
+        return np.array(self._seen).reshape(2, 2, 2, -1)
 
     def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
         """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
-        fused = slot > 0
-        (first, later), (_, other) = self._seen[int(fused)], self._seen[int(not fused)]
+        fused, seen = slot > 0, self._counts()
+        (first, later), (_, other) = seen[int(fused)], seen[int(not fused)]
         rate, odds, borrowed = _leaning(other.sum(-1), self._prior, _WEIGHT), 1.0, _WEIGHT
         if other[0].any():
             odds, borrowed = 1 / _EASE if fused else _EASE, _KIN
@@ -88,30 +101,30 @@ class Survival:
 
     def tokens(self, schedule: Schedule) -> float:
         """Expected tokens per step of one sample, in the long run; `schedule` has its sizes (`Schedule.within`)."""
-        return self._mean(schedule)[0]
+        return self._of((schedule,))[0][0]
 
     def past(self, schedule: Schedule) -> float:
         """Tokens that the step which reaches some given length makes beyond it, on average: (E[n^2] / E[n] - 1) / 2 of the
         tokens n of a step (the inspection paradox: that step is more likely a long one)."""
-        tokens, squares = self._mean(schedule)
-        return (squares / tokens - 1) / 2
+        return self._of((schedule,))[0][1]
 
-    def _mean(self, schedule: Schedule) -> tuple[float, float]:
-        """Means of a step's tokens and of their squares."""
-        known = self._expected.get(schedule)
-        if known is not None:
-            return known
-        if schedule.kind == "ar":
-            found = 1.0, 1.0
-        elif schedule.kind == "two_pass":
-            assert schedule.drafts is not None
-            tokens, squares = _moments(self._alive(0)[0, : schedule.drafts])
-            found = float(tokens), float(squares)
-        else:
-            move, gain, square = chain(schedule, self._alive(1))
-            share = lasting(move)
-            found = float(share @ gain), float(share @ square)
-        self._expected[schedule] = found
+    def means(self, schedules: Sequence[Schedule]) -> Means:
+        """`tokens` and `past` of each schedule; quick where they are asked for again for the same object `schedules`."""
+        if self._known is None or self._known[0] is not schedules:
+            self._known = schedules, self._of(schedules)
+        return self._known[1]
+
+    def _of(self, schedules: Sequence[Schedule]) -> Means:
+        fused = tuple(schedule for schedule in schedules if schedule.kind == "fused")
+        chains = iter(_lasting_means(fused, self._alive(1)) if fused else ())
+        found = []
+        for schedule in schedules:
+            tokens, squares = 1.0, 1.0
+            if schedule.kind == "two_pass":
+                tokens, squares = (float(mean) for mean in _moments(self._alive(0)[0, : schedule.drafts]))
+            elif schedule.kind == "fused":
+                tokens, squares = next(chains)
+            found.append((tokens, (squares / tokens - 1) / 2))
         return found
 
     def _alive(self, kind: int) -> np.ndarray:
@@ -149,6 +162,39 @@ def lasting(move: np.ndarray) -> np.ndarray:
     """The share of steps in each slot, in the long run from no drafts at all. A chain that stays where it is every other time
     has the same shares and no period, so a high power of it has them in its last row."""
     return np.linalg.matrix_power((np.eye(len(move)) + move) / 2, 128)[-1]
+
+
+def _lasting_means(schedules: tuple[Schedule, ...], alive_SM: np.ndarray) -> list[tuple[float, float]]:
+    """Means of a step's tokens and of their squares in the long run of `fused`: as `chain` and `lasting`, of schedules side by
+    side, with slots and drafts that a smaller one lacks never reached."""
+    drawn_NSM, target_NMS, last_N, weights_M2 = _padded(schedules)
+    alive_NSM = alive_SM[: drawn_NSM.shape[1], : drawn_NSM.shape[2]] * drawn_NSM
+    reached = np.zeros((len(schedules), drawn_NSM.shape[1], drawn_NSM.shape[2] + 2))
+    reached[:, :, 0] = 1.0
+    reached[:, :, 1:-1] = alive_NSM
+    power = (reached[:, :, :-1] - reached[:, :, 1:]) @ target_NMS
+    power += np.eye(power.shape[1])
+    power *= 0.5
+    for _ in range(7):
+        power = power @ power
+    share_N1S = power[np.arange(len(schedules)), None, last_N]
+    means = 1.0 + (share_N1S @ (alive_NSM @ weights_M2))[:, 0]
+    found: list[tuple[float, float]] = means.tolist()
+    return found
+
+
+@cache
+def _padded(schedules: tuple[Schedule, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Whether a draft is drawn, `_targets`, and the slot of no drafts, by schedule; and the weights of `_moments`."""
+    drafts, slots = max(s.drafts or 0 for s in schedules), max(s.block or 0 for s in schedules) + 1
+    drawn, target = np.zeros((len(schedules), slots, drafts)), np.zeros((len(schedules), drafts + 1, slots))
+    for n, schedule in enumerate(schedules):
+        assert schedule.drafts is not None and schedule.block is not None
+        left_S1 = schedule.block - np.arange(schedule.block + 1)[:, None]
+        drawn[n, : schedule.block + 1, : schedule.drafts] = np.arange(schedule.drafts) < left_S1
+        target[n, : schedule.drafts + 1, : schedule.block + 1] = _targets(schedule)
+    weights = np.stack([np.ones(drafts), 2.0 * np.arange(1, drafts + 1) + 1.0], axis=1)
+    return drawn, target, np.array([schedule.block for schedule in schedules]), weights
 
 
 @cache

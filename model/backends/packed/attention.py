@@ -12,6 +12,7 @@ Legend: as in `backend`; U heads of a key head, L keys, N sequences at once, R =
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from .plan import PackedPlan
 
 LANES = 8
 _F = np.float32
+_MOST_SHAPES = 256
+"""Shapes of packs whose working memory is kept: `two_pass` alternates between two, and keys grow by `WIDTH` at a time."""
 _MOST_SCORES = 2**16
 """Most scores of mask rows that are computed at once: they fit into a processor's second-level cache."""
 
@@ -157,6 +160,25 @@ def _attend_masks(begin_s, end_s, group, first_S1, mask_S, start_S, weight_NGRL,
                     copy(attended_NGRD[n, g, (t - mask_S[s]) * group + u, :size], out_THD[t, g * group + u])
 
 
+@dataclass(frozen=True)
+class _Work:
+    """The working memory of packs of one shape; arrays as in the kernels.
+
+    Attributes:
+        pieces: begin and end of the sequences computed at once, and their scores and weights.
+        lines: scores of two heads, and two sums of features.
+    """
+
+    pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
+    lines: tuple[np.ndarray, ...]
+    keys_NGDL: np.ndarray
+    values_NGLD: np.ndarray
+    q_NGRD: np.ndarray
+    score_NGRL: np.ndarray
+    weight_NGRL: np.ndarray
+    attended_NGRD: np.ndarray
+
+
 class Attention:
     """Attention of packs, with its working memory.
 
@@ -168,14 +190,23 @@ class Attention:
         self, heads: int, kv_heads: int, size: int, take: Callable[..., tuple[torch.Tensor, np.ndarray]]
     ) -> None:
         self._group, self._kv_heads, self._size, self._take = heads // kv_heads, kv_heads, size, take
-        self._shape = (0, 0, 0)
+        self._works: dict[tuple[int, int, int], _Work] = {}
+        self._places: list[int] = []
 
     def prepare(self, plan: PackedPlan) -> None:
-        """Allocate the working memory for packs of this plan."""
-        shape = sequences, width, masks = len(plan.start_S), -(-(plan.longest + LANES) // WIDTH) * WIDTH, plan.masks
-        if shape == self._shape:
-            return
-        self._shape, rows, take = shape, masks * self._group, self._take
+        """Provide the working memory for packs of this plan."""
+        shape = len(plan.start_S), -(-(plan.longest + LANES) // WIDTH) * WIDTH, plan.masks
+        work = self._works.get(shape)
+        if work is None:
+            work, places = self._of(*shape)
+            if places != self._places or len(self._works) >= _MOST_SHAPES:
+                self._works.clear()  # memory that grew lies elsewhere
+            self._works[shape], self._places = work, places
+        self._work = work
+
+    def _of(self, sequences: int, width: int, masks: int) -> tuple[_Work, list[int]]:
+        """The working memory of a shape, and the addresses of its parts."""
+        rows, take = masks * self._group, self._take
         at_once = min(max(1, _MOST_SCORES // (self._kv_heads * rows * width)), sequences) if rows else sequences
         count, features = at_once if rows else 1, -(-self._size // WIDTH) * WIDTH
         pairs = [
@@ -185,27 +216,28 @@ class Attention:
                 ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, features),
             )
         ]  # fmt: skip
-        self._keys, self._values, self._q, self._score, self._weight, self._attended = (array for _, array in pairs)
+        lines = [take(name, width + LANES) for name in ("line", "other line")]
+        lines += [take(name, self._size) for name in ("features", "other features")]
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
         scores, weights = pairs[3][0], pairs[4][0]
-        self._pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
-        lines = [take(name, width + LANES)[1] for name in ("line", "other line")]
-        self._lines = (*lines, *(take(name, self._size)[1] for name in ("features", "other features")))
+        pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
+        work = _Work(pieces, tuple(array for _, array in lines), *(array for _, array in pairs))
+        return work, [tensor.untyped_storage().data_ptr() for tensor, _ in (*pairs, *lines)]
 
     def __call__(
         self, plan: PackedPlan, kind: str, q_THD: np.ndarray, k_TGD: np.ndarray, v_TGD: np.ndarray, k_pool: np.ndarray,
         v_pool: np.ndarray, out_THD: np.ndarray,
     ) -> None:  # fmt: skip
         """Writes out_THD, of the plan last prepared for. `kind`: the layer's type; queries carry their scale."""
-        first, mask, ranges, group = plan.first_S1, plan.mask_S, plan.range_4T[kind], self._group
-        for begin, end, score, weight in self._pieces:
+        first, mask, ranges, group, work = plan.first_S1, plan.mask_S, plan.range_4T[kind], self._group, self._work
+        for begin, end, score, weight in work.pieces:
             _clean_rows(
                 begin, end, plan.masks > 0, q_THD, k_TGD, v_TGD, k_pool, v_pool, ranges, first, mask, plan.start_S, plan.place_SL,
-                self._keys, self._values, self._q, *self._lines, out_THD,
+                work.keys_NGDL, work.values_NGLD, work.q_NGRD, *work.lines, out_THD,
             )  # fmt: skip
             if plan.masks:
-                _score_masks(begin, end, group, ranges, first, mask, self._q, self._keys, self._score)
+                _score_masks(begin, end, group, ranges, first, mask, work.q_NGRD, work.keys_NGDL, work.score_NGRL)
                 torch.softmax(score, -1, out=weight)
                 _attend_masks(
-                    begin, end, group, first, mask, plan.start_S, self._weight, self._values, self._attended, out_THD
+                    begin, end, group, first, mask, plan.start_S, work.weight_NGRL, work.values_NGLD, work.attended_NGRD, out_THD
                 )

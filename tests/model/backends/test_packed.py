@@ -115,3 +115,25 @@ def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same():
     scope = {"compiled": compiled}
     exec("@compiled()\ndef double(x):\n    return 2 * x\n", scope)
     assert scope["double"](3) == 6
+
+
+def test_working_memory_of_shapes_that_alternate_is_kept_until_it_moves(make_policy):
+    """The two passes of `two_pass` take turns. Memory that grows lies elsewhere: then nothing holds on to the smaller one."""
+    policy = make_policy(torch.float32, seed=4)
+    packed = PackedBackend(policy)
+    asked, take = [], packed._attention._take
+    packed._attention._take = lambda name, *shape: (asked.append(name), take(name, *shape))[1]
+    small, masked, long = (
+        packed.prepare(decode([DecodeRows([5] * rows, 0, proposals, 4)], policy.mask_token_id))
+        for rows, proposals in ((3, ()), (3, (1,)), (200, ()))
+    )
+    first = [packed.forward(*each).clone() for each in (small, masked)]
+    grown = len(asked)
+    again = [packed.forward(*each).clone() for _ in range(3) for each in (small, masked)]
+    built = len(asked)
+    assert built <= grown + 10, "at most the shape from before the masks' memory is asked for once more"
+    assert all(torch.equal(a, b) for a, b in zip(first * 3, again, strict=True))
+    packed.forward(*long)
+    packed.forward(*small)
+    assert len(asked) == built + 20, "the smaller memory is still held"
+    assert torch.equal(packed.forward(*small), first[0])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from planner_doubles import BLOCK, SCHEDULES, Running, Traced, costs
 
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning import survival as survival_module
@@ -17,39 +17,6 @@ from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.types import RolloutRequest, SamplingParams
-
-BLOCK = 16
-SCHEDULES = candidates(BLOCK)
-
-
-@dataclass
-class Running:
-    """What a planner reads of a sample."""
-
-    request: RolloutRequest
-    tokens: list[int]
-    remaining: int = 100
-    draft_count: int = 0
-    finish: str | None = None
-    trace: list = field(default_factory=list)
-
-    @property
-    def anchor(self):
-        return len(self.tokens) - 1
-
-
-@dataclass
-class Traced:
-    anchor: int
-    drafted: int
-    accepted: int
-    draft_start: int
-
-
-def costs(base, per_row):
-    """A forward takes base + per_row for each row of each sequence."""
-    forwards = {s: 2 if s.kind == "two_pass" else 1 for s in SCHEDULES}
-    return StepCosts({s.label: {b: forwards[s] * base + per_row * b * rows(s) for b in (1, 64)} for s in SCHEDULES}, 64)
 
 
 class World:
