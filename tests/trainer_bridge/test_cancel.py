@@ -35,6 +35,21 @@ def test_a_cancelled_request_ends_in_the_backend_and_the_counts_add_up(serve: Se
         assert status["in_flight"] == 0
 
 
+def test_a_gateway_that_ends_leaves_none_of_its_work_in_the_backend(serve: Serve) -> None:
+    """Neither what its client cancels in its last moment, nor what is unfinished: the next gateway serves that anew."""
+    backend = ToyBackend(rate=0.0)
+    gateway = serve(backend)
+    with connect(gateway.address, client_id="t") as client:
+        client.submit([request("cancelled", 50), request("unfinished", 2)])
+        until(lambda: len(backend._work) == 52)
+        client.cancel(["cancelled"])
+        gateway.stop()
+    assert not backend._work
+    backend.rate = 1e9
+    with connect(serve(backend).address, client_id="t") as client:
+        assert [t.key for t in client.generate([request("unfinished", 2)], timeout=10)] == [("unfinished", 0), ("unfinished", 1)]
+
+
 def test_generate_names_the_cancelled_request_and_the_samples_it_had_are_delivered(serve: Serve) -> None:
     backend = ToyBackend(rate=50.0)
     gateway = serve(backend)

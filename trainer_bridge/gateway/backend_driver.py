@@ -6,6 +6,7 @@ Invariants:
 - A version is on disk before the backend is given it.
 - Outputs are handed to the gateway in the order the backend returned them. The gateway bounds what is in flight.
 - A backend that is held takes work and commits, and begins nothing. A commit with policy `finish` then waits until it goes on.
+- When the driver ends, it cancels what the backend still has of its work: a backend may outlive its gateway.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ class BackendDriver:
                             self._submit(work)
                     held.clear()
                 self._collect()
+            self._cancel(dict.fromkeys(self._flight))  # also what a command that was not taken would have ended
         except BaseException as error:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))

@@ -26,11 +26,6 @@ from blockroll.trainer_bridge.gateway import Gateway
 from blockroll.trainer_bridge.wire.records import decode_trajectory, encode_trajectory
 
 
-@pytest.fixture(scope="module")
-def cluster(pool):
-    return pool
-
-
 class Stubborn:
     """An actor that fails when it is to take a version: asked for one it was never given, it raises."""
 
@@ -40,6 +35,24 @@ class Stubborn:
 
     def __getattr__(self, name):
         return getattr(self._actor, name)
+
+
+@pytest.fixture
+def stubborn(cluster, monkeypatch):
+    """Makes the actor of an engine stubborn, for as long as the engine has it and the test lasts."""
+    stop = EngineHandle.stop
+
+    def unwrap(engine):
+        if isinstance(engine.actor, Stubborn):
+            engine.actor = engine.actor._actor
+
+    def wrap(engine):
+        engine.actor = Stubborn(engine.actor)
+
+    monkeypatch.setattr(EngineHandle, "stop", lambda engine: (unwrap(engine), stop(engine)))
+    yield wrap
+    for engine in cluster._engines:
+        unwrap(engine)
 
 
 def test_same_as_one_engine(cluster, policy_dir):
@@ -88,7 +101,6 @@ def test_a_cancelled_request_ends_and_may_come_again(cluster):
 
 def test_only_what_a_killed_engine_left_unfinished_is_done_again(cluster, policy_dir, caplog):
     before, batch = cluster.restarts, requests("c", 40, tokens=100)
-    settle(cluster)
     cluster.submit(batch, epoch=3)
     done = collect(cluster, 10)
     victim = cluster.engines()[0]
@@ -133,12 +145,10 @@ def pids(cluster):
     return [engine.pid for engine in cluster.engines()]
 
 
-def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(cluster, next_weights, monkeypatch):
-    (arrays, policy), engine = next_weights, cluster._engines[1]
-    settle(cluster)
-    monkeypatch.setattr(EngineHandle, "stop", keep_proxies_out(EngineHandle.stop))
+def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(cluster, next_weights, stubborn):
+    arrays, policy = next_weights
     old, before = cluster.version, pids(cluster)
-    engine.actor = Stubborn(engine.actor)
+    stubborn(cluster._engines[1])
     cluster.submit(requests("s", 20, tokens=100), epoch=20)
     done = collect(cluster, 4)
     cluster.commit_weights(old + 1, arrays, in_flight="keep")
@@ -156,7 +166,6 @@ def test_an_engine_that_fails_over_a_version_is_replaced_by_one_that_has_it(clus
 
 def test_an_engine_that_dies_after_it_took_a_version_is_given_it_again(cluster, next_weights, monkeypatch):
     """It dies, and its next process has loaded the old version, while the commit waits for the others."""
-    settle(cluster)
     take, engine, version = WeightCommit.take, cluster._engines[0], cluster.version + 1
 
     def dies_afterwards(commit, *how):
@@ -174,22 +183,11 @@ def test_an_engine_that_dies_after_it_took_a_version_is_given_it_again(cluster, 
     assert [beat.version for beat in ray.get([e.actor.heartbeat.remote() for e in cluster._engines])] == [version, version]
 
 
-def keep_proxies_out(stop):
-    def stopping(engine):
-        if isinstance(engine.actor, Stubborn):
-            engine.actor = engine.actor._actor
-        stop(engine)
-
-    return stopping
-
-
-def test_where_every_engine_fails_over_a_version_the_old_one_serves_on_all(cluster, next_weights, monkeypatch, tmp_path):
-    settle(cluster)
-    monkeypatch.setattr(EngineHandle, "stop", keep_proxies_out(EngineHandle.stop))
+def test_where_every_engine_fails_over_a_version_the_old_one_serves_on_all(cluster, next_weights, stubborn, tmp_path):
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway, connect(gateway.address) as client:
         old = client.version
         for engine in cluster._engines:
-            engine.actor = Stubborn(engine.actor)
+            stubborn(engine)
         with pytest.raises(ClusterError, match=f"no engine could take version {old + 1}"):
             client.push_weights(old + 1, next_weights[0])
         assert [engine.version for engine in cluster.engines()] == [old, old]
@@ -218,7 +216,6 @@ def test_a_cluster_that_starts_elsewhere_is_brought_to_the_version_of_the_ledger
 
 def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path, monkeypatch):
     """Stopped, not dead: nothing but silence tells."""
-    settle(cluster)
     for engine in cluster._engines:
         monkeypatch.setattr(engine, "_silence_s", 3.0)
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger", max_in_flight=80) as gateway:
@@ -235,7 +232,6 @@ def test_a_hung_engines_work_goes_to_one_that_answers(cluster, tmp_path, monkeyp
 
 
 def test_a_short_request_of_a_second_client_is_served_at_once(cluster, tmp_path):
-    settle(cluster)
     with Gateway(cluster, "tcp://127.0.0.1:*", tmp_path / "ledger") as gateway:
         with connect(gateway.address, client_id="first") as first, connect(gateway.address, client_id="second") as second:
             first.submit(requests("long", 100, tokens=120, samples=8))
@@ -246,10 +242,10 @@ def test_a_short_request_of_a_second_client_is_served_at_once(cluster, tmp_path)
             assert time.monotonic() - start < 1.0
             assert first.status()["unique"] < 700
             first.cancel([f"long{i:02d}" for i in range(100)])
+    assert not cluster._backlog.works
 
 
 def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_their_work(cluster, caplog, monkeypatch):
-    settle(cluster)
     monkeypatch.setattr(fleet, "PLACING_S", 0.5)
     cluster.scale(3)
     start = time.monotonic()
@@ -266,10 +262,8 @@ def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_
         done += cluster.poll(0.1)
         assert [engine.state for engine in cluster.engines()].count("draining") <= 1
     done += collect(cluster, 80 - len(done))
-    assert len({c.trajectory.key for c in done}) == 80 and not caplog.records
-    cluster.scale(2)
-    cluster.poll(0.0)
-    settle(cluster)
+    assert sorted(c.trajectory.key for c in done) == [(request.id, i) for request in batch for i in range(2)]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("change", "what"), [
@@ -279,7 +273,6 @@ def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_
     (lambda a: a.update({"model.norm.weight": a["model.norm.weight"][1:]}), "model.norm.weight in version .* has shape")],
     ids=["missing", "unknown", "not finite", "another shape"])
 def test_a_version_that_is_not_the_policys_is_refused_before_any_engine_takes_it(cluster, next_weights, change, what):
-    settle(cluster)
     arrays, version, before = dict(next_weights[0]), cluster.version, pids(cluster)
     change(arrays)
     with pytest.raises(ClusterError, match=what):
@@ -291,15 +284,13 @@ def test_a_version_that_is_not_the_policys_is_refused_before_any_engine_takes_it
 def next_weights(cluster, policy_dir):
     """Arrays of the version after the one that serves, and the policy that has them."""
     policy = blockroll.load_policy(policy_dir)
-    scale = 1.0 + 0.1 * (cluster.version + 1)
-    arrays = {name: policy.state_dict()[name].numpy() * np.float32(scale) for name in cluster.expected_weights()}
+    arrays = {name: policy.state_dict()[name].numpy() * np.float32(1.5) for name in cluster.expected_weights()}
     policy.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=False)
     return arrays, policy
 
 
 def commit_under_way(cluster, arrays, epoch, in_flight):
     """Samples of a batch in the middle of which the next version is committed, in the order of their ids."""
-    settle(cluster)
     batch = requests(f"{in_flight}-", 40, tokens=100, samples=3)
     cluster.submit(batch, epoch)
     done = collect(cluster, 8)

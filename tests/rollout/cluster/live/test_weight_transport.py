@@ -26,11 +26,10 @@ QUICK_LAST = [pytest.param(name, marks=[pytest.mark.slow] * (name != "torch_dist
 
 
 @pytest.fixture(params=TRANSPORTS)
-def cluster(pool, request):
+def cluster(cluster, request):
     """The pool of all tests, by this transport."""
-    settle(pool)
-    pool._transport = transport_of(request.param, 60.0)
-    return pool
+    cluster._transport = transport_of(request.param, 60.0)
+    return cluster
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def arrays(policy_dir):
 
 def settle(cluster, seconds=90.0):
     end = time.monotonic() + seconds
-    while {engine.phase for engine in cluster._engines} != {"ready"}:
+    while [engine.phase for engine in cluster._engines] != ["ready"] * 2:
         assert time.monotonic() < end, cluster.engines()
         cluster.poll(0.1)
 
@@ -165,6 +164,7 @@ def test_an_engine_killed_while_it_stages(cluster, arrays):
     first = {name: array * np.float32(1.5) for name, array in arrays.items()}
     cluster.commit_weights(version, first)
     truth = serve(cluster, "truth", version)
+    settle(cluster)
     victim = cluster._engines[0]
     os.kill(victim.home.pid, signal.SIGSTOP)
     killer = threading.Timer(0.7, os.kill, (victim.home.pid, signal.SIGKILL))
