@@ -54,7 +54,8 @@ class SearchThreads:
         def late() -> None:
             self._left[key] = functions
             places.release()
-            _settle(result, None, HttpError(504, f"search: {functions} has not returned within {seconds:g} s", "search", "timeout"))
+            said = f"search: {functions} has not returned within {seconds:g} s"
+            _settle(result, None, HttpError(504, said, "search", "timeout"))
 
         def ended(value: Any, error: Exception | None) -> None:
             if timer is not None:

@@ -39,8 +39,9 @@ def served_app(routers: Sequence[APIRouter]) -> FastAPI:
     assert config.http is not None
     nothing = cast(Any, None)
     tokenizer, sizes = read_policy(config)
-    app = create_app(HttpState(config, config.http, nothing, nothing, nothing, HttpKeys("key", None, True), tokenizer, None, sizes,
-                               0, nothing, nothing))  # fmt: skip
+    state = HttpState(config, config.http, nothing, nothing, nothing, HttpKeys("key", None, True), tokenizer, None, sizes, 0,
+                      nothing, nothing)  # fmt: skip
+    app = create_app(state)
     for router in routers:
         if router not in ROUTERS:
             app.include_router(router)
@@ -103,7 +104,8 @@ def test_a_bug_in_a_stream_is_logged_and_a_client_that_goes_away_is_not(wrap: An
         await served(scope, receive, send)
         return sent
 
-    sent = asyncio.run(ask("/v1/completions", {"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}))
+    part = {"type": "http.request", "body": b"{", "more_body": True}
+    sent = asyncio.run(ask("/v1/completions", part, {"type": "http.disconnect"}))
     assert sent[0]["status"] == 499 and not caplog.records
     with pytest.raises(ZeroDivisionError):
         asyncio.run(ask("/broken", {"type": "http.request", "body": b"{}"}))
