@@ -15,6 +15,8 @@ import ray
 
 from ...errors import ClusterError
 
+_STARTING = threading.Lock()
+"""Held while a thread starts Ray: what is left of a start that fails is told by what was there before."""
 _END_S = 5.0
 """Seconds that killed processes are given to be gone."""
 
@@ -22,8 +24,11 @@ _END_S = 5.0
 def start_ray(address: str | None, cpus: int) -> bool:
     """Connects to the Ray at `address`; None starts one here that counts so many CPUs. False, and nothing is done, in a
     process that is connected. Ray's own logger prints errors only. Raises ClusterError, and leaves no process of Ray then."""
-    if ray.is_initialized():
-        return False
+    with _STARTING:
+        return not ray.is_initialized() and _started(address, cpus)
+
+
+def _started(address: str | None, cpus: int) -> bool:
     # Ray starts its workers at niceness 15: any other process of the machine would come before the engines.
     os.environ.setdefault("RAY_worker_niceness", "0")
     before, children = signal.getsignal(signal.SIGTERM), set(psutil.Process().children())
@@ -36,6 +41,8 @@ def start_ray(address: str | None, cpus: int) -> bool:
         ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
                  logging_level=logging.ERROR, num_cpus=None if address else max(cpus, 2))  # fmt: skip
     except BaseException as error:
+        if isinstance(error, RuntimeError) and ray.is_initialized():
+            return False  # a thread that does not call `start_ray` was first
         ray.shutdown()
         if address is None:
             _end_new(children)
@@ -55,7 +62,7 @@ def start_ray(address: str | None, cpus: int) -> bool:
 def _end_new(before: set[psutil.Process]) -> None:
     """Kills the processes of Ray among the children of this process that are not in `before`, and their children. Ray forgets
     those of a start that fails."""
-    started, place = list[psutil.Process](), str(Path(ray.__file__).parent)
+    started, place = list[psutil.Process](), str(Path(ray.__file__).parent) + os.sep
     for child in set(psutil.Process().children()) - before:
         with suppress(psutil.Error):  # it has ended
             if any(word.startswith(place) for word in child.cmdline()):

@@ -101,6 +101,6 @@ def checked_score(value: Any, name: str) -> float:
 def _called(function: Callable[..., Any], field: str, name: str, *arguments: str) -> Any:
     try:
         return function(*arguments)
-    except Exception as error:  # whatever a user's function raises
+    except (Exception, SystemExit) as error:  # whatever a user's function raises
         raise RequestError(field, f"{name} raised {type(error).__name__} ({short(str(error))})",
                            "make it return for any text") from error  # fmt: skip

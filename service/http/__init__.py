@@ -8,7 +8,7 @@ is what every route is given; `routes` guards a route (keys, size and form of a 
 and brings back what comes of them; `http_errors` and `error_handlers` write errors in OpenAI's form. Routers: `health_routes`,
 `model_routes`, `completions`, `chat`, `token_routes`. What they share: `request_fields` (a body's fields and the parameters
 they say), `limits` (how large an answer may be), `text` (tokenizer, chat template, text of a stream), `tool_calls`, `pieces`
-(samples as JSON), `sample_streams` (waiting for samples), `search` (one answer made of many samples).
+(samples as JSON), `sample_streams` (waiting for samples), `search` (one answer made of many samples) and its `search_threads`.
 """
 
 HTTP_CLIENT = "blockroll-http"

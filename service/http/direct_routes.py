@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
-from .error_handlers import error_answer
+from .error_handlers import error_answer, log_bug
 from .routes import ApiRoute, BoundedRequest, Handler
 
 
@@ -39,7 +39,11 @@ class DirectRoutes:
             response = await call(request)
         except Exception as error:  # every kind has its answer, and a bug is logged
             response = error_answer(request, error)
-        await response(scope, receive, send)
+        try:
+            await response(scope, receive, send)
+        except Exception as error:  # of a stream that has begun; uvicorn ends the connection
+            log_bug(request, error)
+            raise
 
 
 def is_direct(route: ApiRoute) -> bool:

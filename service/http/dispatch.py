@@ -51,7 +51,7 @@ class Answers:
 
     def put(self, item: Trajectory | Progress | Exception) -> None:
         """Hands an item to whoever waits. Any thread."""
-        _call(self.loop, self.enter, item)
+        call_in(self.loop, self.enter, item)
 
     def enter(self, item: Trajectory | Progress | Exception) -> None:
         """`put`, from the event loop."""
@@ -255,7 +255,7 @@ class Dispatch:
                     del self._samples[name], self._waiting[name]
                 found.setdefault(answers.loop, []).append((answers, trajectory))
         for loop, items in found.items():
-            _call(loop, _enter, items)
+            call_in(loop, _enter, items)
 
     def _fail(self, names: Sequence[str] | None, error: Exception) -> list[str]:
         """Ends the wait for these requests, or for all, with an error; returns the ids of those that were waited for."""
@@ -275,7 +275,7 @@ def _enter(items: Sequence[tuple[Answers, Trajectory]]) -> None:
         answers.enter(trajectory)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+def call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
     """Calls a function in an event loop, unless that is closed. Any thread."""
     try:
         loop.call_soon_threadsafe(function, *arguments)

@@ -42,8 +42,13 @@ def error_answer(request: Request, error: Exception) -> JSONResponse:
         answer = _answer(HttpError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
         answer.headers.update(error.headers or {})
         return answer
-    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log_bug(request, error)
     return _answer(HttpError(500, "the service failed; its log says why"))
+
+
+def log_bug(request: Request, error: Exception) -> None:
+    """Writes the traceback of an error that nobody expects."""
+    _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
 
 
 def _answer(error: HttpError) -> JSONResponse:

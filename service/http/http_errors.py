@@ -29,6 +29,11 @@ class HttpError(Exception):
         super().__init__(message)
 
 
+def client_gone() -> HttpError:
+    """The answer to a client that has disconnected, for logs."""
+    return HttpError(499, "the client has disconnected", code="client_closed_request")
+
+
 def as_http_error(error: Exception) -> HttpError:
     """The HTTP form of an error of the tree. Any other one is raised."""
     if isinstance(error, HttpError):

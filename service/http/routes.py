@@ -12,9 +12,10 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
 from ...trainer_bridge.wire.sockets import is_local
-from .http_errors import HttpError
+from .http_errors import HttpError, client_gone
 from .state import HttpState
 
 
@@ -29,10 +30,13 @@ class BoundedRequest(Request):
             if said.isdecimal() and int(said) > self.most:
                 raise self._too_large()
             kept = bytearray()
-            async for chunk in self.stream():
-                kept += chunk
-                if len(kept) > self.most:
-                    raise self._too_large()
+            try:
+                async for chunk in self.stream():
+                    kept += chunk
+                    if len(kept) > self.most:
+                        raise self._too_large()
+            except ClientDisconnect:
+                raise client_gone() from None
             self._body = bytes(kept)
         return self._body
 

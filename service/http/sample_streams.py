@@ -19,7 +19,7 @@ from ...errors import BlockrollError
 from ...rollout.backend import Progress
 from ...rollout.types import RolloutRequest, Trajectory
 from .dispatch import Dispatch
-from .http_errors import HttpError, as_http_error, body_of
+from .http_errors import HttpError, as_http_error, body_of, client_gone
 from .pieces import Piece
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise HttpError(499, "the client has disconnected", code="client_closed_request")
+        raise client_gone()
     finally:
         for task in (working, gone):
             if not task.done():

@@ -3,7 +3,7 @@
 Invariants:
 - A wave of samples is a request to the dispatch as any other. The event loop is free while it is made, and a client that
   disconnects has the wave cancelled.
-- What a method computes, before its first wave and between two, runs in a thread.
+- What a method computes, before its first wave and between two, runs in a thread (`search_threads`).
 - A search that has begun goes on: its later waves are refused neither for a pause nor for requests that came meanwhile.
 - The result is that of `blockroll.search` for the same prompts, configuration and parameters.
 - A request names no code. It may name functions that the service's configuration lists.
@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
@@ -37,17 +36,9 @@ from .sample_streams import unless_disconnected
 from .state import HttpState
 from .text import need_tokenizer
 
-T = TypeVar("T")
-MAX_STEPS = 16
-"""Searches that compute at once, each in a thread. More than the cores, since a scorer of the operator's may wait for others."""
 _OF_ONE_SAMPLE = ("logprobs", "top_logprobs", "prompt_logprobs", "logprob_token_ids", "return_weight_versions", "routed_experts",
                   "behavior_logprobs", "tokens_per_forward", "echo")  # fmt: skip
 """Fields of an answer that is one sample. A search's answer may be several pieces, or the end of many."""
-
-
-def search_threads() -> ThreadPoolExecutor:
-    """Where methods compute."""
-    return ThreadPoolExecutor(MAX_STEPS, "blockroll-http-search")
 
 
 async def search_prompts(
@@ -70,7 +61,7 @@ async def search_prompts(
         return [Search(each, config, params, tokenizer, state.sizes.positions, answer, scorer) for each in questions]
 
     try:
-        made = await _computed(state, make)
+        made = await state.search_threads.run(make)
     except RequestError as error:
         raise _named(error) from error
 
@@ -87,11 +78,12 @@ async def search_prompts(
 
 async def _run(state: HttpState, running: RunningSearch, body: GenerationBody) -> SearchResult:
     """A search, wave by wave."""
-    following = await _computed(state, running.begin)
-    first = True
+    config, first = running.search.config, True
+    functions = " or ".join(name for name in (config.answer, config.scorer) if is_reference(name))
+    following = await state.search_threads.run(running.begin, functions, config.budget_seconds)
     while not isinstance(following, SearchResult):
         await _wave(state, running, following, body, first)
-        following, first = await _computed(state, running.go_on), False
+        following, first = await state.search_threads.run(running.go_on, functions, config.budget_seconds), False
     return following
 
 
@@ -112,10 +104,6 @@ async def _wave(
         except TimeoutError:
             pass
     running.drop_outstanding()
-
-
-async def _computed(state: HttpState, step: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(state.search_threads, step)
 
 
 def search_field(config: SearchConfig, result: SearchResult) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .direct_routes import DirectRoutes
 from .dispatch import Dispatch
 from .keys import HttpKeys
 from .listener import bind
-from .search import search_threads
+from .search_threads import SearchThreads
 from .state import HttpState, read_policy, read_template
 from .trainer_control import TrainerControl
 
@@ -47,12 +47,12 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
         bridge_keys = load_client_keys(config.delivery.keys) if config.delivery.keys else None
         for reference in options.search_functions:
             load_function(reference, "http.search_functions")
-        dispatch, threads = Dispatch(gateway, bridge_keys, options.max_unfinished), search_threads()
+        dispatch = Dispatch(gateway, bridge_keys, options.max_unfinished)
         try:
             with ServiceControl(gateway.address, keys=bridge_keys, timeout=5.0) as control:
                 trainer = TrainerControl(gateway, bridge_keys, dispatch)
                 state = HttpState(config, options, gateway, dispatch, control, keys, tokenizer, template, sizes,
-                                  int(time.time()), trainer, threads)
+                                  int(time.time()), trainer, SearchThreads())
                 with _running(state, listener):
                     host, port = listener.getsockname()[:2]
                     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -64,7 +64,6 @@ def serving_http(config: ServiceConfig, options: Http, gateway: Gateway) -> Iter
                         trainer.close()
         finally:
             dispatch.close()
-            threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..config import Http, ServiceConfig
 from .dispatch import Dispatch
 from .keys import HttpKeys
 from .request_names import RequestNames
+from .search_threads import SearchThreads
 from .trainer_control import TrainerControl
 
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -60,7 +60,7 @@ class HttpState:
     sizes: PolicySizes
     created: int
     trainer: TrainerControl
-    search_threads: ThreadPoolExecutor
+    search_threads: SearchThreads
     names: RequestNames = field(default_factory=RequestNames)
     _turn: threading.Lock = field(default_factory=threading.Lock)
 

@@ -13,7 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from ...errors import TransportError
@@ -45,7 +45,7 @@ class TrainerControl:
         self._address, self._keys, self._gateway = gateway.address, keys, gateway
         self._calls = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-control")
         self._waits = ThreadPoolExecutor(MAX_CALLS, "blockroll-http-wait")  # of their own, so that a resume finds a thread
-        self._waiting = 0
+        self._closed, self._waiting = False, 0
         self._pauses = set[asyncio.Future[None]]()  # that have not begun
         self._updating = threading.Lock()
         self._chunks: WeightChunks | None = None
@@ -124,6 +124,7 @@ class TrainerControl:
 
     def close(self) -> None:
         """Frees the threads after their calls."""
+        self._closed = True
         for threads in (self._calls, self._waits):
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -137,7 +138,11 @@ class TrainerControl:
         if not self._updating.acquire(blocking=False):
             raise _busy()
         # A call that is cancelled goes on in its thread, or is never made: the update is over when the thread says so.
-        call = self._calls.submit(self._with_session, act)
+        try:
+            call = self._started(self._calls, act)
+        except BaseException:
+            self._updating.release()
+            raise
         call.add_done_callback(lambda ended: self._updating.release())
         try:
             return await asyncio.wrap_future(call)
@@ -159,7 +164,15 @@ class TrainerControl:
             self._waiting -= 1
 
     async def _call(self, act: Callable[[ServiceControl], T], threads: ThreadPoolExecutor | None = None) -> T:
-        return await asyncio.wrap_future((threads or self._calls).submit(self._with_session, act))
+        return await asyncio.wrap_future(self._started(threads or self._calls, act))
+
+    def _started(self, threads: ThreadPoolExecutor, act: Callable[[ServiceControl], T]) -> Future[T]:
+        try:
+            return threads.submit(self._with_session, act)
+        except RuntimeError as error:
+            if not self._closed:
+                raise
+            raise HttpError(503, "the service stops", code="unavailable") from error
 
     def _with_session(self, act: Callable[[ServiceControl], T]) -> T:
         with ServiceControl(self._address, keys=self._keys) as control:

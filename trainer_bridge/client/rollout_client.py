@@ -129,7 +129,7 @@ class RolloutClient:
         return next(iter(self.take_some(1, timeout, on_error)), None)
 
     def take_some(self, most: int, timeout: float | None, on_error: OnError) -> list[tuple[Arrival, Trajectory]]:
-        """The items of `results` that have arrived, up to `most`, and how they arrived; waits for the first. None at the end."""
+        """The items of `results` that have arrived, up to `most`, and how they arrived; waits for the first. Empty at the end."""
         pending = self._pending
         with self._loop.lock:
             while True:

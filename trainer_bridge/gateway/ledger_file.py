@@ -125,8 +125,11 @@ class LedgerFile:
         return self.run(query, values).fetchone()[0]
 
     def meta(self, key: str) -> Any:
-        """A value of the `meta` table."""
-        return self.value("SELECT value FROM meta WHERE key=?", key)
+        """A value of the `meta` table. Raises StorageError where its row is damaged."""
+        row = self.run("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        if row is None:
+            raise StorageError(f"ledger {self.path}: its row {key!r} is damaged; restore it from a copy or name a new file")
+        return row[0]
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

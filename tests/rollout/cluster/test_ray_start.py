@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -68,3 +70,23 @@ def test_a_cluster_of_someone_else_is_not_joined() -> None:
                           env=os.environ | {"RAY_ADDRESS": "127.0.0.1:9"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2.0"]
+
+
+def test_a_ray_that_another_thread_has_started_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By `start_ray`, which is called once at a time, or by `ray.init` itself."""
+    started, ended = list[float](), list[str]()
+
+    def init(**_: object) -> None:
+        if started:
+            raise RuntimeError("Maybe you called ray.init twice by accident?")
+        time.sleep(0.1)
+        started.append(time.monotonic())
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(started))
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append("ray"))
+    monkeypatch.setattr(ray, "init", init)
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(lambda _: start_ray(None, 2), range(2))) == [False, True]
+    looked = iter([False, True])
+    monkeypatch.setattr(ray, "is_initialized", lambda: next(looked))
+    assert not start_ray(None, 2) and not ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -236,9 +237,10 @@ def test_what_stops_a_search_leaves_nothing_in_the_engine(engine: Engine) -> Non
     assert engine.has_work
     running.close()
     assert not engine.has_work
-    with pytest.raises(RequestError, match="test_search:explodes raised ZeroDivisionError"):
-        search(source, questions, SearchConfig(samples=2, answer=f"{__name__}:explodes"), PARAMS)
-    assert not engine.has_work
+    for name, said in (("explodes", "ZeroDivisionError"), ("leaves", "SystemExit")):
+        with pytest.raises(RequestError, match=f"test_search:{name} raised {said}"):
+            search(source, questions, SearchConfig(samples=2, answer=f"{__name__}:{name}"), PARAMS)
+        assert not engine.has_work
     with pytest.raises(RequestError, match="two questions share"):
         search(source, questions[:1] * 2, SearchConfig(), PARAMS)
     with pytest.raises(RequestError, match="has no verifier"):
@@ -255,6 +257,10 @@ def test_what_stops_a_search_leaves_nothing_in_the_engine(engine: Engine) -> Non
 
 def explodes(text: str) -> str:
     return str(1 / 0)
+
+
+def leaves(text: str) -> str:
+    sys.exit("no answer")
 
 
 @pytest.mark.parametrize(("fields", "said"), [

@@ -4,6 +4,7 @@ second service, which answers as the first one does."""
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import openai
 import pytest
 
 import blockroll
+from blockroll.model import tasks
 from blockroll.model.tasks import question
 from blockroll.model.tokenizer import encode_prompt
 from blockroll.model.tokenizer_files import read_tokenizer
@@ -21,6 +23,7 @@ from blockroll.rollout.search.candidates import SearchResult
 from blockroll.rollout.search.config import SearchConfig
 from blockroll.rollout.types import SamplingParams
 from blockroll.service import policy_files
+from blockroll.service.http import search_threads
 from blockroll.service.lifecycle import Service
 from blockroll.trainer_bridge.client import ServiceControl
 from blockroll.trainer_bridge.client.sample_source import ServiceSource
@@ -135,6 +138,26 @@ def test_a_client_that_goes_away_ends_its_search(service: Service, client: opena
         figures = watched.status().figures
     assert time.monotonic() - began < 4 and figures["failed"] > 0 and figures["missing"] == 0
     assert client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4).choices[0].finish_reason == "length"
+
+
+def test_a_function_that_hangs_stops_no_other_search(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, fields = threading.Event(), {"samples": 1, "answer": LISTED}
+    monkeypatch.setattr(search_threads, "STEP_S", 0.05)
+    monkeypatch.setattr(search_threads, "MAX_LEFT", 2)
+    monkeypatch.setattr(tasks, "answer", lambda text: go_on.wait() and "7")
+    with httpx.Client(base_url=url_of(service), headers={"Authorization": f"Bearer {KEY}"}, timeout=10) as raw:
+
+        def ask(search: dict[str, Any]) -> httpx.Response:
+            return raw.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, "search": search})
+
+        try:
+            for status, said in ((504, "has not returned within 0.05 s"),) * 2 + ((503, "2 calls of"),):
+                answer = ask(fields)
+                assert answer.status_code == status and said in answer.text and LISTED in answer.json()["error"]["message"]
+            assert ask({"samples": 1}).status_code == 200
+        finally:
+            go_on.set()
+        wait_for(lambda: ask(fields).status_code == 200, 5)
 
 
 def test_an_abort_ends_a_search_with_what_it_has(service: Service) -> None:

@@ -50,6 +50,17 @@ def test_a_resume_gets_through_however_many_pauses_wait(tmp_path: Path) -> None:
             dispatch.close()
 
 
+def test_a_call_behind_the_end_of_the_service_is_told_so(tmp_path: Path) -> None:
+    with Gateway(Endless(), "tcp://127.0.0.1:*", tmp_path / "ledger.sqlite") as gateway:
+        dispatch = Dispatch(gateway, None, 10)
+        control = TrainerControl(gateway, None, dispatch)
+        control.close()
+        dispatch.close()
+        for ask in (control.resume, lambda: control.label(1), lambda: control.label(1)):
+            with pytest.raises(HttpError, match="the service stops"):
+                asyncio.run(ask())
+
+
 def test_an_update_that_was_never_made_stands_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose session cannot be opened, and one that is given up while it waits for a thread."""
     monkeypatch.setattr(trainer_control, "MAX_CALLS", 1)

@@ -14,6 +14,7 @@ from bridge_parts import ToyBackend, done, record, request, until
 from blockroll.errors import StorageError
 from blockroll.trainer_bridge.client import RequestRefused, connect
 from blockroll.trainer_bridge.gateway import Gateway
+from blockroll.trainer_bridge.gateway.kept_work import kept_work
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 
 Serve = Callable[..., Gateway]
@@ -138,3 +139,16 @@ def test_a_write_to_a_ledger_that_is_gone_is_no_success(tmp_path: Path) -> None:
         record(ledger, request("b"), batch="c")
     assert ledger.counters.requested == 1
     ledger.close()
+
+
+@pytest.mark.parametrize("key", ["format", "ledger", "epoch"])
+def test_a_ledger_without_a_row_of_its_own_is_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path).close()
+    assert kept_work(path) == (0, 0)
+    change(path, "DELETE FROM meta WHERE key=?", key)
+    with pytest.raises(StorageError, match=f"row '{key}' is damaged"):
+        Ledger(path)
+    if key == "format":
+        with pytest.raises(StorageError, match="is damaged"):
+            kept_work(path)
