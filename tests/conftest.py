@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client  # noqa: F401  before pytest gives tests/service/http, a package, the name `http`
 import logging
 import os
 import subprocess
