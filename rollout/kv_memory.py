@@ -7,8 +7,8 @@ a sequence, T rows of all (prefill_rows, and every row of B sequences):
     logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
     activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
     attention     partial results of tiles whose keys programs share: 4 (d + 1) per query row and head; three times the rows that
-                  fill the largest device; with batch_invariant those of T and of a tile per sequence, once per 1024 keys of
-                  the widest table of pages, at most 32 times
+                  fill the largest device; with batch_invariant those of the tiles that T fills and of one more per sequence,
+                  B rounded up, once per 1024 keys of the widest table of pages, at most 32 times
     tails         2 B slots of the convolutions' past, in every layer
     drafts        4 * B * m * V, B rounded up: q of the m drafts that wait between two captured steps
     graphs        1/32 of the device, where passes are captured
@@ -209,10 +209,12 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     away = policy.device.type != "cpu"
     split_rows = (WAVES + 1) * MOST_QUERIES
     if config.batch_invariant:
-        # The table of pages of a captured step is wider than the longest sequence.
+        # A captured step has padding: more sequences, and a table of pages that is wider than the longest one.
         cached = power_of_two(pages_for(z.max_position_embeddings, config.page_size)) * config.page_size
         most = min(pages_for(cached, INVARIANT_KEYS) + pages_for(prefilled + row, INVARIANT_KEYS), MOST_SPLITS)
-        split_rows = most * (step * z.num_attention_heads + bucket(batch) * INVARIANT_QUERIES * z.num_key_value_heads)
+        per_tile = max(INVARIANT_QUERIES // (z.num_attention_heads // z.num_key_value_heads), 1)
+        tiles = pages_for(prefilled + bucket(batch) * row, per_tile) + bucket(batch)
+        split_rows = most * tiles * INVARIANT_QUERIES * z.num_key_value_heads
     ring = _ring(policy, block_size)
     tail = page_sizes.tail_row(z.num_attention_heads, z.num_key_value_heads, z.head_dim)
     return {

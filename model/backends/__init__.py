@@ -25,6 +25,8 @@ from .plain import PlainBackend
 from .triton import TritonBackend
 
 if TYPE_CHECKING:
+    from transformers import ZayaConfig
+
     from ..policy import Policy, Routing
 
 
@@ -62,16 +64,22 @@ class Backend(Protocol):
         """Must be called after the policy's weights have changed. `folded`: what `fold` made of the same weights, or None."""
 
 
+def check_for_kernels(config: ZayaConfig) -> None:
+    """Raise CheckpointError where the kernels of accelerators cannot serve a policy of this configuration."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads > MOST_GROUP * kv_heads:
+        raise CheckpointError("num_attention_heads", f"{heads} query heads share {kv_heads} key heads, and kernels take at most "
+                              f"{MOST_GROUP} for each", "serve this policy on a CPU")  # fmt: skip
+
+
 def choose(policy: Policy) -> Backend:
     """The fastest backend that serves the policy where it lies. Raises CheckpointError where there is none."""
     if packed.serves(policy):
         from .packed.backend import PackedBackend  # numba takes a moment to import
 
         return PackedBackend(policy)
-    heads, kv_heads = policy.config.num_attention_heads, policy.config.num_key_value_heads
-    if policy.paged and heads > MOST_GROUP * kv_heads:
-        raise CheckpointError("num_attention_heads", f"{heads} query heads share {kv_heads} key heads, and kernels take at most "
-                              f"{MOST_GROUP} for each", "serve this policy on a CPU")  # fmt: skip
+    if policy.paged:
+        check_for_kernels(policy.config)
     with torch.no_grad():  # weights under training are run without gradients here
         return TritonBackend(policy) if policy.paged else PlainBackend(policy)
 

@@ -13,6 +13,7 @@ from transformers import ZayaConfig
 from ...errors import DataError, InvalidInput
 from ...files import check_output, write_json
 from ...inputs import read_input, unreadable
+from ...model.backends import check_for_kernels
 from ...model.checkpoint import read_config, resolve
 from ..schedule import Schedule
 from .plan_tables import show
@@ -56,11 +57,12 @@ def plan(
         measured: JSON of `blockroll bench gpu`; its device is added to `hardware`.
         everything: print the long tables too.
     Raises:
-        InvalidInput: unknown hardware, a number out of range. CheckpointError: no such policy.
+        InvalidInput: unknown hardware, a number out of range. CheckpointError: no such policy, or none for an accelerator.
     """
     if output is not None:
         check_output(output, *([] if measured is None else [measured]))
     config = ZayaConfig() if model == ZAYA1_8B else read_config(resolve(model))
+    check_for_kernels(config)
     roofline = Roofline.of(config)
     devices = _devices(hardware, measured)
     for name, values in (("batch", batches), ("context", contexts)):

@@ -19,7 +19,9 @@ from blockroll.rollout.cache import pages_for
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.host_memory import host_memory
 from blockroll.rollout.offline import pool_size
+from blockroll.rollout.planning.step_costs import rows
 from blockroll.rollout.schedule import Schedule
+from blockroll.rollout.steps.recurring import bucket
 from blockroll.rollout.steps.shapes import power_of_two
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 from blockroll.service import policy_files
@@ -168,21 +170,25 @@ def test_activations_are_set_aside(make_policy, dtype):
     assert 0.3 * activations < meter.peak < activations
 
 
-@pytest.mark.parametrize("limit", [512, 3000, 5000])
-def test_partial_results_under_batch_invariant_are_set_aside(make_policy, limit):
-    """Of captured steps, whose tables of pages are wider than the longest sequence."""
+@pytest.mark.parametrize(("limit", "batch", "levels", "heads"), [
+    (512, 8, None, 4), (3000, 8, None, 4), (5000, 8, None, 4),
+    pytest.param(3000, 9, (0, 4, 8), 8, id="padding of captured steps"),
+    pytest.param(3000, 32, (0, 4, 8), 66, id="tiles with rows to spare"),
+])  # fmt: skip
+def test_partial_results_under_batch_invariant_are_set_aside(make_policy, limit, batch, levels, heads):
+    """Of captured steps, whose batches and tables of pages are larger than those of the samples."""
     pytest.importorskip("triton")
     from pretend_device import PretendDevice
 
-    config = EngineConfig(Schedule("ar"), max_batch=8, prefill_rows=8, page_size=16, batch_invariant=True)
-    policy = make_policy(torch.float32, max_position_embeddings=limit)
+    schedule = Schedule("ar") if levels is None else Schedule("fused", None, levels).within(16)
+    config = EngineConfig(schedule, max_batch=batch, prefill_rows=8, page_size=16, batch_invariant=True)
+    policy = make_policy(torch.float32, max_position_embeddings=limit, num_attention_heads=heads, num_key_value_heads=2)
     z, width = policy.config, power_of_two(pages_for(limit, 16))
     with PretendDevice(free=GB):
         aside = kv_memory.set_aside(policy.to("cuda:0"), config, 16, GB)["attention"]
-    group = z.num_attention_heads // z.num_key_value_heads
-    tile = choose("sm_90", torch.float32, 1, group, True)
-    cut = Cut.of(np.arange(9), tile, z.num_attention_heads, z.num_key_value_heads, True)
-    assert cut.capacity(width * 16) * z.num_key_value_heads * tile.m * 4 * (z.head_dim + 1) <= aside
+    tile = choose("sm_90", torch.float32, rows(schedule), heads // 2, True)
+    cut = Cut.of(np.arange(bucket(batch) + 1) * rows(schedule), tile, heads, 2, True)
+    assert cut.capacity(width * 16) * 2 * tile.m * 4 * (z.head_dim + 1) <= aside
 
 
 def test_memory_of_this_machine():

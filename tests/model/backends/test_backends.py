@@ -113,13 +113,13 @@ def test_without_a_cache_and_after_a_change_of_weights(make_policy, kind, change
 
 
 @needs_triton
-@needs_triton
 def test_kernels_refuse_more_heads_of_a_key_head_than_a_tile_has_rows(make_policy):
     policy = make_policy(torch.float32, num_attention_heads=65, num_key_value_heads=1)
     with using("triton"), pytest.raises(CheckpointError, match="num_attention_heads: 65 query heads share 1 key heads, .* 64"):
         choose(policy)
 
 
+@needs_triton
 def test_the_choice(make_policy):
     """By the policy and where it runs, also while it is trained."""
     small = make_policy(torch.float32)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import ZayaConfig
 
+from blockroll.errors import CheckpointError
+from blockroll.model.checkpoint import resolve
 from blockroll.rollout.planning.attention_work import AttentionCall, shares
+from blockroll.rollout.planning.plan import plan
 from blockroll.rollout.planning.roofline import (
     CUDA_LAUNCH,
     HARDWARE,
@@ -157,3 +162,10 @@ def test_measured_figures_replace_assumed_ones() -> None:
     rates = measured_rates(figures, fallback)
     assert (rates.bytes, rates.attention_flops) == (4.2e12, 5e14)
     assert (rates.flops, rates.attention_bytes, rates.launch) == (fallback.flops, fallback.attention_bytes, fallback.launch)
+
+
+def test_a_plan_for_a_policy_that_no_kernel_serves_is_refused(tmp_path: Path) -> None:
+    config = json.loads((Path(resolve("tiny-reasoner")) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 80, "num_key_value_heads": 1}))
+    with pytest.raises(CheckpointError, match="num_attention_heads: 80 query heads share 1 key heads"):
+        plan(str(tmp_path), ["mi300x"], [1], [2048])

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from bridge_parts import ToyBackend
 
 from blockroll.errors import CheckpointError
 from blockroll.model.checkpoint import load_policy
 from blockroll.model.scoring import score
+from blockroll.model.tasks.task_set import ReasoningGym
 from blockroll.rollout.types import Trajectory
+from blockroll.trainer_bridge.client import connect
+from blockroll.trainer_bridge.trainers.grpo.attachment import Attachment
 from blockroll.trainer_bridge.trainers.grpo.checkpoint import load_checkpoint, save_checkpoint
 from blockroll.trainer_bridge.trainers.grpo.config import GrpoConfig
 from blockroll.trainer_bridge.trainers.grpo.learner import Learner
+from blockroll.trainer_bridge.trainers.grpo.metrics import METRICS, read_rows
+from blockroll.trainer_bridge.trainers.grpo.report import Display
 from blockroll.trainer_bridge.trainers.grpo.rewards import LearningSample
+from blockroll.trainer_bridge.trainers.grpo.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +79,28 @@ def test_a_checkpoint_of_another_policy_changes_nothing(policy, tmp_path):
     with pytest.raises(CheckpointError, match="broken.safetensors cannot be resumed"):
         load_checkpoint(tmp_path / "broken.safetensors", learner)
     assert torch.equal(weights(learner), before)
+
+
+def test_a_run_that_is_killed_before_its_first_checkpoint_goes_on_from_the_start(policy, serve, tmp_path):
+    """Killed when the line of step 0 was on disk, and its trajectories were not acknowledged."""
+    config = GrpoConfig(output=str(tmp_path), steps=1, evaluation={"tasks": 2}, optimizer={"threads": 1})
+    address, acknowledged = serve(ToyBackend(longest=1000)).address, list[list[str]]()
+
+    def trainer(client, kill):
+        def acknowledge(done):
+            acknowledged.append([each.request_id if kill else each.id for each in done])
+            if kill:
+                raise KeyboardInterrupt
+
+        client.acknowledge = acknowledge
+        return Trainer(config, copy.deepcopy(policy), client, Path(tmp_path), Display(config), Attachment(),
+                       ReasoningGym(config.tasks.families))  # fmt: skip
+
+    with connect(address, client_id="grpo", ack="manual") as client, pytest.raises(KeyboardInterrupt):
+        trainer(client, kill=True).train()
+    rows = read_rows(tmp_path / METRICS)
+    with connect(address, client_id="grpo", ack="manual") as client:
+        resumed = trainer(client, kill=False)
+        resumed.resume()
+    assert resumed._done == 0 and [row["step"] for row in rows] == [0] and read_rows(tmp_path / METRICS) == rows
+    assert set(acknowledged[1]) == set(acknowledged[0]) and acknowledged[0]
