@@ -94,8 +94,9 @@ def test_local_yaml_with_a_trainer_and_a_client(commands: Commands) -> None:
 def test_a_signal_ends_a_service_with_one_line(number: signal.Signals, commands: Commands) -> None:
     service = commands.start("up", LOCAL)
     assert service.stdout is not None and service.stdout.readline().startswith("the service of tiny-reasoner is up at ")
-    client = commands.start(commands.status(LOCAL)["address"], program=CLIENT)
-    time.sleep(3)
+    client = commands.start(commands.status(LOCAL)["address"], program=CLIENT.replace("samples=4", "samples=100"))
+    while not commands.status(LOCAL)["unique"]:  # the client's imports take a while
+        time.sleep(0.1)
     service.send_signal(number)
     out, err = service.communicate(timeout=60)
     lines = [line for line in err.splitlines() if " INFO " not in line and " WARNING " not in line]
