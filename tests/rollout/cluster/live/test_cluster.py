@@ -257,7 +257,7 @@ def test_engines_are_added_where_ray_has_a_place_and_leave_when_they_have_ended_
     cluster.submit(batch, epoch=40)
     done = collect(cluster, 4)
     cluster.scale(1)
-    cluster.poll(0.0)
+    done += cluster.poll(0.0)
     while len(cluster.engines()) > 1:
         done += cluster.poll(0.1)
         assert [engine.state for engine in cluster.engines()].count("draining") <= 1
