@@ -43,8 +43,8 @@ own range it answers as well as it can: a short run makes it surer, and no bette
 
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """up(policy) -> the address of a service as local.yaml describes it, of that policy and with two passes per step, in processes
-    of its own."""
+    """up(policy) -> the address of a service as local.yaml describes it, of that policy and with two passes per step, in
+    processes of its own."""
     commands, config = Commands(tmp_path), tmp_path / "local.yaml"
 
     def start(policy: str) -> str:
