@@ -159,10 +159,11 @@ class Enumeration:
         step((), None, 0, 1.0)
         return found
 
-    def sampled(self, params, schedule, count, *, planner=None, batch=2048, drafted=0.1):
+    def sampled(self, params, schedule, count, *, planner=None, batch=2048, drafted=0.1, draft_temperature=None):
         """{outcome: number} of at least `count` samples. One more token is generated, so that the last one may be drafted.
         At least the share `drafted` of the tokens must come from drafts."""
-        engine = Engine(self.policy, EngineConfig(schedule, block_size=BLOCK, max_batch=batch, pages=5000, page_size=8))
+        sizes = dict(block_size=BLOCK, max_batch=batch, pages=5000, page_size=8, draft_temperature=draft_temperature)
+        engine = Engine(self.policy, EngineConfig(schedule, **sizes))
         engine.planner = planner
         params, outcomes, drafts = replace(params, max_tokens=LENGTH + 1, ignore_eos=True), Counter(), 0
         group = min(4096, 8 * batch)

@@ -39,6 +39,14 @@ def test_lossless_is_p(small, schedule, count):
     assert agreement(small, LOSSLESS, count, schedule) > GOOD
 
 
+@pytest.mark.parametrize("draft_temperature", [0.5, 1.6])
+@pytest.mark.parametrize("params", [LOSSLESS, MIXED], ids=lambda p: p.sampler)
+@pytest.mark.parametrize("schedule", [FUSED, TWO_PASS], ids=lambda s: s.kind)
+@pytest.mark.parametrize("count", [4096, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_no_distribution_depends_on_the_temperature_of_the_drafts(small, schedule, params, draft_temperature, count):
+    assert agreement(small, params, count, schedule, draft_temperature=draft_temperature) > GOOD
+
+
 class PastDecides:
     """A planner that chooses by how many drafts were accepted before. With `peeking` it looks at a draft that waits."""
 
