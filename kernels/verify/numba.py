@@ -81,8 +81,8 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
 
 
 @compiled()
-def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temperature_S, seed_S, anchor_S, excluded, mixed, mix_S,
-            accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
+def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temperature_S, seed_S, anchor_S, excluded, mixed,
+            mix_S, accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
     sequences, rows, vocabulary = p_SRV.shape
     p_x_V, x_V, q_x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     weight_V, q_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
@@ -200,7 +200,8 @@ def verify_rejection(
     drawn_S = temperature_S if draft_temperature_S is None else draft_temperature_S.double()
     weight_S = temperature_S if mix_weight_S is None else mix_weight_S.double()
     logits, drawn = _flat(p_logits_SRV.float(), q_logits_SMV.float()), _flat(q_lse_SM, draft_SM, count_S)
-    _reject(*logits, *drawn, *_flat(temperature_S, drawn_S, seed_S, anchor_S), excluded, mix_weight_S is not None, *_flat(weight_S), *out)
+    keys = _flat(temperature_S, drawn_S, seed_S, anchor_S)
+    _reject(*logits, *drawn, *keys, excluded, mix_weight_S is not None, *_flat(weight_S), *out)
     return Rejection(*map(torch.from_numpy, out))
 
 
