@@ -49,8 +49,7 @@ class EngineConfig:
 
     Attributes:
         schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
-        block_size: mask rows per block, 2..64; None for the policy's own.
-        draft_temperature: temperature of the drafts as a multiple of the request's, 0.1..2; None for `Policy.draft_temperature`.
+        block_size, draft_temperature: mask rows per block, 2..64; as in `Policy`, 0.1..2. None for the policy's own.
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
         prefill_rows: most prompt rows of one step; None for 512 on a CPU and 2048 on a GPU (`kv_memory.prefill_rows`).

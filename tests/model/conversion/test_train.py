@@ -92,7 +92,8 @@ def test_the_temperature_of_drafts_is_written_beside_the_policy_and_kept(tmp_pat
     parent = tmp_path / "parent/policy"
     assert json.loads((parent / "config.json").read_text())["diffusion"]["draft_temperature"] == 0.5
     for given, expected in ((None, 0.5), (0.7, 0.7)):
-        assert starting_policy(recipe(tmp_path, stages, parent=str(parent), draft_temperature=given)).draft_temperature == expected
+        policy = starting_policy(recipe(tmp_path, stages, parent=str(parent), draft_temperature=given))
+        assert policy.draft_temperature == expected
     assert starting_policy(recipe(tmp_path, stages)).draft_temperature == 1
 
 
