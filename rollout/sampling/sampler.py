@@ -105,6 +105,7 @@ def _draft_group(
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
     markov_from = 0
     if p_first_SV is not None and group.sampler != "mixed":
+        # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature.
         q_logits_SMV[:, 0], markov_from = p_first_SV * rows.draft_temperature, 1
     if kernels.serves(group, q_logits_SMV):
         return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
