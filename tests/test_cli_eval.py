@@ -82,6 +82,8 @@ def test_figures(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown, written = capsys.readouterr().out, card.read_text()
+    stored = json.loads((directory / "policy" / "config.json").read_text())["dtype"]
+    assert f" MiB ({stored})." in written
     assert shown.strip() in written
     first = shown.splitlines()[0]
     assert re.fullmatch(r"\*\*policy, T=1: \S+, [\d.]+ tokens per forward; .* % right.* \(8 held-out tasks\)\*\*", first)
