@@ -160,8 +160,8 @@ class Policy(nn.Module):
         block_size: mask rows of a block the policy was converted for.
         draft_temperature: temperature at which drafts are drawn from q, as a multiple of the request's
             (`diffusion.draft_temperature` in config.json; 1 where it has none). Below 1 a draft is more often the most probable
-            token of q. It changes how many drafts are accepted, and no distribution that tokens are sampled from. Training does
-            not use it.
+            token of q. It changes how many drafts are accepted, and not what `lossless` and `coupled` sample. Training does not
+            use it.
         mask_token_id: the token id of mask rows.
         tokenizer: the checkpoint's tokenizer, or None.
         hops: tokens the CCA convolutions look back.

@@ -114,8 +114,9 @@ class Enumeration:
         slot = len(prefix) - len(context)
         return self.policy.draft_head(self._hidden(context, length)[slot : slot + 1], torch.tensor(prefix[-1:]))[0]
 
-    def exact(self, params, schedule):
+    def exact(self, params, schedule, draft_temperature=1.0):
         """{outcome: probability}; outcomes are tuples of at most LENGTH tokens."""
+        drawn = replace(params, temperature=params.temperature * draft_temperature)
         schedule, found = schedule.within(BLOCK), Counter()
         length = schedule.drafts if schedule.kind == "two_pass" else schedule.block
 
@@ -128,7 +129,7 @@ class Enumeration:
             q = adjusted(params, PROMPT, made, self.q_logits(context, length, (*PROMPT, *made))).double()
             q[self.policy.mask_token_id] = -torch.inf
             target = params.mix_weight * p + (1 - params.mix_weight) * q if params.sampler == "mixed" else p
-            return cut(params, target).exp().tolist(), cut(params, q).exp().tolist()
+            return cut(params, target).exp().tolist(), cut(drawn, q).exp().tolist()
 
         def step(made, context, count, mass):
             """One decode step after `made` that verifies `count` drafts of the block after `context`."""
