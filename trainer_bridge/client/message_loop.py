@@ -28,6 +28,9 @@ WINDOW = 64 << 20
 MAX_UNCONFIRMED_ACKS = 8
 """Full Ack messages that may be sent before the gateway has confirmed them. One that is not full waits until those before it are
 confirmed, since each is one write to the gateway's disk: acknowledgements that come meanwhile go with it."""
+MAX_LAST_ACKS = 32
+"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`). A gateway whose disk is
+full keeps 64 of a session."""
 _WAIT_S = 0.2
 Figures = dict[str, float | int | str]
 Keys = tuple[tuple[str, int], ...]
@@ -59,7 +62,7 @@ class MessageLoop:
         self._last_delivery = 0.0
         self._refusals: dict[str, BlockrollError] = {}
         self._awaited: list[str] = []
-        self._leading = False
+        self._leading = self._hurries = False
         self.closed = False
 
     @property
@@ -131,6 +134,12 @@ class MessageLoop:
         """Acknowledges these (request id, sample) with the next exchange."""
         self._acks.extend(keys)
 
+    def send_acks(self) -> None:
+        """Sends the acknowledgements that wait for others to be confirmed: the caller may be away for long."""
+        if self._acks:
+            self._hurries = True
+            self.run_until(lambda: True)
+
     def cancel(self, request_ids: Sequence[str], why: str) -> list[int]:
         """Cancels these requests with the next exchange; returns the numbers of the messages (`confirmed`)."""
         numbers = []
@@ -189,12 +198,14 @@ class MessageLoop:
     def _flush(self) -> None:
         """Sends what may be sent. Acknowledgements go first: a part's receipt is read against the acknowledgements
         before it."""
-        while self._acks and len(self._unconfirmed_acks) < (MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
+        while self._acks and len(self._unconfirmed_acks) < (
+                MAX_LAST_ACKS if self._hurries else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
             keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
             self._number += 1
             self._unconfirmed_acks[self._number] = keys
             self.pending.count_acks(keys, 1)
             self.connection.send(messages.Ack(self._number, keys))
+        self._hurries = self._hurries and bool(self._acks)
         for part in self.pending.parts():
             self.connection.send(part)
         for number in [n for n in self._cancels if n not in self._cancels_sent]:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from ...errors import RequestError, TransportError
+from ...errors import BlockrollError, RequestError, TransportError
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.keys import ClientKeys
 from ..wire.records import FAILURE
@@ -136,6 +136,7 @@ class RolloutClient:
                 self._enter()
                 self._run_until(lambda: bool(pending.inbox) or not pending.outstanding, timeout)
                 if not pending.inbox:
+                    self._loop.send_acks()
                     return []
                 if found := opened(pending, most):
                     for item, _ in found:
@@ -284,6 +285,8 @@ class RolloutClient:
         """Acknowledges what was handed out (ack="auto") and closes the sockets; safe to call twice.
 
         Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life.
+
+        Args: acknowledge: False where the caller has lost what it was handed last. What was acknowledged before stays so.
         """
         loop = self._loop
         with loop.lock:
@@ -294,10 +297,13 @@ class RolloutClient:
             try:
                 if acknowledge and self._auto:
                     loop.acknowledge(self._handed.all())
-                if acknowledge and loop.acknowledging:
+                if loop.acknowledging:
                     end = time.monotonic() + _CLOSE_S
                     self._connection.restart_timeout()
                     loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
+            except BlockrollError:
+                if acknowledge:  # otherwise the caller has an error of its own
+                    raise
             finally:
                 loop.closed = True
                 self._connection.close()

@@ -6,8 +6,8 @@ Invariants:
 - A version is on disk before the backend is given it.
 - Outputs are handed to the gateway in the order the backend returned them. The gateway bounds what is in flight.
 - A backend that is held takes work and commits, and begins nothing. A commit with policy `finish` then waits until it goes on.
-- When the driver ends, it cancels what the backend still has of its work: a backend may outlive its gateway. Holds and resets that
-  it has not begun fail.
+- When the driver ends, it cancels what the backend still has of its work: a backend may outlive its gateway. Holds and resets
+  that it has not begun fail.
 """
 
 from __future__ import annotations
