@@ -62,7 +62,7 @@ class MessageLoop:
         self._last_delivery = 0.0
         self._refusals: dict[str, BlockrollError] = {}
         self._awaited: list[str] = []
-        self._leading = self._hurries = False
+        self._leading = self._leaving = False
         self.closed = False
 
     @property
@@ -135,9 +135,9 @@ class MessageLoop:
         self._acks.extend(keys)
 
     def send_acks(self) -> None:
-        """Sends the acknowledgements that wait for others to be confirmed: the caller may be away for long."""
-        if self._acks:
-            self._hurries = True
+        """Sends the acknowledgements that wait for others to be confirmed, unless the client is closed."""
+        if self._acks and not self.closed:
+            self._leaving = True
             self.run_until(lambda: True)
 
     def cancel(self, request_ids: Sequence[str], why: str) -> list[int]:
@@ -199,13 +199,13 @@ class MessageLoop:
         """Sends what may be sent. Acknowledgements go first: a part's receipt is read against the acknowledgements
         before it."""
         while self._acks and len(self._unconfirmed_acks) < (
-                MAX_LAST_ACKS if self._hurries else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
+                MAX_LAST_ACKS if self._leaving else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
             keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
             self._number += 1
             self._unconfirmed_acks[self._number] = keys
             self.pending.count_acks(keys, 1)
             self.connection.send(messages.Ack(self._number, keys))
-        self._hurries = self._hurries and bool(self._acks)
+        self._leaving = self._leaving and bool(self._acks)
         for part in self.pending.parts():
             self.connection.send(part)
         for number in [n for n in self._cancels if n not in self._cancels_sent]:

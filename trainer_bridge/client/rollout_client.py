@@ -125,8 +125,12 @@ class RolloutClient:
             yield found[1]
 
     def take(self, timeout: float | None, on_error: OnError) -> tuple[Arrival, Trajectory] | None:
-        """The next item of `results`, and how it arrived; None at the end."""
-        return next(iter(self.take_some(1, timeout, on_error)), None)
+        """The next item of `results`, and how it arrived; None at the end, from where the caller may be away for long."""
+        if found := self.take_some(1, timeout, on_error):
+            return found[0]
+        with self._loop.lock:
+            self._loop.send_acks()
+        return None
 
     def take_some(self, most: int, timeout: float | None, on_error: OnError) -> list[tuple[Arrival, Trajectory]]:
         """The items of `results` that have arrived, up to `most`, and how they arrived; waits for the first. Empty at the end."""
@@ -136,7 +140,6 @@ class RolloutClient:
                 self._enter()
                 self._run_until(lambda: bool(pending.inbox) or not pending.outstanding, timeout)
                 if not pending.inbox:
-                    self._loop.send_acks()
                     return []
                 if found := opened(pending, most):
                     for item, _ in found:
@@ -284,9 +287,8 @@ class RolloutClient:
     def close(self, *, acknowledge: bool = True) -> None:
         """Acknowledges what was handed out (ack="auto") and closes the sockets; safe to call twice.
 
-        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life.
-
-        Args: acknowledge: False where the caller has lost what it was handed last. What was acknowledged before stays so.
+        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life. `acknowledge`: False
+        where the caller has lost what it was handed last.
         """
         loop = self._loop
         with loop.lock:
