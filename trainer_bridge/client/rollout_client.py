@@ -278,18 +278,14 @@ class RolloutClient:
         return self._control.another()
 
     def shutdown_gateway(self) -> None:
-        """Stops the gateway; returns when the gateway has said that it stops. Its ledger keeps what is not
-        acknowledged."""
+        """Stops the gateway; returns when it has said that it stops. Its ledger keeps what is not acknowledged."""
         with self._loop.lock:
             self._begin()
         self._control.shutdown()
 
     def close(self, *, acknowledge: bool = True) -> None:
-        """Acknowledges what was handed out (ack="auto") and closes the sockets; safe to call twice.
-
-        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life. `acknowledge`: False
-        where the caller has lost what it was handed last.
-        """
+        """Acknowledges what was handed out (ack="auto"; not with `acknowledge` False) and closes the sockets; safe to call twice.
+        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life."""
         loop = self._loop
         with loop.lock:
             if self._closed:
