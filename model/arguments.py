@@ -60,8 +60,8 @@ def token_ids(value: Any, field: str) -> tuple[int, ...]:
     remedy = "give a list of token ids, whole numbers from 0"
     if hasattr(value, "tolist"):
         value = value.tolist()
-    require(isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping), field,
-            f"{short(value)} is no list of token ids", remedy)
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | bytearray | Mapping):
+        raise RequestError(field, f"{short(value)} is no list of token ids", remedy)
     tokens = tuple(value)
     if set(map(type, tokens)) - {int}:
         tokens = tuple(_index(token, i, field, remedy) for i, token in enumerate(tokens))
@@ -81,6 +81,6 @@ def _index(token: Any, place: int, field: str, remedy: str) -> int:
 
 def check_temperature(temperature: object) -> None:
     """Raise RequestError unless this is 0 or a temperature that float32 can divide logits by."""
-    require(is_number(temperature) and (temperature == 0 or MIN_TEMPERATURE <= temperature < MAX_TEMPERATURE),  # type: ignore[operator]
-            "temperature", f"{short(temperature)} is neither 0 nor in {MIN_TEMPERATURE}..{MAX_TEMPERATURE:g}",
-            "use 0 for greedy")
+    if not (is_number(temperature) and (temperature == 0 or MIN_TEMPERATURE <= temperature < MAX_TEMPERATURE)):  # type: ignore[operator]
+        raise RequestError("temperature", f"{short(temperature)} is neither 0 nor in {MIN_TEMPERATURE}..{MAX_TEMPERATURE:g}",
+                           "use 0 for greedy")

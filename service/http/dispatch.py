@@ -2,7 +2,7 @@
 
 Invariants:
 - One thread submits and cancels, another one takes trajectories; the event loop never waits for the gateway.
-- Trajectories that have come together wake the event loop once.
+- Trajectories that have come together wake the event loop once. Under load those of TAKE_S have come together.
 - Requests that arrive while a batch is being recorded are the next batch, so one write to the ledger serves many.
 - Whatever ends the wait for a request, a disconnect or an error, cancels what is unfinished of it.
 - An HTTP request is answered to its connection. A service that starts drops what its former life has left unfinished.
@@ -35,6 +35,9 @@ MAX_BATCH = 256
 BUSY, GATHER_S = 16, 0.01
 """While so many requests are unfinished, a batch waits so many seconds for others: each batch is two writes to the ledger and a
 call of an engine, and where so many are at work a request takes far longer than that."""
+TAKE_S = 0.005
+"""Seconds between two looks for trajectories while so many are unfinished. A look costs as much for one as for many, and so does
+what comes behind it: one wake-up of the event loop."""
 RETRY_S = 1.0
 """Seconds between two tries to take trajectories from a gateway that does not answer."""
 
@@ -244,6 +247,8 @@ class Dispatch:
             try:
                 while found := self._client.take_some(MAX_BATCH, None, "raise"):
                     self._deliver([trajectory for _, trajectory in found])
+                    if len(self._waiting) >= BUSY and not self._closing:
+                        time.sleep(TAKE_S)
             except RequestRefused as refused:
                 self._fail([refused.request_id], HttpError(400, refused.why, refused.why.partition(":")[0]))
                 continue

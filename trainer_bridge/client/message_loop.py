@@ -31,6 +31,8 @@ confirmed, since each is one write to the gateway's disk: acknowledgements that 
 MAX_LAST_ACKS = 32
 """Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`). A gateway whose disk is
 full keeps 64 of a session."""
+ACK_S = 0.05
+"""Seconds between two Ack messages that are not full. One goes at once with a batch, or where a call waits for it."""
 _WAIT_S = 0.2
 Figures = dict[str, float | int | str]
 Keys = tuple[tuple[str, int], ...]
@@ -53,6 +55,7 @@ class MessageLoop:
         self.connection, self.pending = connection, pending
         self.lock = threading.Condition(threading.Lock())
         self._acks: deque[tuple[str, int]] = deque()
+        self._acks_urgent, self._acked_at = False, 0.0
         self._unconfirmed_acks: dict[int, Keys] = {}
         self._cancels: dict[int, tuple[str, tuple[str, ...]]] = {}
         self._cancels_sent: set[int] = set()
@@ -131,7 +134,7 @@ class MessageLoop:
                 raise self._refusals.pop(name)
 
     def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
-        """Acknowledges these (request id, sample) with the next exchange."""
+        """Acknowledges these (request id, sample) with one of the next exchanges."""
         self._acks.extend(keys)
 
     def send_acks(self) -> None:
@@ -139,6 +142,10 @@ class MessageLoop:
         if self._acks and not self.closed:
             self._leaving = True
             self.run_until(lambda: True)
+
+    def hurry(self) -> None:
+        """A call waits for acknowledgements: they go with the next exchange."""
+        self._acks_urgent = True
 
     def cancel(self, request_ids: Sequence[str], why: str) -> list[int]:
         """Cancels these requests with the next exchange; returns the numbers of the messages (`confirmed`)."""
@@ -158,6 +165,7 @@ class MessageLoop:
         self._number += 1
         number = self._number
         self._wanted[number] = 0
+        self.hurry()  # the figures count what was acknowledged before
         try:
             self.run_until(lambda: number in self._figures)
             return self._figures.pop(number)
@@ -169,6 +177,7 @@ class MessageLoop:
             self._acks.extendleft(reversed(keys))
             self.pending.count_acks(keys, -1)
         self._unconfirmed_acks.clear()
+        self._acks_urgent = True
         self._cancels_sent.clear()
         self.pending.restart()
         self._received, self._granted = 0, max(WINDOW - self.pending.inbox_bytes, 0)
@@ -198,14 +207,18 @@ class MessageLoop:
     def _flush(self) -> None:
         """Sends what may be sent. Acknowledgements go first: a part's receipt is read against the acknowledgements
         before it."""
+        now = time.monotonic()
+        few = int(self._acks_urgent or self.pending.submitting or now - self._acked_at >= ACK_S)
         while self._acks and len(self._unconfirmed_acks) < (
-                MAX_LAST_ACKS if self._leaving else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else 1):
+                MAX_LAST_ACKS if self._leaving else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else few):
+            self._acked_at = now
             keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
             self._number += 1
             self._unconfirmed_acks[self._number] = keys
             self.pending.count_acks(keys, 1)
             self.connection.send(messages.Ack(self._number, keys))
         self._leaving = self._leaving and bool(self._acks)
+        self._acks_urgent = self._acks_urgent and bool(self._acks)
         for part in self.pending.parts():
             self.connection.send(part)
         for number in [n for n in self._cancels if n not in self._cancels_sent]:

@@ -84,7 +84,13 @@ class PendingRequests:
         self.batches: dict[str, Batch] = {}
         self.claims: dict[str, deque[Arrival | RequestRefused]] = {}
         self.cancelled: set[str] = set()
+        self._unsent: dict[str, Batch] = {}
         self.inbox_bytes = self.outstanding = self.requested = self.unique = self.duplicates = self.failed = 0
+
+    @property
+    def submitting(self) -> bool:
+        """Whether parts of batches are to be sent."""
+        return bool(self._unsent)
 
     @property
     def missing(self) -> int:
@@ -116,7 +122,7 @@ class PendingRequests:
         if fresh:
             self.outstanding += len(fresh)
             self.batches[name] = Batch(fresh, len(fresh))
-            self._cut(self.batches[name])
+            self._cut(name, self.batches[name])
         return name
 
     def recorded(self, name: str) -> bool:
@@ -136,12 +142,13 @@ class PendingRequests:
     def restart(self) -> None:
         """A new session begins: the unfinished requests of every batch are cut into parts again, none of which is
         sent."""
-        for batch in self.batches.values():
-            self._cut(batch)
+        self._unsent.clear()
+        for name, batch in self.batches.items():
+            self._cut(name, batch)
 
     def parts(self) -> Iterator[Submit]:
         """The parts of batches that may be sent now, in order. Each counts as sent once it is taken from here."""
-        for name, batch in self.batches.items():
+        for name, batch in list(self._unsent.items()):
             while (index := len(batch.acks_sent)) < min(len(batch.parts), batch.recorded + MAX_UNCONFIRMED_PARTS):
                 # Some may have been answered since the part was cut.
                 ids = batch.parts[index] = [i for i in batch.parts[index]
@@ -151,6 +158,7 @@ class PendingRequests:
                 yield Submit(name, index, index == len(batch.parts) - 1, records)
             if len(batch.acks_sent) < len(batch.parts):
                 return
+            self._unsent.pop(name, None)
 
     def receipt(self, message: Submitted) -> None:
         """The gateway has recorded a part."""
@@ -202,6 +210,7 @@ class PendingRequests:
 
     def abandon(self, name: str) -> None:
         """The gateway refused a batch: everything is as if the batch had not been submitted."""
+        self._unsent.pop(name, None)
         for request_id in self.batches.pop(name).ids:
             pending = self.requests.pop(request_id, None)
             if pending is not None and pending.outstanding:
@@ -278,10 +287,11 @@ class PendingRequests:
                     del self.requests[request_id]
                     self.cancelled.discard(request_id)
 
-    def _cut(self, batch: Batch) -> None:
+    def _cut(self, name: str, batch: Batch) -> None:
         """Shares the outstanding requests of a batch among messages of at most PART_BYTES and MAX_PER_SUBMIT
         requests."""
         batch.parts, batch.acks_sent, batch.recorded, size = [], [], 0, PART_BYTES
+        self._unsent[name] = batch
         for request_id in batch.ids:
             pending = self.requests.get(request_id)
             if pending is None or not pending.outstanding:
@@ -305,6 +315,7 @@ class PendingRequests:
     def _close(self, name: str) -> None:
         if name in self.batches and not self.batches[name].outstanding and self.recorded(name):
             del self.batches[name]
+            self._unsent.pop(name, None)
 
     def _record(self, request_id: str) -> bytes:
         submission = self.requests[request_id].submission

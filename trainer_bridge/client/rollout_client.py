@@ -238,6 +238,7 @@ class RolloutClient:
             found, whole = keys_of(items, handed, self._pending)
             self._loop.acknowledge(list(found))
             self._handed.remove(found)
+            self._loop.hurry()
             self._run_until(lambda: not self._loop.acknowledging)
             self._pending.forget(whole)
 
@@ -259,6 +260,7 @@ class RolloutClient:
         check_push(version, tensors, allow_gap, in_flight)
         with self._loop.lock:
             self._enter()
+            self._loop.hurry()
             self._run_until(lambda: not self._loop.acknowledging)
         serving = self._control.push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
         with self._loop.lock:
@@ -297,6 +299,7 @@ class RolloutClient:
                     loop.acknowledge(self._handed.all())
                 if loop.acknowledging:
                     end = time.monotonic() + _CLOSE_S
+                    loop.hurry()
                     self._connection.restart_timeout()
                     loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
             except BlockrollError:

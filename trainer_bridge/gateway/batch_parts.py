@@ -37,6 +37,7 @@ def record_part(file: LedgerFile, part: Part, most: tuple[int, int], unfinished:
     """
     client, batch, run = part.client, part.batch, file.run
     acked, refused = list[int](), list[tuple[int, str]]()
+    whole, staged = part.final and part.index == 0, False
     for i, (request, payload) in enumerate(part.requests):
         digest, place = request_digest(payload), (part.index << 16) + i
         acked.append(0)
@@ -44,8 +45,9 @@ def record_part(file: LedgerFile, part: Part, most: tuple[int, int], unfinished:
         if not (why := _too_many(request, most, unfinished + new.unfinished[client])) and run(
                 "INSERT INTO requests (id, client, batch, place, digest, samples, state, payload) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
-                (request.id, client, batch, place, digest, request.samples, STAGED, payload)).rowcount:
+                (request.id, client, batch, place, digest, request.samples, QUEUED if whole else STAGED, payload)).rowcount:
             new.unfinished[client] += request.samples
+            new.requested += request.samples if whole else 0
             continue
         row = run("SELECT client, digest, state, acked FROM requests WHERE id=?", (request.id,)).fetchone()
         if row is None:
@@ -54,16 +56,17 @@ def record_part(file: LedgerFile, part: Part, most: tuple[int, int], unfinished:
             what = "belongs to another client" if row[0] != client else "was already used with other content"
             refused.append((i, str(RequestError("id", f"{request.id!r} {what}", "give each new request a new id"))))
         elif row[2] == STAGED:
+            staged = True
             run("UPDATE requests SET batch=?, place=? WHERE id=?", (batch, place, request.id))
         else:
             acked[i] = row[3]
             if row[2] == FAILED:
                 repeat_failure(file, client, request.id, new)
-    if part.final:
-        staged = f"state=? AND client=? AND batch=? AND {OPEN}"
+    if part.final and (staged or not whole):
+        wanted = f"state=? AND client=? AND batch=? AND {OPEN}"
         new.requested += file.value(
-            f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", STAGED, client, batch)
-        run(f"UPDATE requests SET state=? WHERE {staged}", (QUEUED, STAGED, client, batch))
+            f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {wanted}", STAGED, client, batch)
+        run(f"UPDATE requests SET state=? WHERE {wanted}", (QUEUED, STAGED, client, batch))
     return acked, refused
 
 

@@ -12,7 +12,8 @@ Invariants:
   the service hands out no work, says so in its notice, and waits for a push of that version or the next one.
   Submissions and deliveries go on.
 - When the disk is full or the cluster has no engine, the work that needs it is tried again, and clients are told in a
-  notice. With `disk_patience` the gateway ends when the disk stays full for so long.
+  notice. With `disk_patience` the gateway ends when the disk stays full for so long. It ends at once where the disk fails to
+  keep what it had taken.
 """
 
 from __future__ import annotations

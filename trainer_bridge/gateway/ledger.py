@@ -1,7 +1,8 @@
 """The ledger: requests and trajectories in SQLite, until the trainer acknowledges them.
 
 Invariants:
-- A request is on disk before it is confirmed to the client, and a trajectory before it is sent.
+- What `record_parts`, `record` and `acknowledge` have recorded is on disk after the next `sync`. The caller calls it before it
+  confirms a request or an acknowledgement, and before it sends a trajectory. A lease need not be on disk: opening ends it.
 - The same request id with the same content is the same request. With other content, or from another client, it is
   refused.
 - (request id, sample) is unique: a second trajectory is dropped, even after the first was acknowledged.
@@ -23,13 +24,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...errors import TransportError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
-from ..wire.records import FAILURE, encode_trajectory
+from ..wire.records import FAILURE
 from . import aborting
 from .aborting import Aborted
 from .batch_parts import Part, Receipt, forget_staged, record_part
@@ -37,6 +36,7 @@ from .damage import Pending, fail_damaged, read_pending, read_requests
 from .leasing import in_turn
 from .ledger_counters import Change, Counters, Totals
 from .ledger_file import DONE, LEASED, OPEN, PAUSED, QUEUED, STAGED, UNACKED, LedgerFile
+from .outputs import payload_of
 from .retention import KEEP, KEEP_VERSIONS, fail, purge, settle
 
 
@@ -80,6 +80,10 @@ class Ledger:
         """Raises StorageError when the file was deleted or replaced."""
         self._file.check()
 
+    def sync(self) -> None:
+        """All that was recorded is on disk when this returns. Raises StorageError, as every `check` does from then on."""
+        self._file.sync()
+
     def take_news(self) -> set[str]:
         """The clients of which requests failed here since the last call, because their rows are damaged."""
         news, self._news = self._news, set()
@@ -102,7 +106,7 @@ class Ledger:
     def record_parts(self, parts: Sequence[Part]) -> list[Receipt]:
         """Records parts of batches in one transaction, all or none; returns what to tell the client of each. A batch is queued
         after its final part."""
-        with self._totals.changing() as new:
+        with self._totals.changing(durable=False) as new:
             unfinished = self._totals.unfinished
             return [record_part(self._file, part, self._most, unfinished[part.client], new) for part in parts]
 
@@ -140,7 +144,7 @@ class Ledger:
     def _leased(self, found: Sequence[tuple[str, tuple[Any, ...]]]) -> tuple[int, list[RolloutRequest], list[str]]:
         """Leases rows (id, samples, digest, payload) of clients under a new epoch. Those that are damaged fail."""
         whole, damaged = read_requests(found)
-        with self._totals.changing() as new:
+        with self._totals.changing(durable=False) as new:
             epoch = self._take([row[0] for _, row in found], damaged, new)
         self._epoch = epoch
         self._news.update(client for client, _, _ in damaged)
@@ -164,8 +168,9 @@ class Ledger:
     def record(self, completed: Sequence[Completed]) -> set[str]:
         """Records outputs of engines, all or none; returns the clients that have something new. An output under an old epoch, or
         for a request that is not leased, is dropped and counted `stale`; one whose key is recorded already in `duplicates`."""
-        with self._totals.changing() as new:
-            return self._record([(item, *_payload(item)) for item in completed], new)
+        outputs = [(item, *payload_of(item)) for item in completed]
+        with self._totals.changing(durable=False) as new:
+            return self._record(outputs, new)
 
     def _record(self, outputs: Sequence[tuple[Completed, int, bytes]], new: Change) -> set[str]:
         """Inside a transaction: `record`, for outputs with the sample number and payload of each."""
@@ -225,7 +230,7 @@ class Ledger:
                  for _, request in whole for number in range(request.samples)]
         with self._totals.changing() as new:
             self._take([row[0] for _, row in found], damaged, new)
-            clients = self._record([(item, *_payload(item)) for item in ended], new)
+            clients = self._record([(item, *payload_of(item)) for item in ended], new)
         self._epoch = epoch
         return clients | {client for client, _, _ in damaged}
 
@@ -291,7 +296,7 @@ class Ledger:
     def acknowledge(self, client: str, keys: Sequence[tuple[str, int]]) -> int:
         """Frees the payloads of these (request id, sample); returns how many were not acknowledged before."""
         total, run, touched = 0, self._file.run, set()
-        with self._totals.changing() as new:
+        with self._totals.changing(durable=False) as new:
             for request_id, sample in keys:
                 fresh = run(f"UPDATE trajectories SET acked=1, payload=NULL WHERE request_id=? AND sample=? AND client=? "
                             f"AND {UNACKED}", (request_id, sample, client)).rowcount
@@ -332,17 +337,3 @@ class Ledger:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _payload(item: Completed) -> tuple[int, bytes]:
-    """Sample number and payload of an output; a trajectory that cannot travel, or that holds a
-    log-probability that is not finite, is the failure of its request."""
-    if item.trajectory is not None:
-        try:
-            for name in ("logprobs", "behavior_logprobs"):
-                if not np.isfinite(getattr(item.trajectory, name)).all():
-                    raise TransportError(f"sample {item.trajectory.sample}: {name} holds a number that is not finite")
-            return item.trajectory.sample, encode_trajectory(item.trajectory)
-        except TransportError as error:
-            return FAILURE, str(error).encode()[:1000]
-    return FAILURE, (item.error or "the cluster gave no reason").encode("utf-8", "replace")[:1000]

@@ -1,7 +1,7 @@
 """What a ledger counts: samples over its whole life, which are on disk, and the unfinished samples of each client.
 
 Invariant: a counter on disk changes in the transaction of the rows that it counts; in memory it changes after that
-transaction is on disk.
+transaction has ended.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Totals:
             self.unfinished[client] += samples
 
     @contextmanager
-    def changing(self) -> Iterator[Change]:
-        """A transaction. What the block adds to the yielded change is added to the totals."""
+    def changing(self, durable: bool = True) -> Iterator[Change]:
+        """A transaction (`LedgerFile.transaction`). What the block adds to the yielded change is added to the totals."""
         new = Change()
-        with self._file.transaction():
+        with self._file.transaction(durable):
             yield new
             added = [getattr(new, name) for name in COUNTERS]
             if any(added):

@@ -2,7 +2,8 @@
 
 Invariants:
 - One process holds the file at a time. The lock ends with its process.
-- A transaction is on disk when it ends, or it has changed nothing and raises StorageError.
+- A transaction is on disk when it ends, or it has changed nothing and raises StorageError. One that is not `durable` is on disk
+  after the next `sync`, or the next durable one; until then a power cut may undo it, and the end of a process may not.
 - What a transaction recorded is in the file that has the ledger's name: after each one, and in `check`, a file that was
   deleted or replaced raises StorageError.
 - Every statement finds its rows by an index. Partial indices hold open work alone, so they stay small however many
@@ -17,7 +18,7 @@ import os
 import sqlite3
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ INSERT INTO counters (id) VALUES (1);
 # Also made in files that were written without it.
 _INDEX_OF_TURNS = f"CREATE INDEX IF NOT EXISTS open_clients ON requests (state, client, seq) WHERE {OPEN}"
 _SPARE_PAGES, _GIVE_BACK = 4096, 256
+_sync = getattr(os, "fdatasync", os.fsync)
 
 
 class LedgerFile:
@@ -67,6 +69,9 @@ class LedgerFile:
         self._log = self.path.with_name(self.path.name + "-wal")
         self._files: dict[Path, tuple[int, int]] = {}
         name = str(self.path) if make else f"{self.path.absolute().as_uri()}?mode=rw"
+        self._synced_log: int | None = None
+        self._full, self._unsynced = True, False
+        self._lost: StorageError | None = None
         try:
             self._db = sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=0.5, uri=not make)
         except sqlite3.Error as error:
@@ -102,12 +107,18 @@ class LedgerFile:
                                    "finish it with the version that wrote it, or name a new file")
             run(_INDEX_OF_TURNS)
         self.check()
+        # SQLite's own name of the log, behind symbolic links. It takes no locks on this file, which closing it would end.
+        with suppress(FileNotFoundError):
+            self._synced_log = os.open(run("PRAGMA database_list").fetchone()[2] + "-wal", os.O_RDONLY)
 
     def _is_ledger(self) -> bool:
         return self.run("SELECT 1 FROM sqlite_schema WHERE name='meta'").fetchone() is not None
 
     def check(self) -> None:
-        """Raises StorageError when the file, or its write-ahead log, is no longer the one that was opened."""
+        """Raises StorageError when the file, or its write-ahead log, is no longer the one that was opened, or after a `sync` that
+        failed: what it was to write may be lost, whatever a later one says."""
+        if self._lost is not None:
+            raise self._lost
         for path in (self.path, self._log):
             try:
                 found = os.stat(path)
@@ -138,9 +149,13 @@ class LedgerFile:
         return row[0]
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All of the block reaches the disk, or nothing of it does."""
+    def transaction(self, durable: bool = True) -> Iterator[None]:
+        """All of the block is recorded, or nothing of it is; `durable`: it is on disk at the end, not at the next `sync`."""
+        full = durable or self._synced_log is None
         with self.guard():
+            if full is not self._full:
+                self.run(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}")
+                self._full = full
             self.run("BEGIN IMMEDIATE")
             try:
                 yield
@@ -149,8 +164,21 @@ class LedgerFile:
                 if self._db.in_transaction:
                     self.run("ROLLBACK")
                 raise
+        self._unsynced = self._unsynced or not full  # a durable one that changed nothing has not synced
         if self._files:
             self.check()
+
+    def sync(self) -> None:
+        """Every transaction that has ended is on disk when this returns: one wait for the disk serves them all. Raises
+        StorageError, as every `check` does from then on."""
+        if self._unsynced and self._synced_log is not None:
+            try:
+                _sync(self._synced_log)
+            except OSError as error:
+                self._lost = StorageError(f"ledger {self.path}: {error.strerror}; check the disk, then start again: what "
+                                          "was not confirmed is submitted again")
+                raise self._lost from error
+            self._unsynced = False
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -176,6 +204,9 @@ class LedgerFile:
 
     def close(self) -> None:
         self._db.close()
+        if self._synced_log is not None:
+            os.close(self._synced_log)
+            self._synced_log = None
 
     def _storage(self, error: sqlite3.Error) -> StorageError:
         remedies = {"SQLITE_FULL": "free disk space there; what was recorded before is safe",

@@ -3,6 +3,7 @@
 Invariants:
 - A message counts only inside a session, under the key and of the kind (data or control) the session was opened with.
   Any other message is answered with Reset or Refused.
+- What is recorded in a round of the gateway reaches the disk with one `sync`. Confirmations and deliveries wait for it.
 - A batch of which a part is refused is refused whole: the parts that come behind it are not recorded.
 - Deliveries leave in the order of the ledger, as far as the client's credit in bytes reaches.
 - What a full disk refuses is tried again, or told to the client, whose next session repeats it.
@@ -64,6 +65,7 @@ class MessageRouter:
         self._parts: list[tuple[Session, Part]] = []
         self._part_bytes = 0
         self._refused: set[tuple[str, str]] = set()  # (client, batch) of which the ledger may hold parts
+        self._unsaid: list[tuple[bytes, messages.Message]] = []
         self.shutdown = False
 
     @property
@@ -82,6 +84,8 @@ class MessageRouter:
         if not isinstance(message, messages.Submit):
             # A message counts after all that came before it.
             self.record_parts()
+        if not isinstance(message, messages.Submit | messages.Ack | messages.Credit):
+            self._confirm()
         if isinstance(message, messages.Hello):
             self._hello(inbound, message)
             return
@@ -114,6 +118,8 @@ class MessageRouter:
         for session in self._sessions:
             if session.acks and now >= self._retry:
                 self._record_acks(session)
+        self._confirm()
+        for session in self._sessions:
             waiting |= not self._sessions.flush(session)
             if not session.control and session.more and not session.outbox and session in self._sessions:
                 waiting |= not self._deliver(session)
@@ -208,7 +214,7 @@ class MessageRouter:
             self._refuse_batch(session, messages.Refused(message.batch, "transport", clip(str(error))))
             return
         if (refused := session.refused.get(message.batch)) is not None:
-            self._sessions.reply(session.peer, refused)
+            self._unsaid.append((session.peer, refused))
             return
         self._parts.append((session, Part(session.client, message.batch, message.index, requests, message.final)))
         self._part_bytes += sum(len(record) for _, record in requests)
@@ -231,8 +237,8 @@ class MessageRouter:
         for (session, part), (acked, refused) in zip(parts, receipts, strict=True):
             for place, why in refused:
                 _log.info("request %s of client %s is refused: %s", part.requests[place][0].id, session.client, why)
-            self._sessions.reply(session.peer, messages.Submitted(part.batch, part.index, tuple(acked),
-                                                         tuple((i, clip(why)) for i, why in refused)))
+            self._unsaid.append((session.peer, messages.Submitted(part.batch, part.index, tuple(acked),
+                                                                  tuple((i, clip(why)) for i, why in refused))))
         self.mark({session.client for session, _ in parts})
 
     def _refuse_batch(self, session: Session, refused: messages.Refused) -> None:
@@ -240,7 +246,15 @@ class MessageRouter:
         if len(session.refused) > MAX_REFUSED:
             del session.refused[next(iter(session.refused))]
         self._refused.add((session.client, refused.about))
-        self._sessions.reply(session.peer, refused)
+        self._unsaid.append((session.peer, refused))
+
+    def _confirm(self) -> None:
+        """Tells clients what was recorded for them, in its order."""
+        if self._unsaid:
+            self._ledger.sync()
+            unsaid, self._unsaid = self._unsaid, []
+            for peer, message in unsaid:
+                self._sessions.reply(peer, message)
 
     def _forget_refused(self) -> None:
         """Has the ledger forget what it holds of refused batches. Where the disk refuses that, they wait."""
@@ -281,13 +295,14 @@ class MessageRouter:
                 session.ack_error, self._retry = error, time.monotonic() + RETRY_S
                 return
             session.ack_error = None
-            self._sessions.reply(session.peer, messages.Acked(session.acks.popleft().number))
+            self._unsaid.append((session.peer, messages.Acked(session.acks.popleft().number)))
 
     def _deliver(self, session: Session) -> bool:
         """Sends what the ledger holds, within the credit; False when the peer has no room."""
         while session.more and session.sent < session.granted:
             rows = self._ledger.pending(session.client, session.cursor)
             session.more = bool(rows)
+            self._ledger.sync()
             for row in rows:
                 if session.sent >= session.granted:
                     return True

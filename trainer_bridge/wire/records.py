@@ -60,6 +60,7 @@ ARRAYS: dict[str, tuple[tuple[str, ...], int]] = {
 """Arrays of a trajectory: the dtypes that travel, and the number of axes."""
 OPTIONAL = ("support_logmass", "routed_experts", "top_tokens", "top_logprobs", "prompt_logprobs", "prompt_top_tokens",
             "prompt_top_logprobs")
+_DTYPES = {name: frozenset(map(np.dtype, dtypes)) for name, (dtypes, _) in ARRAYS.items()}
 _PRIORITY = 2**31
 _REQUEST_FIELDS = Row((_ID, Int(), Int(1, MAX_SAMPLES), Int(-_PRIORITY, _PRIORITY - 1), Text(MAX_SALT), *PARAMS.values()))
 _TRAJECTORY_FIELDS = Row((_ID, Int(0, MAX_SAMPLES - 1), Choice(("stop", "length", "abort")), Int(),
@@ -148,7 +149,7 @@ def _check(arrays: dict[str, np.ndarray | None], prompt: int, tokens: int) -> No
                 raise refuse(name, "missing")
             continue
         rows = prompt + tokens - 1 if name == "routed_experts" else prompt - 1 if name.startswith("prompt_") else tokens
-        if array.dtype.name not in dtypes or array.ndim != axes or array.shape[0] != rows:
+        if (array.dtype not in _DTYPES[name] and array.dtype.name not in dtypes) or array.ndim != axes or array.shape[0] != rows:
             raise refuse(name, f"{array.dtype}{list(array.shape)} where {axes} axes of {rows} rows, "
                                f"{' or '.join(dtypes)}, are expected")
 
@@ -168,8 +169,8 @@ def _ids(values: Any, where: str, axes: int = 1) -> np.ndarray:
 
 def _narrow(array: np.ndarray) -> np.ndarray:
     """int32 where everything fits, else int64: a function of the values, so the encoding stays canonical."""
-    fits = array.size == 0 or (array.min() >= -(2**31) and array.max() < 2**31)
-    return array.astype(np.int32) if fits else array
+    narrow = array.astype(np.int32)
+    return narrow if (narrow == array).all() else array
 
 
 def _tokens(array: np.ndarray | None, where: str) -> tuple[int, ...]:
