@@ -43,8 +43,8 @@ from .service_control import ServiceControl
 CANCELLED = "cancelled by its client"
 STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 """Set to end a call that waits, which raises CallStopped."""
-_CLOSE_S = 5.0
-"""Seconds `close` waits for the gateway to confirm the last acknowledgements."""
+_CLOSE_S, _FAIL_S = 5.0, 0.5
+"""Seconds `close` waits for the gateway to confirm the last acknowledgements, and where the client ends by an error."""
 
 
 class CallStopped(Exception):
@@ -298,7 +298,7 @@ class RolloutClient:
                 if acknowledge and self._auto:
                     loop.acknowledge(self._handed.all())
                 if loop.acknowledging:
-                    end = time.monotonic() + _CLOSE_S
+                    end = time.monotonic() + (_CLOSE_S if acknowledge else _FAIL_S)
                     loop.hurry()
                     self._connection.restart_timeout()
                     loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
