@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+import blockroll
 from blockroll.service.lifecycle import Service
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,6 +25,9 @@ CONTROL = "pause|resume|abort|reset|flush|continue|update_weight|weight_update"
 """Paths of the routes that change the service."""
 CLIENTS, REQUESTS, TOKENS = 64, 2000, 64
 PROMPT = tuple(range(5, 25))
+GROUP, GROUPS = 8, 500
+"""Samples of a request, as GRPO asks for them, and requests."""
+LOCAL = Path(blockroll.__file__).parent / "configs" / "cluster" / "local.yaml"
 
 
 @pytest.mark.slow
@@ -40,6 +44,32 @@ def test_64_clients_and_2000_requests_beside_the_bridge(service: Service) -> Non
     assert found["http"]["errors"] == 0 and all(each["tokens"] == REQUESTS * TOKENS for each in found.values())
     bridge = statistics.mean(found[name]["tokens_per_s"] for name in ("bridge", "bridge again"))
     assert found["http"]["tokens_per_s"] >= 0.9 * bridge
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_groups_of_eight_over_http_beside_the_bridge(tmp_path: Path) -> None:
+    """Against `blockroll up` with the settings of local.yaml, twice in turn: 64 connections, groups of 8 samples of 64 tokens.
+    OpenAI's client is measured beside it; of what it adds, most is its own work."""
+    config = tmp_path / "local.yaml"
+    config.write_text(LOCAL.read_text().replace("runs/local/", f"{tmp_path}/"))
+    command = [sys.executable, "-m", "blockroll.cli"]
+    subprocess.run([*command, "up", str(config), "--detach"], check=True, timeout=600)
+    try:
+        status = json.loads(subprocess.check_output([*command, "status", str(config), "--json"]))
+        rates = dict[str, list[float]]()
+        for kind in ("bridge", "plain", "openai") * 2:
+            where = status["address" if kind == "bridge" else "http"]
+            done = subprocess.run([sys.executable, __file__, kind, where, "", str(GROUPS), str(GROUP)],
+                                  capture_output=True, text=True, timeout=900)  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            found = json.loads(done.stdout)
+            print(kind, found)
+            assert not found.get("errors") and found["tokens"] == GROUPS * GROUP * TOKENS
+            rates.setdefault(kind, []).append(found["tokens_per_s"])
+    finally:
+        subprocess.run([*command, "down", str(config)], check=True, timeout=120)
+    assert statistics.mean(rates["plain"]) >= 0.9 * statistics.mean(rates["bridge"])
 
 
 @pytest.mark.slow
@@ -61,14 +91,14 @@ def test_what_fits_the_openapi_document_is_answered_as_it_says(which: str, servi
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def bridge(address: str) -> dict[str, Any]:
+def bridge(address: str, keys: str, count: int, samples: int) -> dict[str, Any]:
     """All requests through one client of the bridge."""
     from blockroll import connect
     from blockroll.rollout.types import RolloutRequest, SamplingParams
 
-    params = SamplingParams("coupled", max_tokens=TOKENS, ignore_eos=True)
-    requests = [RolloutRequest(f"bridge-{time.time_ns()}-{i}", PROMPT, params, i) for i in range(REQUESTS)]
-    with connect(address, keys=sys.argv[3]) as client:
+    params = SamplingParams("coupled", max_tokens=TOKENS, ignore_eos=True, n=samples)
+    requests = [RolloutRequest(f"bridge-{time.time_ns()}-{i}", PROMPT, params, i) for i in range(count)]
+    with connect(address, keys=keys or None) as client:
         start = time.perf_counter()
         done = client.generate(requests)
         seconds = time.perf_counter() - start
@@ -76,12 +106,12 @@ def bridge(address: str) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
 
 
-async def openai_clients(address: str) -> dict[str, Any]:
+async def openai_clients(address: str, count: int, samples: int) -> dict[str, Any]:
     """64 clients, each of which asks again as soon as it is answered."""
     import openai
 
     latencies: list[float] = []
-    left, errors, tokens = list(range(REQUESTS)), 0, 0
+    left, errors, tokens = list(range(count)), 0, 0
 
     async def client() -> None:
         nonlocal errors, tokens
@@ -90,7 +120,7 @@ async def openai_clients(address: str) -> dict[str, Any]:
                 seed, start = left.pop(), time.perf_counter()
                 try:
                     done = await own.completions.create(model=MODEL, prompt=list(PROMPT), max_tokens=TOKENS, seed=seed,
-                                                        extra_body={"ignore_eos": True})  # fmt: skip
+                                                        n=samples, extra_body={"ignore_eos": True})  # fmt: skip
                     tokens += done.usage.completion_tokens if done.usage else 0
                 except openai.OpenAIError as error:
                     errors += 1
@@ -105,5 +135,37 @@ async def openai_clients(address: str) -> dict[str, Any]:
             "p50_ms": round(1e3 * cuts[49]), "p99_ms": round(1e3 * cuts[98])}
 
 
+async def plain_clients(address: str, count: int, samples: int) -> dict[str, Any]:
+    """64 connections with no more than HTTP needs: the load generator takes next to nothing of the machine."""
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    left, tokens = list(range(count)), 0
+
+    async def client() -> None:
+        nonlocal tokens
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 24)
+        while left:
+            body = json.dumps({"model": MODEL, "prompt": PROMPT, "max_tokens": TOKENS, "seed": left.pop(), "n": samples,
+                               "ignore_eos": True}).encode()  # fmt: skip
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: %d\r\n\r\n" % len(body) + body)  # fmt: skip
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            size = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+            answer = json.loads(await reader.readexactly(size))
+            assert head.startswith(b"http/1.1 200"), answer
+            tokens += answer["usage"]["completion_tokens"]
+        writer.close()
+
+    start = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    seconds = time.perf_counter() - start
+    return {"tokens": tokens, "seconds": round(seconds, 1), "tokens_per_s": round(tokens / seconds)}
+
+
 if __name__ == "__main__":
-    print(json.dumps(bridge(sys.argv[2]) if sys.argv[1] == "bridge" else asyncio.run(openai_clients(sys.argv[2]))))
+    kind, where, its_keys, *counts = sys.argv[1:]
+    requested, group = map(int, counts or (REQUESTS, 1))
+    if kind == "bridge":
+        print(json.dumps(bridge(where, its_keys, requested, group)))
+    else:
+        call = plain_clients if kind == "plain" else openai_clients
+        print(json.dumps(asyncio.run(call(where, requested, group))))
