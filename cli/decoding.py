@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from ..errors import InvalidInput
-from .options import LEVELS, DeviceOption, DtypeOption, InputOption, OutputOption, PolicyOption, integers
+from .options import (
+    LEVELS,
+    DeviceOption,
+    DtypeOption,
+    InputOption,
+    NamedPolicy,
+    OutputOption,
+    PolicyArgument,
+    PolicyOption,
+    integers,
+    one_policy,
+)
 
 
 def ask(
@@ -44,9 +55,10 @@ def ask(
 
 
 def generate(
-    policy: PolicyOption,
     input: InputOption,
     output: OutputOption,
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     sampler: Annotated[
         str, typer.Option(metavar="ar|lossless|coupled|mixed", help="How tokens are drawn.")
     ] = "lossless",
@@ -92,7 +104,7 @@ def generate(
     \b
     Example:
       echo '{"id": "a", "prompt_tokens": [1, 20, 30]}' > prompts.jsonl
-      blockroll generate --policy tiny-reasoner --input prompts.jsonl --output out.jsonl --n 4 --max-tokens 64
+      blockroll generate tiny-reasoner --input prompts.jsonl --output out.jsonl --n 4 --max-tokens 64
     """
     from ..rollout import offline
     from ..rollout.types import SamplingParams
@@ -104,15 +116,16 @@ def generate(
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logprobs=logprobs,
     )
     offline.generate_file(
-        policy, input, output, params=params, schedule=schedule, levels=integers("levels", levels),
+        one_policy(policy, named), input, output, params=params, schedule=schedule, levels=integers("levels", levels),
         block_size=block_size, n=n, seed=seed, batch=batch, device=device, dtype=dtype,
     )
 
 
 def score(
-    policy: PolicyOption,
     input: InputOption,
     output: OutputOption,
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     temperature: Annotated[float, typer.Option(help="The sampling temperature; 0 scores at 1.")] = 1.0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
@@ -124,8 +137,8 @@ def score(
 
     \b
     Example:
-      blockroll score --policy tiny-reasoner --input out.jsonl --output scores.jsonl
+      blockroll score tiny-reasoner --input out.jsonl --output scores.jsonl
     """
     from ..rollout import offline
 
-    offline.score_file(policy, input, output, temperature=temperature, device=device, dtype=dtype)
+    offline.score_file(one_policy(policy, named), input, output, temperature=temperature, device=device, dtype=dtype)

@@ -7,14 +7,25 @@ from typing import Annotated
 
 import typer
 
-from .options import LEVELS, DeviceOption, DtypeOption, PolicyOption, integers, numbers, words
+from .options import (
+    LEVELS,
+    DeviceOption,
+    DtypeOption,
+    NamedPolicy,
+    PolicyArgument,
+    integers,
+    numbers,
+    one_policy,
+    words,
+)
 
 TemperatureOption = Annotated[float, typer.Option(help="0 is greedy.")]
 RoundsOption = Annotated[int, typer.Option(help="Measured rounds, 3 or more; figures are medians over them.")]
 
 
 def evaluate(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     parent: Annotated[
         str | None, typer.Option(metavar="NAME_OR_DIR", help="The AR policy it was converted from, decoded beside it.")
     ] = None,
@@ -77,7 +88,8 @@ def evaluate(
     own = None if source is None else load_yaml(source, TaskSource)
     files = None if documents is None else load_yaml(documents, Documents).documents
     report.evaluate_and_show(
-        policy, options, everything, source=own, documents=files, parent_name=parent, json_path=json, card_path=card
+        one_policy(policy, named), options, everything, source=own, documents=files, parent_name=parent, json_path=json,
+        card_path=card,
     )
 
 
@@ -111,7 +123,8 @@ def plan(
 
 
 def bench_decode(
-    policy: PolicyOption,
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     batch: Annotated[str, typer.Option(help="Samples decoded at once, one or several.")] = "1,8",
     samplers: Annotated[str, typer.Option(help="Samplers to measure; ar is always measured.")] = "ar,lossless",
     schedule: Annotated[
@@ -136,19 +149,20 @@ def bench_decode(
 
     \b
     Example:
-      blockroll bench decode --policy tiny-reasoner --batch 1,8 --samplers ar,lossless --peer transformers \\
+      blockroll bench decode tiny-reasoner --batch 1,8 --samplers ar,lossless --peer transformers \\
         --json decode.json
     """
     from ..rollout.bench import decode as benchmark
 
     benchmark.bench_decode(
-        policy, batches=integers("batch", batch), samplers=tuple(words(samplers)), schedule=schedule, peer=peer,
-        output=json, temperature=temperature, max_tokens=max_tokens, rounds=rounds, device=device, dtype=dtype,
+        one_policy(policy, named), batches=integers("batch", batch), samplers=tuple(words(samplers)), schedule=schedule,
+        peer=peer, output=json, temperature=temperature, max_tokens=max_tokens, rounds=rounds, device=device, dtype=dtype,
     )
 
 
 def bench_planner(
-    policy: PolicyOption,
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     batch: Annotated[int, typer.Option(help="Requests at the start; the batch falls from this to 1.")] = 32,
     sampler: Annotated[
         str, typer.Option(metavar="coupled|lossless|mixed", help="coupled: everyone makes the same tokens.")
@@ -168,13 +182,13 @@ def bench_planner(
 
     \b
     Example:
-      blockroll bench planner --policy tiny-reasoner --json planner.json
+      blockroll bench planner tiny-reasoner --json planner.json
     """
     from ..rollout.bench import planner as benchmark
 
     benchmark.bench_planner(
-        policy, batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds, output=json,
-        device=device, dtype=dtype, everything=everything,
+        one_policy(policy, named), batch=batch, sampler=sampler, temperature=temperature, max_tokens=max_tokens, rounds=rounds,
+        output=json, device=device, dtype=dtype, everything=everything,
     )
 
 

@@ -13,6 +13,12 @@ from ..rollout.schedule import DEFAULT_LEVELS
 PolicyOption = Annotated[
     str, typer.Option("--policy", metavar="NAME_OR_DIR", help="A shipped policy, or a directory with a ZAYA model.")
 ]
+PolicyArgument = Annotated[
+    str | None, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory with a ZAYA model.", show_default=False)
+]
+NamedPolicy = Annotated[
+    str | None, typer.Option("--policy", metavar="NAME_OR_DIR", help="In place of POLICY.", show_default=False)
+]
 InputOption = Annotated[Path, typer.Option("--input", metavar="FILE", help="One JSON object per line.")]
 OutputOption = Annotated[Path, typer.Option("--output", metavar="FILE", help="Written whole, or not at all.")]
 DeviceOption = Annotated[
@@ -25,6 +31,15 @@ DtypeOption = Annotated[
 ]
 LEVELS = ",".join(map(str, DEFAULT_LEVELS))
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.", show_default=False)]
+
+
+def one_policy(argument: str | None, named: str | None) -> str:
+    """The policy of a command that takes it as POLICY, as `vllm serve` does, or by `--policy`. Raises InvalidInput."""
+    if argument is not None and named is not None:
+        raise InvalidInput("policy", f"{argument!r} and --policy {named!r} given", "give one of the two")
+    if (given := argument if named is None else named) is None:
+        raise InvalidInput("policy", "none given", "name a shipped policy, such as tiny-reasoner, or a directory")
+    return given
 
 
 def words(text: str) -> list[str]:

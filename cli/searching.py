@@ -8,11 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import LEVELS, DeviceOption, DtypeOption, integers, numbers, words
+from .options import (
+    LEVELS,
+    DeviceOption,
+    DtypeOption,
+    NamedPolicy,
+    PolicyArgument,
+    integers,
+    numbers,
+    one_policy,
+    words,
+)
 
 
 def sample(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     input: Annotated[
         Path | None,
         typer.Option("--input", metavar="FILE", help="*.jsonl: lines {id, prompt or prompt_tokens}; else a prompt per line."),
@@ -109,14 +120,15 @@ def sample(
     prompts = Prompts(input, prompt, tasks, questions)
     connect = None if address is None else _service(address, keys)
     summary = sample_file(
-        policy, prompts, config, params, output=output, connect=connect, batch=batch, device=device, dtype=dtype,
-        schedule=Schedule(schedule, levels=integers("levels", levels)), candidates=candidates,  # type: ignore[arg-type]
+        one_policy(policy, named), prompts, config, params, output=output, connect=connect, batch=batch, device=device,
+        dtype=dtype, schedule=Schedule(schedule, levels=integers("levels", levels)), candidates=candidates,  # type: ignore[arg-type]
     )
     print(summary, file=sys.stderr if output is None else sys.stdout)
 
 
 def tradeoff(
-    policy: Annotated[str, typer.Argument(metavar="POLICY", help="A shipped policy, or a directory.", show_default=False)],
+    policy: PolicyArgument = None,
+    named: NamedPolicy = None,
     tasks: Annotated[int, typer.Option(help="Held-out tasks.")] = 400,
     samples: Annotated[int, typer.Option(help="Of each task; k goes over the powers of two up to it.")] = 16,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
@@ -153,7 +165,7 @@ def tradeoff(
         batches=integers("batches", batches), rounds=rounds, clock_tasks=clock_tasks, batch=batch, max_tokens=max_tokens,
         seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
-    report = measure(policy, options, json_path=json)
+    report = measure(one_policy(policy, named), options, json_path=json)
     print("\n".join([conclusion(report), *table(report)]))
 
 

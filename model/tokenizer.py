@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import RequestError
-from .arguments import require
+from .arguments import require, short
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<mask>")
 PAD, BOS, EOS, MASK = range(4)
@@ -47,7 +47,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 320) -> PreTrainedTo
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a prompt, after the beginning-of-sequence token where the tokenizer has one."""
+    """Token ids of a prompt, after the beginning-of-sequence token where the tokenizer has one.
+
+    Raises:
+        RequestError: the text has halves of surrogate pairs, which no encoding takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("prompt", f"{short(text)} is no Unicode text ({error.reason})", "check how it was decoded") from error
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *ids]
 

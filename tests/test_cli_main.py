@@ -118,6 +118,23 @@ def test_interrupt_exits_with_130(failing: list[BaseException], monkeypatch: pyt
     assert run_main(monkeypatch, *SCORE) == 130
 
 
+FILES = "--input none --output out.jsonl"
+TAKE_A_POLICY = [f"generate {FILES}", f"score {FILES}", "eval", "sample --prompt a", "tradeoff", "bench decode", "bench planner"]
+
+
+@pytest.mark.parametrize("command", TAKE_A_POLICY)
+def test_a_policy_is_named_by_its_place_or_by_an_option(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more, said in {"": "policy: none given; name a shipped policy", "nobody": "policy: 'nobody' is no directory",
+                       "--policy nobody": "policy: 'nobody' is no directory",
+                       "nobody --policy body": "policy: 'nobody' and --policy 'body' given; give one of the two"}.items():
+        assert run_main(monkeypatch, *shlex.split(f"{command} {more}")) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {said}") and err.count("\n") == 1, err
+
+
 BAD_OPTIONS = {
     "generate --policy tiny-reasoner --input none --output out.jsonl": {
         "--sampler best": "sampler: unknown sampler 'best'; use one of ar, lossless, coupled, mixed",

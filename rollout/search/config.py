@@ -13,6 +13,7 @@ from typing import Any, Literal
 from ...errors import RequestError
 from ...model.arguments import is_number, is_whole, require, short
 from ...seeds import MAX_SEED
+from ..params import MAX_STOP
 from .functions import is_reference
 
 MethodName = Literal["best_of_n", "majority", "weighted_vote", "self_consistency", "beam", "markovian_rsa", "budget_forcing"]
@@ -107,6 +108,10 @@ class SearchConfig:
             text = getattr(self, name)
             require(isinstance(text, str) and 0 < len(text) <= MAX_TEXT, name,
                     f"{short(text)} is no text of 1 to {MAX_TEXT} characters", "give some text")
+        for name in ("step_end", "force"):  # samples stop there
+            text = getattr(self, name)
+            require(len(text.encode(errors="replace")) <= MAX_STOP, name, f"{short(text)} has more than {MAX_STOP} bytes",
+                    "give a short text")
         require("{question}" in self.aggregation and self.aggregation.count("{candidates}") == 1, "aggregation",
                 f"{short(self.aggregation)} lacks {{question}} or has not one {{candidates}}", "write both in braces")
         for name, known in (("answer", ANSWERS), ("scorer", SCORERS)):

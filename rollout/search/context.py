@@ -27,6 +27,8 @@ LOGPROBS = ("logprob", "mean_logprob")
 """Scorers whose scores are log-probabilities."""
 WAVE = 16
 """Samples that are begun together where the configuration gives no number."""
+MAX_WEIGHT = 1e300
+"""Largest weight of a vote: the sum of MAX_SAMPLES of them is a float."""
 Waves = Generator[list[RolloutRequest], list[Trajectory], Any]
 Method = Generator[list[RolloutRequest], list[Trajectory], Verdict]
 
@@ -132,13 +134,14 @@ class Search:
             best: a log-probability; probabilities are given as multiples of exp(best). exp of -746 is 0.
 
         Raises:
-            RequestError: the scorer said a negative number.
+            RequestError: the scorer said a negative number, or one that is too large to be added up.
         """
         assert candidate.score is not None
         if self.config.scorer in LOGPROBS:
             return math.exp(candidate.score - best)
-        if candidate.score < 0:
-            raise RequestError("scorer", f"{self.config.scorer} returned {candidate.score:g} as a weight", "return 0 or more")
+        if not 0 <= candidate.score <= MAX_WEIGHT:
+            raise RequestError("scorer", f"{self.config.scorer} returned {candidate.score:g} as a weight",
+                               f"return 0 to {MAX_WEIGHT:g}")
         return candidate.score
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -69,8 +69,7 @@ def answer_function(name: str) -> Callable[[str], str | None]:
     extract: AnswerFunction = answer if name == "task" else str if name == "text" else load_function(name, "answer")
 
     def found(text: str) -> str | None:
-        value = _called(extract, "answer", name, text)
-        return None if value is None else canonical(value)
+        return _called(lambda: None if (value := extract(text)) is None else canonical(value), "answer", name)
 
     return found
 
@@ -91,7 +90,7 @@ def checked_score(value: Any, name: str) -> float:
     """A score as a number. Raises RequestError where it is not finite."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RequestError("scorer", f"{name} returned {short(value)}", "return a finite number")

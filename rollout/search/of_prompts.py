@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import RequestError
+from ...model.arguments import token_ids
 from ...model.tokenizer import encode_prompt
 from ..engine import Engine
 from ..params import SamplingParams
@@ -40,7 +41,7 @@ def _question(source: SampleSource, place: int, prompt: str | Sequence[int] | Qu
         return prompt
     tokenizer = source.tokenizer
     if not isinstance(prompt, str):
-        tokens = tuple(prompt)
+        tokens = token_ids(prompt, "prompts")
         return Question(str(place), tokens, "" if tokenizer is None else tokenizer.decode(list(tokens)))
     if tokenizer is None:
         raise RequestError("prompts", "a text, and the policy has no tokenizer", "give lists of token ids")

@@ -99,7 +99,7 @@ class Dispatch:
         self._lock = threading.Lock()
         self._waiting: dict[str, Answers] = {}
         self._samples: dict[str, int] = {}
-        self._number = 0
+        self._number = self._held = 0
         self._commands: queue.SimpleQueue[list[RolloutRequest] | list[str] | None] = queue.SimpleQueue()
         self._submitted = threading.Event()
         self._closing = False
@@ -117,7 +117,7 @@ class Dispatch:
     def unfinished(self) -> int:
         """Samples that HTTP clients wait for."""
         with self._lock:
-            return sum(self._samples.values())
+            return self._held + sum(self._samples.values())
 
     def new_id(self) -> str:
         """An id for a request, unique over the lives of the service."""
@@ -134,16 +134,9 @@ class Dispatch:
 
         Raises HttpError (429) where too many samples are unfinished.
         """
-        if not admitted and self.refuses():
-            raise HttpError(503, "generation is paused; send the request again after /resume", code="paused")
-        wanted = sum(request.samples for request in requests)
         answers = Answers(self, requests)
         with self._lock:
-            if self._closing:
-                raise HttpError(503, "the service stops", code="unavailable")
-            if not admitted and sum(self._samples.values()) + wanted > self._most:
-                raise HttpError(429, f"more than {self._most} samples would be unfinished (http.max_unfinished); try again later",
-                                code="rate_limit_exceeded")
+            self._admit(None if admitted else sum(request.samples for request in requests))
             for request in requests:
                 self._waiting[request.id] = answers
                 self._samples[request.id] = request.samples
@@ -151,6 +144,28 @@ class Dispatch:
             self._progress.watch(request.id, answers.put)
         self._commands.put(list(requests))
         return answers
+
+    def admit(self, samples: int) -> None:
+        """Admits an HTTP request that opens its work later, with `admitted`: so many samples count as unfinished until `hold`
+        says otherwise. Raises as `open` does."""
+        with self._lock:
+            self._admit(samples)
+            self._held += samples
+
+    def hold(self, samples: int) -> None:
+        """So many more samples, or fewer, count as unfinished, of requests that were admitted and have none open now."""
+        with self._lock:
+            self._held += samples
+
+    def _admit(self, wanted: int | None) -> None:
+        """Raises HttpError where these samples may not begin. None: they were admitted before."""
+        if wanted is not None and self.refuses():
+            raise HttpError(503, "generation is paused; send the request again after /resume", code="paused")
+        if self._closing:
+            raise HttpError(503, "the service stops", code="unavailable")
+        if wanted is not None and self._held + sum(self._samples.values()) + wanted > self._most:
+            raise HttpError(429, f"more than {self._most} samples would be unfinished (http.max_unfinished); try again later",
+                            code="rate_limit_exceeded")
 
     def end(self, answers: Answers) -> None:
         """Cancels what is unfinished of these."""

@@ -4,7 +4,8 @@ Invariants:
 - A wave of samples is a request to the dispatch as any other. The event loop is free while it is made, and a client that
   disconnects has the wave cancelled.
 - What a method computes, before its first wave and between two, runs in a thread (`search_threads`).
-- A search that has begun goes on: its later waves are refused neither for a pause nor for requests that came meanwhile.
+- A search that was admitted goes on: its waves are refused neither for a pause nor for requests that came meanwhile. While it
+  waits or computes, as many samples count as unfinished as it may have at once.
 - The result is that of `blockroll.search` for the same prompts, configuration and parameters.
 - A request names no code. It may name functions that the service's configuration lists.
 """
@@ -29,6 +30,7 @@ from ...rollout.search.driver import RunningSearch, functions_of
 from ...rollout.search.functions import is_reference
 from ...rollout.types import RolloutRequest, Trajectory
 from ...seeds import derived_seed
+from .dispatch import Dispatch
 from .http_errors import HttpError
 from .limits import MAX_ENTRIES
 from .request_fields import GenerationBody
@@ -53,6 +55,8 @@ async def search_prompts(
     """
     tokenizer = need_tokenizer(state, "search")
     config = _config(body, state, [tokens for tokens, _ in prompts], params)
+    places = [_Place(state.dispatch, config) for _ in prompts]
+    state.dispatch.admit(sum(each.samples for each in places))
 
     def make() -> list[Search]:
         questions = [Question(str(place), tokens, tokenizer.decode(list(tokens)) if text is None else text)
@@ -60,41 +64,67 @@ async def search_prompts(
         answer, scorer = functions_of(config, params)
         return [Search(each, config, params, tokenizer, state.sizes.positions, answer, scorer) for each in questions]
 
-    try:
-        made = await state.search_threads.run(make)
-    except RequestError as error:
-        raise _named(error) from error
-
     async def all_results() -> list[SearchResult]:
-        running = [asyncio.ensure_future(_run(state, RunningSearch(each), body)) for each in made]
+        try:
+            made = await state.search_threads.run(make)
+        except RequestError as error:
+            raise _named(error) from error
+        running = [asyncio.ensure_future(_run(state, RunningSearch(each), body, place))
+                   for each, place in zip(made, places, strict=True)]  # fmt: skip
         try:
             return await asyncio.gather(*running)
         finally:
             for task in running:
                 task.cancel()
 
-    return config, await unless_disconnected(request, all_results())
+    try:
+        return config, await unless_disconnected(request, all_results())
+    finally:
+        for each in places:
+            each.leave()
 
 
-async def _run(state: HttpState, running: RunningSearch, body: GenerationBody) -> SearchResult:
+class _Place:
+    """What a search counts as while it waits or computes: the samples that it may have at once. Admitted when it is made."""
+
+    def __init__(self, dispatch: Dispatch, config: SearchConfig) -> None:
+        few = config.method == "self_consistency" or config.samples is None
+        self.samples = min(_side_by_side(config)[0], WAVE) if few else _side_by_side(config)[0]
+        self._dispatch, self._held = dispatch, True
+
+    def leave(self) -> None:
+        """Its samples are open and count themselves, or it has ended."""
+        if self._held:
+            self._held = False
+            self._dispatch.hold(-self.samples)
+
+    def enter(self) -> None:
+        """It has none open."""
+        self._held = True
+        self._dispatch.hold(self.samples)
+
+
+async def _run(state: HttpState, running: RunningSearch, body: GenerationBody, place: _Place) -> SearchResult:
     """A search, wave by wave."""
-    config, first = running.search.config, True
+    config = running.search.config
     functions = " or ".join(name for name in (config.answer, config.scorer) if is_reference(name))
     following = await state.search_threads.run(running.begin, functions, config.budget_seconds)
     while not isinstance(following, SearchResult):
-        await _wave(state, running, following, body, first)
-        following, first = await state.search_threads.run(running.go_on, functions, config.budget_seconds), False
+        await _wave(state, running, following, body, place)
+        following = await state.search_threads.run(running.go_on, functions, config.budget_seconds)
+    place.leave()
     return following
 
 
 async def _wave(
-    state: HttpState, running: RunningSearch, wanted: Sequence[RolloutRequest], body: GenerationBody, first: bool
+    state: HttpState, running: RunningSearch, wanted: Sequence[RolloutRequest], body: GenerationBody, place: _Place
 ) -> None:  # fmt: skip
     """Settles these requests; those that are unfinished when the seconds are out are cancelled."""
     names = {state.dispatch.new_id(): each.id for each in wanted}
     sent = [replace(each, id=name, priority=body.priority, cache_salt=body.cache_salt or "")
             for name, each in zip(names, wanted, strict=True)]  # fmt: skip
-    async with state.dispatch.open(sent, admitted=not first) as answers:
+    async with state.dispatch.open(sent, admitted=True) as answers:
+        place.leave()
         try:
             async with asyncio.timeout(running.search.spending.seconds_left):
                 async for item in answers:
@@ -103,6 +133,7 @@ async def _wave(
                         running.settle(item)
         except TimeoutError:
             pass
+    place.enter()
     running.drop_outstanding()
 
 
@@ -158,10 +189,7 @@ def _bounded(
     config: SearchConfig, state: HttpState, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> SearchConfig:  # fmt: skip
     """The configuration with a budget of tokens: all of them are kept until the search ends."""
-    side_by_side = 1 if config.method == "budget_forcing" else config.samples or WAVE
-    field = "search.samples"
-    if config.method == "beam" and config.width > side_by_side:  # one text is always kept, and has so many next steps
-        side_by_side, field = config.width, "search.width"
+    side_by_side, field = _side_by_side(config)
     if side_by_side * len(prompts) > state.options.max_samples:
         raise HttpError(400, f"{field}: {len(prompts)} prompts of {side_by_side} samples are more than "
                         f"{state.options.max_samples} (http.max_samples)", field)
@@ -176,6 +204,14 @@ def _bounded(
         raise HttpError(400, f"search.budget_tokens: {config.budget_tokens} is more than {most}, which one request of "
                         f"{len(prompts)} prompts may have for each", "search.budget_tokens")
     return replace(config, budget_tokens=config.budget_tokens or most)
+
+
+def _side_by_side(config: SearchConfig) -> tuple[int, str]:
+    """Most samples at once of one prompt, and the field that says so."""
+    side_by_side = 1 if config.method == "budget_forcing" else config.samples or WAVE
+    if config.method == "beam" and config.width > side_by_side:  # one text is always kept, and has so many next steps
+        return config.width, "search.width"
+    return side_by_side, "search.samples"
 
 
 def _named(error: RequestError) -> HttpError:

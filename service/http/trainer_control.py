@@ -145,7 +145,7 @@ class TrainerControl:
             raise
         call.add_done_callback(lambda ended: self._updating.release())
         try:
-            return await asyncio.wrap_future(call)
+            return await self._ended(call)
         except TransportError as error:
             raise HttpError(409, str(error), code="weights_refused") from error
 
@@ -164,7 +164,17 @@ class TrainerControl:
             self._waiting -= 1
 
     async def _call(self, act: Callable[[ServiceControl], T], threads: ThreadPoolExecutor | None = None) -> T:
-        return await asyncio.wrap_future(self._started(threads or self._calls, act))
+        return await self._ended(self._started(threads or self._calls, act))
+
+    async def _ended(self, call: Future[T]) -> T:
+        """The result of a call. Raises HttpError where the service stops before the call has found a thread."""
+        try:
+            return await asyncio.wrap_future(call)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and call.cancelled() and task is not None and not task.cancelling():
+                raise _stops() from None
+            raise
 
     def _started(self, threads: ThreadPoolExecutor, act: Callable[[ServiceControl], T]) -> Future[T]:
         try:
@@ -172,7 +182,7 @@ class TrainerControl:
         except RuntimeError as error:
             if not self._closed:
                 raise
-            raise HttpError(503, "the service stops", code="unavailable") from error
+            raise _stops() from error
 
     def _with_session(self, act: Callable[[ServiceControl], T]) -> T:
         with ServiceControl(self._address, keys=self._keys) as control:
@@ -181,6 +191,10 @@ class TrainerControl:
 
 def _next(control: ServiceControl, version: int | None) -> int:
     return int(control.status().figures["version"]) + 1 if version is None else version
+
+
+def _stops() -> HttpError:
+    return HttpError(503, "the service stops", code="unavailable")
 
 
 def _busy() -> HttpError:

@@ -28,6 +28,9 @@ WINDOW = 64 << 20
 MAX_UNCONFIRMED_ACKS = 8
 """Full Ack messages that may be sent before the gateway has confirmed them. One that is not full waits until those before it are
 confirmed, since each is one write to the gateway's disk: acknowledgements that come meanwhile go with it."""
+MAX_LAST_ACKS = 32
+"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`). A gateway whose disk is
+full keeps 64 of a session."""
 ACK_S = 0.05
 """Seconds between two Ack messages that are not full. One goes at once with a batch, or where a call waits for it."""
 _WAIT_S = 0.2
@@ -62,7 +65,7 @@ class MessageLoop:
         self._last_delivery = 0.0
         self._refusals: dict[str, BlockrollError] = {}
         self._awaited: list[str] = []
-        self._leading = False
+        self._leading = self._leaving = False
         self.closed = False
 
     @property
@@ -134,6 +137,12 @@ class MessageLoop:
         """Acknowledges these (request id, sample) with one of the next exchanges."""
         self._acks.extend(keys)
 
+    def send_acks(self) -> None:
+        """Sends the acknowledgements that wait for others to be confirmed, unless the client is closed."""
+        if self._acks and not self.closed:
+            self._leaving = True
+            self.run_until(lambda: True)
+
     def hurry(self) -> None:
         """A call waits for acknowledgements: they go with the next exchange."""
         self._acks_urgent = True
@@ -200,13 +209,15 @@ class MessageLoop:
         before it."""
         now = time.monotonic()
         few = int(self._acks_urgent or self.pending.submitting or now - self._acked_at >= ACK_S)
-        while self._acks and len(self._unconfirmed_acks) < (MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else few):
+        while self._acks and len(self._unconfirmed_acks) < (
+                MAX_LAST_ACKS if self._leaving else MAX_UNCONFIRMED_ACKS if len(self._acks) >= MAX_ACKS else few):
             self._acked_at = now
             keys = tuple(self._acks.popleft() for _ in range(min(len(self._acks), MAX_ACKS)))
             self._number += 1
             self._unconfirmed_acks[self._number] = keys
             self.pending.count_acks(keys, 1)
             self.connection.send(messages.Ack(self._number, keys))
+        self._leaving = self._leaving and bool(self._acks)
         self._acks_urgent = self._acks_urgent and bool(self._acks)
         for part in self.pending.parts():
             self.connection.send(part)

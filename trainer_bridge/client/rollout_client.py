@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from ...errors import RequestError, TransportError
+from ...errors import BlockrollError, RequestError, TransportError
 from ...rollout.types import RolloutRequest, Trajectory
 from ..wire.keys import ClientKeys
 from ..wire.records import FAILURE
@@ -43,8 +43,8 @@ from .service_control import ServiceControl
 CANCELLED = "cancelled by its client"
 STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 """Set to end a call that waits, which raises CallStopped."""
-_CLOSE_S = 5.0
-"""Seconds `close` waits for the gateway to confirm the last acknowledgements."""
+_CLOSE_S, _FAIL_S = 5.0, 0.5
+"""Seconds `close` waits for the gateway to confirm the last acknowledgements, and where the client ends by an error."""
 
 
 class CallStopped(Exception):
@@ -125,8 +125,12 @@ class RolloutClient:
             yield found[1]
 
     def take(self, timeout: float | None, on_error: OnError) -> tuple[Arrival, Trajectory] | None:
-        """The next item of `results`, and how it arrived; None at the end."""
-        return next(iter(self.take_some(1, timeout, on_error)), None)
+        """The next item of `results`, and how it arrived; None at the end, from where the caller may be away for long."""
+        if found := self.take_some(1, timeout, on_error):
+            return found[0]
+        with self._loop.lock:
+            self._loop.send_acks()
+        return None
 
     def take_some(self, most: int, timeout: float | None, on_error: OnError) -> list[tuple[Arrival, Trajectory]]:
         """The items of `results` that have arrived, up to `most`, and how they arrived; waits for the first. Empty at the end."""
@@ -276,17 +280,14 @@ class RolloutClient:
         return self._control.another()
 
     def shutdown_gateway(self) -> None:
-        """Stops the gateway; returns when the gateway has said that it stops. Its ledger keeps what is not
-        acknowledged."""
+        """Stops the gateway; returns when it has said that it stops. Its ledger keeps what is not acknowledged."""
         with self._loop.lock:
             self._begin()
         self._control.shutdown()
 
     def close(self, *, acknowledge: bool = True) -> None:
-        """Acknowledges what was handed out (ack="auto") and closes the sockets; safe to call twice.
-
-        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life.
-        """
+        """Acknowledges what was handed out (ack="auto"; not with `acknowledge` False) and closes the sockets; safe to call twice.
+        Does not wait for a gateway that is away: what could not be acknowledged is delivered to the next life."""
         loop = self._loop
         with loop.lock:
             if self._closed:
@@ -296,11 +297,14 @@ class RolloutClient:
             try:
                 if acknowledge and self._auto:
                     loop.acknowledge(self._handed.all())
-                if acknowledge and loop.acknowledging:
-                    end = time.monotonic() + _CLOSE_S
+                if loop.acknowledging:
+                    end = time.monotonic() + (_CLOSE_S if acknowledge else _FAIL_S)
                     loop.hurry()
                     self._connection.restart_timeout()
                     loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
+            except BlockrollError:
+                if acknowledge:  # otherwise the caller has an error of its own
+                    raise
             finally:
                 loop.closed = True
                 self._connection.close()

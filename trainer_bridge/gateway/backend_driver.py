@@ -6,7 +6,8 @@ Invariants:
 - A version is on disk before the backend is given it.
 - Outputs are handed to the gateway in the order the backend returned them. The gateway bounds what is in flight.
 - A backend that is held takes work and commits, and begins nothing. A commit with policy `finish` then waits until it goes on.
-- When the driver ends, it cancels what the backend still has of its work: a backend may outlive its gateway.
+- When the driver ends, it cancels what the backend still has of its work: a backend may outlive its gateway. Holds and resets
+  that it has not begun fail.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .driver_commands import (
     Revoke,
     Work,
     WorkRefused,
+    refuse_interrupts,
 )
 from .progress_feed import ProgressFeed
 
@@ -98,8 +100,7 @@ class BackendDriver:
         return sorted(why for what, why in {**self._trouble}.items() if waiting or what != "submit")
 
     def submit(self, epoch: int, batch: Sequence[RolloutRequest], clients: Sequence[str]) -> None:
-        """Queues leased requests for the backend; `clients` says whose each is. Returns at once; any thread may call
-        it."""
+        """Queues leased requests for the backend; `clients` says whose each is. Returns at once; any thread may call it."""
         with self._lock:
             for request, client in zip(batch, clients, strict=True):
                 self._forget(request.id)
@@ -107,16 +108,14 @@ class BackendDriver:
         self._commands.put(Work(epoch, batch, clients))
 
     def scale(self, engines: int) -> None:
-        """Sets how many engines the backend should have; any thread may call it. Raises ClusterError for a backend that
-        cannot."""
+        """Sets how many engines the backend should have; any thread may call it. Raises ClusterError where it cannot."""
         scale = getattr(self._backend, "scale", None)
         if scale is None:
             raise ClusterError("engines: this backend has a fixed number of them")
         scale(engines)
 
     def commit(self, commit: Commit) -> None:
-        """Queues a weight version for the backend; a CommitEnded event follows. Returns at once; any thread may call
-        it."""
+        """Queues a weight version for the backend; a CommitEnded event follows. Returns at once; any thread may call it."""
         self._commands.put(commit)
 
     def revoke(self, epoch: int) -> None:
@@ -197,6 +196,8 @@ class BackendDriver:
         except BaseException as error:
             # The gateway ends and raises it to its owner.
             self._tell(Crashed(error))
+        finally:
+            refuse_interrupts(self._commands)
 
     def _take(self, busy: bool) -> Command | None:
         try:
@@ -217,8 +218,7 @@ class BackendDriver:
             self._tell(WorkRefused(work.epoch))
 
     def _sealed(self, commit: Commit) -> bool:
-        """Writes a version to disk while samples in flight go on; False, and a CommitEnded event, when the disk refuses
-        it."""
+        """Writes a version to disk while samples in flight go on; False, and a CommitEnded event, when the disk refuses it."""
         try:
             with ThreadPoolExecutor(1, "blockroll-seal") as beside:
                 sealing = beside.submit(commit.seal)
@@ -267,8 +267,10 @@ class BackendDriver:
                 self._backend.hold(command.held)
             else:
                 self._backend.reset_prefix_cache()
-        except ClusterError as error:
+        except BaseException as error:
             command.ended.set_exception(error)
+            if not isinstance(error, ClusterError):
+                raise
         else:
             command.ended.set_result(None)
         self._wake()

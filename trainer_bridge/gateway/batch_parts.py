@@ -70,6 +70,15 @@ def record_part(file: LedgerFile, part: Part, most: tuple[int, int], unfinished:
     return acked, refused
 
 
+def forget_staged(file: LedgerFile, client: str, batch: str | None, new: Change) -> None:
+    """Inside a transaction: what came of a batch that will not be finished, or of all of a client, is as if it had not come."""
+    staged, values = f"state=? AND client=? AND {OPEN}", [STAGED, client]
+    if batch is not None:
+        staged, values = f"{staged} AND batch=?", [*values, batch]
+    new.unfinished[client] -= file.value(f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {staged}", *values)
+    file.run(f"DELETE FROM requests WHERE {staged}", values)
+
+
 def _too_many(request: RolloutRequest, most: tuple[int, int], unfinished: int) -> str:
     """Why a new request has too many samples; empty when it has not."""
     if request.samples > most[0]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
-from ...errors import BlockrollError
+from ...errors import BlockrollError, ClusterError
 from ...rollout.backend import Completed
 from ...rollout.types import RolloutRequest, Trajectory
 
@@ -84,6 +86,14 @@ class ResetPrefixCache:
 
 
 Command = Work | Commit | Revoke | Cancel | Hold | Abort | ResetPrefixCache
+
+
+def refuse_interrupts(commands: SimpleQueue[Command | None]) -> None:
+    """Fails the calls that wait for a driver which takes no commands any more, and empties its queue."""
+    with suppress(Empty):
+        while True:
+            if isinstance(command := commands.get_nowait(), Hold | ResetPrefixCache):
+                command.ended.set_exception(ClusterError("the gateway stops"))
 
 
 @dataclass(frozen=True)

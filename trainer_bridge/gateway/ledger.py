@@ -14,14 +14,13 @@ Invariants:
 - A client's unfinished samples, and the samples of one request, are bounded; more are refused by name.
 - A write that fails (full disk) changes nothing and raises StorageError.
 
-What is kept of answered requests: `retention`. What is counted: `ledger_counters`.
-
-One process holds a ledger at a time. One thread at a time.
+What is kept of answered requests: `retention`. What is counted: `ledger_counters`. One process holds a ledger at a time, and one
+thread uses it at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from ..wire.limits import MAX_CLIENT_SAMPLES, MAX_REQUEST_SAMPLES
 from ..wire.records import FAILURE
 from . import aborting
 from .aborting import Aborted
-from .batch_parts import Part, Receipt, record_part
+from .batch_parts import Part, Receipt, forget_staged, record_part
 from .damage import Pending, fail_damaged, read_pending, read_requests
 from .leasing import in_turn
 from .ledger_counters import Change, Counters, Totals
@@ -111,11 +110,15 @@ class Ledger:
             unfinished = self._totals.unfinished
             return [record_part(self._file, part, self._most, unfinished[part.client], new) for part in parts]
 
-    def lease(self, room: int, force: bool = False) -> tuple[int, list[RolloutRequest]] | None:
-        """Leases the oldest queued batch under a new epoch.
+    def forget_batches(self, batches: Collection[tuple[str, str]]) -> None:
+        """What came of these (client, batch), which were refused before they were complete, is as if it had not come."""
+        with self._totals.changing() as new:
+            for client, batch in batches:
+                forget_staged(self._file, client, batch, new)
 
-        None when nothing is queued, or when the batch asks for more than `room` samples and `force` is not set.
-        """
+    def lease(self, room: int, force: bool = False) -> tuple[int, list[RolloutRequest]] | None:
+        """Leases the oldest queued batch under a new epoch. None when nothing is queued, or when the batch asks for more than
+        `room` samples and `force` is not set."""
         run = self._file.run
         with self._file.guard():
             head = run(f"SELECT client, batch FROM requests WHERE state=? AND {OPEN} ORDER BY seq LIMIT 1",
@@ -163,11 +166,8 @@ class Ledger:
             self._file.run(f"UPDATE requests SET state=? WHERE state=? AND epoch=? AND {OPEN}", (QUEUED, LEASED, epoch))
 
     def record(self, completed: Sequence[Completed]) -> set[str]:
-        """Records outputs of engines, all or none; returns the clients that have something new.
-
-        An output under an old epoch, or for a request that is not leased, is dropped and counted `stale`; one whose key
-        is recorded already is dropped and counted in `duplicates`.
-        """
+        """Records outputs of engines, all or none; returns the clients that have something new. An output under an old epoch, or
+        for a request that is not leased, is dropped and counted `stale`; one whose key is recorded already in `duplicates`."""
         outputs = [(item, *payload_of(item)) for item in completed]
         with self._totals.changing(durable=False) as new:
             return self._record(outputs, new)
@@ -264,9 +264,7 @@ class Ledger:
         run = self._file.run
         with self._totals.changing() as new:
             gone = f"state=? AND client=? AND {OPEN}"
-            new.unfinished[client] -= self._file.value(
-                f"SELECT COALESCE(SUM(samples), 0) FROM requests WHERE {gone}", STAGED, client)
-            run(f"DELETE FROM requests WHERE {gone}", (STAGED, client))
+            forget_staged(self._file, client, None, new)
             leased = [row[0] for row in run(f"SELECT id FROM requests WHERE {gone}", (LEASED, client))]
             for state in (QUEUED, LEASED):
                 run(f"UPDATE requests SET state=? WHERE {gone}", (PAUSED, state, client))
@@ -274,11 +272,11 @@ class Ledger:
         return leased
 
     def resume(self, client: str) -> None:
-        """The client is back: its paused work is queued again."""
-        if client in self._paused:
-            with self._file.transaction():
-                self._file.run(f"UPDATE requests SET state=? WHERE state=? AND client=? AND {OPEN}", (QUEUED, PAUSED, client))
-            self._paused.remove(client)
+        """The client is back: its paused work is queued again. It submits again what it had not finished submitting."""
+        with self._totals.changing() as new:
+            forget_staged(self._file, client, None, new)
+            self._file.run(f"UPDATE requests SET state=? WHERE state=? AND client=? AND {OPEN}", (QUEUED, PAUSED, client))
+        self._paused.discard(client)
 
     def pending(self, client: str, after: int, max_bytes: int = 4 << 20) -> list[Pending]:
         """Unacknowledged outputs of a client's requests with seq > after, oldest first; stops behind `max_bytes`.

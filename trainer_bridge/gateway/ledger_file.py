@@ -60,31 +60,35 @@ class LedgerFile:
     """One SQLite file.
 
     Args: path: the file; its folder must exist. WAL and synchronous FULL: what a transaction recorded survives a power
-        cut. max_bytes: refuse to grow beyond this (StorageError); None for as much as the disk holds.
+        cut. max_bytes: refuse to grow beyond this (StorageError); None for as much as the disk holds. make: whether a file
+        that is no ledger becomes one; otherwise it raises StorageError and stays as it is.
     """
 
-    def __init__(self, path: str | Path, max_bytes: int | None) -> None:
+    def __init__(self, path: str | Path, max_bytes: int | None, make: bool = True) -> None:
         self.path = Path(path)
         self._log = self.path.with_name(self.path.name + "-wal")
         self._files: dict[Path, tuple[int, int]] = {}
+        name = str(self.path) if make else f"{self.path.absolute().as_uri()}?mode=rw"
         self._synced_log: int | None = None
         self._full, self._unsynced = True, False
         self._lost: StorageError | None = None
         try:
-            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0.5)
+            self._db = sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=0.5, uri=not make)
         except sqlite3.Error as error:
             raise self._storage(error) from error
         try:
             with self.guard():
-                self._open(max_bytes)
+                self._open(max_bytes, make)
         except BaseException:
             self._db.close()
             raise
 
-    def _open(self, max_bytes: int | None) -> None:
+    def _open(self, max_bytes: int | None, make: bool) -> None:
         run = self.run
         # The lock is held from the first read on and released by the kernel when the process dies.
         run("PRAGMA locking_mode=EXCLUSIVE")
+        if not make and not self._is_ledger():
+            raise StorageError(f"ledger {self.path}: it is no ledger; name one, or a new file")
         # Takes effect in a new file only; an existing one would have to be copied.
         run("PRAGMA auto_vacuum=INCREMENTAL")
         run("PRAGMA journal_mode=WAL")
@@ -94,7 +98,7 @@ class LedgerFile:
         if max_bytes is not None:
             run(f"PRAGMA max_page_count={max(1, max_bytes // self._page)}")
         with self.transaction():
-            if run("SELECT 1 FROM sqlite_schema WHERE name='meta'").fetchone() is None:
+            if not self._is_ledger():
                 for statement in _SCHEMA.split(";")[:-1]:
                     run(statement)
                 run("INSERT INTO meta VALUES ('format', ?), ('ledger', ?), ('epoch', 0)", (_FORMAT, uuid.uuid4().hex))
@@ -106,6 +110,9 @@ class LedgerFile:
         # SQLite's own name of the log, behind symbolic links. It takes no locks on this file, which closing it would end.
         with suppress(FileNotFoundError):
             self._synced_log = os.open(run("PRAGMA database_list").fetchone()[2] + "-wal", os.O_RDONLY)
+
+    def _is_ledger(self) -> bool:
+        return self.run("SELECT 1 FROM sqlite_schema WHERE name='meta'").fetchone() is not None
 
     def check(self) -> None:
         """Raises StorageError when the file, or its write-ahead log, is no longer the one that was opened, or after a `sync` that

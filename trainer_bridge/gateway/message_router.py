@@ -64,6 +64,7 @@ class MessageRouter:
         self._probed = self._retry = 0.0
         self._parts: list[tuple[Session, Part]] = []
         self._part_bytes = 0
+        self._refused: set[tuple[str, str]] = set()  # (client, batch) of which the ledger may hold parts
         self._unsaid: list[tuple[bytes, messages.Message]] = []
         self.shutdown = False
 
@@ -110,6 +111,8 @@ class MessageRouter:
             for session in self._sessions:
                 if not session.outbox:
                     self._ping(session, messages.Ping())
+        if self._refused and now >= self._retry:
+            self._forget_refused()
         waiting = False
         self.mark(self._ledger.take_news())
         for session in self._sessions:
@@ -207,10 +210,11 @@ class MessageRouter:
             requests = [(decode_request(blob), bytes(blob)) for blob in message.requests]
         except TransportError as error:
             self._status.malformed += 1
+            self.record_parts()  # the receipts of the parts before come before the refusal
             self._refuse_batch(session, messages.Refused(message.batch, "transport", clip(str(error))))
             return
         if (refused := session.refused.get(message.batch)) is not None:
-            self._refuse_batch(session, refused)
+            self._unsaid.append((session.peer, refused))
             return
         self._parts.append((session, Part(session.client, message.batch, message.index, requests, message.final)))
         self._part_bytes += sum(len(record) for _, record in requests)
@@ -222,6 +226,7 @@ class MessageRouter:
         if not self._parts:
             return
         parts, self._parts, self._part_bytes = self._parts, [], 0
+        self._forget_refused()
         try:
             receipts = self._ledger.record_parts([part for _, part in parts])
         except StorageError as error:
@@ -240,6 +245,7 @@ class MessageRouter:
         session.refused[refused.about] = refused
         if len(session.refused) > MAX_REFUSED:
             del session.refused[next(iter(session.refused))]
+        self._refused.add((session.client, refused.about))
         self._unsaid.append((session.peer, refused))
 
     def _confirm(self) -> None:
@@ -249,6 +255,16 @@ class MessageRouter:
             unsaid, self._unsaid = self._unsaid, []
             for peer, message in unsaid:
                 self._sessions.reply(peer, message)
+
+    def _forget_refused(self) -> None:
+        """Has the ledger forget what it holds of refused batches. Where the disk refuses that, they wait."""
+        try:
+            if self._refused:
+                self._ledger.forget_batches(self._refused)
+                self._refused.clear()
+        except StorageError as error:
+            self._retry = time.monotonic() + RETRY_S
+            _log.debug("%d refused batches are still in the ledger: %s", len(self._refused), error)
 
     def _cancel(self, session: Session, message: messages.Cancel) -> None:
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import blockroll
 from blockroll.errors import InvalidInput, RequestError
 from blockroll.model.tasks import Task, answer, make_tasks, score
 from blockroll.model.tokenizer import encode_prompt
@@ -255,6 +256,50 @@ def test_what_stops_a_search_leaves_nothing_in_the_engine(engine: Engine) -> Non
     engine.abort()
 
 
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"method": "best_of_n", "scorer": "too_large"}, "scorer: .*too_large returned 1000"),
+    ({"method": "weighted_vote", "scorer": "nearly_too_large"}, "scorer: .* returned 1e.308 as a weight; return 0 to 1e.300"),
+    ({"answer": "without_text"}, "answer: .*without_text raised ZeroDivisionError"),
+    ({"answer": "many_digits"}, "answer: .*many_digits raised ValueError"),
+])  # fmt: skip
+def test_what_a_users_function_returns_is_no_bug_of_ours(engine: Engine, fields: dict, said: str) -> None:
+    fields = {name: f"{__name__}:{value}" if name in ("scorer", "answer") else value for name, value in fields.items()}
+    with pytest.raises(RequestError, match=said):
+        found(engine, TASKS[:1], replace(PARAMS, temperature=0.0), samples=2, **fields)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(("prompt", "said"), [
+    ("\ud800", "prompt: .* is no Unicode text"), (5, "prompts: 5 is no list"), ([-1], "prompts: -1 is no token id"),
+    ([1, 1.5], "prompts: 1.5 at place 1"), (b"ab", "prompts: b'ab' is no list"), ([], "no prompt tokens"),
+])  # fmt: skip
+def test_a_prompt_that_is_none_is_told_so(engine: Engine, prompt: object, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        blockroll.search(engine, [prompt], SearchConfig(samples=1), PARAMS)  # type: ignore[list-item]
+    assert not engine.has_work
+
+
+def too_large(prompt: str, text: str) -> int:
+    return 10**400
+
+
+def nearly_too_large(prompt: str, text: str) -> float:
+    return 1e308
+
+
+class NoText:
+    def __str__(self) -> str:
+        return str(1 / 0)
+
+
+def without_text(text: str) -> NoText:
+    return NoText()
+
+
+def many_digits(text: str) -> int:
+    return 10**5000
+
+
 def explodes(text: str) -> str:
     return str(1 / 0)
 
@@ -280,6 +325,8 @@ def leaves(text: str) -> str:
     ({"method": "markovian_rsa", "aggregation": "{question}"}, "aggregation: '{question}'"),
     ({"method": "markovian_rsa", "samples": 2}, "aggregate: 4 is more than the 2 candidates"),
     ({"tokens": 5}, "search: unknown key 'tokens'"),
+    ({"method": "budget_forcing", "force": "é" * 129}, "force: 'éééé"),
+    ({"method": "beam", "step_end": "a" * 257}, "step_end: 'aaa"),
 ])  # fmt: skip
 def test_a_configuration_is_checked_when_it_is_made(fields: dict, said: str) -> None:
     with pytest.raises(RequestError) as error:

@@ -160,6 +160,28 @@ def test_a_function_that_hangs_stops_no_other_search(service: Service, monkeypat
         wait_for(lambda: ask(fields).status_code == 200, 5)
 
 
+def test_searches_that_wait_or_compute_count_as_unfinished(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three searches of 100 samples hang in a function behind their samples; one more sample would be the 301st."""
+    go_on, hang = threading.Event(), list[str]()
+    monkeypatch.setattr(tasks, "answer", lambda text: hang.append(text) or (go_on.wait(30) and "7"))
+    with httpx.Client(base_url=url_of(service), headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as raw:
+
+        def ask(search: Any) -> httpx.Response:
+            return raw.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2, "stop": list("0123456789"), **search})
+
+        with ThreadPoolExecutor(3) as threads:
+            try:
+                running = [threads.submit(ask, {"search": {"samples": 100, "answer": LISTED}}) for _ in range(3)]
+                wait_for(lambda: len(hang) == 3)
+                for fields in ({}, {"search": {"samples": 1}}):
+                    refused = ask(fields)
+                    assert refused.status_code == 429 and "max_unfinished" in refused.text, refused.text
+            finally:
+                go_on.set()
+            assert [each.result(30).status_code for each in running] == [200] * 3
+        assert ask({"search": {"samples": 300}}).status_code == 200  # nothing is counted any more
+
+
 def test_an_abort_ends_a_search_with_what_it_has(service: Service) -> None:
     headers = {"Authorization": f"Bearer {CONTROL_KEY}"}
     with httpx.Client(base_url=url_of(service), headers=headers, timeout=30) as raw, control(service) as watched:

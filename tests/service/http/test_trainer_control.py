@@ -61,6 +61,34 @@ def test_a_call_behind_the_end_of_the_service_is_told_so(tmp_path: Path) -> None
                 asyncio.run(ask())
 
 
+def test_calls_that_wait_for_a_thread_at_the_end_of_the_service_are_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a call whose own task is cancelled is a cancelled task."""
+    monkeypatch.setattr(trainer_control, "MAX_CALLS", 1)
+    with Gateway(Endless(), "tcp://127.0.0.1:*", tmp_path / "ledger.sqlite") as gateway:
+        dispatch, busy = Dispatch(gateway, None, 10), threading.Event()
+        control = TrainerControl(gateway, None, dispatch)
+
+        async def ask() -> None:
+            control._calls.submit(busy.wait)
+            calls = [asyncio.ensure_future(each) for each in (control.resume(), control.label(1), control.reset_prefix_cache())]
+            await asyncio.sleep(0.05)
+            calls[2].cancel()
+            control.close()
+            busy.set()
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(each, HttpError) and each.status == 503 for each in ended[:2]), ended
+            assert isinstance(ended[2], asyncio.CancelledError)
+
+        try:
+            asyncio.run(asyncio.wait_for(ask(), 30))
+        finally:
+            busy.set()
+            control.close()
+            dispatch.close()
+
+
 def test_an_update_that_was_never_made_stands_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One whose session cannot be opened, and one that is given up while it waits for a thread."""
     monkeypatch.setattr(trainer_control, "MAX_CALLS", 1)

@@ -176,6 +176,19 @@ def test_requests_that_wait(address: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await dropped
         assert not found.unfinished and (await client.status())["failed"] == failed + 1
+        twice = asyncio.ensure_future(found.generate(request("twice", tokens=400)))
+        await asyncio.sleep(0.05)
+        async with found._submitting:  # as while a batch is being submitted: the first cancellation waits for it
+            for _ in range(2):
+                twice.cancel()
+                await asyncio.sleep(0.01)
+        with pytest.raises(asyncio.CancelledError):
+            await twice
+        for _ in range(200):
+            if (await client.status())["failed"] == failed + 2:
+                break
+            await asyncio.sleep(0.01)
+        assert not found.unfinished and (await client.status())["failed"] == failed + 2
         await found.close()
 
     asyncio.run(run())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bridge_parts import ToyBackend, request
+from bridge_parts import ToyBackend, request, until
 
 from blockroll.errors import TransportError
 from blockroll.rollout.types import Trajectory
@@ -33,6 +34,34 @@ def test_a_write_of_the_ledger_acknowledges_all_that_came_meanwhile(
         client.submit([request(f"r{i}") for i in range(300)])
         assert len({trajectory.key for trajectory in client.results(timeout=10)}) == 300
     assert sum(writes) == 300 and len(writes) < 30
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_acknowledgements_reach_a_slow_gateway_though_the_client_does_nothing_more(
+    fails: bool, serve: Callable[..., Gateway], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the end of `results`, where the client trains; and where it ends by an error, but for the sample it had then."""
+    acknowledge = Ledger.acknowledge
+
+    def slow(ledger: Ledger, client: str, keys: Any) -> int:
+        time.sleep(0.1)
+        return acknowledge(ledger, client, keys)
+
+    monkeypatch.setattr(Ledger, "acknowledge", slow)
+    gateway, taken, wanted = serve(ToyBackend()), 0, 200 if fails else 300
+    try:
+        with connect(gateway.address, client_id="t", timeout=20) as client:
+            client.submit([request(f"r{i}") for i in range(300)])
+            for _ in client.results(timeout=10):
+                taken += 1
+                if fails and taken == 201:
+                    raise KeyError(taken)
+            until(lambda: gateway._ledger.counters.acknowledged == wanted, 20)
+    except KeyError:
+        assert fails
+    until(lambda: gateway._ledger.counters.acknowledged >= wanted, 20)
+    time.sleep(0.3)
+    assert gateway._ledger.counters.acknowledged == wanted
 
 
 def test_what_is_taken_together_ends_before_a_refusal_and_before_what_cannot_be_read() -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,19 @@ def test_a_ledger_without_a_row_of_its_own_is_refused(key: str, tmp_path: Path) 
     if key == "format":
         with pytest.raises(StorageError, match="is damaged"):
             kept_work(path)
+
+
+def test_asking_what_a_ledger_keeps_makes_no_ledger(tmp_path: Path) -> None:
+    """Of a file that is empty, and of a database of something else, which a misspelt configuration may name."""
+    empty, other = tmp_path / "empty ? 100%", tmp_path / "runs.db"
+    empty.touch()
+    with closing(sqlite3.connect(other)) as database, database:
+        database.execute("CREATE TABLE runs (id)")
+    before = other.read_bytes()
+    assert kept_work(empty) == (0, 0)
+    with pytest.raises(StorageError, match="is no ledger"):
+        kept_work(other)
+    assert other.read_bytes() == before and not empty.stat().st_size
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([empty.name, other.name])
+    Ledger(empty).close()
+    assert kept_work(empty) == (0, 0)  # a name that a URI has to quote

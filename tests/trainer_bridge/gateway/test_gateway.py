@@ -246,6 +246,19 @@ def test_a_batch_of_which_a_part_finds_no_room_is_refused_whole(serve: Serve, mo
         assert len(client.generate([request("small", 2)], timeout=10)) == 2
 
 
+def test_what_came_of_a_refused_batch_is_nobodys_unfinished_work(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts before the one that finds no room were recorded. The client submits something else."""
+    monkeypatch.setattr(message_router, "MAX_PART_BYTES", 0)  # each part is a transaction
+    small, large = [request(f"small{i}") for i in range(32)], [request(f"large{i}", prompt=range(20_000)) for i in range(32)]
+    gateway = serve(ToyBackend(longest=10**6), max_ledger_bytes=300_000, max_client_samples=64)
+    with connect(gateway.address) as client:
+        with pytest.raises(StorageError, match="full"):
+            client.submit([*small, *large])
+        until(lambda: client.status()["outstanding"] == 0)
+        assert len(client.generate([request("other", 40)], timeout=10)) == 40
+        assert len(client.generate(small, timeout=10)) == 32 and client.status()["requested"] == 72
+
+
 def test_leases_commits_retries_and_refusals_are_logged(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="blockroll.trainer_bridge.gateway")
     backend = ToyBackend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from blockroll.rollout.types import Trajectory
 from blockroll.trainer_bridge.client import RolloutClient, ServiceControl, async_client, connect
 from blockroll.trainer_bridge.client.async_client import AsyncRolloutClient
 from blockroll.trainer_bridge.gateway import Gateway, aborting, message_router
+from blockroll.trainer_bridge.gateway.backend_driver import BackendDriver
 from blockroll.trainer_bridge.gateway.ledger import Ledger
 from blockroll.trainer_bridge.wire import messages
 
@@ -353,3 +355,30 @@ def test_a_drain_ends_a_pause(serve: Serve) -> None:
         backend.rate = 1e9
         assert control.stop(drain=True, timeout=20) and gateway.wait(10)
         client.close(acknowledge=False)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_waits_for_a_driver_that_ends_is_told_so(broken: bool) -> None:
+    """At a stop, behind a poll that takes its time; and behind a call that fails by a bug."""
+    polls, go_on = threading.Event(), threading.Event()
+
+    class Slow(Pausable):
+        def poll(self, timeout: float) -> list[Completed]:
+            polls.set()
+            go_on.wait(10)
+            return []
+
+        def hold(self, held: bool) -> None:
+            if held:
+                raise KeyError("a bug")
+
+    driver = BackendDriver(Slow(), lambda: None)
+    assert polls.wait(10)
+    calls = [driver.hold(broken), driver.reset_prefix_cache()]
+    if not broken:
+        driver.stop(0.0)
+    go_on.set()
+    errors = [call.exception(10) for call in calls]
+    assert driver.stop(10)
+    assert isinstance(errors[0], KeyError if broken else ClusterError) and isinstance(errors[1], ClusterError)
+    assert "the gateway stops" in str(errors[1]) and driver.events.empty() is not broken

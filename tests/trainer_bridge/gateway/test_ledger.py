@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,20 @@ def test_requests_of_an_abandoned_batch_join_the_next(ledger: Ledger) -> None:
     record(ledger, request("a"), request("b"), final=False)
     record(ledger, request("b"), request("c"), batch="second")
     assert ledger.lease(ROOM) == (1, [request("b"), request("c")])
+
+
+def test_a_client_that_comes_back_owes_no_batch_that_it_had_not_finished(tmp_path: Path) -> None:
+    """It submits all of it again, or something else."""
+    with closing(Ledger(tmp_path / "l", max_client_samples=8)) as ledger:
+        record(ledger, request("queued", 2))
+        record(ledger, request("a", 6), batch="c", final=False)
+        assert record(ledger, request("b", 6), batch="d")[1] and ledger.outstanding == 8
+        record(ledger, request("theirs", 6), client="other", final=False)
+        ledger.resume("t")
+        assert record(ledger, request("b", 6), batch="d")[1] == [] and ledger.outstanding == 14
+        assert ledger.lease(ROOM) == (1, [request("queued", 2)]) and ledger.lease(ROOM) == (2, [request("b", 6)])
+        ledger.forget_batches([("other", "b"), ("t", "b"), ("nobody", "z")])
+        assert ledger.outstanding == 8 and ledger.counters.requested == 8
 
 
 def test_duplicates_and_old_epochs_are_dropped_for_ever(ledger: Ledger) -> None:

@@ -2,7 +2,7 @@
 
 Invariants:
 - Requests that arrive while a batch is being submitted are the next batch.
-- A request whose coroutine is cancelled, or has failed here, is cancelled at the service.
+- A request whose coroutine is cancelled, once or several times, or has failed here, is cancelled at the service.
 - When the gateway has been gone for `patience` to twice `patience` seconds, every call that waits fails, and so do those that
   come until it answers again.
 - While the gate is closed no request is submitted; those that arrive wait for it, or are turned away.
@@ -45,6 +45,7 @@ class Generations:
         self._waiting: dict[str, asyncio.Future[Trajectory]] = {}
         self._queue: list[RolloutRequest] = []
         self._unwanted = set[str]()  # nobody waits for these, and the service may have them
+        self._cancelling = set[asyncio.Task[None]]()
         self._arrived, self._submitted, self._open = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._open.set()
         self._turning_away, self._ending, self._submitting = False, asyncio.Lock(), asyncio.Lock()
@@ -73,15 +74,18 @@ class Generations:
         except asyncio.CancelledError:
             if request in self._queue:
                 self._queue.remove(request)
-            else:
-                async with self._submitting:
-                    pass  # while its batch is submitted, the client may not know it
-                await self._cancel(request.id)
+            else:  # in a task of its own, which another cancellation of this one does not end
+                ending = asyncio.create_task(self._cancel(request.id))
+                self._cancelling.add(ending)
+                ending.add_done_callback(self._cancelling.discard)
+                await asyncio.shield(ending)
             raise
         finally:
             self._waiting.pop(request.id, None)
 
     async def _cancel(self, name: str) -> None:
+        async with self._submitting:
+            pass  # while its batch is submitted, the client may not know it
         try:
             await self._client.cancel([name])
         except BlockrollError as error:
@@ -126,6 +130,7 @@ class Generations:
         if self._control is not None:
             await asyncio.to_thread(self._control.close)
         await self._client.close()
+        await asyncio.gather(*self._cancelling, return_exceptions=True)
 
     def _session(self) -> ServiceControl:
         if self._control is None:
