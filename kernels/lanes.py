@@ -1,5 +1,5 @@
-"""Registers of float32 on a CPU, for functions that numba compiles: how many numbers one holds, copies of whole registers, and the
-transposition of a square of them. They move numbers and compute nothing.
+"""Registers of float32 on a CPU, for functions that numba compiles: how many numbers one holds, copies of lines, and the
+transposition of a matrix. They move numbers and compute nothing.
 
 numba vectorises a loop only if it is long: a loop over the features of a head takes several times as long as these.
 

@@ -1,5 +1,5 @@
-"""Attention of `PackedBackend` over the clean keys and the mask block that a row sees, compiled by numba, as matrix products of the
-rows of a sequence.
+"""Attention of `PackedBackend` over the clean keys and the mask block that a row sees, compiled by numba. Several rows of a
+sequence are computed at once, as two products with the softmax between them.
 
 Invariants:
 - A clean row sums over its keys in the order of their numbers. Neither the rest of the pack nor the cached part of its prefix
@@ -54,9 +54,8 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD
 
 @compiled()
 def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, attended_RD, out_THD, first, last):
-    """Attention of the clean rows first..last of a sequence, `group` heads from head g * group on, as two products and the softmax
-    between them. Each score adds up its features in their order, and each output its keys in theirs: a key that a row does not see
-    has weight 0, and changes no sum."""
+    """Attention of the clean rows first..last of a sequence, of `group` heads from head g * group on. Each score adds up its
+    features in their order, and each output its keys in theirs: a key that a row does not see has weight 0 and changes no sum."""
     size, features = q_THD.shape[2], values_LD.shape[1]
     low, high, rows = begin_T[first], 0, (last - first) * group
     for t in range(first, last):
@@ -91,8 +90,8 @@ def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, at
 @compiled()
 def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, mask_S, start_S, place_SL,
                 keys_NGDL, values_NGLD, mask_q_NGRD, key_LD, q_RD, score, attended_RD, out_THD):  # fmt: skip
-    """Attention of the clean rows of some sequences, of queries that carry their scale. With `apart`, keys, values and the queries
-    of mask rows are kept, of each sequence in a place of its own."""
+    """Attention of the clean rows of some sequences, of queries that carry their scale. With `apart`, keys, values and mask
+    queries are kept, those of each sequence in a place of its own."""
     kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
     heads = q_THD.shape[1]
     group = heads // kv_heads
