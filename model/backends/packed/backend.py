@@ -92,7 +92,7 @@ class _Work:
         self.sorted, self.gate_up = take("sorted", rows, hidden), take("gate_up", rows, 2 * inner)
         self.inner, self.out = take("inner", rows, inner), take("out", rows, hidden)
         self.hidden = take("hidden", rows, width), take("hidden before", rows, width)
-        self.line = np.zeros(width, np.float32)
+        self.line = np.zeros(turns * size, np.float32)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class PackedBackend:
         linear.products(work.x, layer.convolution_NPDW, work.mixed)
         stages.turn(
             work.mixed, work.projected, layer.convolution_bias_NO, layer.temperature_N, *rope, work.previous, plan.write_T,
-            k_pool, v_pool, work.q, work.k, work.v,
+            k_pool, v_pool, work.line, work.q, work.k, work.v,
         )  # fmt: skip
         out_THD = work.attended.reshape(-1, self._heads, self._size)
         self._attention(plan, layer.kind, work.q, work.k, work.v, k_pool, v_pool, out_THD)
@@ -211,7 +211,7 @@ class PackedBackend:
         stages.route(
             state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1_PDW, layer.fc1_bias,
             layer.fc2_PDW, layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot,
-            work.begin, work.sorted, *work.hidden, work.line,
+            work.begin, work.sorted, *work.hidden,
         )  # fmt: skip
         stages.experts(
             work.sorted, work.begin, layer.gate_up_EPDW, layer.down_EPFW, work.gate_up, work.inner, work.out
