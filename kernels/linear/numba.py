@@ -157,8 +157,8 @@ def product_of(x_TD, begin, end, panels_PDW, out_TF):
 
 @compiled()
 def product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_TF):
-    """Writes the first `rows` rows and `features` columns of out_TF: the first `depth` features of x times a part of a weight that
-    is not in panels, from its row `first` and column `begin` on. `features` is a multiple of `WIDTH`."""
+    """Writes the first `rows` rows and `features` columns of out_TF: the first `depth` features of x times a part of a weight
+    that is not in panels, from its row `first` and column `begin` on. `features` is a multiple of `WIDTH`."""
     each, stride = _rows_of_a_tile(rows), weight_DF.shape[1]
     for f in range(0, features, WIDTH):
         for t in range(0, rows, each):
