@@ -27,6 +27,9 @@ def evaluate(
     temperatures: Annotated[str, typer.Option(help="pass@k and acceptance are measured at the first.")] = "1.0,0.3",
     levels: Annotated[str, typer.Option(help="Acceptance lengths a step drafts for.")] = LEVELS,
     block_sizes: Annotated[str, typer.Option(help="Compared slot by slot; the rest is at the policy's own.")] = "8,16",
+    draft_temperatures: Annotated[
+        str | None, typer.Option(metavar="0.5,0.7,1", help="Temperatures of drafts, over the samples' own, to compare.")
+    ] = None,
     k: Annotated[
         str | None, typer.Option("--k", metavar="1,2,4,...", help="For pass@k; without it the powers of 2 up to samples.")
     ] = None,
@@ -67,7 +70,8 @@ def evaluate(
         tasks=tasks, samples=samples if samples is not None else max(1, *(groups or (4,))), k=groups,
         samplers=tuple(words(samplers)),  # type: ignore[arg-type]  # validated by the class
         mix_weights=numbers("mix-weights", mix_weights), temperatures=numbers("temperatures", temperatures),
-        levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes), batch=batch,
+        levels=integers("levels", levels), block_sizes=integers("block-sizes", block_sizes),
+        draft_temperatures=() if draft_temperatures is None else numbers("draft-temperatures", draft_temperatures), batch=batch,
         max_tokens=max_tokens, seed=seed, device=device, dtype=dtype,
     )
     own = None if source is None else load_yaml(source, TaskSource)

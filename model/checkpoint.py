@@ -162,6 +162,8 @@ def save_policy(
         config.diffusion = {"block_size": policy.block_size, "mask_token_id": policy.mask_token_id}
         if policy.markov is not None:
             config.diffusion["markov_rank"] = policy.markov.rank
+        if policy.draft_temperature != 1:
+            config.diffusion["draft_temperature"] = policy.draft_temperature
     config.architectures, config.dtype = ["ZayaForCausalLM"], str(save_as).removeprefix("torch.")
     try:
         with whole_directory(target, _ours) as staging:

@@ -30,6 +30,8 @@ MAX_MARKOV_RANK = 1024
 """Largest rank of a Markov head; conversion trains none above."""
 BLOCK_SIZES = (2, 64)
 """Least and largest block of mask rows."""
+DRAFT_TEMPERATURES = (0.1, 2.0)
+"""Least and largest temperature of the drafts, as a multiple of the temperature of p."""
 MAX_BACKWARD = 64
 """Largest convolution of CCA: the ring of cached tails is longer than what it looks back, for every sequence."""
 MIN_EPS = 1e-30
@@ -50,6 +52,7 @@ _ROPES = ("default", "linear", "yarn", "llama3")
 """Kinds of rotary embeddings whose frequencies depend on the configuration alone. Where they depend on the length of a sequence,
 cached keys would have to change with it."""
 _DIFFUSION = {"block_size": BLOCK_SIZES, "mask_token_id": (0, (1 << 22) - 1), "markov_rank": (0, MAX_MARKOV_RANK)}
+_DRAFT_TEMPERATURE = "draft_temperature"
 
 
 def read_config(directory: Path) -> ZayaConfig:
@@ -200,16 +203,22 @@ class _Checks:
             self.need(fits and is_number(scaling) and math.isfinite(scaling), "rope_parameters", config.rope_parameters,
                       "which gives no frequencies for a head", "restore the file")
 
-    def diffusion(self, section: Any, config: ZayaConfig) -> dict[str, int] | None:
+    def diffusion(self, section: Any, config: ZayaConfig) -> dict[str, Any] | None:
         """The section `diffusion`, None where the policy was not converted."""
         if section is None or section == {}:
             return None
         remedy = "give block_size and mask_token_id as whole numbers"
         self.need(isinstance(section, dict), "diffusion", section, "no section", remedy)
+        known = [*_DIFFUSION, _DRAFT_TEMPERATURE]
         for name, value in section.items():
-            close = difflib.get_close_matches(name[:40], _DIFFUSION, 1)
-            self.need(name in _DIFFUSION, f"diffusion.{name[:40]}", value, "and there is no such key",
-                      f"did you mean {close[0]}?" if close else f"use {', '.join(_DIFFUSION)}")
+            close = difflib.get_close_matches(name[:40], known, 1)
+            self.need(name in known, f"diffusion.{name[:40]}", value, "and there is no such key",
+                      f"did you mean {close[0]}?" if close else f"use {', '.join(known)}")
+            if name == _DRAFT_TEMPERATURE:
+                coldest, hottest = DRAFT_TEMPERATURES
+                self.need(is_number(value) and coldest <= value <= hottest, f"diffusion.{name}", value,
+                          f"no number in {coldest}..{hottest}", "leave it out, which means 1")
+                continue
             least, most = _DIFFUSION[name]
             self.need(is_whole(value) and least <= value <= most, f"diffusion.{name}", value,
                       f"no whole number in {least}..{most}", remedy)

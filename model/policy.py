@@ -158,6 +158,10 @@ class Policy(nn.Module):
     Attributes:
         config: the checkpoint's `ZayaConfig`, with its `diffusion` section.
         block_size: mask rows of a block the policy was converted for.
+        draft_temperature: temperature at which drafts are drawn from q, as a multiple of the request's
+            (`diffusion.draft_temperature` in config.json; 1 where it has none). Below 1 a draft is more often the most probable
+            token of q. It changes how many drafts are accepted, and not what `lossless` and `coupled` sample. Training does not
+            use it.
         mask_token_id: the token id of mask rows.
         tokenizer: the checkpoint's tokenizer, or None.
         hops: tokens the CCA convolutions look back.
@@ -171,6 +175,7 @@ class Policy(nn.Module):
         self.config = config
         diffusion: dict[str, Any] = getattr(config, "diffusion", None) or {}
         self.block_size: int = diffusion.get("block_size", 16)
+        self.draft_temperature: float = float(diffusion.get("draft_temperature", 1.0))
         self.mask_token_id: int = diffusion.get("mask_token_id", config.vocab_size - 1)
         self.converted = bool(diffusion)
         self.tokenizer: Any = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from ..model.arguments import is_list, is_whole, require, short
+from ..model.arguments import is_list, is_number, is_whole, require, short
+from ..model.config import DRAFT_TEMPERATURES
 from .schedule import Schedule
 from .types import RolloutRequest
 
@@ -23,6 +24,9 @@ def check_config(config: EngineConfig) -> None:
     size = config.block_size
     require(size is None or (is_whole(size) and 2 <= size <= 64), "block_size", f"{short(size)} is outside 2..64",
             "use the policy's own, or 4 to 32")
+    temperature, (least, most) = config.draft_temperature, DRAFT_TEMPERATURES
+    require(temperature is None or (is_number(temperature) and least <= temperature <= most), "draft_temperature",
+            f"{short(temperature)} is no number in {least}..{most}", "use the policy's own, or 0.3 to 1")
     for name in ("max_batch", "page_size", "prefill_rows", "pages"):
         value = getattr(config, name)
         optional = name in ("pages", "prefill_rows")

@@ -49,7 +49,7 @@ class EngineConfig:
 
     Attributes:
         schedule: what a decode step runs. With `auto` the engine measures step times when it is made, unless they are on disk.
-        block_size: mask rows per block, 2..64; None for the policy's own.
+        block_size, draft_temperature: mask rows per block, 2..64; as in `Policy`, 0.1..2. None for the policy's own.
         max_batch: most samples decoded at once.
         pages, page_size: K/V pool. kv_memory: instead of `pages`, a fraction of what is free, or "20GB" (`kv_memory.pool_pages`).
         prefill_rows: most prompt rows of one step; None for 512 on a CPU and 2048 on a GPU (`kv_memory.prefill_rows`).
@@ -65,6 +65,7 @@ class EngineConfig:
 
     schedule: Schedule = Schedule()
     block_size: int | None = None
+    draft_temperature: float | None = None
     max_batch: int = 32
     pages: int | None = None
     page_size: int = 32
@@ -116,7 +117,7 @@ class Engine:
         self.cache = PagedCache(policy, pages, self.config.page_size, 2 * self.config.max_batch, self.block_size + 1)
         reuses = self.config.enable_prefix_caching
         self.scheduler = Scheduler(self.cache, self.config.max_batch, prefill_rows(self.config, policy), reuses)
-        self.runner = StepRunner(policy, self.cache, self.config.captured)
+        self.runner = StepRunner(policy, self.cache, self.config.captured, self.config.draft_temperature)
         self.version = self.forwards = self.decode_tokens = self._arrivals = self._calls = 0
         self.schedule = self.config.schedule.within(self.block_size)
         with placed(self):

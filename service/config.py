@@ -43,6 +43,8 @@ class Engines(Config):
     oversubscribe: bool = Field(False, description="allow more engines than this machine has cores")
     batch: int = Field(32, ge=1, le=1 << 16, description="most samples an engine decodes at once")
     block_size: int | None = Field(None, ge=2, le=64, description="mask rows per block; none for the policy's own")
+    draft_temperature: float | None = Field(None, ge=0.1, le=2, description="temperature of the drafts as a multiple of the "
+                                            "request's; none for the policy's own")
     pages: int | None = Field(None, ge=1, lt=1 << 31, description="pages of the K/V pool; none: for `batch` samples of 512 "
                               "positions")
     kv_memory: float | str | None = Field(None, description="instead of pages: share of the memory that is free once the policy "

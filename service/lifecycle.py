@@ -141,8 +141,8 @@ def engine_spec(config: ServiceConfig) -> EngineSpec:
     engines = config.engines
     options: dict[str, Any] = {"schedule": config.schedule.schedule(), "repeatable": config.schedule.repeatable,
                                "enable_prefix_caching": engines.enable_prefix_caching}
-    for ours, theirs in (("batch", "max_batch"), ("block_size",) * 2, ("pages",) * 2, ("page_size",) * 2,
-                         ("prefill_rows",) * 2, ("kv_memory",) * 2, ("batch_invariant",) * 2):
+    for ours, theirs in (("batch", "max_batch"), ("block_size",) * 2, ("draft_temperature",) * 2, ("pages",) * 2,
+                         ("page_size",) * 2, ("prefill_rows",) * 2, ("kv_memory",) * 2, ("batch_invariant",) * 2):
         if getattr(engines, ours) not in (None, False):
             options[theirs] = getattr(engines, ours)
     try:

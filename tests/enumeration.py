@@ -114,8 +114,9 @@ class Enumeration:
         slot = len(prefix) - len(context)
         return self.policy.draft_head(self._hidden(context, length)[slot : slot + 1], torch.tensor(prefix[-1:]))[0]
 
-    def exact(self, params, schedule):
+    def exact(self, params, schedule, draft_temperature=1.0):
         """{outcome: probability}; outcomes are tuples of at most LENGTH tokens."""
+        drawn = replace(params, temperature=params.temperature * draft_temperature)
         schedule, found = schedule.within(BLOCK), Counter()
         length = schedule.drafts if schedule.kind == "two_pass" else schedule.block
 
@@ -128,7 +129,7 @@ class Enumeration:
             q = adjusted(params, PROMPT, made, self.q_logits(context, length, (*PROMPT, *made))).double()
             q[self.policy.mask_token_id] = -torch.inf
             target = params.mix_weight * p + (1 - params.mix_weight) * q if params.sampler == "mixed" else p
-            return cut(params, target).exp().tolist(), cut(params, q).exp().tolist()
+            return cut(params, target).exp().tolist(), cut(drawn, q).exp().tolist()
 
         def step(made, context, count, mass):
             """One decode step after `made` that verifies `count` drafts of the block after `context`."""
@@ -159,10 +160,11 @@ class Enumeration:
         step((), None, 0, 1.0)
         return found
 
-    def sampled(self, params, schedule, count, *, planner=None, batch=2048, drafted=0.1):
+    def sampled(self, params, schedule, count, *, planner=None, batch=2048, drafted=0.1, draft_temperature=None):
         """{outcome: number} of at least `count` samples. One more token is generated, so that the last one may be drafted.
         At least the share `drafted` of the tokens must come from drafts."""
-        engine = Engine(self.policy, EngineConfig(schedule, block_size=BLOCK, max_batch=batch, pages=5000, page_size=8))
+        sizes = dict(block_size=BLOCK, max_batch=batch, pages=5000, page_size=8, draft_temperature=draft_temperature)
+        engine = Engine(self.policy, EngineConfig(schedule, **sizes))
         engine.planner = planner
         params, outcomes, drafts = replace(params, max_tokens=LENGTH + 1, ignore_eos=True), Counter(), 0
         group = min(4096, 8 * batch)

@@ -64,7 +64,7 @@ def compute(name: str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         if (sampler == "ar") != (schedule == "ar"):
             continue
         for block, mode in itertools.product((4, 16), MODES):
-            config = EngineConfig(SCHEDULES[schedule], block_size=block, **MODES[mode])
+            config = EngineConfig(SCHEDULES[schedule], block_size=block, draft_temperature=1.0, **MODES[mode])
             found = Engine(policy, config).rollout(requests(policy, sampler))
             yield f"{name}/{sampler}/{schedule}/{block}/{mode}", {
                 "tokens": np.concatenate([t.tokens for t in found]).astype(np.int16),

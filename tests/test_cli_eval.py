@@ -82,6 +82,8 @@ def test_figures(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     shown, written = capsys.readouterr().out, card.read_text()
+    stored = json.loads((directory / "policy" / "config.json").read_text())["dtype"]
+    assert f" MiB ({stored})." in written
     assert shown.strip() in written
     first = shown.splitlines()[0]
     assert re.fullmatch(r"\*\*policy, T=1: \S+, [\d.]+ tokens per forward; .* % right.* \(8 held-out tasks\)\*\*", first)
@@ -95,10 +97,14 @@ def test_shipped_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     # Without the recipe: to draw millions of tokens again takes a minute, and that is not the point here.
     shutil.copytree(SHIPPED / "tiny-reasoner", tmp_path / "policy", ignore=shutil.ignore_patterns("recipe.yaml"))
     path = tmp_path / "eval.json"
-    options = ["--tasks", 6, "--samples", 1, "--samplers", "lossless", "--temperatures", "1.0", "--block-sizes", 16]
+    options = ["--tasks", 6, "--samples", 1, "--samplers", "lossless", "--temperatures", "1.0", "--block-sizes", 16,
+               "--draft-temperatures", "2,0.5"]  # fmt: skip
     assert run(monkeypatch, tmp_path / "policy", *options, "--json", path) == 0
     figures = json.loads(path.read_text())
     assert figures["tokens_per_forward"]["lossless"]["1.0"] > 2
+    drafts = figures["tokens_per_forward_by_draft_temperature"]
+    assert figures["draft_temperature"] == 0.5 and list(drafts) == ["0.5", "2"]
+    assert drafts["2"] < drafts["0.5"] == figures["tokens_per_forward"]["lossless"]["1.0"]
     assert figures["batch_1"]["equal_samples"] >= 5
     assert 0 < figures["ar_entropy"]["1.0"] < 1
     assert "no recipe.yaml" in figures["disjoint"]["not_compared"][0]
@@ -107,6 +113,7 @@ def test_shipped_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     first = out.splitlines()[0]
     pattern = r"policy, T=1: lossless, [\d.]+ tokens per forward; lossless .* right; ar .* right \(6 held-out tasks\)"
     assert re.fullmatch(pattern, first)
+    assert re.search(r"by the temperature of its drafts, .*: [\d.]+ ± [\d.]+ at 0\.5, [\d.]+ ± [\d.]+ at 2\.", out)
     assert "pass@k, T=" not in out and out.splitlines()[-1].startswith("--all: pass@k")
 
 
@@ -140,6 +147,7 @@ def test_another_seed_draws_other_tasks(directory: Path, tmp_path: Path, monkeyp
         (["--temperatures", ""], "temperatures: none are given"),
         (["--levels", "0,99"], "levels: (0, 99) holds a level outside 0..63"),
         (["--block-sizes", "1,8"], "block_size: 1 is outside 2..64"),
+        (["--draft-temperatures", "0.5,0"], "draft_temperature: 0.0 is no number in 0.1..2.0"),
         (["--seed", "-1"], "seed: -1 is outside 0..2**63-1"),
         (["--tasks", "3", "--parent", "nowhere"], "policy: 'nowhere' is no"),
     ],

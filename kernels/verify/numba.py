@@ -81,13 +81,13 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
 
 
 @compiled()
-def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, anchor_S, excluded, mixed, mix_S, accepted_S,
-            token_SR, logprob_SR, behavior_SR):  # fmt: skip
+def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temperature_S, seed_S, anchor_S, excluded, mixed,
+            mix_S, accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
     sequences, rows, vocabulary = p_SRV.shape
     p_x_V, x_V, q_x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     weight_V, q_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for s in range(sequences):
-        temperature, seed = temperature_S[s], seed_S[s]
+        temperature, draft_temperature, seed = temperature_S[s], _F(draft_temperature_S[s]), seed_S[s]
         for r in range(rows):
             token_SR[s, r], logprob_SR[s, r], behavior_SR[s, r] = -1, 0, 0
         for r in range(rows):
@@ -100,7 +100,7 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
             target_V = x_V if mixes else p_x_V
             if drafted:
                 token = draft_SM[s, r]
-                logq = np.float64(q_SMV[s, r, token] / _F(temperature)) - q_lse_SM[s, r]
+                logq = np.float64(q_SMV[s, r, token] / draft_temperature) - q_lse_SM[s, r]
                 if token == excluded:
                     logq = -np.inf
                 passes = uniform(seed, position, _ACCEPT) < np.exp(np.float64(target_V[token]) - lse - logq)
@@ -112,7 +112,7 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, seed_S, an
             probabilities(target_V, lse, weight_V)
             if drafted:
                 for v in range(vocabulary):
-                    q_x_V[v] = q_SMV[s, r, v] / _F(temperature)
+                    q_x_V[v] = q_SMV[s, r, v] / draft_temperature
                 if excluded >= 0:
                     q_x_V[excluded] = -np.inf
                 probabilities(q_x_V, q_lse_SM[s, r], q_V)
@@ -191,15 +191,17 @@ def verify_matching(
 def verify_rejection(
     p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None,
 ) -> Rejection:  # fmt: skip
     """`reference.verify_rejection`."""
     s, r = p_logits_SRV.shape[:2]
     out = _empty(s), _empty(s, r), _empty(s, r, like=np.float32), _empty(s, r, like=np.float32)
     temperature_S = temperature_S.double()
+    drawn_S = temperature_S if draft_temperature_S is None else draft_temperature_S.double()
     weight_S = temperature_S if mix_weight_S is None else mix_weight_S.double()
-    arrays = _flat(p_logits_SRV.float(), q_logits_SMV.float(), q_lse_SM, draft_SM, count_S, temperature_S, seed_S, anchor_S)
-    _reject(*arrays, excluded, mix_weight_S is not None, *_flat(weight_S), *out)
+    logits, drawn = _flat(p_logits_SRV.float(), q_logits_SMV.float()), _flat(q_lse_SM, draft_SM, count_S)
+    keys = _flat(temperature_S, drawn_S, seed_S, anchor_S)
+    _reject(*logits, *drawn, *keys, excluded, mix_weight_S is not None, *_flat(weight_S), *out)
     return Rejection(*map(torch.from_numpy, out))
 
 

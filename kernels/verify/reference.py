@@ -203,7 +203,7 @@ def sample_cdf(
 def verify_rejection(
     p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None,
 ) -> Rejection:  # fmt: skip
     """Accept drafts with min(1, p / q), and draw the token after them from the residual.
 
@@ -215,11 +215,13 @@ def verify_rejection(
         excluded: the token q gives probability zero; p is never altered.
         mix_weight_S: float in [0, 1]; None: the target is p. Else softmax((w p_logits + (1 - w) q_logits) / temperature) in
             rows with a draft, and p after them.
+        draft_temperature_S: float, above 0: the temperature at which the drafts were drawn; None: temperature_S. The mixture does
+            not depend on it.
     """
     r = p_logits_SRV.shape[1]
     m, row_R = r - 1, torch.arange(r, device=p_logits_SRV.device)
     logp_SRV = torch.log_softmax(_scaled(p_logits_SRV, temperature_S, -1), -1)
-    q_scaled_SMV = _scaled(q_logits_SMV, temperature_S, excluded)
+    q_scaled_SMV = _scaled(q_logits_SMV, temperature_S if draft_temperature_S is None else draft_temperature_S, excluded)
     logq_SMV = (q_scaled_SMV - q_lse_SM[..., None]).to(logp_SRV.dtype)
     target_SRV = logp_SRV
     if mix_weight_S is not None and m:

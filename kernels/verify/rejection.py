@@ -82,8 +82,8 @@ def _chunk_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _accept_kernel(
-    p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, mix_S, count_S, seed_S, anchor_S, top_C, total_C, p_top_C,
-    p_total_C, lse_SR, p_lse_SR, logprob_SR, behavior_SR, pass_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
+    p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, draft_temperature_S, mix_S, count_S, seed_S, anchor_S, top_C, total_C,
+    p_top_C, p_total_C, lse_SR, p_lse_SR, logprob_SR, behavior_SR, pass_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
     R, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * R): normalisers of a row, and whether its draft passes u q(d) < p(d)."""
@@ -109,7 +109,8 @@ def _accept_kernel(
         weight = tl.load(mix_S + s).to(tl.float32) if MIXED else 1.0
         logp = scaled_of(p_at, v, temperature, V, -1).to(tl.float64) - p_lse
         target = _target(p_at, q_at, v, weight, True, temperature, V, EXCLUDED, MIXED).to(tl.float64) - lse
-        logq = scaled_of(q_at, v, temperature, V, EXCLUDED).to(tl.float64) - tl.load(q_lse_SM + draft_at)
+        draft_temperature, _drawn = temperature_of(draft_temperature_S, s)
+        logq = scaled_of(q_at, v, draft_temperature, V, EXCLUDED).to(tl.float64) - tl.load(q_lse_SM + draft_at)
         position = tl.load(anchor_S + s) + 1 + r + tl.arange(0, 1)
         u = uniform_of(tl.load(seed_S + s), position, tl.full((1,), ACCEPT, tl.int32))
         passes = u < tl.exp(target - logq)
@@ -128,8 +129,8 @@ def _leading(pass_SR, count, s, R, ROWS: tl.constexpr):
 
 @triton.jit
 def _row_chunk(
-    p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, lse_SR, s, a, chunk, drafted, p_s_stride, p_r_stride, q_s_stride,
-    q_r_stride, R, V: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
+    p_SRV, q_SMV, q_lse_SM, temperature_S, draft_temperature_S, mix_S, lse_SR, s, a, chunk, drafted, p_s_stride, p_r_stride,
+    q_s_stride, q_r_stride, R, V: tl.constexpr, CHUNK: tl.constexpr, EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """float32 (target, max(target - q, 0)) of one chunk of the row after a accepted drafts."""
     temperature, _ = temperature_of(temperature_S, s)
@@ -146,15 +147,16 @@ def _row_chunk(
     p = tl.exp((x.to(tl.float64) - tl.load(lse_SR + s * R + a)).to(tl.float32))
     residual = p
     if drafted:
-        logq = scaled_of(q_at, v, temperature, V, EXCLUDED).to(tl.float64) - tl.load(q_lse_SM + s * (R - 1) + a)
+        draft_temperature, _ = temperature_of(draft_temperature_S, s)
+        logq = scaled_of(q_at, v, draft_temperature, V, EXCLUDED).to(tl.float64) - tl.load(q_lse_SM + s * (R - 1) + a)
         residual = tl.maximum(p - tl.exp(logq.to(tl.float32)), 0.0)
     return p, residual
 
 
 @triton.jit(do_not_specialize=["R"])
 def _mass_kernel(
-    p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, count_S, lse_SR, pass_SR, p_mass_C, mass_C, p_s_stride, p_r_stride,
-    q_s_stride, q_r_stride, R, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
+    p_SRV, q_SMV, q_lse_SM, temperature_S, draft_temperature_S, mix_S, count_S, lse_SR, pass_SR, p_mass_C, mass_C, p_s_stride,
+    p_r_stride, q_s_stride, q_r_stride, R, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr,
     EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, C)."""
@@ -162,8 +164,8 @@ def _mass_kernel(
     count = tl.load(count_S + s)
     a = _leading(pass_SR, count, s, R, ROWS)
     p, residual = _row_chunk(
-        p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, lse_SR, s, a, chunk, a < count, p_s_stride, p_r_stride, q_s_stride,
-        q_r_stride, R, V, CHUNK, EXCLUDED, MIXED,
+        p_SRV, q_SMV, q_lse_SM, temperature_S, draft_temperature_S, mix_S, lse_SR, s, a, chunk, a < count, p_s_stride, p_r_stride,
+        q_s_stride, q_r_stride, R, V, CHUNK, EXCLUDED, MIXED,
     )  # fmt: skip
     tl.store(p_mass_C + s * C + chunk, tl.sum(p.to(tl.float64), 0))
     tl.store(mass_C + s * C + chunk, tl.sum(residual.to(tl.float64), 0))
@@ -171,8 +173,8 @@ def _mass_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def _verdict_kernel(
-    p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, mix_S, count_S, seed_S, anchor_S, lse_SR, p_lse_SR, pass_SR,
-    p_mass_C, mass_C, accepted_S, token_SR, logprob_SR, behavior_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
+    p_SRV, q_SMV, q_lse_SM, draft_SM, temperature_S, draft_temperature_S, mix_S, count_S, seed_S, anchor_S, lse_SR, p_lse_SR,
+    pass_SR, p_mass_C, mass_C, accepted_S, token_SR, logprob_SR, behavior_SR, p_s_stride, p_r_stride, q_s_stride, q_r_stride,
     R, ROWS: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
     EXCLUDED: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
@@ -190,8 +192,8 @@ def _verdict_kernel(
     target = u * tl.sum(mass, 0)
     chunk, before = find(mass, target, 0)
     p, residual = _row_chunk(
-        p_SRV, q_SMV, q_lse_SM, temperature_S, mix_S, lse_SR, s, a, chunk, a < count, p_s_stride, p_r_stride, q_s_stride,
-        q_r_stride, R, V, CHUNK, EXCLUDED, MIXED,
+        p_SRV, q_SMV, q_lse_SM, temperature_S, draft_temperature_S, mix_S, lse_SR, s, a, chunk, a < count, p_s_stride, p_r_stride,
+        q_s_stride, q_r_stride, R, V, CHUNK, EXCLUDED, MIXED,
     )  # fmt: skip
     index, _ = find(tl.where(usable, residual, p).to(tl.float64), target - before, 0)
     token = tl.minimum(chunk * CHUNK + index, V - 1)
@@ -222,7 +224,7 @@ def _verdict_kernel(
 def verify_rejection(
     p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None,
 ) -> Rejection:  # fmt: skip
     """As the reference."""
     s, r, vocab_size = p_logits_SRV.shape
@@ -248,7 +250,11 @@ def verify_rejection(
         mix_S=mix_weight_S if mixed else temperature_S, count_S=count_S, R=r, V=vocab_size, C=count, EXCLUDED=excluded,
         MIXED=mixed, **strides_of(p_logits_SRV, "p_"), **strides_of(q_logits_SMV, "q_"),
     )  # fmt: skip
-    keys: dict[str, Any] = dict(q_lse_SM=q_lse_SM.contiguous(), draft_SM=draft_SM.contiguous(), seed_S=seed_S, anchor_S=anchor_S)
+    drawn: dict[str, Any] = dict(
+        q_lse_SM=q_lse_SM.contiguous(),
+        draft_temperature_S=temperature_S if draft_temperature_S is None else draft_temperature_S,
+    )  # fmt: skip
+    keys: dict[str, Any] = dict(draft_SM=draft_SM.contiguous(), seed_S=seed_S, anchor_S=anchor_S, **drawn)
     sums: dict[str, Any] = dict(top_C=top_C, total_C=total_C, p_top_C=p_top_C, p_total_C=p_total_C)
     row: dict[str, Any] = dict(pass_SR=pass_SR, lse_SR=lse_SR)
     result: dict[str, Any] = dict(logprob_SR=out.logprob_SR, behavior_SR=out.behavior_logprob_SR)
@@ -257,7 +263,7 @@ def verify_rejection(
     launch(
         _accept_kernel, (s * r,), warps=1, p_lse_SR=p_lse_SR, CHUNKS=chunks, **logits, **keys, **sums, **row, **result
     )
-    launch(_mass_kernel, (s, count), warps=warps, q_lse_SM=keys["q_lse_SM"], **logits, **row, **masses)
+    launch(_mass_kernel, (s, count), warps=warps, **drawn, **logits, **row, **masses)
     launch(
         _verdict_kernel, (s,), warps=warps, p_lse_SR=p_lse_SR, accepted_S=out.accepted_S, token_SR=out.token_SR,
         CHUNKS=chunks, **logits, **keys, **row, **result, **masses,

@@ -293,6 +293,9 @@ class ConversionConfig(Config):
     data: Data = Data()
     block_size: int | None = Field(None, ge=2, le=64, description="mask rows of a block in decoding; none takes the parent's, "
                                    "which is 16 for a parent that was not converted")
+    draft_temperature: float | None = Field(None, ge=0.1, le=2, description="temperature of the drafts in decoding, as a "
+                                            "multiple of the samples' own; none takes the parent's, or 1. Training does not "
+                                            "use it: compare some with `blockroll eval --draft-temperatures`")
     stages: tuple[Stage, ...] = Field(min_length=1)
     seed: int = Field(0, ge=0, le=MAX_SEED)
     launcher: Launcher = Launcher()

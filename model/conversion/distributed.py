@@ -183,6 +183,7 @@ def whole_policy(policy: Policy, group: Group) -> Policy | None:
         if policy.markov is not None:
             plain.markov = MarkovHead(policy.config.vocab_size, policy.markov.rank)
     plain.load_state_dict(tensors, assign=True)
-    plain.block_size, plain.mask_token_id, plain.converted = policy.block_size, policy.mask_token_id, policy.converted
+    for name in ("block_size", "mask_token_id", "draft_temperature", "converted"):
+        setattr(plain, name, getattr(policy, name))
     plain.tokenizer = policy.tokenizer
     return plain

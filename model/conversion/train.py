@@ -74,6 +74,7 @@ def starting_policy(config: ConversionConfig) -> Policy:
         policy = load_policy(config.parent)
         policy.mask_token_id = _mask_token(policy, config)
     policy.block_size, policy.converted = config.block_size or policy.block_size, True
+    policy.draft_temperature = config.draft_temperature or policy.draft_temperature
     return policy
 
 

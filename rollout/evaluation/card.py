@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...model.config import MAX_CONFIG_BYTES, read_json
 from ...model.conversion.config import ConversionConfig
 from ...model.policy import Policy
 from ...settings import load_yaml
@@ -26,8 +27,10 @@ def card(policy: Policy, figures: dict[str, Any], directory: Path, picture: str 
     """
     c = policy.config
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    stored = str(c.dtype).removeprefix("torch.")
+    saved = read_json(directory / "config.json", MAX_CONFIG_BYTES)
+    stored = saved.get("dtype") or saved.get("torch_dtype") or str(policy.dtype).removeprefix("torch.")
     markov = f", Markov head of rank {policy.markov.rank}" if policy.markov is not None else ""
+    colder = "" if policy.draft_temperature == 1 else f", drafts at {policy.draft_temperature:g} times the temperature"
     lines = [
         f"# {directory.name}",
         "",
@@ -38,7 +41,7 @@ def card(policy: Policy, figures: dict[str, Any], directory: Path, picture: str 
         f"- Dimensions: {c.num_hidden_layers} layers, hidden {c.hidden_size}, {c.num_attention_heads} query and"
         f" {c.num_key_value_heads} key/value heads of {c.head_dim}, {c.num_experts} experts of {c.moe_intermediate_size},"
         f" vocabulary {c.vocab_size}, at most {c.max_position_embeddings} positions.",
-        f"- Block size {policy.block_size}, mask token {policy.mask_token_id}{markov}.",
+        f"- Block size {policy.block_size}, mask token {policy.mask_token_id}{markov}{colder}.",
         "- Tasks: of files of one's own" + f"; kinds {', '.join(figures['families'])}." if _own(figures) else
         f"- Tasks: reasoning-gym's, written as question, worked steps, answer; families {', '.join(figures['families'])}.",
         *_training(directory),
@@ -91,6 +94,11 @@ def figures_as_markdown(figures: dict[str, Any], everything: bool = True) -> lis
             f"- Alone, the first {check['tasks']} tasks take {check['tokens_per_forward']:.3f} tokens per forward, in the batch"
             f" {check['tokens_per_forward_in_batch']:.3f}; {check['equal_samples']} of {check['tasks']} samples are the same."
         )
+    if "tokens_per_forward_by_draft_temperature" in figures:
+        found = ", ".join(f"{_estimate(value, errors['tokens_per_forward_by_draft_temperature'][t], 2)} at {t}"
+                          for t, value in figures["tokens_per_forward_by_draft_temperature"].items())
+        lines.append(f"- Tokens per forward of {figures['drafting']} by the temperature of its drafts, as a multiple of its own:"
+                     f" {found}.")
     if _own(figures):
         rewards = ", ".join(f"{_estimate(value, errors['reward'][name][t], 3)} for {name} at T={t}"
                             for name, row in figures["reward"].items() for t, value in row.items())

@@ -116,6 +116,7 @@ def evaluate(
     batch: int = 1,
     seed: int = 0,
     block_size: int | None = None,
+    draft_temperature: float | None = None,
     on_finish: Callable[[Trajectory], None] | None = None,
 ) -> Evaluation:
     """Samples answers to tasks and scores them.
@@ -128,6 +129,7 @@ def evaluate(
         batch: samples decoded at once.
         seed: >= 0.
         block_size: mask rows of a block; None for the policy's own.
+        draft_temperature: as in `EngineConfig`.
         on_finish: called with each sample as it ends.
 
     Raises:
@@ -145,7 +147,7 @@ def evaluate(
         RolloutRequest(task.id, source.prompt_tokens(task, tokenizer), params, derived_seed(seed, task.id), samples)
         for task in tasks
     ]
-    config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size)
+    config = EngineConfig(schedule=schedule, max_batch=batch, block_size=block_size, draft_temperature=draft_temperature)
     longest = max(len(request.prompt_tokens) for request in requests) + max_tokens
     engine = Engine(policy, replace(config, pages=pool_size(longest, policy, config)))
     scores: dict[str, list[float]] = {task.id: [] for task in tasks}

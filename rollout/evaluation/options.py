@@ -61,6 +61,7 @@ class Options(DecodingOptions):
         temperatures: the first one is that of pass@k and of all that is given at one temperature.
         levels: of the schedule `fused`, which every sampler but `ar` is decoded with.
         block_sizes: compared at the first temperature; all else is at the policy's own.
+        draft_temperatures: `EngineConfig.draft_temperature`, compared likewise; none: no comparison.
     """
 
     tasks: int = 500
@@ -70,6 +71,7 @@ class Options(DecodingOptions):
     temperatures: tuple[float, ...] = (1.0, 0.3)
     levels: tuple[int, ...] = DEFAULT_LEVELS
     block_sizes: tuple[int, ...] = (8, 16)
+    draft_temperatures: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name, most in (("tasks", MAX_TASKS), ("documents", MAX_TASKS), ("samples", MAX_SAMPLES), ("batch", MAX_BATCH)):
@@ -84,6 +86,8 @@ class Options(DecodingOptions):
         check_groups(self.groups, self.samples)
         for size in self.block_sizes:
             EngineConfig(block_size=size)
+        for temperature in self.draft_temperatures:
+            EngineConfig(draft_temperature=temperature)
         for way in self.ways():
             way.params(self.max_tokens)
 
@@ -93,7 +97,7 @@ class Options(DecodingOptions):
         return self.powers if self.k is None else tuple(sorted(set(self.k)))
 
     def ways(self) -> Iterator[Way]:
-        """The ways the policy is decoded in, but for the comparison of block sizes."""
+        """The ways the policy is decoded in, but for the comparisons of block sizes and of draft temperatures."""
         for temperature in dict.fromkeys(self.temperatures):
             for sampler in dict.fromkeys(("ar", *self.samplers)):
                 for weight in dict.fromkeys(self.mix_weights) if sampler == "mixed" else (None,):
@@ -111,6 +115,7 @@ class Way:
     mix_weight: float | None
     samples: int
     block_size: int | None = None
+    draft_temperature: float | None = None
 
     @property
     def name(self) -> str:

@@ -118,6 +118,6 @@ def _log_ratio(
     if temperature == 0:
         return torch.where(q_MV.argmax(-1) == token_M, 0.0, -torch.inf)
     p_MV = policy.head(clean_MD).float() / temperature
-    index_M1 = token_M[:, None]
-    logq_M, logp_M = ((x_MV.log_softmax(-1)).gather(-1, index_M1)[:, 0] for x_MV in (q_MV / temperature, p_MV))
+    index_M1, cold = token_M[:, None], temperature * policy.draft_temperature
+    logq_M, logp_M = ((x_MV.log_softmax(-1)).gather(-1, index_M1)[:, 0] for x_MV in (q_MV / cold, p_MV))
     return (logq_M - logp_M).clamp_max(0.0)

@@ -123,7 +123,8 @@ def _measured(
         source="reasoning-gym" if isinstance(questions.source, ReasoningGym) else "own",
         families=sorted({task.family for task in tasks}), tasks=len(tasks), samples=options.samples, k=list(options.groups),
         seed=options.seed, temperatures=list(dict.fromkeys(options.temperatures)), max_tokens=options.max_tokens,
-        batch=options.batch, levels=list(options.levels), block_size=policy.block_size, dtype=dtype,
+        batch=options.batch, levels=list(options.levels), block_size=policy.block_size,
+        draft_temperature=policy.draft_temperature, dtype=dtype,
         disjoint={**asdict(disjoint), "overlap": 0},
     )  # fmt: skip
     estimates = _measure_all(policy, parent, questions, options, figures)
@@ -164,7 +165,8 @@ def _measure(
     policy: Policy, questions: Questions, way: Way, options: Options, whose: str = "", batch: int | None = None
 ) -> tuple[Evaluation, list[Trajectory]]:
     made: list[Trajectory] = []
-    title = " ".join(filter(None, [whose, way.name, f"T={way.temperature:g}", f"B={way.block_size}" if way.block_size else ""]))
+    title = " ".join(filter(None, [whose, way.name, f"T={way.temperature:g}", f"B={way.block_size}" if way.block_size else "",
+                                   f"draft T={way.draft_temperature:g}" if way.draft_temperature else ""]))
     with Meter(title, len(questions.tasks) * way.samples) as meter:
 
         def finished(sample: Trajectory) -> None:
@@ -175,7 +177,8 @@ def _measure(
             policy, questions.tasks, source=questions.source, right=questions.right, sampler=way.sampler,
             schedule=way.schedule, temperature=way.temperature, mix_weight=way.weight,
             samples=way.samples, k=[k for k in options.groups if k <= way.samples] or [1], max_tokens=options.max_tokens,
-            batch=batch or options.batch, seed=options.seed, block_size=way.block_size, on_finish=finished,
+            batch=batch or options.batch, seed=options.seed, block_size=way.block_size,
+            draft_temperature=way.draft_temperature, on_finish=finished,
         )  # fmt: skip
     return result, made
 
@@ -230,6 +233,8 @@ def _measure_all(
                 str(r.block_size): (r.tokens_per_forward, r.tokens_per_forward_standard_error) for r in compared},
             acceptance_by_slot={str(size): row for size, row in slots.items()},
         )  # fmt: skip
+        if options.draft_temperatures:
+            estimates["tokens_per_forward_by_draft_temperature"] = _compare_draft_temperatures(policy, questions, way, options)
     return estimates
 
 
@@ -240,6 +245,17 @@ def _compare_block_sizes(
     return [at_own if size == policy.block_size else
             _measure(policy, questions, replace(way, samples=1, block_size=size), options)[0]
             for size in sorted(set(options.block_sizes))]  # fmt: skip
+
+
+def _compare_draft_temperatures(
+    policy: Policy, questions: Questions, way: Way, options: Options
+) -> dict[str, tuple[float, float]]:
+    """Tokens per forward of the way at each temperature of the drafts, with the standard error."""
+    found = {}
+    for temperature in sorted(set(options.draft_temperatures)):
+        result, _ = _measure(policy, questions, replace(way, samples=1, draft_temperature=temperature), options)
+        found[f"{temperature:g}"] = result.tokens_per_forward, result.tokens_per_forward_standard_error
+    return found
 
 
 def _check_batch_1(

@@ -44,6 +44,7 @@ class SamplerRows:
 
     Attributes:
         seed_S: int64, of `seeds.sample_seed`. temperature_S, top_p_S, min_p_S, mix_weight_S: float64. top_k_S: int64.
+        draft_temperature_S: float64, at which drafts are drawn: temperature_S times `draft_temperature`.
         groups: a partition of the batch.
         top: most alternatives that one of the rows records (`SamplingParams.alternatives`).
         listed_SK: int64, the tokens that rows record whatever their probability (`SamplingParams.logprob_token_ids`), -1 in
@@ -56,17 +57,19 @@ class SamplerRows:
     top_p_S: torch.Tensor
     min_p_S: torch.Tensor
     mix_weight_S: torch.Tensor
+    draft_temperature_S: torch.Tensor
     groups: tuple[Group, ...]
+    draft_temperature: float = 1.0
     top: int = 0
     listed_SK: torch.Tensor | None = None
 
     @classmethod
     def make(
         cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu",
-        prefixes: Sequence[Prefix] = (),
+        prefixes: Sequence[Prefix] = (), draft_temperature: float = 1.0,
     ) -> SamplerRows:  # fmt: skip
         """Args: params, seeds and prefixes, one each per sequence; seeds are those of `seeds.sample_seed`. Prefixes may be left
-        out where no parameters adjust logits."""
+        out where no parameters adjust logits. draft_temperature: as in `EngineConfig`."""
         assert len(params) == len(seeds) > 0
         device = torch.device(device)
         members: dict[tuple[str, bool, bool, bool], list[int]] = {}
@@ -98,7 +101,9 @@ class SamplerRows:
             top_p_S=column([p.top_p for p in params]),
             min_p_S=column([p.min_p for p in params]),
             mix_weight_S=column([p.mix_weight for p in params]),
+            draft_temperature_S=column([p.temperature * draft_temperature for p in params]),
             groups=groups,
+            draft_temperature=draft_temperature,
             top=top,
             listed_SK=listed_SK,
         )
@@ -116,7 +121,9 @@ class SamplerRows:
             top_p_S=self.top_p_S[index_G],
             min_p_S=self.min_p_S[index_G],
             mix_weight_S=self.mix_weight_S[index_G],
+            draft_temperature_S=self.draft_temperature_S[index_G],
             groups=(group,),
+            draft_temperature=self.draft_temperature,
         )
 
 
@@ -129,7 +136,7 @@ class Drafts:
         logq_SMV: the distribution each draft was drawn from; None when no row of the batch has drafts that need it.
             Padding and rows whose sampler does not need it may hold anything.
         q_logits_SMV: q's own logits, the mask token at -inf; as logq_SMV, for `mixed`.
-        q_lse_SM: float64, their log-sum-exp over the temperature, where kernels drew the drafts: they keep it and
+        q_lse_SM: float64, their log-sum-exp over `draft_temperature_S`, where kernels drew the drafts: they keep it and
             q_logits_SMV in place of logq_SMV.
     """
 

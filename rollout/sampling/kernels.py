@@ -48,17 +48,18 @@ def draft(
         q_logits_SMV = q_logits_SMV.contiguous()
         q_logits_SMV[..., mask_token] = -torch.inf
         if group.cut:
-            _cut(rows, q_logits_SMV)
+            _cut(rows, q_logits_SMV, rows.draft_temperature_S)
         sample = sample_gumbel if noisy else sample_cdf
-        token_SM, _, lse_SM = sample(q_logits_SMV, rows.temperature_S, rows.seed_S, anchor_S + 1)
+        token_SM, _, lse_SM = sample(q_logits_SMV, rows.draft_temperature_S, rows.seed_S, anchor_S + 1)
         slot_M = torch.arange(token_SM.shape[1], device=token_SM.device)
         token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     else:
         assert previous_S is not None
         q_logits_SMV = widen(q_logits_SMV).contiguous()
         token_SM, lse_SM = draft_chain(
-            q_logits_SMV, markov, previous_S, count_S, rows.temperature_S, rows.seed_S, anchor_S + 1, mask_token,
-            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from, partial(_cut, rows) if group.cut else None,
+            q_logits_SMV, markov, previous_S, count_S, rows.draft_temperature_S, rows.seed_S, anchor_S + 1, mask_token,
+            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from,
+            partial(_cut, rows, temperature_S=rows.draft_temperature_S) if group.cut else None,
         )  # fmt: skip
     if noisy:
         return Drafts(token_SM, count_S)
@@ -69,7 +70,7 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     """As `sampler.verify` for one group, whose drafts `draft` drew."""
     (group,) = rows.groups
     r = p_logits_SRV.shape[1]
-    found = _cut(rows, p_logits_SRV) if group.cut else None
+    found = _cut(rows, p_logits_SRV, rows.temperature_S) if group.cut else None
     if group.greedy or group.sampler in ("ar", "coupled"):
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_matching(
             p_logits_SRV, drafts.token_SM, drafts.count_S, rows.temperature_S, rows.seed_S, anchor_S
@@ -82,6 +83,7 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_rejection(
             p_logits_SRV, q_logits_SMV, q_lse_SM, drafts.token_SM, drafts.count_S, rows.temperature_S, rows.seed_S, anchor_S,
             mix_weight_S=rows.mix_weight_S if group.sampler == "mixed" else None,
+            draft_temperature_S=rows.draft_temperature_S,
         )  # fmt: skip
     nothing_SR = torch.zeros_like(logprob_SR)
     if found is not None:  # the kernels have seen the support alone
@@ -92,8 +94,8 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
     return Verdict(accepted_S, token_SR, logprob_SR, behavior_SR, support_SR)
 
 
-def _cut(rows: SamplerRows, logits_SRV: torch.Tensor) -> Edges:
+def _cut(rows: SamplerRows, logits_SRV: torch.Tensor, temperature_S: torch.Tensor) -> Edges:
     """Apply the cut-offs in place."""
-    found = edges(logits_SRV, rows.temperature_S, rows.top_k_S, rows.top_p_S, rows.min_p_S)
-    cut_(logits_SRV, rows.temperature_S, found)
+    found = edges(logits_SRV, temperature_S, rows.top_k_S, rows.top_p_S, rows.min_p_S)
+    cut_(logits_SRV, temperature_S, found)
     return found

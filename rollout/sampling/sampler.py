@@ -105,7 +105,8 @@ def _draft_group(
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
     markov_from = 0
     if p_first_SV is not None and group.sampler != "mixed":
-        q_logits_SMV[:, 0], markov_from = p_first_SV, 1
+        # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature.
+        q_logits_SMV[:, 0], markov_from = p_first_SV * rows.draft_temperature, 1
     if kernels.serves(group, q_logits_SMV):
         return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
     q_logits_SMV = widen(q_logits_SMV).clone()
@@ -177,7 +178,7 @@ def _choose(
     if group.greedy:
         return q_logits_SKV.argmax(-1), None
     assert noise is not None
-    q = _process(rows, group, q_logits_SKV)
+    q = _process(rows, group, q_logits_SKV, rows.draft_temperature_S)
     if group.sampler == "coupled":
         return gumbel_argmax(q.scaled, noise), None
     return draw(q.logp.exp(), noise), q.logp
@@ -239,7 +240,7 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
         if adjustment is not None:  # p and q may have no token in common
             mixes_SM &= mixed_SMV.amax(-1) > -torch.inf
         target_SRV = torch.cat((torch.where(mixes_SM[..., None], mixed_SMV, p_SMV), target_SRV[:, m:]), 1)
-    target = _process(rows, group, target_SRV)
+    target = _process(rows, group, target_SRV, rows.temperature_S)
 
     if group.greedy or group.sampler in ("ar", "coupled"):
         if group.greedy:
@@ -271,10 +272,10 @@ def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts,
     )
 
 
-def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor) -> Processed:
+def _process(rows: SamplerRows, group: Group, logits_SRV: torch.Tensor, temperature_S: torch.Tensor) -> Processed:
     return processed(
         logits_SRV,
-        rows.temperature_S[:, None],
+        temperature_S[:, None],
         rows.top_k_S[:, None],
         rows.top_p_S[:, None],
         rows.min_p_S[:, None],

@@ -156,10 +156,11 @@ class _Inputs:
     top_p_S: torch.Tensor
     min_p_S: torch.Tensor
     mix_weight_S: torch.Tensor
+    draft_temperature_S: torch.Tensor
 
     @classmethod
     def of(cls, sequences: int) -> _Inputs:
-        wide = ("temperature_S", "top_p_S", "min_p_S", "mix_weight_S")
+        wide = ("temperature_S", "top_p_S", "min_p_S", "mix_weight_S", "draft_temperature_S")
         return cls(*(
             torch.ones(sequences, dtype=torch.float64) if each.name in wide else torch.zeros(sequences, dtype=torch.int64)
             for each in fields(cls)
@@ -170,7 +171,8 @@ class CapturedSampling:
     """Verification and drafts of the steps in which each of S sequences runs `rows`.
 
     Args:
-        hidden_TH: where the forward pass leaves its result. memory: None where the steps have no drafts.
+        hidden_TH: where the forward pass leaves its result. memory: None where the steps have no drafts. draft_temperature: as in
+            `EngineConfig`.
 
     Attributes:
         verdict: on the device, where verification leaves it.
@@ -178,9 +180,10 @@ class CapturedSampling:
 
     def __init__(
         self, model: ModelParts, verifier: Verifier, memory: DraftMemory | None, rows: DecodeRows, sequences: int,
-        kind: SamplerKind, hidden_TH: torch.Tensor, mask_token: int,
+        kind: SamplerKind, hidden_TH: torch.Tensor, mask_token: int, draft_temperature: float,
     ) -> None:  # fmt: skip
         self._model, self.verifier, self._memory, self._kind, self._mask = model, verifier, memory, kind, mask_token
+        self._draft_temperature = draft_temperature
         self._hidden_TH, device = hidden_TH, hidden_TH.device
         self._drafts = len(rows.clean) - 1
         if memory is not None:  # a capture shall not record how the views are made
@@ -204,7 +207,7 @@ class CapturedSampling:
         there, kind = self._copy.tree, self._kind
         return SamplerRows(
             there.seed_S, there.temperature_S, there.top_k_S, there.top_p_S, there.min_p_S, there.mix_weight_S,
-            (Group(kind.sampler, kind.greedy, kind.cut, None),),
+            there.draft_temperature_S, (Group(kind.sampler, kind.greedy, kind.cut, None),), self._draft_temperature,
         )  # fmt: skip
 
     def capture(self, budget: GraphBudget, pool: GraphPool) -> None:
@@ -222,6 +225,7 @@ class CapturedSampling:
             numbers["seed_S"][:count] = [sample.seed for sample in samples]
             for name in ("temperature", "top_k", "top_p", "min_p", "mix_weight"):
                 numbers[f"{name}_S"][:count] = [getattr(each, name) for each in params]
+            numbers["draft_temperature_S"][:count] = [each.temperature * self._draft_temperature for each in params]
             for each in ("count_S", "remaining_S", "proposes_S"):
                 numbers[each][count:] = 0
         numbers["anchor_S"][:count] = plan.forward.start_D

@@ -104,7 +104,7 @@ class StepRunner:
     """Runs steps of one policy over one cache.
 
     Args:
-        captured: as in `ModelRunner`.
+        captured: as in `ModelRunner`. draft_temperature: as in `EngineConfig`; None for the policy's own.
 
     Attributes:
         verifier: decides what a step accepts. A benchmark puts its own in place; steps are captured with the one that is there at
@@ -112,11 +112,14 @@ class StepRunner:
         wait_seconds: how long the host has waited for the device in `verify`, over all steps.
     """
 
-    def __init__(self, policy: Policy, cache: PagedCache, captured: bool = True) -> None:
+    def __init__(
+        self, policy: Policy, cache: PagedCache, captured: bool = True, draft_temperature: float | None = None
+    ) -> None:
         self._policy, self._device = policy, policy.device
         self.verifier: Verifier = SamplerVerifier()
         self.model = ModelRunner(policy, cache, captured)
-        self._graphs = SamplingGraphs(policy, self.model)
+        self._draft_temperature = policy.draft_temperature if draft_temperature is None else draft_temperature
+        self._graphs = SamplingGraphs(policy, self.model, self._draft_temperature)
         self.wait_seconds = 0.0
         self._builders: dict[Schedule, PlanBuilder] = {}
         self._sampling_of: list[Sample] = []
@@ -263,7 +266,8 @@ class StepRunner:
         if self._sampling is None or not same:
             params = [sample.request.params for sample in decoding]
             prefixes = [Prefix(s.tokens, len(s.request.prompt_tokens), s.stops) for s in decoding]
-            self._sampling = SamplerRows.make(params, [sample.seed for sample in decoding], self._device, prefixes)
+            seeds = [sample.seed for sample in decoding]
+            self._sampling = SamplerRows.make(params, seeds, self._device, prefixes, self._draft_temperature)
             self._sampling_of = list(decoding)
         return self._sampling
 

@@ -33,8 +33,8 @@ class CapturedStep(NamedTuple):
 class SamplingGraphs:
     """The graphs of one policy, over the shapes of its `ModelRunner`."""
 
-    def __init__(self, policy: Policy, model: ModelRunner) -> None:
-        self._policy, self._model = policy, model
+    def __init__(self, policy: Policy, model: ModelRunner, draft_temperature: float) -> None:
+        self._policy, self._model, self._draft_temperature = policy, model, draft_temperature
         self._memory: DraftMemory | None = None
         self._known: dict[Hashable, CapturedSampling] = {}
 
@@ -74,7 +74,8 @@ class SamplingGraphs:
         if memory is not None and kind.keeps_q:
             memory.keep_q()
         sampling = CapturedSampling(
-            self._model, verifier, memory, rows, shape.sequences, kind, shape.hidden_TH, self._policy.mask_token_id
+            self._model, verifier, memory, rows, shape.sequences, kind, shape.hidden_TH, self._policy.mask_token_id,
+            self._draft_temperature,
         )
         try:
             sampling.capture(self._model.shapes.budget, self._model.shapes.pool)

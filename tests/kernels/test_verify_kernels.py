@@ -114,14 +114,16 @@ def test_slices_of_rows_need_no_copy_and_poisoned_rows_stay_in_theirs() -> None:
             torch.testing.assert_close(got.logprob_SR[s, r], wanted.logprob_SR[s, r])
 
 
-def step(s: int, m: int, vocab_size: int, sharpness: float = 0.3, seed: int = 0, excluded: int = -1):
+def step(
+    s: int, m: int, vocab_size: int, sharpness: float = 0.3, seed: int = 0, excluded: int = -1, draft_temperature: float = 1.0
+):  # fmt: skip
     """Arguments of `verify_rejection`: q near p, drafts drawn from q, ragged counts, everything past them poisoned."""
     draw = torch.Generator().manual_seed(seed)
     p = normal(s, m + 1, vocab_size, seed=seed)
     q = p[:, :m] + sharpness * torch.randn(s, m, vocab_size, generator=draw)
     temperature = 0.5 + torch.rand(s, generator=draw, dtype=torch.float64)
     key, anchor = keys(s)
-    drafted = reference.sample_cdf(q, temperature, key, anchor + 1, excluded)
+    drafted = reference.sample_cdf(q, temperature * draft_temperature, key, anchor + 1, excluded)
     count = torch.randint(0, m + 1, (s,), generator=draw)
     token, lse = drafted.token_SR.clone(), drafted.lse_SR.clone()
     for i, c in enumerate(count.tolist()):
@@ -131,10 +133,13 @@ def step(s: int, m: int, vocab_size: int, sharpness: float = 0.3, seed: int = 0,
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("s, m, vocab_size", [(24, 4, 23), (5, 3, 4500), (3, 1, 1), (4, 0, 50)])
-def test_rejection_equals_the_reference(s: int, m: int, vocab_size: int, mixed: bool) -> None:
-    arguments = step(s, m, vocab_size, excluded=vocab_size - 1 if vocab_size > 1 else -1)
+@pytest.mark.parametrize("draft_temperature", [None, 0.6])
+def test_rejection_equals_the_reference(s: int, m: int, vocab_size: int, mixed: bool, draft_temperature: float | None) -> None:
+    excluded = vocab_size - 1 if vocab_size > 1 else -1
+    arguments = step(s, m, vocab_size, excluded=excluded, draft_temperature=draft_temperature or 1.0)
     weight = torch.linspace(0, 1, s, dtype=torch.float64) if mixed else None
-    got, expected = verify_rejection(*arguments, weight), reference.verify_rejection(*arguments, weight)
+    more = weight, None if draft_temperature is None else arguments[5] * draft_temperature
+    got, expected = verify_rejection(*arguments, *more), reference.verify_rejection(*arguments, *more)
     same(got, expected)
     if s == 24:  # every way to end a step is among them
         count = arguments[4]

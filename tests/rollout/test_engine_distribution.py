@@ -39,6 +39,19 @@ def test_lossless_is_p(small, schedule, count):
     assert agreement(small, LOSSLESS, count, schedule) > GOOD
 
 
+@pytest.mark.parametrize("draft_temperature", [0.5, 1.6])
+@pytest.mark.parametrize("params", [LOSSLESS, MIXED], ids=lambda p: p.sampler)
+@pytest.mark.parametrize("schedule", [FUSED, TWO_PASS], ids=lambda s: s.kind)
+@pytest.mark.parametrize("count", [4096, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_drafts_at_a_temperature_of_their_own(small, schedule, params, draft_temperature, count):
+    """`lossless` is p. With `mixed` the drafts that are accepted decide which tokens have a draft, and so a mixture, at all."""
+    expected = small.exact(params, schedule, draft_temperature)
+    assert p_value(small.sampled(params, schedule, count, draft_temperature=draft_temperature), expected) > GOOD
+    if params.sampler == "lossless":
+        plain = small.exact(params, schedule)
+        assert all(expected[outcome] == pytest.approx(mass) for outcome, mass in plain.items())
+
+
 class PastDecides:
     """A planner that chooses by how many drafts were accepted before. With `peeking` it looks at a draft that waits."""
 

@@ -224,11 +224,16 @@ def check_verify(sizes: Sizes, device: torch.device) -> dict[str, Any]:
     drafts = verify.reference.sample_cdf(q, temperature, seed, anchor, excluded)
     draft = drafts.token_SR.where(torch.arange(m, device=device) < count[:, None], -1)
     mix = torch.full((s,), 0.5, dtype=torch.float64, device=device)
+    cold = temperature / 2
+    colder = verify.reference.sample_cdf(q, cold, seed, anchor, excluded)
     calls: dict[str, tuple[Any, ...]] = {
         "sample_gumbel": (p, temperature, seed, anchor),
         "sample_cdf": (q, temperature, seed, anchor, excluded),
         "verify_rejection": (p, q, drafts.lse_SR, draft, count, temperature, seed, anchor, excluded),
         "verify_rejection mixed": (p, q, drafts.lse_SR, draft, count, temperature, seed, anchor, excluded, mix),
+        "verify_rejection colder": (
+            p, q, colder.lse_SR, colder.token_SR, count, temperature, seed, anchor, excluded, mix, cold
+        ),
     }
     errors, other = {}, {}
     for name, arguments in calls.items():

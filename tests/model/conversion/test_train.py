@@ -86,6 +86,17 @@ def test_a_policy_keeps_its_block_size_unless_another_is_given(tmp_path):
     assert starting_policy(recipe(tmp_path, stages, block_size=None)).block_size == 16
 
 
+def test_the_temperature_of_drafts_is_written_beside_the_policy_and_kept(tmp_path):
+    stages = dict(name="ar", kind="ar", tokens=600)
+    run(recipe(tmp_path / "parent", stages, draft_temperature=0.5))
+    parent = tmp_path / "parent/policy"
+    assert json.loads((parent / "config.json").read_text())["diffusion"]["draft_temperature"] == 0.5
+    for given, expected in ((None, 0.5), (0.7, 0.7)):
+        policy = starting_policy(recipe(tmp_path, stages, parent=str(parent), draft_temperature=given))
+        assert policy.draft_temperature == expected
+    assert starting_policy(recipe(tmp_path, stages)).draft_temperature == 1
+
+
 def test_no_step_where_the_data_ended(make_policy):
     policy = make_policy(torch.float32).requires_grad_(True)
     two = stage(packs_per_step=2)

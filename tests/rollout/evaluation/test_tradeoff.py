@@ -98,10 +98,11 @@ def test_the_picture_has_the_style_of_all_and_says_what_was_found(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path, temperature: float) -> None:
     report = tradeoff("tiny-reasoner", TradeoffOptions(
         samples=2, samplers=("lossless", "mixed"), mix_weights=(0.5,), level_counts=(3, 8), planner=False, batches=(1,), rounds=3,
-        clock_tasks=4, device="cpu", temperature=0.7,
+        clock_tasks=4, device="cpu", temperature=temperature,
     ), json_path=tmp_path / "tradeoff.json")  # fmt: skip
     found = {way["name"]: way["tokens_per_forward"] for way in report["ways"]}
     print("\n".join(table(report)))

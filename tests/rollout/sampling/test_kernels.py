@@ -49,7 +49,7 @@ def step(implementation, params, dtype=torch.float32, markov=None):
     """Draft, select half and join them again in another order, then verify."""
     s = len(params)
     p, q = logits(s, dtype)
-    rows = SamplerRows.make(params, [sample_seed(2**40 + i, 0) for i in range(s)])
+    rows = SamplerRows.make(params, [sample_seed(2**40 + i, 0) for i in range(s)], draft_temperature=0.7)
     anchor, count = torch.arange(s) * 3 + 4, torch.arange(s) % (M + 1)
     with using(implementation):
         drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB)

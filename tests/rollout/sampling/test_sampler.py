@@ -56,9 +56,9 @@ def chi_square(tokens: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @cache
-def many_rows(params: SamplingParams, n: int) -> SamplerRows:
+def many_rows(params: SamplingParams, n: int, draft_temperature: float = 1.0) -> SamplerRows:
     seeds = torch.randint(0, 2**62, (n,), generator=torch.Generator().manual_seed(5))
-    return SamplerRows.make([params] * n, seeds.tolist())
+    return SamplerRows.make([params] * n, seeds.tolist(), draft_temperature=draft_temperature)
 
 
 def step(
@@ -67,9 +67,10 @@ def step(
     q: torch.Tensor,
     n: int = N,
     spoil: Callable[[Drafts], Drafts] = lambda drafts: drafts,
+    draft_temperature: float = 1.0,
 ) -> tuple[Drafts, Verdict]:
     """One step of n sequences that share p [R, V] and q [M, V] and differ in their seeds."""
-    rows = many_rows(params, n)
+    rows = many_rows(params, n, draft_temperature)
     anchor = torch.arange(n) % 50
     drafts = draft(rows, q.expand(n, *q.shape), anchor, MASK)
     return drafts, verify(rows, p.expand(n, *p.shape).contiguous(), spoil(drafts), anchor)
@@ -108,22 +109,24 @@ def mixture(p: torch.Tensor, q: torch.Tensor, w: float) -> torch.Tensor:
 # A mixture of disjoint supports has no token at all.
 NO_TOKEN = [("disjoint", "mixed"), ("disjoint", "mixed cut")]
 CASES = [
-    (way, pair, kind)
-    for way in ("reference", "numba") for pair in PAIRS for kind in PARAMS
+    (way, pair, kind, draft_temperature)
+    for way in ("reference", "numba") for pair in PAIRS for kind in PARAMS for draft_temperature in (1.0, 0.5)
     if (pair, kind) not in NO_TOKEN and not (way == "numba" and "cut" in kind)  # cut-offs are torch's
+    and (draft_temperature == 1 or pair == "unrelated")
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("implementation", "pair", "kind"), CASES, indirect=["implementation"])
-def test_first_token_has_exactly_the_target_distribution(pair: str, kind: str) -> None:
+@pytest.mark.parametrize(("implementation", "pair", "kind", "draft_temperature"), CASES, indirect=["implementation"])
+def test_first_token_has_exactly_the_target_distribution(pair: str, kind: str, draft_temperature: float) -> None:
     (p, q), params = PAIRS[pair], PARAMS[kind]
     m_row = mixture(p, q, params.mix_weight) if params.sampler == "mixed" else p
-    drafts, verdict = step(params, torch.stack((p, p)), q[None])
+    drafts, verdict = step(params, torch.stack((p, p)), q[None], draft_temperature=draft_temperature)
     expected = target(m_row, params)
     assert chi_square(verdict.token_SR[:, 0], expected) < 6
     assert (drafts.token_SM != MASK).all()
     # Acceptance is 1 - total variation: drafts are really used, and as often as the rule allows.
-    q_drawn = target(q.index_fill(0, torch.tensor(MASK), -INF), params)
+    cold = replace(params, temperature=params.temperature * draft_temperature)
+    q_drawn = target(q.index_fill(0, torch.tensor(MASK), -INF), cold)
     accepted = (verdict.accepted_S == 1).double().mean().item()
     assert accepted == pytest.approx(torch.minimum(expected, q_drawn).sum().item(), abs=0.006)
     # The bonus row has no draft: plain p, for `mixed` too.

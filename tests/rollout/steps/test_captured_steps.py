@@ -38,7 +38,7 @@ def quick(monkeypatch):
 
 def run(policy, schedule, asked, device=None, later=(), **config):
     """Trajectories by id, and what each step waited for; `later` requests arrive after the first step."""
-    sizes = dict(block_size=4, page_size=8, pages=8, max_batch=2, capture_batches=(2,)) | config
+    sizes = dict(block_size=4, page_size=8, pages=8, max_batch=2, capture_batches=(2,), draft_temperature=0.6) | config
     engine, done, waits = Engine(policy, EngineConfig(schedule, **sizes)), [], []
     for request in asked:
         engine.add(request)
