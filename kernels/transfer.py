@@ -91,6 +91,8 @@ def _bytes(part: torch.Tensor) -> np.ndarray:
 
 def upload(tree: Tree, device: torch.device) -> Tree:
     """The tree on `device`. A host tree goes to an accelerator in one copy, for which nobody waits."""
+    if device.type == "cpu" and not torch.cuda.is_initialized():
+        return tree  # nothing can lie elsewhere; the walk over the tree would take longer than small steps of a CPU
     parts = _unique(tree)
     if all(part.device == device for part in parts):
         return tree

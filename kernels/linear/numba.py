@@ -24,27 +24,21 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils, codegen, config
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..compiled import compiled
+from ..lanes import LANES, has
 
 WIDTH = 32
 _FLOAT, _LONG = ir.FloatType(), ir.IntType(64)
 
 
-def _has(feature: str) -> bool:
-    """Whether numba compiles for a processor with this x86 feature (`NUMBA_CPU_FEATURES`, or this machine's own)."""
-    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return f"+{feature}" in features.split(",")
-
-
-FUSED = platform.machine() not in ("x86_64", "AMD64") or _has("fma")
+FUSED = platform.machine() not in ("x86_64", "AMD64") or has("fma")
 """Whether the processor rounds a product and the sum that it goes into once, together."""
-LANES = 16 if _has("avx512f") else 8
-"""Floats in a register; a tile is made for 32 registers of 16, or 16 of 8."""
 ROWS = 8 if LANES == 16 else 6
-"""Most rows of a tile. One or two wait for the weights, which are then read once."""
+"""Most rows of a tile, which is made for 32 registers of 16 floats, or 16 of 8. One or two rows wait for the weights, which are
+then read once."""
 
 
 def name() -> str:
@@ -162,13 +156,13 @@ def product_of(x_TD, begin, end, panels_PDW, out_TF):
 
 
 @compiled()
-def product_with_rows(x_TD, rows, depth, weight_DF, out_TF):
-    """Writes the first `rows` of out_TF: x times a weight that is not in panels, over its first `depth` features. F is a multiple
-    of `WIDTH`."""
-    each, features = _rows_of_a_tile(rows), weight_DF.shape[1]
+def product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_TF):
+    """Writes the first `rows` rows and `features` columns of out_TF: the first `depth` features of x times a part of a weight
+    that is not in panels, from its row `first` and column `begin` on. `features` is a multiple of `WIDTH`."""
+    each, stride = _rows_of_a_tile(rows), weight_DF.shape[1]
     for f in range(0, features, WIDTH):
         for t in range(0, rows, each):
-            _some(x_TD, t, min(each, rows - t), depth, weight_DF, f, features, out_TF, t, f)
+            _some(x_TD, t, min(each, rows - t), depth, weight_DF, first * stride + begin + f, stride, out_TF, t, f)
 
 
 def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:

@@ -103,7 +103,11 @@ class StepCosts:
         ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
         self._own[key] = own * ratio**_SLOW
         self._all *= ratio**_FAST
-        self._known = None
+        if self._known is not None:
+            schedules, size, parts = self._known
+            for n, other in enumerate(schedules):
+                if other.label == schedule.label and size.bit_length() == batch.bit_length():
+                    parts[n] = (*parts[n][:3], self._own[key])
 
     def _part(self, schedule: Schedule, batch: int) -> tuple[float, float, float, float]:
         """What `_at` needs for this schedule and batch."""

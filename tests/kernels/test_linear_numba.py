@@ -59,12 +59,15 @@ def test_only_the_rows_asked_for_are_written() -> None:
     assert np.isnan(out[:3]).all() and np.isnan(out[14:]).all() and np.isfinite(out[3:14]).all()
 
 
-@pytest.mark.parametrize("rows, depth", [(0, 12), (1, 12), (11, 7), (20, 12)])
-def test_a_weight_that_is_not_in_panels(rows: int, depth: int) -> None:
-    x, weight, out = operands(20, 12, 64)
-    weight[depth:] = torch.nan
-    linear.product_with_rows(x, rows, depth, weight.numpy(), out)
-    np.testing.assert_allclose(out[:rows], x[:rows, :depth] @ weight[:depth].numpy(), atol=1e-5)
+@pytest.mark.parametrize("rows, depth, first, begin", [(0, 12, 0, 0), (1, 12, 0, 32), (11, 7, 5, 64), (20, 9, 3, 32)])
+def test_a_part_of_a_weight_that_is_not_in_panels(rows: int, depth: int, first: int, begin: int) -> None:
+    x, weight, out = operands(20, 12, 128)
+    out = out[:, :64].copy()
+    part = weight[first : first + depth, begin : begin + 64].clone()
+    weight[:] = torch.nan
+    weight[first : first + depth, begin : begin + 64] = part
+    linear.product_with_rows(x, rows, depth, weight.numpy(), first, begin, 64, out)
+    np.testing.assert_allclose(out[:rows], x[:rows, :depth] @ part.numpy(), atol=1e-5)
     assert np.isnan(out[rows:]).all()
 
 

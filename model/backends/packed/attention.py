@@ -1,5 +1,5 @@
-"""Attention of `PackedBackend` over the clean keys and the mask block that a row sees, compiled by numba. Clean rows are computed
-one at a time; mask rows, many of which see the same keys, are computed as matrix products.
+"""Attention of `PackedBackend` over the clean keys and the mask block that a row sees, compiled by numba. Several rows of a
+sequence are computed at once, as two products with the softmax between them.
 
 Invariants:
 - A clean row sums over its keys in the order of their numbers. Neither the rest of the pack nor the cached part of its prefix
@@ -17,117 +17,98 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ....kernels.compiled import FUSED, compiled, copy, exponentials, largest, total
+from ....kernels.compiled import compiled, exponentials, largest, total
+from ....kernels.lanes import LANES as REGISTER
+from ....kernels.lanes import copy_line, turn
 from ....kernels.linear.numba import WIDTH, product_with_rows
 from .plan import PackedPlan
 
 LANES = 8
-_F = np.float32
 _MOST_SHAPES = 256
 """Shapes of packs whose working memory is kept: `two_pass` alternates between two, and keys grow by `WIDTH` at a time."""
+_MOST_QUERIES = 32
+"""Most queries of clean rows that are computed at once. More would see many keys that the first of them does not see."""
 _MOST_SCORES = 2**16
 """Most scores of mask rows that are computed at once: they fit into a processor's second-level cache."""
 
 
 @compiled()
-def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, keys_DL, values_LD):
+def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD, keys_DL, values_LD):
     """Keys and values of a sequence and head side by side, cached ones in front: keys turned, so that the scores of many of them
-    are added up at once. Nothing behind them."""
-    size, count = k_TGD.shape[2], start + last - first
+    are added up at once. Zeros behind them, up to a multiple of a register."""
+    heads, size, features, new = k_TGD.shape[1], k_TGD.shape[2], values_LD.shape[1], last - first
     for p in range(start):
-        place = place_L[p]
-        for e in range(size):
-            keys_DL[e, p] = k_pool[place, g, e]
-            values_LD[p, e] = v_pool[place, g, e]
-    for t in range(first, last):
-        for e in range(size):
-            keys_DL[e, start + t - first] = k_TGD[t, g, e]
-            values_LD[start + t - first, e] = v_TGD[t, g, e]
-    for e in range(size):
-        keys_DL[e, count : count + LANES] = 0
-    values_LD[count:] = 0
-
-
-@compiled(FUSED)
-def _put_scores(q0_D, q1_D, keys_DL, begin, count, score0_L, score1_L):
-    """q . k of `count` keys from `begin` on, of two queries, each added up in the order of its features, four a turn."""
-    size = q0_D.shape[0]
-    for i in range(count):
-        score0_L[i] = 0
-        score1_L[i] = 0
-    for e in range(0, size // 4 * 4, 4):
-        a0, a1, a2, a3 = q0_D[e], q0_D[e + 1], q0_D[e + 2], q0_D[e + 3]
-        b0, b1, b2, b3 = q1_D[e], q1_D[e + 1], q1_D[e + 2], q1_D[e + 3]
-        k0, k1 = keys_DL[e, begin : begin + count], keys_DL[e + 1, begin : begin + count]
-        k2, k3 = keys_DL[e + 2, begin : begin + count], keys_DL[e + 3, begin : begin + count]
-        for i in range(count):
-            score0_L[i] = score0_L[i] + a0 * k0[i] + a1 * k1[i] + a2 * k2[i] + a3 * k3[i]
-            score1_L[i] = score1_L[i] + b0 * k0[i] + b1 * k1[i] + b2 * k2[i] + b3 * k3[i]
-    for e in range(size // 4 * 4, size):
-        a0, b0 = q0_D[e], q1_D[e]
-        k = keys_DL[e, begin : begin + count]
-        for i in range(count):
-            score0_L[i] = score0_L[i] + a0 * k[i]
-            score1_L[i] = score1_L[i] + b0 * k[i]
-
-
-@compiled(FUSED)
-def _add_values(weight0_L, weight1_L, values_LD, begin, count, sum0_D, sum1_D):
-    """Adds the weighted values of `count` keys from `begin` on to two rows of features, four keys a turn."""
-    for i in range(0, count, 4):
-        a0, a1, a2, a3 = weight0_L[i], weight0_L[i + 1], weight0_L[i + 2], weight0_L[i + 3]
-        b0, b1, b2, b3 = weight1_L[i], weight1_L[i + 1], weight1_L[i + 2], weight1_L[i + 3]
-        v0, v1, v2, v3 = values_LD[begin + i], values_LD[begin + i + 1], values_LD[begin + i + 2], values_LD[begin + i + 3]
-        for e in range(sum0_D.shape[0]):
-            sum0_D[e] = sum0_D[e] + a0 * v0[e] + a1 * v1[e] + a2 * v2[e] + a3 * v3[e]
-            sum1_D[e] = sum1_D[e] + b0 * v0[e] + b1 * v1[e] + b2 * v2[e] + b3 * v3[e]
+        at = (place_L[p] * heads + g) * size
+        copy_line(k_pool, at, key_LD, p * size, size)
+        copy_line(v_pool, at, values_LD, p * features, size)
+    for n in range(new):
+        at, p = ((first + n) * heads + g) * size, start + n
+        copy_line(k_TGD, at, key_LD, p * size, size)
+        copy_line(v_TGD, at, values_LD, p * features, size)
+    count = start + new
+    whole = -(-count // REGISTER) * REGISTER
+    key_LD[count:whole] = 0
+    values_LD[count:whole] = 0
+    turn(key_LD, whole, keys_DL)
 
 
 @compiled()
-def _to_weights(score_L, clean, room, block):
-    """exp of `clean` scores and, from `room` on, of `block` scores, over the largest; 0 between and after. Returns their sum."""
-    top, count = largest(score_L, clean), room + -(-block // LANES) * LANES
-    if block:
-        top = max(top, largest(score_L[room:], block))
-    for i in range(count):
-        score_L[i] -= top
-    exponentials(score_L, count)
-    for i in range(clean, room):
-        score_L[i] = 0
-    for i in range(room + block, count):
-        score_L[i] = 0
-    return total(score_L, count)
+def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, attended_RD, out_THD, first, last):
+    """Attention of the clean rows first..last of a sequence, of `group` heads from head g * group on. Each score adds up its
+    features in their order, and each output its keys in theirs: a key that a row does not see has weight 0 and changes no sum."""
+    size, features = q_THD.shape[2], values_LD.shape[1]
+    low, high, rows = begin_T[first], 0, (last - first) * group
+    for t in range(first, last):
+        copy_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
+        low = min(low, begin_T[t])
+        high = max(high, begin_T[t] + -(-(end_T[t] - begin_T[t]) // LANES) * LANES)
+    low = low // WIDTH * WIDTH
+    width = -(-(high - low) // WIDTH) * WIDTH
+    score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
+    product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, score_RL)
+    for r in range(rows):
+        t = first + r // group
+        begin, score_L = begin_T[t] - low, score_RL[r]
+        top = largest(score_L[begin:], end_T[t] - begin_T[t])
+        for i in range(width):
+            score_L[i] -= top
+    exponentials(score, rows * width)
+    for r in range(rows):
+        t = first + r // group
+        begin, end, score_L = begin_T[t] - low, end_T[t] - low, score_RL[r]
+        score_L[:begin] = 0
+        score_L[end:] = 0
+        sum_R[r] = total(score_L[begin:], -(-(end - begin) // LANES) * LANES)
+    product_with_rows(score_RL, rows, high - low, values_LD, low, 0, features, attended_RD)
+    for t in range(first, last):
+        for u in range(group):
+            r = (t - first) * group + u
+            for e in range(size):
+                out_THD[t, g * group + u, e] = attended_RD[r, e] / sum_R[r]
 
 
 @compiled()
 def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, mask_S, start_S, place_SL,
-                keys_NGDL, values_NGLD, mask_q_NGRD, score0_L, score1_L, sum0_D, sum1_D, out_THD):  # fmt: skip
-    """Attention of the clean rows of some sequences, of queries that carry their scale; two heads at a time. With `apart`, keys,
-    values and the queries of mask rows are kept, of each sequence in a place of its own."""
+                keys_NGDL, values_NGLD, mask_q_NGRD, key_LD, q_RD, score, attended_RD, out_THD):  # fmt: skip
+    """Attention of the clean rows of some sequences, of queries that carry their scale. With `apart`, keys, values and mask
+    queries are kept, those of each sequence in a place of its own."""
     kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
-    group = q_THD.shape[1] // kv_heads
+    heads = q_THD.shape[1]
+    group = heads // kv_heads
+    at_once = q_RD.shape[0] // group
     for s in range(begin_s, end_s):
         first, last, n = first_S1[s], first_S1[s + 1], s - begin_s if apart else 0
         for g in range(kv_heads):
             keys_DL, values_LD = keys_NGDL[n, g], values_NGLD[n, g]
-            _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start_S[s], place_SL[s], keys_DL, values_LD)
-            for t in range(first, mask_S[s]):
-                begin = range_4T[0, t]
-                count = range_4T[1, t] - begin
-                room = -(-count // LANES) * LANES
-                for u in range(0, group, 2):
-                    h0, h1 = g * group + u, g * group + min(u + 1, group - 1)
-                    _put_scores(q_THD[t, h0], q_THD[t, h1], keys_DL, begin, room, score0_L, score1_L)
-                    total0, total1 = _to_weights(score0_L, count, room, 0), _to_weights(score1_L, count, room, 0)
-                    sum0_D[:] = 0
-                    sum1_D[:] = 0
-                    _add_values(score0_L, score1_L, values_LD, begin, room, sum0_D, sum1_D)
-                    for e in range(size):
-                        out_THD[t, h0, e] = sum0_D[e] / total0
-                        out_THD[t, h1, e] = sum1_D[e] / total1
+            _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start_S[s], place_SL[s], key_LD, keys_DL, values_LD)
+            for t in range(first, mask_S[s], at_once):
+                end = min(t + at_once, mask_S[s])
+                _attend(
+                    range_4T[0], range_4T[1], q_THD, g, group, keys_DL, values_LD, q_RD, score, attended_RD, out_THD, t, end
+                )
             for t in range(mask_S[s], last):
-                for u in range(group):
-                    copy(q_THD[t, g * group + u], mask_q_NGRD[n, g, (t - mask_S[s]) * group + u])
+                at = (t * heads + g * group) * size
+                copy_line(q_THD, at, mask_q_NGRD[n, g], (t - mask_S[s]) * group * size, group * size)
 
 
 @compiled()
@@ -137,7 +118,8 @@ def _score_masks(begin_s, end_s, group, range_4T, first_S1, mask_S, mask_q_NGRD,
     for s in range(begin_s, end_s):
         for g in range(score_NGRL.shape[1]):
             rows, n = (first_S1[s + 1] - mask_S[s]) * group, s - begin_s
-            product_with_rows(mask_q_NGRD[n, g], rows, size, keys_NGDL[n, g], score_NGRL[n, g])
+            width = score_NGRL.shape[3]
+            product_with_rows(mask_q_NGRD[n, g], rows, size, keys_NGDL[n, g], 0, 0, width, score_NGRL[n, g])
         for t in range(mask_S[s], first_S1[s + 1]):
             for g in range(score_NGRL.shape[1]):
                 for u in range(group):
@@ -154,10 +136,11 @@ def _attend_masks(begin_s, end_s, group, first_S1, mask_S, start_S, weight_NGRL,
     for s in range(begin_s, end_s):
         rows, n, keys = (first_S1[s + 1] - mask_S[s]) * group, s - begin_s, start_S[s] + first_S1[s + 1] - first_S1[s]
         for g in range(attended_NGRD.shape[1]):
-            product_with_rows(weight_NGRL[n, g], rows, keys, values_NGLD[n, g], attended_NGRD[n, g])
+            width = attended_NGRD.shape[3]
+            product_with_rows(weight_NGRL[n, g], rows, keys, values_NGLD[n, g], 0, 0, width, attended_NGRD[n, g])
             for t in range(mask_S[s], first_S1[s + 1]):
                 for u in range(group):
-                    copy(attended_NGRD[n, g, (t - mask_S[s]) * group + u, :size], out_THD[t, g * group + u])
+                    copy_line(attended_NGRD[n, g, (t - mask_S[s]) * group + u], 0, out_THD[t, g * group + u], 0, size)
 
 
 @dataclass(frozen=True)
@@ -166,7 +149,7 @@ class _Work:
 
     Attributes:
         pieces: begin and end of the sequences computed at once, and their scores and weights.
-        lines: scores of two heads, and two sums of features.
+        lines: of the clean rows of one sequence and head: its keys, then queries, scores and what is attended to, of some rows.
     """
 
     pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
@@ -216,8 +199,14 @@ class Attention:
                 ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, features),
             )
         ]  # fmt: skip
-        lines = [take(name, width + LANES) for name in ("line", "other line")]
-        lines += [take(name, self._size) for name in ("features", "other features")]
+        clean = max(1, _MOST_QUERIES // self._group) * self._group
+        lines = [
+            take(name, *shape)
+            for name, *shape in (
+                ("key rows", width, self._size), ("queries", clean, self._size), ("clean scores and sums", clean * (width + 1)),
+                ("attended by clean rows", clean, features),
+            )
+        ]  # fmt: skip
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
         scores, weights = pairs[3][0], pairs[4][0]
         pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]

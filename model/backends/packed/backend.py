@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from ....kernels.cca import Pools
 from ....kernels.linear import numba as linear
 from ....kernels.verify import PairTable
 from ...layout import TokenLayout
@@ -44,16 +45,22 @@ Angles = tuple[np.ndarray, np.ndarray, int]
 
 
 class _Memory:
-    """Pieces of memory by name. A piece is as large as the largest request for it so far."""
+    """Pieces of memory by name. A piece is as large as the largest request for it so far.
+
+    Attributes:
+        moved: how often a piece was replaced by a larger one.
+    """
 
     def __init__(self) -> None:
         self._pieces: dict[str, torch.Tensor] = {}
+        self.moved = 0
 
     def take(self, name: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
         """float32 of this shape, uninitialised, as a tensor and as an array. Requests under one name share their memory."""
         count = math.prod(shape)
         piece = self._pieces.get(name)
         if piece is None or len(piece) < count:
+            self.moved += piece is not None
             piece = self._pieces[name] = torch.zeros(1 << (count - 1).bit_length())
         tensor = piece[:count].view(shape)
         return tensor, tensor.numpy()
@@ -85,7 +92,7 @@ class _Work:
         self.sorted, self.gate_up = take("sorted", rows, hidden), take("gate_up", rows, 2 * inner)
         self.inner, self.out = take("inner", rows, inner), take("out", rows, hidden)
         self.hidden = take("hidden", rows, width), take("hidden before", rows, width)
-        self.line = np.zeros(width, np.float32)
+        self.line = np.zeros(turns * size, np.float32)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,7 @@ class PackedBackend:
         self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._rope: dict[str, Angles] = {}
         self._memory, self._work = _Memory(), dict[int, _Work]()
+        self._pools: tuple[Pools, list[list[np.ndarray]]] | None = None
         self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
         self.refresh()
 
@@ -154,12 +162,13 @@ class PackedBackend:
         """See `Backend.forward`."""
         work = self._work_of(layout.rows)
         torch.index_select(self._embedded_VD, 0, layout.token_T, out=torch.from_numpy(work.residual))
+        pools = [_nothing(work)] * len(self._layers) if state is None else self._pools_of(state)
         ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
         self._attention.prepare(plan)
         stages.unit(work.residual, self._layers[0].in_floor, work.unit)
         floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
         for number, (layer, after) in enumerate(zip(self._layers, floors, strict=True)):
-            self._attend(number, layer, work, plan, ropes[layer.kind], state)
+            self._attend(layer, work, plan, ropes[layer.kind], pools[number])
             self._mix(number, layer, work, after)
             if routing is not None:
                 routing.expert_LT.append(torch.from_numpy(work.expert.copy()))
@@ -174,11 +183,11 @@ class PackedBackend:
         return logits if self._head_bias is None else logits.add_(self._head_bias)
 
     def _attend(
-        self, number: int, layer: PackedLayer, work: _Work, plan: PackedPlan, rope: Angles, state: SequenceState | None
+        self, layer: PackedLayer, work: _Work, plan: PackedPlan, rope: Angles, pools: list[np.ndarray]
     ) -> None:
         """From the normed residual to the next one, through attention."""
         linear.product(work.unit, layer.projection_PDW, work.projected)
-        k_pool, v_pool, x_pool, delayed_pool = _nothing(work) if state is None else [x.numpy() for x in state.pools(number)]
+        k_pool, v_pool, x_pool, delayed_pool = pools
         stages.gather(
             work.projected, layer.projection_bias, plan.source_TA, plan.tail_T, layer.before, x_pool, delayed_pool, work.x,
             work.previous,
@@ -186,7 +195,7 @@ class PackedBackend:
         linear.products(work.x, layer.convolution_NPDW, work.mixed)
         stages.turn(
             work.mixed, work.projected, layer.convolution_bias_NO, layer.temperature_N, *rope, work.previous, plan.write_T,
-            k_pool, v_pool, work.q, work.k, work.v,
+            k_pool, v_pool, work.line, work.q, work.k, work.v,
         )  # fmt: skip
         out_THD = work.attended.reshape(-1, self._heads, self._size)
         self._attention(plan, layer.kind, work.q, work.k, work.v, k_pool, v_pool, out_THD)
@@ -202,7 +211,7 @@ class PackedBackend:
         stages.route(
             state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1_PDW, layer.fc1_bias,
             layer.fc2_PDW, layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot,
-            work.begin, work.sorted, *work.hidden, work.line,
+            work.begin, work.sorted, *work.hidden,
         )  # fmt: skip
         stages.experts(
             work.sorted, work.begin, layer.gate_up_EPDW, layer.down_EPFW, work.gate_up, work.inner, work.out
@@ -214,10 +223,19 @@ class PackedBackend:
     def _work_of(self, rows: int) -> _Work:
         work = self._work.get(rows)
         if work is None:
-            if rows > max(self._work, default=0) or len(self._work) >= _MOST_SIZES:
-                self._work.clear()  # memory that grows lies elsewhere
-            work = self._work[rows] = _Work(self._layers[0], self._heads, self._kv_heads, rows, self._memory)
+            moved = self._memory.moved
+            work = _Work(self._layers[0], self._heads, self._kv_heads, rows, self._memory)
+            if moved != self._memory.moved or len(self._work) >= _MOST_SIZES:
+                self._work.clear()  # memory that grew lies elsewhere
+            self._work[rows] = work
         return work
+
+    def _pools_of(self, state: SequenceState) -> list[list[np.ndarray]]:
+        """The arrays of `SequenceState.pools` by layer, made anew only for another cache."""
+        first = state.pools(0)
+        if self._pools is None or self._pools[0] is not first:
+            self._pools = first, [[x.numpy() for x in state.pools(number)] for number in range(len(self._layers))]
+        return self._pools[1]
 
     def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
         """cos_TO and sin_TO over whole heads, and half the features that turn; the sine has the sign of the rotated half."""

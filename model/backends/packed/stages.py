@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....kernels.compiled import compiled, copy, exponentials, squares
+from ....kernels.compiled import compiled, exponentials, squares
+from ....kernels.lanes import copy_line
 from ....kernels.linear.numba import product_of
 
 _F = np.float32
@@ -55,63 +56,63 @@ def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x
     for t in range(rows):
         for c in range(projected.shape[1]):
             projected[t, c] += bias[c]
+    every = projected.shape[1]
     for t in range(rows):
         for a in range(ancestors):
             s = source_TA[t, a]
             for n in range(heads):
+                to = (n * rows + t) * ancestors * size + a * size
                 if s >= 0:
-                    for e in range(size):
-                        x_NTE[n, t, a * size + e] = projected[s, n * size + e]
+                    copy_line(projected, s * every + n * size, x_NTE, to, size)
                 elif s < -1:
-                    for e in range(size):
-                        x_NTE[n, t, a * size + e] = x_pool[-2 - s, n * size + e]
+                    copy_line(x_pool, (-2 - s) * x_pool.shape[1] + n * size, x_NTE, to, size)
                 else:
-                    for e in range(size):
-                        x_NTE[n, t, a * size + e] = 0
+                    x_NTE[n, t, a * size : (a + 1) * size] = 0
         s = source_TA[t, 1]
-        for w in range(width):
-            if s >= 0:
-                previous_TW[t, w] = projected[s, channels + w]
-            elif s < -1:
-                previous_TW[t, w] = delayed_pool[-2 - s, w]
-            else:
-                previous_TW[t, w] = before_W[w]
+        if s >= 0:
+            copy_line(projected, s * every + channels, previous_TW, t * width, width)
+        elif s < -1:
+            copy_line(delayed_pool, (-2 - s) * delayed_pool.shape[1], previous_TW, t * width, width)
+        else:
+            copy_line(before_W, 0, previous_TW, t * width, width)
     for t in range(rows):
         if tail_T[t] >= 0:
-            for c in range(channels):
-                x_pool[tail_T[t], c] = projected[t, c]
-            for w in range(width):
-                delayed_pool[tail_T[t], w] = projected[t, channels + w]
+            copy_line(projected, t * every, x_pool, tail_T[t] * x_pool.shape[1], channels)
+            copy_line(projected, t * every + channels, delayed_pool, tail_T[t] * delayed_pool.shape[1], width)
 
 
 @compiled()
 def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, previous_TW, write_T, k_pool, v_pool,
-         q_THD, k_TGD, v_TGD):  # fmt: skip
+         line, q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
     means = (heads + kv_heads) * size + 2 * width
     current = (heads + kv_heads) * size + width
+    bias, kept = bias_NO.reshape(-1), kv_heads * size
     for t in range(rows):
         for n in range(heads + kv_heads):
+            copy_line(mixed_NTO, (n * rows + t) * size, line, n * size, size)
+        own = projected[t, means:]
+        for i in range(len(bias)):
+            line[i] = line[i] + bias[i] + own[i]
+        cos_left, cos_right, sin_left, sin_right = cos_TO[t, :half], cos_TO[t, half:], sin_TO[t, :half], sin_TO[t, half:]
+        for n in range(heads + kv_heads):
+            x = line[n * size : (n + 1) * size]
+            f = temperature_N[n] / max(np.sqrt(squares(x)), _F(1.1920929e-07))
             for e in range(size):
-                mixed_NTO[n, t, e] = mixed_NTO[n, t, e] + bias_NO[n, e] + projected[t, means + n * size + e]
-            f = temperature_N[n] / max(np.sqrt(squares(mixed_NTO[n, t])), _F(1.1920929e-07))
+                x[e] = x[e] * f
             to = q_THD[t, n] if n < heads else k_TGD[t, n - heads]
+            copy_line(x, 0, to, 0, size)
+            left, right, to_right = x[:half], x[half:], to[half:]
             for e in range(half):
-                left, right = mixed_NTO[n, t, e] * f, mixed_NTO[n, t, e + half] * f
-                to[e] = left * cos_TO[t, e] + right * sin_TO[t, e]
-                to[e + half] = right * cos_TO[t, e + half] + left * sin_TO[t, e + half]
-            for e in range(2 * half, size):
-                to[e] = mixed_NTO[n, t, e] * f
-        flat = v_TGD[t].reshape(-1)
-        for w in range(width):
-            flat[w] = projected[t, current + w]
-            flat[w + width] = previous_TW[t, w]
+                to[e] = left[e] * cos_left[e] + right[e] * sin_left[e]
+                to_right[e] = right[e] * cos_right[e] + left[e] * sin_right[e]
+        copy_line(projected, t * projected.shape[1] + current, v_TGD, t * kept, width)
+        copy_line(previous_TW, t * width, v_TGD, t * kept + width, width)
         if write_T[t] >= 0:
-            for g in range(kv_heads):
-                copy(k_TGD[t, g], k_pool[write_T[t], g])
-                copy(v_TGD[t, g], v_pool[write_T[t], g])
+            copy_line(k_TGD, t * kept, k_pool, write_T[t] * kept, kept)
+            copy_line(v_TGD, t * kept, v_pool, write_T[t] * kept, kept)
 
 
 @compiled()
@@ -127,7 +128,7 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
 
 @compiled()
 def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
-          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP, e_P):  # fmt: skip
+          probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
 
     `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip
@@ -147,7 +148,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_
         for t in range(rows):
             for p in range(width):
                 a_TP[t, p] = b_TP[t, p] + bias[p]
-            _gelu(a_TP[t], width, e_P)
+        _gelu(a_TP.reshape(-1), rows * width, b_TP.reshape(-1))
     for t in range(rows):
         z_C = probs_TC[t]
         z_C[:] = 0
@@ -176,7 +177,7 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_
         for t in range(rows):
             if expert_T[t] == c:
                 slot_T[t] = at
-                copy(unit_TD[t], sorted_ID[at])
+                copy_line(unit_TD, t * unit_TD.shape[1], sorted_ID, at * unit_TD.shape[1], unit_TD.shape[1])
                 at += 1
     for t in range(rows):
         if expert_T[t] == classes - 1:
@@ -188,14 +189,14 @@ def _activate(gate_up_I2F, begin, end, inner_IF):
     """silu(gate) * up."""
     size = inner_IF.shape[1]
     for i in range(begin, end):
-        inner = inner_IF[i]
+        inner, gate, up = inner_IF[i], gate_up_I2F[i, :size], gate_up_I2F[i, size:]
         for f in range(size):
-            inner[f] = -gate_up_I2F[i, f]
+            inner[f] = -gate[f]
         for f in range(size):
             inner[f] = min(inner[f], _F(87.0))
         exponentials(inner, size)
         for f in range(size):
-            inner[f] = gate_up_I2F[i, f] / (_F(1.0) + inner[f]) * gate_up_I2F[i, size + f]
+            inner[f] = gate[f] / (_F(1.0) + inner[f]) * up[f]
 
 
 @compiled()

@@ -137,3 +137,18 @@ def test_working_memory_of_shapes_that_alternate_is_kept_until_it_moves(make_pol
     packed.forward(*small)
     assert len(asked) == built + 20, "the smaller memory is still held"
     assert torch.equal(packed.forward(*small), first[0])
+
+
+def test_working_memory_of_fewer_rows_is_kept_while_nothing_moves(make_policy):
+    """A batch that grows by a row a step would otherwise make it anew at every step."""
+    policy = make_policy(torch.float32, seed=4)
+    packed, kept, expected = PackedBackend(policy), 0, {}
+    for rows in range(1, 24):
+        pack = packed.prepare(decode([DecodeRows([5] * rows, 0, (), 0)], policy.mask_token_id))
+        before = len(packed._work)
+        expected[rows] = packed.forward(*pack).clone()
+        kept += len(packed._work) == before + 1 > 1
+        for known in packed._work:
+            pack = packed.prepare(decode([DecodeRows([5] * known, 0, (), 0)], policy.mask_token_id))
+            assert torch.equal(packed.forward(*pack), expected[known])
+    assert kept > 6
