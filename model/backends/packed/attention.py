@@ -4,6 +4,8 @@ one at a time; mask rows, many of which see the same keys, are computed as matri
 Invariants:
 - A clean row sums over its keys in the order of their numbers. Neither the rest of the pack nor the cached part of its prefix
   changes that order.
+- Scores of clean rows are float64 until the largest is subtracted. A float32 score of 16 is rounded by up to 1e-6, and so is its
+  weight: of all roundings in a pass, those of the scores are what a log-probability shows most.
 - Keys are taken `LANES` at a time. The numbers past a row's last key are finite, and their weight is zero.
 
 Legend: as in `backend`; U heads of a key head, L keys, N sequences at once, R = U times the mask rows of one.
@@ -22,7 +24,7 @@ from ....kernels.linear.numba import WIDTH, product_with_rows
 from .plan import PackedPlan
 
 LANES = 8
-_F = np.float32
+_F64 = np.float64
 _MOST_SHAPES = 256
 """Shapes of packs whose working memory is kept: `two_pass` alternates between two, and keys grow by `WIDTH` at a time."""
 _MOST_SCORES = 2**16
@@ -50,25 +52,27 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, keys_D
 
 @compiled(FUSED)
 def _put_scores(q0_D, q1_D, keys_DL, begin, count, score0_L, score1_L):
-    """q . k of `count` keys from `begin` on, of two queries, each added up in the order of its features, four a turn."""
+    """float64 q . k of `count` keys from `begin` on, of two queries, each added up in the order of its features, four a turn."""
     size = q0_D.shape[0]
     for i in range(count):
         score0_L[i] = 0
         score1_L[i] = 0
     for e in range(0, size // 4 * 4, 4):
-        a0, a1, a2, a3 = q0_D[e], q0_D[e + 1], q0_D[e + 2], q0_D[e + 3]
-        b0, b1, b2, b3 = q1_D[e], q1_D[e + 1], q1_D[e + 2], q1_D[e + 3]
+        a0, a1, a2, a3 = _F64(q0_D[e]), _F64(q0_D[e + 1]), _F64(q0_D[e + 2]), _F64(q0_D[e + 3])
+        b0, b1, b2, b3 = _F64(q1_D[e]), _F64(q1_D[e + 1]), _F64(q1_D[e + 2]), _F64(q1_D[e + 3])
         k0, k1 = keys_DL[e, begin : begin + count], keys_DL[e + 1, begin : begin + count]
         k2, k3 = keys_DL[e + 2, begin : begin + count], keys_DL[e + 3, begin : begin + count]
         for i in range(count):
-            score0_L[i] = score0_L[i] + a0 * k0[i] + a1 * k1[i] + a2 * k2[i] + a3 * k3[i]
-            score1_L[i] = score1_L[i] + b0 * k0[i] + b1 * k1[i] + b2 * k2[i] + b3 * k3[i]
+            c0, c1, c2, c3 = _F64(k0[i]), _F64(k1[i]), _F64(k2[i]), _F64(k3[i])
+            score0_L[i] = score0_L[i] + a0 * c0 + a1 * c1 + a2 * c2 + a3 * c3
+            score1_L[i] = score1_L[i] + b0 * c0 + b1 * c1 + b2 * c2 + b3 * c3
     for e in range(size // 4 * 4, size):
-        a0, b0 = q0_D[e], q1_D[e]
+        a0, b0 = _F64(q0_D[e]), _F64(q1_D[e])
         k = keys_DL[e, begin : begin + count]
         for i in range(count):
-            score0_L[i] = score0_L[i] + a0 * k[i]
-            score1_L[i] = score1_L[i] + b0 * k[i]
+            c0 = _F64(k[i])
+            score0_L[i] = score0_L[i] + a0 * c0
+            score1_L[i] = score1_L[i] + b0 * c0
 
 
 @compiled(FUSED)
@@ -84,24 +88,23 @@ def _add_values(weight0_L, weight1_L, values_LD, begin, count, sum0_D, sum1_D):
 
 
 @compiled()
-def _to_weights(score_L, clean, room, block):
-    """exp of `clean` scores and, from `room` on, of `block` scores, over the largest; 0 between and after. Returns their sum."""
-    top, count = largest(score_L, clean), room + -(-block // LANES) * LANES
-    if block:
-        top = max(top, largest(score_L[room:], block))
-    for i in range(count):
-        score_L[i] -= top
-    exponentials(score_L, count)
+def _to_weights(score_L, clean, room, weight_L):
+    """exp of `clean` float64 scores over the largest, rounded to float32; 0 from there to `room`. Returns their sum."""
+    for i in range(room):
+        weight_L[i] = score_L[i]
+    top = _F64(largest(weight_L, clean))
+    for i in range(room):
+        weight_L[i] = score_L[i] - top
+    exponentials(weight_L, room)
     for i in range(clean, room):
-        score_L[i] = 0
-    for i in range(room + block, count):
-        score_L[i] = 0
-    return total(score_L, count)
+        weight_L[i] = 0
+    return total(weight_L, room)
 
 
 @compiled()
 def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, mask_S, start_S, place_SL,
-                keys_NGDL, values_NGLD, mask_q_NGRD, score0_L, score1_L, sum0_D, sum1_D, out_THD):  # fmt: skip
+                keys_NGDL, values_NGLD, mask_q_NGRD, score0_L, score1_L, weight0_L, weight1_L, sum0_D, sum1_D,
+                out_THD):  # fmt: skip
     """Attention of the clean rows of some sequences, of queries that carry their scale; two heads at a time. With `apart`, keys,
     values and the queries of mask rows are kept, of each sequence in a place of its own."""
     kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
@@ -118,10 +121,10 @@ def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, rang
                 for u in range(0, group, 2):
                     h0, h1 = g * group + u, g * group + min(u + 1, group - 1)
                     _put_scores(q_THD[t, h0], q_THD[t, h1], keys_DL, begin, room, score0_L, score1_L)
-                    total0, total1 = _to_weights(score0_L, count, room, 0), _to_weights(score1_L, count, room, 0)
+                    total0, total1 = _to_weights(score0_L, count, room, weight0_L), _to_weights(score1_L, count, room, weight1_L)
                     sum0_D[:] = 0
                     sum1_D[:] = 0
-                    _add_values(score0_L, score1_L, values_LD, begin, room, sum0_D, sum1_D)
+                    _add_values(weight0_L, weight1_L, values_LD, begin, room, sum0_D, sum1_D)
                     for e in range(size):
                         out_THD[t, h0, e] = sum0_D[e] / total0
                         out_THD[t, h1, e] = sum1_D[e] / total1
@@ -166,7 +169,7 @@ class _Work:
 
     Attributes:
         pieces: begin and end of the sequences computed at once, and their scores and weights.
-        lines: scores of two heads, and two sums of features.
+        lines: float64 scores of two heads, their weights, and two sums of features.
     """
 
     pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
@@ -216,12 +219,14 @@ class Attention:
                 ("scores", rows, width), ("weights", rows, width), ("attended by masks", rows, features),
             )
         ]  # fmt: skip
-        lines = [take(name, width + LANES) for name in ("line", "other line")]
+        lines = [take(name, 2 * (width + LANES)) for name in ("line", "other line")]
+        lines += [take(name, width + LANES) for name in ("line of weights", "other line of weights")]
         lines += [take(name, self._size) for name in ("features", "other features")]
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
         scores, weights = pairs[3][0], pairs[4][0]
         pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
-        work = _Work(pieces, tuple(array for _, array in lines), *(array for _, array in pairs))
+        wide = [array.view(_F64) for _, array in lines[:2]]
+        work = _Work(pieces, (*wide, *(array for _, array in lines[2:])), *(array for _, array in pairs))
         return work, [tensor.untyped_storage().data_ptr() for tensor, _ in (*pairs, *lines)]
 
     def __call__(
