@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..kernels.attention import LongPack, RowRanges, attend
+from ..kernels.attention import LongPack, RowRanges, attend, score_dtype
 from ..kernels.cca import CCAInputs, queries_keys_values
 from ..kernels.transfer import upload
 from .layout import TokenLayout
@@ -138,5 +138,5 @@ class PlainPlan:
             past_k, past_v = state.read(layer, state.longest)
             k_SKGD, v_SKGD = torch.cat([past_k, k_SKGD], dim=1), torch.cat([past_v, v_SKGD], dim=1)
             state.write(layer, k, v, inputs.x_TC, inputs.delayed_TW)
-        out_SRHD = attend(q_SRHD, k_SKGD, v_SKGD, self.padded.bias(kind, q.dtype), scale)
+        out_SRHD = attend(q_SRHD, k_SKGD, v_SKGD, self.padded.bias(kind, score_dtype(q)), scale)
         return out_SRHD.flatten(0, 1).index_select(0, self.padded.place_T)

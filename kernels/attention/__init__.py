@@ -15,9 +15,9 @@ from ..dispatch import dispatched
 from . import reference
 from .long import LongPack
 from .ranges import RowRanges
-from .reference import attend
+from .reference import attend, score_dtype
 from .rows import Rows
 
-__all__ = ["LongPack", "RowRanges", "Rows", "attend", "paged_attend"]
+__all__ = ["LongPack", "RowRanges", "Rows", "attend", "paged_attend", "score_dtype"]
 
 paged_attend = dispatched(reference.paged_attend)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from .ranges import RowRanges
+from .reference import score_dtype
 
 TILE = 512
 """Rows of a tile."""
@@ -77,7 +78,7 @@ def _forward(
     q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor, tiles: Tiles, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     heads, groups = q_THD.shape[1], k_TGD.shape[1]
-    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    wide = torch.promote_types(score_dtype(q_THD), torch.float32)
     out_THD = torch.empty_like(q_THD)
     lse_TH = torch.empty(q_THD.shape[:2], dtype=wide, device=q_THD.device)
     for i, seen in enumerate(tiles.seen):

@@ -12,23 +12,26 @@ import torch.nn.functional as F
 from .rows import Rows
 
 
+def score_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype that `attend` computes scores and weights in. On a CPU that is float64 for float32: a float32 score of 16 is
+    rounded by up to 1e-6, and so is its weight, while all other roundings are relative ones of 6e-8."""
+    return torch.float64 if q.dtype == torch.float32 and q.device.type == "cpu" else q.dtype
+
+
 def attend(
     q_SRHD: torch.Tensor, k_SKGD: torch.Tensor, v_SKGD: torch.Tensor, visible_SRK: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Returns out_SRHD. A row that sees nothing (padding) has no defined value; callers drop it.
 
     Args:
-        visible_SRK: bool, or already as what is added to the scores (0 or -inf), in the dtype of q.
+        visible_SRK: bool, or already as what is added to the scores (0 or -inf), in the dtype that `score_dtype` gives.
     """
-    out = F.scaled_dot_product_attention(
-        q_SRHD.transpose(1, 2),
-        k_SKGD.transpose(1, 2),
-        v_SKGD.transpose(1, 2),
-        attn_mask=visible_SRK[:, None],
-        scale=scale,
-        enable_gqa=q_SRHD.shape[2] != k_SKGD.shape[2],
+    dtype = score_dtype(q_SRHD)
+    q_SHRD, k_SGKD, v_SGKD = (x.transpose(1, 2).to(dtype) for x in (q_SRHD, k_SKGD, v_SKGD))
+    out_SHRD = F.scaled_dot_product_attention(
+        q_SHRD, k_SGKD, v_SGKD, attn_mask=visible_SRK[:, None], scale=scale, enable_gqa=q_SHRD.shape[1] != k_SGKD.shape[1]
     )
-    return out.transpose(1, 2)
+    return out_SHRD.transpose(1, 2).to(q_SRHD.dtype)
 
 
 def paged_attend(

@@ -57,14 +57,16 @@ def _multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
     if not FUSED:
         return builder.fadd(builder.fmul(a, b), c)
     kind = ir.FunctionType(a.type, [a.type] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32"), [a, b, c])
+    name = f"llvm.fma.v{a.type.count}{'f32' if a.type.element == _FLOAT else 'f64'}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
-def _tile(rows: int) -> Callable[..., None]:
+def _tile(rows: int, wide: bool = False) -> Callable[..., None]:
     """A function of (x_TD, t, depth, weight, at, stride, out_TF, to, f): `depth` features of rows t.. of x times `WIDTH` columns
     of a weight, which begin at its flat place `at` and lie `stride` apart, into rows to.. and columns f.. of out. All arrays are
-    float32 and contiguous."""
-    columns = WIDTH if LANES == 16 or rows <= 2 else WIDTH // 2
+    contiguous and float32; with `wide` products and sums are float64, and so is out."""
+    columns = LANES if wide else WIDTH if LANES == 16 or rows <= 2 else WIDTH // 2
+    number = ir.DoubleType() if wide else _FLOAT
 
     @intrinsic
     def tile(typing_context, x_TD, t, depth, weight, at, stride, out_TF, to, f):
@@ -74,15 +76,18 @@ def _tile(rows: int) -> Callable[..., None]:
             )  # fmt: skip
             x_width, out_width = (cgutils.unpack_tuple(builder, array.shape)[1] for array in (x, out))
             _, t, depth, _, first, stride, _, to, f = arguments
-            vector = ir.VectorType(_FLOAT, columns)
+            vector = ir.VectorType(number, columns)
             zero, nothing = ir.Constant(vector, [0.0] * columns), ir.Constant(vector, ir.Undefined)
             everywhere = ir.Constant(ir.VectorType(ir.IntType(32), columns), [0] * columns)
 
             def at(array: Any, index: Any) -> Any:
                 return builder.gep(array, [index])
 
-            def as_vector(pointer: Any) -> Any:
-                return builder.bitcast(pointer, vector.as_pointer())
+            def as_vector(pointer: Any, of: Any) -> Any:
+                return builder.bitcast(pointer, ir.VectorType(of, columns).as_pointer())
+
+            def widened(loaded: Any, to: Any) -> Any:
+                return builder.fpext(loaded, to) if wide else loaded
 
             x_r = [at(x.data, builder.mul(builder.add(t, _LONG(r)), x_width)) for r in range(rows)]
             out_r = [at(out.data, builder.add(builder.mul(builder.add(to, _LONG(r)), out_width), f)) for r in range(rows)]
@@ -92,13 +97,14 @@ def _tile(rows: int) -> Callable[..., None]:
                     builder.store(zero, total)
                 with cgutils.for_range(builder, depth) as loop:
                     place = builder.add(builder.add(first, _LONG(begin)), builder.mul(loop.index, stride))
-                    columns_d = builder.load(as_vector(at(weight.data, place)), align=4)
+                    columns_d = widened(builder.load(as_vector(at(weight.data, place), _FLOAT), align=4), vector)
                     for x_D, total in zip(x_r, sums, strict=True):
-                        one = builder.insert_element(nothing, builder.load(at(x_D, loop.index)), ir.IntType(32)(0))
+                        feature = widened(builder.load(at(x_D, loop.index)), number)
+                        one = builder.insert_element(nothing, feature, ir.IntType(32)(0))
                         spread = builder.shuffle_vector(one, nothing, everywhere)
                         builder.store(_multiply_add(builder, spread, columns_d, builder.load(total)), total)
                 for out_F, total in zip(out_r, sums, strict=True):
-                    builder.store(builder.load(total), as_vector(at(out_F, _LONG(begin))), align=4)
+                    builder.store(builder.load(total), as_vector(at(out_F, _LONG(begin)), number), align=4)
             return context.get_dummy_value()
 
         place = types.intp
@@ -108,6 +114,7 @@ def _tile(rows: int) -> Callable[..., None]:
 
 
 _tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_tile(min(rows, ROWS)) for rows in range(1, 9))
+_wide_tile1, _wide_tile2, _wide_tile3, _wide_tile4 = (_tile(rows, wide=True) for rows in range(1, 5))
 
 
 @compiled()
@@ -163,6 +170,24 @@ def product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_
     for f in range(0, features, WIDTH):
         for t in range(0, rows, each):
             _some(x_TD, t, min(each, rows - t), depth, weight_DF, first * stride + begin + f, stride, out_TF, t, f)
+
+
+@compiled()
+def wide_product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_TF):
+    """`product_with_rows` with float64 products and sums, into a float64 out_TF."""
+    stride = weight_DF.shape[1]
+    for f in range(0, features, WIDTH):
+        at = first * stride + begin + f
+        for t in range(0, rows, 4):
+            count = min(4, rows - t)
+            if count == 1:
+                _wide_tile1(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
+            elif count == 2:
+                _wide_tile2(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
+            elif count == 3:
+                _wide_tile3(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
+            else:
+                _wide_tile4(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
 
 
 def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:

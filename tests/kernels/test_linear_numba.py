@@ -69,6 +69,12 @@ def test_a_part_of_a_weight_that_is_not_in_panels(rows: int, depth: int, first: 
     linear.product_with_rows(x, rows, depth, weight.numpy(), first, begin, 64, out)
     np.testing.assert_allclose(out[:rows], x[:rows, :depth] @ part.numpy(), atol=1e-5)
     assert np.isnan(out[rows:]).all()
+    wide = np.full(out.shape, np.nan)
+    linear.wide_product_with_rows(x, rows, depth, weight.numpy(), first, begin, 64, wide)
+    chain = np.zeros((rows, 64))
+    for d in range(depth):  # the product of two float32 numbers is exact in float64
+        chain += x[:rows, d, None].astype(np.float64) * part[d].double().numpy()
+    assert np.array_equal(wide[:rows], chain) and np.isnan(wide[rows:]).all()
 
 
 def test_many_products_at_once() -> None:

@@ -4,6 +4,8 @@ sequence are computed at once, as two products with the softmax between them.
 Invariants:
 - A clean row sums over its keys in the order of their numbers. Neither the rest of the pack nor the cached part of its prefix
   changes that order.
+- Scores of clean rows are float64 until the largest is subtracted. A float32 score of 16 is rounded by up to 1e-6, and so is its
+  weight: of all roundings in a pass, those of the scores are what a log-probability shows most.
 - Keys are taken `LANES` at a time. The numbers past a row's last key are finite, and their weight is zero.
 
 Legend: as in `backend`; U heads of a key head, L keys, N sequences at once, R = U times the mask rows of one.
@@ -20,7 +22,7 @@ import torch
 from ....kernels.compiled import compiled, exponentials, largest, total
 from ....kernels.lanes import LANES as REGISTER
 from ....kernels.lanes import copy_line, turn
-from ....kernels.linear.numba import WIDTH, product_with_rows
+from ....kernels.linear.numba import WIDTH, product_with_rows, wide_product_with_rows
 from .plan import PackedPlan
 
 LANES = 8
@@ -53,7 +55,7 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD
 
 
 @compiled()
-def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, attended_RD, out_THD, first, last):
+def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, wide, score, attended_RD, out_THD, first, last):
     """Attention of the clean rows first..last of a sequence, of `group` heads from head g * group on. Each score adds up its
     features in their order, and each output its keys in theirs: a key that a row does not see has weight 0 and changes no sum."""
     size, features = q_THD.shape[2], values_LD.shape[1]
@@ -65,13 +67,16 @@ def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, at
     low = low // WIDTH * WIDTH
     width = -(-(high - low) // WIDTH) * WIDTH
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
-    product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, score_RL)
+    wide_RL = wide[: rows * width].reshape(rows, width)
+    wide_product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, wide_RL)
     for r in range(rows):
         t = first + r // group
-        begin, score_L = begin_T[t] - low, score_RL[r]
-        top = largest(score_L[begin:], end_T[t] - begin_T[t])
+        begin, score_L, wide_L = begin_T[t] - low, score_RL[r], wide_RL[r]
         for i in range(width):
-            score_L[i] -= top
+            score_L[i] = wide_L[i]
+        top = np.float64(largest(score_L[begin:], end_T[t] - begin_T[t]))
+        for i in range(width):
+            score_L[i] = wide_L[i] - top
     exponentials(score, rows * width)
     for r in range(rows):
         t = first + r // group
@@ -89,7 +94,7 @@ def _attend(begin_T, end_T, q_THD, g, group, keys_DL, values_LD, q_RD, score, at
 
 @compiled()
 def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, range_4T, first_S1, mask_S, start_S, place_SL,
-                keys_NGDL, values_NGLD, mask_q_NGRD, key_LD, q_RD, score, attended_RD, out_THD):  # fmt: skip
+                keys_NGDL, values_NGLD, mask_q_NGRD, key_LD, q_RD, wide, score, attended_RD, out_THD):  # fmt: skip
     """Attention of the clean rows of some sequences, of queries that carry their scale. With `apart`, keys, values and mask
     queries are kept, those of each sequence in a place of its own."""
     kv_heads, size = k_TGD.shape[1], k_TGD.shape[2]
@@ -104,7 +109,7 @@ def _clean_rows(begin_s, end_s, apart, q_THD, k_TGD, v_TGD, k_pool, v_pool, rang
             for t in range(first, mask_S[s], at_once):
                 end = min(t + at_once, mask_S[s])
                 _attend(
-                    range_4T[0], range_4T[1], q_THD, g, group, keys_DL, values_LD, q_RD, score, attended_RD, out_THD, t, end
+                    range_4T[0], range_4T[1], q_THD, g, group, keys_DL, values_LD, q_RD, wide, score, attended_RD, out_THD, t, end
                 )
             for t in range(mask_S[s], last):
                 at = (t * heads + g * group) * size
@@ -149,7 +154,8 @@ class _Work:
 
     Attributes:
         pieces: begin and end of the sequences computed at once, and their scores and weights.
-        lines: of the clean rows of one sequence and head: its keys, then queries, scores and what is attended to, of some rows.
+        lines: of the clean rows of one sequence and head: its keys, then queries, float64 scores, weights and what is attended
+            to, of some rows.
     """
 
     pieces: list[tuple[int, int, torch.Tensor, torch.Tensor]]
@@ -203,14 +209,15 @@ class Attention:
         lines = [
             take(name, *shape)
             for name, *shape in (
-                ("key rows", width, self._size), ("queries", clean, self._size), ("clean scores and sums", clean * (width + 1)),
-                ("attended by clean rows", clean, features),
+                ("key rows", width, self._size), ("queries", clean, self._size), ("clean scores", 2 * clean * width),
+                ("clean weights and sums", clean * (width + 1)), ("attended by clean rows", clean, features),
             )
         ]  # fmt: skip
         spans = [(s, min(s + at_once, sequences)) for s in range(0, sequences, at_once)]
         scores, weights = pairs[3][0], pairs[4][0]
         pieces = [(begin, end, scores[: end - begin], weights[: end - begin]) for begin, end in spans]
-        work = _Work(pieces, tuple(array for _, array in lines), *(array for _, array in pairs))
+        key_rows, queries, wide, *others = (array for _, array in lines)
+        work = _Work(pieces, (key_rows, queries, wide.view(np.float64), *others), *(array for _, array in pairs))
         return work, [tensor.untyped_storage().data_ptr() for tensor, _ in (*pairs, *lines)]
 
     def __call__(

@@ -85,14 +85,14 @@ def show(name: str, trainer: Any, before: tuple[float, ...], after: tuple[float,
 
 
 @pytest.mark.parametrize(
-    ("policy", "options", "rounding"),
-    [(POLICY, {"steps": 48}, 1e-4), ("tiny-reasoner", {"steps": 40, "prompts": 6, **LONGER}, 5e-4)],
+    ("policy", "options"),
+    [(POLICY, {"steps": 48}), ("tiny-reasoner", {"steps": 40, "prompts": 6, **LONGER})],
     ids=["steps left out", "longer numbers"],
 )
 def test_grpo_trainer_learns(
-    up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, options: Any, rounding: float
+    up: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, options: Any
 ) -> None:
-    """`rounding`: of the ratio of a single token. Two of the longer numbers' 190,000 tokens exceed 1e-4."""
+    """The ratio of every single token is within 1e-4 of 1."""
     address, seen, began = up(policy), watch(monkeypatch, trl_grpo), time.monotonic()
     trainer, before, after = trl_grpo.main(address, policy, heldout=400, output=tmp_path / "out", **options)
     show("GRPOTrainer", trainer, before, after, time.monotonic() - began)
@@ -105,7 +105,7 @@ def test_grpo_trainer_learns(
     )
     print(f"ratios {min(ratios):.6f} .. {max(ratios):.6f}, largest difference of log-probabilities "
           f"{max(lines(trainer, 'sampling/sampling_logp_difference/max')):.1e}")  # fmt: skip
-    assert all(abs(mean - 1) < 1e-4 for mean in means) and all(abs(ratio - 1) < rounding for ratio in ratios)
+    assert all(abs(ratio - 1) < 1e-4 for ratio in [*means, *ratios])
     assert after[0] > before[0] + 0.2
     assert after[1] >= 0.95 * before[1]
 
