@@ -29,8 +29,8 @@ MAX_UNCONFIRMED_ACKS = 8
 """Full Ack messages that may be sent before the gateway has confirmed them. One that is not full waits until those before it are
 confirmed, since each is one write to the gateway's disk: acknowledgements that come meanwhile go with it."""
 MAX_LAST_ACKS = 32
-"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`) or wants figures. A gateway
-whose disk is full keeps 64 of a session."""
+"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`) or wants figures. A
+gateway whose disk is full keeps 64 of a session."""
 ACK_S = 0.05
 """Seconds between two Ack messages that are not full. One goes at once with a batch, or where a call waits for it."""
 _WAIT_S = 0.2
@@ -139,8 +139,8 @@ class MessageLoop:
         self._given += len(keys)
 
     def confirmation(self) -> Callable[[], bool]:
-        """Whether the gateway has confirmed all acknowledgements that were given before this call. They go with the next exchange.
-        Those that other threads give later are not waited for: another thread that takes results gives one after the other."""
+        """Sends the acknowledgements that were given before this call with the next exchange. Returns a function that says
+        whether the gateway has confirmed them. Later ones do not count: a thread that takes results gives one after the other."""
         self._acks_urgent, given = True, self._given
         return lambda: self._given - len(self._acks) - sum(map(len, self._unconfirmed_acks.values())) >= given
 

@@ -251,7 +251,7 @@ class MessageRouter:
         self._unsaid.append((session.peer, refused))
 
     def _confirm(self) -> None:
-        """Tells clients what was recorded for them, in its order."""
+        """Tells clients what was recorded for them, in the order in which it was recorded."""
         if self._unsaid:
             self._ledger.sync()
             unsaid, self._unsaid = self._unsaid, []
