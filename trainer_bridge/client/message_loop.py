@@ -29,8 +29,8 @@ MAX_UNCONFIRMED_ACKS = 8
 """Full Ack messages that may be sent before the gateway has confirmed them. One that is not full waits until those before it are
 confirmed, since each is one write to the gateway's disk: acknowledgements that come meanwhile go with it."""
 MAX_LAST_ACKS = 32
-"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`). A gateway whose disk is
-full keeps 64 of a session."""
+"""Ack messages, full or not, that may be unconfirmed when the caller may be away for long (`send_acks`) or wants figures. A
+gateway whose disk is full keeps 64 of a session."""
 ACK_S = 0.05
 """Seconds between two Ack messages that are not full. One goes at once with a batch, or where a call waits for it."""
 _WAIT_S = 0.2
@@ -55,7 +55,7 @@ class MessageLoop:
         self.connection, self.pending = connection, pending
         self.lock = threading.Condition(threading.Lock())
         self._acks: deque[tuple[str, int]] = deque()
-        self._acks_urgent, self._acked_at = False, 0.0
+        self._acks_urgent, self._acked_at, self._given = False, 0.0, 0
         self._unconfirmed_acks: dict[int, Keys] = {}
         self._cancels: dict[int, tuple[str, tuple[str, ...]]] = {}
         self._cancels_sent: set[int] = set()
@@ -136,16 +136,19 @@ class MessageLoop:
     def acknowledge(self, keys: Sequence[tuple[str, int]]) -> None:
         """Acknowledges these (request id, sample) with one of the next exchanges."""
         self._acks.extend(keys)
+        self._given += len(keys)
+
+    def confirmation(self) -> Callable[[], bool]:
+        """Sends the acknowledgements that were given before this call with the next exchange. Returns a function that says
+        whether the gateway has confirmed them. Later ones do not count: a thread that takes results gives one after the other."""
+        self._acks_urgent, given = True, self._given
+        return lambda: self._given - len(self._acks) - sum(map(len, self._unconfirmed_acks.values())) >= given
 
     def send_acks(self) -> None:
         """Sends the acknowledgements that wait for others to be confirmed, unless the client is closed."""
         if self._acks and not self.closed:
             self._leaving = True
             self.run_until(lambda: True)
-
-    def hurry(self) -> None:
-        """A call waits for acknowledgements: they go with the next exchange."""
-        self._acks_urgent = True
 
     def cancel(self, request_ids: Sequence[str], why: str) -> list[int]:
         """Cancels these requests with the next exchange; returns the numbers of the messages (`confirmed`)."""
@@ -165,7 +168,7 @@ class MessageLoop:
         self._number += 1
         number = self._number
         self._wanted[number] = 0
-        self.hurry()  # the figures count what was acknowledged before
+        self._leaving = True  # the figures count what was acknowledged before, so that goes before the question
         try:
             self.run_until(lambda: number in self._figures)
             return self._figures.pop(number)

@@ -238,8 +238,7 @@ class RolloutClient:
             found, whole = keys_of(items, handed, self._pending)
             self._loop.acknowledge(list(found))
             self._handed.remove(found)
-            self._loop.hurry()
-            self._run_until(lambda: not self._loop.acknowledging)
+            self._run_until(self._loop.confirmation())
             self._pending.forget(whole)
 
     def push_weights(self, version: int, tensors: Mapping[str, Any], *, allow_gap: bool = False,
@@ -260,8 +259,7 @@ class RolloutClient:
         check_push(version, tensors, allow_gap, in_flight)
         with self._loop.lock:
             self._enter()
-            self._loop.hurry()
-            self._run_until(lambda: not self._loop.acknowledging)
+            self._run_until(self._loop.confirmation())
         serving = self._control.push(version, tensors, allow_gap=allow_gap, in_flight=in_flight)
         with self._loop.lock:
             self._connection.version = max(serving, self._connection.version)
@@ -299,9 +297,9 @@ class RolloutClient:
                     loop.acknowledge(self._handed.all())
                 if loop.acknowledging:
                     end = time.monotonic() + (_CLOSE_S if acknowledge else _FAIL_S)
-                    loop.hurry()
+                    confirmed = loop.confirmation()
                     self._connection.restart_timeout()
-                    loop.run_until(lambda: time.monotonic() > end or not loop.acknowledging, reopen=False)
+                    loop.run_until(lambda: time.monotonic() > end or confirmed(), reopen=False)
             except BlockrollError:
                 if acknowledge:  # otherwise the caller has an error of its own
                     raise

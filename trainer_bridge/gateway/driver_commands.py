@@ -37,9 +37,8 @@ class Work:
 @dataclass(frozen=True)
 class Commit:
     """A complete weight version to commit, after `seal` has written it to disk. `arrays`: None where the version is another
-    number
-    for the weights that serve. `changed`: the names of the tensors that are not those of the version that serves; None where
-    that is not known."""
+    number for the weights that serve. `changed`: the names of the tensors that are not those of the version that serves; None
+    where that is not known."""
 
     version: int
     arrays: Mapping[str, np.ndarray] | None

@@ -5,7 +5,8 @@ Invariants:
 - keep: the samples that engines hold stop between two steps. wait: they finish. abort: every open request ends where it is.
 - An aborted request is answered: each of its unfinished samples is recorded with the tokens that it has and the finish reason
   `abort`. So requested = unique + failed holds in every mode.
-- The one who asked is answered when it is so: no engine makes a step, and the ledger has every sample that ended.
+- The one who asked is answered when it is so: no engine makes a step, and every sample that ended is in the ledger, on
+  disk.
 - A pause lasts as long as the gateway's process. A drain ends it.
 """
 
@@ -129,6 +130,7 @@ class GenerationControl:
             if waiting.resets and not errors:
                 waiting.resets, waiting.calls = False, [self._driver.reset_prefix_cache()]
                 continue
+            self._ledger.sync()
             self._waiting.remove(waiting)
             self._answer(waiting.peer, waiting.number, errors[0] if errors else "")
 

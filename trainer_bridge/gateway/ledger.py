@@ -81,7 +81,7 @@ class Ledger:
         self._file.check()
 
     def sync(self) -> None:
-        """All that was recorded is on disk when this returns. Raises StorageError, as every `check` does from then on."""
+        """All that was recorded is on disk when this returns. Raises StorageError, as each `sync` and `check` from then on."""
         self._file.sync()
 
     def take_news(self) -> set[str]:

@@ -170,7 +170,9 @@ class LedgerFile:
 
     def sync(self) -> None:
         """Every transaction that has ended is on disk when this returns: one wait for the disk serves them all. Raises
-        StorageError, as every `check` does from then on."""
+        StorageError, as every `sync` and `check` does from then on: the kernel reports what it has lost once."""
+        if self._lost is not None:
+            raise self._lost
         if self._unsynced and self._synced_log is not None:
             try:
                 _sync(self._synced_log)

@@ -146,7 +146,8 @@ class MessageRouter:
         if not hello.control:
             try:
                 self._ledger.claim(hello.client, inbound.key)
-                self._ledger.resume(hello.client)
+                self._ledger.resume(hello.client)  # forgets its batches that are not complete, also those in `_refused`
+                self._refused = {(client, batch) for client, batch in self._refused if client != hello.client}
             except TransportError as error:
                 self._refuse(inbound.peer, str(error))
                 return
@@ -171,6 +172,7 @@ class MessageRouter:
         self._sessions.reply(session.peer, messages.Pong(self._status.version, self._status.notice()))
 
     def _figures(self, session: Session, message: messages.StatusRequest) -> None:
+        self._ledger.sync()  # what they count is on disk
         figures = tuple((clip(name, MAX_NAME), clip(value, MAX_FIGURE_TEXT) if isinstance(value, str) else value)
                         for name, value in self._status.figures().items())
         self._sessions.reply(session.peer, messages.Status(message.number, figures[:MAX_STATS]))
@@ -249,7 +251,7 @@ class MessageRouter:
         self._unsaid.append((session.peer, refused))
 
     def _confirm(self) -> None:
-        """Tells clients what was recorded for them, in its order."""
+        """Tells clients what was recorded for them, in the order in which it was recorded."""
         if self._unsaid:
             self._ledger.sync()
             unsaid, self._unsaid = self._unsaid, []
