@@ -5,8 +5,8 @@ Invariants:
   are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised
   or not.
 
-numba does not notice that a function called from another file has changed. After an edit of this file, delete the compiled
-callers (`__pycache__/*.nbi`).
+numba does not notice that a function called from another file has changed. After an edit of this file, of `lanes` or of
+`linear.numba`, delete the compiled callers (`__pycache__/*.nbi`).
 """
 
 from __future__ import annotations

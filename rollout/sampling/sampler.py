@@ -105,8 +105,10 @@ def _draft_group(
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
     markov_from = 0
     if p_first_SV is not None and group.sampler != "mixed":
-        # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature.
-        q_logits_SMV[:, 0], markov_from = p_first_SV * rows.draft_temperature, 1
+        # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature. Logits that are
+        # adjusted are scaled behind the adjustment (`_Chain`).
+        scale = rows.draft_temperature if group.adjustment is None else 1.0
+        q_logits_SMV[:, 0], markov_from = p_first_SV * scale, 1
     if kernels.serves(group, q_logits_SMV):
         return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
     q_logits_SMV = widen(q_logits_SMV).clone()
@@ -131,7 +133,8 @@ class _Chain:
     """Drafts drawn slot by slot, each given those before it.
 
     Attributes:
-        markov: what it gives for the token before is added to the logits of a slot, from slot `markov_from` on.
+        markov: what it gives for the token before is added to the logits of a slot, from slot `markov_from` on. Slots before it
+            hold p's own logits.
         previous_S: the token before the first slot.
         adjustment: adjusts the logits of each slot by the drafts before it.
     """
@@ -157,6 +160,8 @@ class _Chain:
                 q_logits_SMV[:, k : k + 1] += self.markov(previous_S1)
             if adjustment is not None and before is not None:
                 q_logits_SMV[:, k] = self._drawable(adjustment.adjusted(before, q_logits_SMV[:, k]), q_logits_SMV[:, k])
+                if k < self.markov_from:
+                    q_logits_SMV[:, k] *= rows.draft_temperature
             part = slice(k, k + 1)
             chosen.append(_choose(rows, group, q_logits_SMV[:, part], None if noise is None else noise[:, part]))
             previous_S1 = chosen[-1][0]

@@ -37,7 +37,8 @@ _MOST_SCORES = 2**16
 @compiled()
 def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD, keys_DL, values_LD):
     """Keys and values of a sequence and head side by side, cached ones in front: keys turned, so that the scores of many of them
-    are added up at once. Zeros behind them, up to a multiple of a register."""
+    are added up at once. Zeros behind them: keys up to a multiple of a register, and at least `LANES` values, which a row reads
+    whose window begins between two multiples of `LANES`."""
     heads, size, features, new = k_TGD.shape[1], k_TGD.shape[2], values_LD.shape[1], last - first
     for p in range(start):
         at = (place_L[p] * heads + g) * size
@@ -50,7 +51,7 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD
     count = start + new
     whole = -(-count // REGISTER) * REGISTER
     key_LD[count:whole] = 0
-    values_LD[count:whole] = 0
+    values_LD[count : max(whole, count + LANES)] = 0
     turn(key_LD, whole, keys_DL)
 
 
