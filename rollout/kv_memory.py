@@ -5,7 +5,8 @@ C = (H + G) d, F expert features, i bytes of the policy's dtype, and the largest
 a sequence, T rows of all (prefill_rows, and every row of B sequences):
 
     logits        16 * 4 * B * R * V: p, q, and what cut-offs make of them
-    activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1)))
+    activations   T * (24 D + i * (8 D + 4 C + 4 F) + 8 * router states + L * (8 + 4 * (experts + 1))); and 16 C where a CPU
+                  attends in float64 (`score_dtype`)
     attention     partial results of tiles whose keys programs share: 4 (d + 1) per query row and head; three times the rows that
                   fill the largest device; with batch_invariant those of the tiles that T fills and of one more per sequence,
                   B rounded up, once per 1024 keys of the widest table of pages, at most 32 times
@@ -29,6 +30,7 @@ from typing import Protocol
 import torch
 
 from ..errors import RequestError
+from ..kernels.attention import score_dtype
 from ..kernels.attention.splits import INVARIANT_KEYS, MOST_SPLITS, WAVES
 from ..kernels.attention.tiles import INVARIANT_QUERIES, MOST_QUERIES
 from ..model.policy import Policy
@@ -207,6 +209,8 @@ def set_aside(policy: Policy, config: PoolConfig, block_size: int, device_memory
     each = 24 * z.hidden_size + item * (8 * z.hidden_size + 4 * channels + 4 * z.moe_intermediate_size)
     each += 8 * z.router_hidden_size + z.num_hidden_layers * (8 + 4 * (z.num_experts + 1))
     away = policy.device.type != "cpu"
+    if score_dtype(policy.lm_head.weight) != policy.dtype:
+        each += 16 * channels
     split_rows = (WAVES + 1) * MOST_QUERIES
     if config.batch_invariant:
         # A captured step has padding: more sequences, and a table of pages that is wider than the longest one.

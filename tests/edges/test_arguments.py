@@ -58,7 +58,7 @@ OPTIONS = {
         f"--levels {'9' * 5000}": "levels:, 999",
         "--dtype int8": "dtype:, 'int8', bfloat16",
         "--top 1": "--top, --help",
-        "more": "more, --help",
+        "more": "policy:, more, give one of the two",
     },
     "score --policy tiny-reasoner --input none --output o": {
         "--temperature nan": "temperature:, nan",
