@@ -114,7 +114,7 @@ def _tile(rows: int, wide: bool = False) -> Callable[..., None]:
 
 
 _tile1, _tile2, _tile3, _tile4, _tile5, _tile6, _tile7, _tile8 = (_tile(min(rows, ROWS)) for rows in range(1, 9))
-_wide_tile1, _wide_tile2, _wide_tile3, _wide_tile4 = (_tile(rows, wide=True) for rows in range(1, 5))
+_wide_tile1, _wide_tile2, _wide_tile4 = (_tile(rows, wide=True) for rows in (1, 2, 4))
 
 
 @compiled()
@@ -178,16 +178,12 @@ def wide_product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features,
     stride = weight_DF.shape[1]
     for f in range(0, features, WIDTH):
         at = first * stride + begin + f
-        for t in range(0, rows, 4):
-            count = min(4, rows - t)
-            if count == 1:
-                _wide_tile1(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
-            elif count == 2:
-                _wide_tile2(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
-            elif count == 3:
-                _wide_tile3(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
-            else:
-                _wide_tile4(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
+        for t in range(0, rows // 4 * 4, 4):
+            _wide_tile4(x_TD, t, depth, weight_DF, at, stride, out_TF, t, f)
+        if rows % 4 >= 2:
+            _wide_tile2(x_TD, rows // 4 * 4, depth, weight_DF, at, stride, out_TF, rows // 4 * 4, f)
+        if rows % 2:
+            _wide_tile1(x_TD, rows - 1, depth, weight_DF, at, stride, out_TF, rows - 1, f)
 
 
 def product(x_TD: np.ndarray, panels_PDW: np.ndarray, out_TF: np.ndarray) -> None:
