@@ -25,15 +25,16 @@ FUSED = frozenset({"contract"})
 the source allows one way to fuse, and if its loops end at a multiple of the vector length or always at the same place."""
 
 
-def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(fastmath: frozenset[str] = frozenset(), nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function of arrays and numbers.
 
     Args:
         fastmath: LLVM's flags for the transformations of float arithmetic that are allowed.
+        nogil: other threads of the interpreter run while the function does.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath)}
+        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath), "nogil": nogil}
         try:
             return njit(cache=True, **options)(function)
         except RuntimeError:  # no writable cache, neither beside the source nor in the user's directory

@@ -70,6 +70,7 @@ class PagedCache:
         tails = slots * self.ring + pages * self.sizes.page_tail
         self.x = pool(tails, channels)
         self.delayed = pool(tails, kv[0] * kv[1] // 2)
+        self.all_pools = Pools(self.k, self.v, self.x, self.delayed)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
         self.total_pages, self._total_slots = pages, slots
         self._users = np.zeros(pages, dtype=np.int64)
@@ -232,6 +233,10 @@ class CacheView:
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
         return self._cache.pools(layer)
+
+    def all_pools(self) -> Pools:
+        """The cache of all layers."""
+        return self._cache.all_pools
 
     def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD of so many positions from the first on; past a sequence's pages, of any page."""

@@ -1,12 +1,13 @@
 """PackedPlan: where the rows and keys of one layout lie, for every layer of `PackedBackend`.
 
-Legend: T rows, S sequences, A = hops + 1 ancestors, L positions.
+Legend: T rows, S sequences, A = hops + 1 ancestors, L positions, W windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,29 +18,29 @@ from ...state import SequenceState
 from ...visibility import Visibility
 
 
-@dataclass(frozen=True)
-class PackedPlan:
+class PackedPlan(NamedTuple):
     """The places of one layout.
 
     Attributes:
-        source_TA, range_4T: as in `Visibility`.
+        position_T: int64, as in the layout.
+        source_TA: as in `Visibility`. range_W4T: its `range_4T`, of the windows in their order.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
         first_S1: first row of each sequence, and T. mask_S: first mask row of each sequence, or its end. start_S: cached
             positions of each sequence.
         place_SL: cache position of each sequence's positions.
-        longest, masks: most keys and most mask rows of a sequence.
+        longest: most keys of a sequence.
     """
 
+    position_T: np.ndarray
     source_TA: np.ndarray
+    range_W4T: np.ndarray
     write_T: np.ndarray
     tail_T: np.ndarray
     first_S1: np.ndarray
     mask_S: np.ndarray
     start_S: np.ndarray
     place_SL: np.ndarray
-    range_4T: dict[str, np.ndarray]
     longest: int
-    masks: int
 
     @classmethod
     def of(cls, layout: TokenLayout, state: SequenceState | None, hops: int, windows: Mapping[str, int | None]) -> PackedPlan:
@@ -55,18 +56,35 @@ class PackedPlan:
             table = paging.table_SP.numpy()
         first, start = seen.first_S1, seen.start_S
         mask, place = np.empty(len(start), np.int64), np.empty((len(start), int(start.max())), np.int64)
-        longest, masks = _place(first, seen.clean_S, start, table, size, mask, place)
-        return cls(seen.source_TA, write, tail, first, mask, start, place, seen.range_4T, longest, masks)
+        longest = _place(first, seen.clean_S, start, table, size, mask, place)
+        ranges = np.stack([seen.range_4T[kind] for kind in windows])
+        return cls(layout.position_T.numpy(), seen.source_TA, ranges, write, tail, first, mask, start, place, longest)
+
+    def parts(self, count: int) -> Iterator[tuple[slice, PackedPlan]]:
+        """At most so many parts of whole sequences with about as many rows each: their rows, and their plans."""
+        first_S1, rows = self.first_S1, len(self.position_T)
+        if count == 1:
+            yield slice(0, rows), self
+            return
+        borders = np.searchsorted((first_S1[:-1] + first_S1[1:]) / 2, np.arange(count + 1) * rows / count)
+        for begin, end in pairwise(dict.fromkeys(borders.tolist())):
+            here = slice(first_S1[begin], first_S1[end])
+            source_TA = self.source_TA[here]
+            yield here, PackedPlan(
+                self.position_T[here], np.where(source_TA >= 0, source_TA - here.start, source_TA),
+                self.range_W4T[:, :, here].copy(), self.write_T[here], self.tail_T[here],
+                first_S1[begin : end + 1] - here.start, self.mask_S[begin:end] - here.start, self.start_S[begin:end],
+                self.place_SL[begin:end], self.longest,
+            )  # fmt: skip
 
 
 @compiled()
 def _place(first_S1, clean_S, start_S, table_SP, page_size, mask_S, place_SL):
-    """Writes the last two arrays; returns the most keys and the most mask rows of a sequence."""
-    longest, masks = 1, 0
+    """Writes the last two arrays; returns the most keys of a sequence."""
+    longest = 1
     for s in range(len(start_S)):
         for p in range(start_S[s]):
             place_SL[s, p] = table_SP[s, p // page_size] * page_size + p % page_size
         mask_S[s] = first_S1[s] + clean_S[s]
         longest = max(longest, start_S[s] + first_S1[s + 1] - first_S1[s])
-        masks = max(masks, first_S1[s + 1] - mask_S[s])
-    return longest, masks
+    return longest

@@ -82,7 +82,7 @@ def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x
 
 
 @compiled()
-def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, previous_TW, write_T, k_pool, v_pool,
+def turn(mixed_NTO, projected, bias_NO, temperature_N, position_T, cos_PO, sin_PO, half, previous_TW, write_T, k_pool, v_pool,
          line, q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
@@ -96,7 +96,8 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
         own = projected[t, means:]
         for i in range(len(bias)):
             line[i] = line[i] + bias[i] + own[i]
-        cos_left, cos_right, sin_left, sin_right = cos_TO[t, :half], cos_TO[t, half:], sin_TO[t, :half], sin_TO[t, half:]
+        p = position_T[t]
+        cos_left, cos_right, sin_left, sin_right = cos_PO[p, :half], cos_PO[p, half:], sin_PO[p, :half], sin_PO[p, half:]
         for n in range(heads + kv_heads):
             x = line[n * size : (n + 1) * size]
             f = temperature_N[n] / max(np.sqrt(squares(x)), _F(1.1920929e-07))
@@ -129,7 +130,7 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
 @compiled()
 def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
           probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP):  # fmt: skip
-    """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
+    """The router after its down projection, and rows sorted by expert. `scale_P` is empty where no state is taken.
 
     `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip
     expert."""

@@ -1,0 +1,117 @@
+"""Passes of the packed backend that are divided among threads."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from blockroll.model.backends.packed import backend as packed
+from blockroll.model.backends.packed.backend import PackedBackend
+from blockroll.model.backends.packed.threads import Threads
+from blockroll.model.layout import DecodeRows, decode
+from blockroll.model.policy import Routing
+from blockroll.rollout.cache import PagedCache
+from blockroll.rollout.engine import Engine
+from blockroll.rollout.types import RolloutRequest, SamplingParams
+
+LENGTHS = 13, 1, 7, 1, 30
+
+
+@torch.inference_mode()
+def test_every_row_is_the_same_to_the_last_bit(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clean rows and mask rows, experts and cache, however many threads share a pass; also with a thread for each sequence and
+    more. Alone in a pass a sequence has the same rows too."""
+    monkeypatch.setattr(packed, "_LEAST_ROWS", 1)
+    policy = make_policy(torch.float32, seed=4, layer_types=["hybrid", "hybrid_sliding"], num_hidden_layers=2, sliding_window=4)
+    cache = PagedCache(policy, 60, 4, len(LENGTHS), 40)
+    held = [cache.open() for _ in LENGTHS]
+    draw = random.Random(0)
+    texts = [[draw.randrange(40) for _ in range(count + 3)] for count in LENGTHS]
+    assert all(cache.reserve(table, count + 3) for table, count in zip(held, LENGTHS, strict=True))
+    prefill = [DecodeRows(text[:count], 0, (), 0) for text, count in zip(texts, LENGTHS, strict=True)]
+    step = [DecodeRows(text[-3:], count, (1, 3), 5) for text, count in zip(texts, LENGTHS, strict=True)]
+    found = []
+    for threads in (1, 2, 3, 8):
+        backend = PackedBackend(policy)
+        backend.threads = threads
+        for pool in cache.all_pools:
+            pool.zero_()
+        of_pass = []
+        for rows in (prefill, step):
+            layout = decode(rows, policy.mask_token_id)
+            view, routing = cache.view(held, layout), Routing([], [])
+            of_pass += [backend.forward(*backend.prepare(layout, view), view, routing).clone(), *routing.expert_LT,
+                        *routing.probs_LTE]  # fmt: skip
+        found.append([*of_pass, *(pool.clone() for pool in cache.all_pools)])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    whole, first = found[0][len(of_pass) // 2], 0
+    for table, rows in zip(held, step, strict=True):
+        layout = decode([rows], policy.mask_token_id)
+        view = cache.view([table], layout)
+        alone = backend.forward(*backend.prepare(layout, view), view)
+        assert torch.equal(alone, whole[first : first + layout.rows])
+        first += layout.rows
+
+
+def test_an_engine_has_torch_threads(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step divides its passes among as many threads as torch has, and torch has one meanwhile. The samples stay the same."""
+    monkeypatch.setattr(packed, "_LEAST_ROWS", 1)
+    seen: list[tuple[int, int]] = []
+    each = Threads.each
+    monkeypatch.setattr(Threads, "each", lambda self, function, calls: (
+        seen.append((len(calls), torch.get_num_threads())), each(self, function, calls)))  # fmt: skip
+    engine = Engine(make_policy(torch.float32, seed=4), max_batch=4)
+    made = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            made.append(engine.rollout([
+                RolloutRequest(f"{n}", (5, 6 + n), SamplingParams("lossless", max_tokens=20), n, 1) for n in range(6)
+            ]))  # fmt: skip
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert {count for count, _ in seen} == {1, 2, 3} and {threads for _, threads in seen} == {1}
+    for one, other in zip(*made, strict=True):
+        assert list(one.tokens) == list(other.tokens) and list(one.logprobs) == list(other.logprobs)
+
+
+def test_what_a_call_raises_is_raised_when_all_have_ended() -> None:
+    threads, ended = Threads(), []
+
+    def call(number: int, wait: threading.Event) -> None:
+        if number == 2:
+            raise ValueError("two")
+        if number == 1:
+            assert wait.wait(10)
+            ended.append(number)
+        else:
+            wait.set()
+            raise KeyError(number) if number == 3 else SystemError
+
+    wait = threading.Event()
+    with pytest.raises(SystemError):
+        threads.each(call, [(0, wait), (1, wait), (2, wait)])
+    assert ended == [1]
+    with pytest.raises(ValueError, match="two"):
+        threads.each(call, [(1, wait), (2, wait)])
+    assert ended == [1, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    threads, done = Threads(), []
+    threads.each(done.append, [(0,), (1,)])
+    child = os.fork()
+    if not child:
+        threads.each(done.append, [(2,), (3,)])
+        os._exit(0 if sorted(done) == [0, 1, 2, 3] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
