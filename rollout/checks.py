@@ -50,7 +50,8 @@ def check_requests(requests: Iterable[RolloutRequest], serves: Callable[[str], b
     names = set[str]()
     for request in requests:
         if not isinstance(request, RolloutRequest):
-            raise RequestError("requests", f"{short(request)} is no RolloutRequest", "give RolloutRequest(id, prompt_tokens, ...)")
+            raise RequestError("requests", f"{short(request)} is no RolloutRequest",
+                               "give RolloutRequest(id, prompt_tokens, ...)")  # fmt: skip
         if request.id in names or serves(request.id):
             raise RequestError("id", f"two unfinished requests are called {short(request.id)}", "give each request its own id")
         names.add(request.id)
