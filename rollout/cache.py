@@ -212,17 +212,17 @@ class CacheView:
 
     def __init__(self, cache: PagedCache, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
-        self._longest = int(layout.start_S.max())
+        self._start_S = layout.start_S
         width = width or max(1, *(len(table.pages) for table in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
         pages, slots = page_table(sequences, self._table_SP), np.array([table.slot for table in sequences])
         self._places = CachePlaces.of(layout, slots, pages, self._table_SP, cache.sizes, cache.hops)
         self._read: dict[int, torch.Tensor] = {}
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Cached positions of the longest sequence."""
-        return self._longest
+        return int(self._start_S.max())
 
     def paging(self) -> Paging:
         """Where this layout's rows lie, for kernels that work on the pages in place."""

@@ -234,7 +234,7 @@ class Engine:
         done = list[Trajectory]()
         try:
             for request in requests:
-                self.add(request)
+                self.add_samples(request, range(request.samples))
             while self.has_work:
                 for trajectory in unless_failed(self.step(), self.failed):
                     done.append(trajectory)

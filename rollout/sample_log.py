@@ -25,7 +25,7 @@ class StepRecord(NamedTuple):
 
     Attributes:
         drafted, accepted, start, length: one number per sample, as in `StepTrace`.
-        logprob_DR, behavior_DR, support_DR: as in `Verdict`, in memory of their own.
+        numbers_3DR: log-probabilities, behavior log-probabilities and support masses, as in `Verdict`, in memory of their own.
         version: of the weights. forwards: forward passes of the step.
     """
 
@@ -33,9 +33,7 @@ class StepRecord(NamedTuple):
     accepted: list[int]
     start: list[int]
     length: list[int]
-    logprob_DR: np.ndarray
-    behavior_DR: np.ndarray
-    support_DR: np.ndarray
+    numbers_3DR: np.ndarray
     version: int
     forwards: int
 
@@ -78,9 +76,9 @@ class SampleLog:
         """Bring the lists up to date; returns itself."""
         taken = self._taken
         if taken:
-            self.logprobs += _row_parts([(each.logprob_DR, row, count) for each, row, _, count in taken])
-            self.behavior += _row_parts([(each.behavior_DR, row, count) for each, row, _, count in taken])
-            self.support += _row_parts([(each.support_DR, row, count) for each, row, _, count in taken])
+            numbers_3N = np.concatenate([each.numbers_3DR[:, row, :count] for each, row, _, count in taken], axis=1)
+            for known, new in zip((self.logprobs, self.behavior, self.support), numbers_3N.tolist(), strict=True):
+                known += new
             for each, row, anchor, count in taken:
                 accepted = each.accepted[row]
                 self.versions += [each.version] * count
@@ -94,9 +92,3 @@ def _trace(record: StepRecord, row: int, anchor: int) -> StepTrace:
     drafted = record.drafted[row]
     forwards = record.forwards if drafted else 1
     return StepTrace(anchor, drafted, record.accepted[row], record.start[row], record.length[row], forwards)
-
-
-def _row_parts(parts: list[tuple[np.ndarray, int, int]]) -> list[float]:
-    """The first numbers of a row of each array, one after another."""
-    numbers: list[float] = np.concatenate([array_DR[row, :count] for array_DR, row, count in parts]).tolist()
-    return numbers
