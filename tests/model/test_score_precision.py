@@ -38,7 +38,7 @@ def engine(q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> tor
     lines = Lines.of(HEADS // KV_HEADS, SIZE, width_of(ROWS), lambda _, *shape: np.zeros(shape, np.float32))
     plan, out_THD = PackedPlan.of(causal([[0] * ROWS]), None, 2, {"hybrid": None}), np.empty((ROWS, HEADS, SIZE), np.float32)
     q, k, v = (x.numpy() for x in (q_THD, k_TGD, v_TGD))
-    attend_packed(plan, 0, q, k, v, k, v, lines, out_THD)
+    attend_packed(0, 1, plan, 0, q, k, v, k, v, lines, out_THD)
     return torch.from_numpy(out_THD)
 
 

@@ -149,12 +149,12 @@ def _attend_masks(range_4T, q_THD, g, group, lines, out_THD, keys, first, last):
 
 
 @compiled()
-def attend(plan, window, q_THD, k_TGD, v_TGD, k_pool, v_pool, lines, out_THD):
-    """Attention of the rows of a `PackedPlan`, of queries that carry their scale. `window`: number of the layer's window."""
+def attend(begin_s, end_s, plan, window, q_THD, k_TGD, v_TGD, k_pool, v_pool, lines, out_THD):
+    """Attention of some sequences of a plan, of queries that carry their scale. `window`: number of the layer's window."""
     kv_heads, range_4T = k_TGD.shape[1], plan.range_W4T[window]
     group = q_THD.shape[1] // kv_heads
     at_once = lines.q_RD.shape[0] // group
-    for s in range(len(plan.start_S)):
+    for s in range(begin_s, end_s):
         first, mask, last, start = plan.first_S1[s], plan.mask_S[s], plan.first_S1[s + 1], plan.start_S[s]
         for g in range(kv_heads):
             _gather(

@@ -30,7 +30,7 @@ from .attention import Lines, width_of
 from .network import Angles, Network, Pools, Work, run
 from .plan import PackedPlan
 from .threads import Threads
-from .weights import floor, fold_layers, turned
+from .weights import PackedLayer, floor, fold_layers, turned
 
 if TYPE_CHECKING:
     from ...policy import Layer, Policy, Routing
@@ -67,25 +67,27 @@ class _Memory:
 
 
 class _Workspace:
-    """The working memory of one thread."""
+    """Where passes work."""
 
     def __init__(self, policy: Policy) -> None:
         config, self._memory = policy.config, _Memory()
         self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self._works, self._lines = dict[int, Work](), dict[int, Lines]()
+        self._works, self._lines = dict[int, Work](), dict[tuple[int, int], Lines]()
 
-    def of(self, network: Network, plan: PackedPlan) -> tuple[Work, Lines]:
-        """For a pass over this plan."""
+    def of(self, layers: PackedLayer, plan: PackedPlan, threads: int) -> tuple[Work, list[Lines]]:
+        """For a pass over this plan, and for each of its threads."""
         rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
-        work, lines = self._works.get(rows), self._lines.get(width)
-        if work is None:
-            work = Work.of(network.layers, self._heads, self._kv_heads, rows, take)
-        if lines is None:
-            lines = Lines.of(self._heads // self._kv_heads, self._size, width, take)
+        work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
+        lines = [
+            self._lines.get((width, thread))
+            or Lines.of(self._heads // self._kv_heads, self._size, width, lambda name, *shape: take(f"{name} {thread}", *shape))
+            for thread in range(threads)
+        ]
         if moved != self._memory.moved or max(len(self._works), len(self._lines)) >= _MOST_SIZES:
             self._works.clear()  # memory that grew lies elsewhere
             self._lines.clear()
-        self._works[rows], self._lines[width] = work, lines
+        self._works[rows] = work
+        self._lines.update(((width, thread), own) for thread, own in enumerate(lines))
         return work, lines
 
 
@@ -113,8 +115,7 @@ class PackedBackend:
         self._policy, self._vocabulary = policy, policy.config.vocab_size
         self._angles: Angles | None = None
         self._pools: tuple[cca.Pools | None, Pools] | None = None
-        self._workspaces: list[_Workspace] = []
-        self._threads = Threads()
+        self._workspace, self._threads = _Workspace(policy), Threads()
         self.refresh()
 
     @torch.inference_mode()
@@ -151,18 +152,15 @@ class PackedBackend:
         self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """See `Backend.forward`."""
-        token_T, hidden = layout.token_T.numpy(), torch.empty(layout.rows, len(self._network.norm))
-        angles, pools, hidden_TD = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state), hidden.numpy()
-        parts = list(plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS))))
-        self._workspaces += [_Workspace(self._policy) for _ in parts[len(self._workspaces) :]]
-        memory = [space.of(self._network, part) for space, (_, part) in zip(self._workspaces, parts, strict=False)]
-        self._threads.each(run, [
-            (token_T[rows], part, self._network, angles, pools, *own, hidden_TD[rows])
-            for (rows, part), own in zip(parts, memory, strict=True)
-        ])  # fmt: skip
+        hidden, network = torch.empty(layout.rows, len(self._network.norm)), self._network
+        angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
+        parts = plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS)))
+        work, lines = self._workspace.of(network.layers, plan, len(parts))
+        common, hidden_TD = (layout.token_T.numpy(), plan, network, angles, pools, work), hidden.numpy()
+        self._threads.each(run, [(*part, *common, own, hidden_TD) for part, own in zip(parts, lines, strict=True)])
         if routing is not None:
-            routing.expert_LT.extend(torch.from_numpy(np.concatenate([work.expert_LT for work, _ in memory], axis=1)))
-            routing.probs_LTE.extend(torch.from_numpy(np.concatenate([work.probs_LTC for work, _ in memory], axis=1)))
+            routing.expert_LT.extend(torch.from_numpy(work.expert_LT.copy()))
+            routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC.copy()))
         return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:

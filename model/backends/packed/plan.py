@@ -5,7 +5,7 @@ Legend: T rows, S sequences, A = hops + 1 ancestors, L positions, W windows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -60,22 +60,12 @@ class PackedPlan(NamedTuple):
         ranges = np.stack([seen.range_4T[kind] for kind in windows])
         return cls(layout.position_T.numpy(), seen.source_TA, ranges, write, tail, first, mask, start, place, longest)
 
-    def parts(self, count: int) -> Iterator[tuple[slice, PackedPlan]]:
-        """At most so many parts of whole sequences with about as many rows each: their rows, and their plans."""
-        first_S1, rows = self.first_S1, len(self.position_T)
+    def parts(self, count: int) -> list[tuple[int, int]]:
+        """Begin and end of the sequences of at most so many parts, with about as many rows each."""
         if count == 1:
-            yield slice(0, rows), self
-            return
-        borders = np.searchsorted((first_S1[:-1] + first_S1[1:]) / 2, np.arange(count + 1) * rows / count)
-        for begin, end in pairwise(dict.fromkeys(borders.tolist())):
-            here = slice(first_S1[begin], first_S1[end])
-            source_TA = self.source_TA[here]
-            yield here, PackedPlan(
-                self.position_T[here], np.where(source_TA >= 0, source_TA - here.start, source_TA),
-                self.range_W4T[:, :, here].copy(), self.write_T[here], self.tail_T[here],
-                first_S1[begin : end + 1] - here.start, self.mask_S[begin:end] - here.start, self.start_S[begin:end],
-                self.place_SL[begin:end], self.longest,
-            )  # fmt: skip
+            return [(0, len(self.start_S))]
+        middle_S = (self.first_S1[:-1] + self.first_S1[1:]) / 2
+        return list(pairwise(dict.fromkeys(np.searchsorted(middle_S, np.arange(count + 1) * self.first_S1[-1] / count).tolist())))
 
 
 @compiled()

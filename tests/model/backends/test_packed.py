@@ -122,7 +122,7 @@ def test_working_memory_of_shapes_that_alternate_is_kept_until_it_moves(make_pol
     policy = make_policy(torch.float32, seed=4)
     packed = PackedBackend(policy)
     run(packed, policy, 3)
-    (space,) = packed._workspaces
+    space = packed._workspace
     asked, take = [], space._memory.take
     space._memory.take = lambda name, *shape: (asked.append(name), take(name, *shape))[1]
     first = [run(packed, policy, rows) for rows in (3, 5)]
@@ -140,10 +140,10 @@ def test_working_memory_of_fewer_rows_is_kept_while_nothing_moves(make_policy):
     policy = make_policy(torch.float32, seed=4)
     packed, kept, expected = PackedBackend(policy), 0, {}
     for rows in range(1, 24):
-        before = len(packed._workspaces[0]._works) if packed._workspaces else 0
+        before = len(packed._workspace._works)
         expected[rows] = run(packed, policy, rows)
-        kept += len(packed._workspaces[0]._works) == before + 1 > 1
-        for known in list(packed._workspaces[0]._works):
+        kept += len(packed._workspace._works) == before + 1 > 1
+        for known in list(packed._workspace._works):
             assert torch.equal(run(packed, policy, known), expected[known])
     assert kept > 6
 

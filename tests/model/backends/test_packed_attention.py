@@ -25,7 +25,7 @@ def test_values_that_are_not_finite_stay_in_their_sequence(rows: int, window: in
         if value is not None:
             v[:] = value
         plan, out_THD = PackedPlan.of(causal([[0] * count]), None, 2, {"hybrid": window}), np.empty_like(q)
-        attend(plan, 0, q, k, v, k, v, memory, out_THD)
+        attend(0, 1, plan, 0, q, k, v, k, v, memory, out_THD)
         return out_THD
 
     before = attended(rows)
@@ -39,7 +39,7 @@ def test_mask_rows_as_the_rule_says(window: int | None) -> None:
     layout = decode([DecodeRows([5] * 7, 0, (2, 4, 7), 11)], 3)
     plan, (q, k, v) = PackedPlan.of(layout, None, 2, {"hybrid": window}), _rows(layout.rows)
     out_THD = np.empty_like(q)
-    attend(plan, 0, q, k, v, k, v, _lines(layout.rows), out_THD)
+    attend(0, 1, plan, 0, q, k, v, k, v, _lines(layout.rows), out_THD)
     i, j = layout.position_T[:, None], layout.position_T[None]
     seen = layout.sees() & ((layout.block_T >= 0)[None] | (i - j < (window or layout.rows)))
     k_THD, v_THD = (torch.from_numpy(x).double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
