@@ -1,4 +1,4 @@
-"""The planner: before each step it chooses the schedule that makes the next tokens in the least time.
+"""The planner: while decoding it chooses the schedule that makes the next tokens in the least time.
 
 For the next G tokens of each sample a schedule needs
 
@@ -9,6 +9,10 @@ a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `f
 drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
 waiting drafts. Now and then the planner probes: it runs one or two steps of a schedule that is nearly as good, in order to learn.
 Probes take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+
+A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
+are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
+ends, and after `_STANDS` steps. One step of each choice is timed.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -23,7 +27,7 @@ schedule depends only on random numbers that no later draw uses again:
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +40,7 @@ PROBE_SHARE = 0.015
 _PROBE_EVERY = 24  # steps between two probes, at least
 _NEAR = 1.5  # times the best one's seconds: what is probed in turn
 _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
+_STANDS = 12  # steps that a choice stands for, at most: a divisor of _PROBE_EVERY
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
@@ -49,7 +54,7 @@ class Decision:
     """One step: the schedule chosen, what was expected of the step, and what it made.
 
     Attributes:
-        batch: samples decoding; context: their mean length in tokens.
+        batch: samples decoding; context: their mean length in tokens, when the schedule was chosen.
         expected_seconds, expected_tokens: of one step in the long run, tokens per sample.
         seconds, tokens: of this step, tokens per sample; 0 until it has run.
         probe: the step was run in order to learn.
@@ -93,9 +98,16 @@ class _Batch:
     kind_S: list[Kind]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Batch:
-        drafting = [sample for sample in samples if sample.request.params.sampler != "ar"]
-        return cls(tuple(samples), drafting, Counter(map(_kind, drafting)), [_kind(sample) for sample in samples])
+    def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
+        """The samples of a step; `before`: another batch, some of whose samples may be the same."""
+        known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
+        kind_S = [known.get(sample) or _kind(sample) for sample in samples]
+        kinds: dict[Kind, int] = {}
+        for kind in kind_S:
+            if kind[0] != "ar":
+                kinds[kind] = kinds.get(kind, 0) + 1
+        drafting = [sample for sample, kind in zip(samples, kind_S, strict=True) if kind[0] != "ar"]
+        return cls(tuple(samples), drafting, kinds, kind_S)
 
 
 class Planner:
@@ -129,28 +141,30 @@ class Planner:
         self._batch = _Batch.of(())
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
-        self._since = self._pinned = self._turn = 0
+        self._since = self._pinned = self._turn = self._stands = 0
+        self._timed = False
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        self._settle()
         if len(decoding) != len(self._batch.samples) or self._batch.samples != tuple(decoding):
-            self._batch = _Batch.of(decoding)
-        drafting = self._batch.drafting
-        if not drafting:
-            self._decision = None
-            return _AR
-        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
-        if self._pinned and self._decision is not None and self._decision.probe:
-            self._pinned -= 1
-            schedule = self._decision.schedule
-            (seconds,), (tokens,), _ = self._expected((schedule,), context, ending=False)
-            decision = self._decision_of(schedule, context, seconds, tokens, probe=True)
+            before = self._batch
+            self._batch = _Batch.of(decoding, before)
+            if self._batch.kinds != before.kinds or len(before.samples) != len(decoding):
+                self._stands = 0
+        decision = self._decision
+        if self._stands and decision is not None:
+            self._stands -= 1
+            self._since += 1
+            decision = self._decision_of(
+                decision.schedule, decision.context, decision.expected_seconds, decision.expected_tokens
+            )
+        elif self._batch.drafting:
+            decision = self._chosen(decoding)
         else:
-            remaining = sum([sample.remaining for sample in drafting])
-            waiting = sum([sample.draft_count > 0 for sample in drafting])
-            decision = self._best(context, remaining / len(drafting), 1 - waiting / len(drafting))
+            decision = None
         self._decision = decision
+        if decision is None:
+            return _AR
         self._total += decision.expected_seconds
         self.log.append(decision)
         return decision.schedule
@@ -164,24 +178,49 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        made = 0
+        made, last, survival = 0, None, None
         for sample, kind in zip(decoding, self._batch.kind_S, strict=True):
-            step = sample.last_step
-            made += step.accepted + 1
+            step, finish = sample.last_step, sample.finish
+            accepted = step.accepted
+            made += accepted + 1
             # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
-            if step.drafted and sample.finish in (None, "stop"):
-                accepted = min(step.accepted, sample.anchor - step.anchor - 1)
-                self._of(kind).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
+            if step.drafted and (finish is None or finish == "stop"):
+                if finish:
+                    accepted = min(accepted, sample.anchor - step.anchor - 1)
+                if survival is None or kind != last:
+                    last, survival = kind, self._of(kind)
+                if survival.note(step.anchor + 1 - step.draft_start, step.drafted, accepted):
+                    self._stands = 0
         decision.tokens = made / len(decoding)
         if seconds is None:
             return
         decision.seconds = seconds
-        if not self.repeatable:
-            drafted = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
-            self._late.append((decision, drafted))
+        if not (self._timed or self.repeatable):
+            self._timed = True
+            ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
+            self._late.append((decision, ends))
+
+    def _chosen(self, decoding: Sequence[Sample]) -> Decision:
+        """A choice among all schedules, or the second step of a probe."""
+        self._settle()
+        self._timed = False
+        drafting = self._batch.drafting
+        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
+        if self._pinned and self._decision is not None and self._decision.probe:
+            self._pinned -= 1
+            schedule = self._decision.schedule
+            (seconds_N, tokens_N, _), n = self._expected(context, ending=False), self.schedules.index(schedule)
+            return self._decision_of(schedule, context, seconds_N[n], tokens_N[n], probe=True)
+        remaining = sum([sample.remaining for sample in drafting]) / len(drafting)
+        waiting = sum([sample.draft_count > 0 for sample in drafting])
+        decision = self._best(context, remaining, 1 - waiting / len(drafting))
+        if not decision.probe:
+            ahead = (remaining - _HORIZON) / decision.expected_tokens
+            self._stands = int(min(max(ahead, 0), _STANDS - 1))
+        return decision
 
     def _best(self, context: float, remaining: float, cold: float) -> Decision:
-        seconds_N, tokens_N, past_N = self._expected(self.schedules, context, remaining <= _HORIZON)
+        seconds_N, tokens_N, past_N = self._expected(context, remaining <= _HORIZON)
         horizon, total_N = min(remaining, _HORIZON), list[float]()
         for schedule, seconds, tokens, past in zip(self.schedules, seconds_N, tokens_N, past_N, strict=True):
             steps = (horizon + past) / tokens
@@ -220,11 +259,9 @@ class Planner:
     def _decision_of(self, schedule: Schedule, context: float, seconds: float, tokens: float, probe: bool = False) -> Decision:
         return Decision(schedule, len(self._batch.samples), context, seconds, tokens, probe)
 
-    def _expected(
-        self, schedules: Sequence[Schedule], context: float, ending: bool
-    ) -> tuple[list[float], list[float], list[float]]:
+    def _expected(self, context: float, ending: bool) -> tuple[list[float], list[float], list[float]]:
         """Seconds of a step, tokens per sample, and where samples are `ending` the tokens past their end, by schedule."""
-        batch = len(self._batch.samples)
+        batch, schedules = len(self._batch.samples), self.schedules
         tokens_N, past_N = [float(batch)] * len(schedules), [0.0] * len(schedules)
         for kind, count in self._batch.kinds.items():
             means = self._of(kind).means(schedules)

@@ -62,6 +62,10 @@ def _shape(schedule: Schedule) -> tuple[str, int]:
     return schedule.label, rows(schedule)
 
 
+_Part = tuple[float, float, float, float]
+"""What `_at` needs for a schedule and a batch."""
+
+
 @dataclass
 class StepCosts:
     """The table of step times, and its corrections by later steps.
@@ -78,7 +82,9 @@ class StepCosts:
     _all: float = 1.0
     _own: dict[tuple[str, int], float] = field(default_factory=dict)
     _lines: dict[str, list[tuple[int, float]]] = field(init=False)
-    _known: tuple[Sequence[Schedule], int, list[tuple[float, float, float, float]]] | None = field(init=False, default=None)
+    _schedules: Sequence[Schedule] = field(init=False, default=())
+    _places: dict[str, int] = field(init=False, default_factory=dict)
+    _parts: dict[int, list[_Part]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lines = {label: sorted(known.items()) for label, known in self.seconds_at.items()}
@@ -88,28 +94,31 @@ class StepCosts:
         return _at(self._part(schedule, batch), (context - self.context) * batch)
 
     def each(self, schedules: Sequence[Schedule], batch: int, context: float) -> list[float]:
-        """`seconds` of each schedule; quick where they are asked for again for the same object `schedules` and batch."""
-        known = self._known
-        if known is None or known[0] is not schedules or known[1] != batch:
-            known = self._known = schedules, batch, [self._part(schedule, batch) for schedule in schedules]
+        """`seconds` of each schedule; quick where they are asked for again for the same object `schedules`."""
+        if self._schedules is not schedules:
+            self._schedules, self._parts = schedules, {}
+            self._places = {schedule.label: n for n, schedule in enumerate(schedules)}
+        parts = self._parts.get(batch)
+        if parts is None:
+            parts = self._parts[batch] = [self._part(schedule, batch) for schedule in schedules]
         longer = (context - self.context) * batch
-        return [_at(part, longer) for part in known[2]]
+        return [_at(part, longer) for part in parts]
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """Correct the table by the time of one step."""
-        key = schedule.label, batch.bit_length()
-        own = self._own.get(key, 1.0)
-        ratio = seconds / (self.seconds(schedule, batch, context) * self._all)
+        label, size = _shape(schedule)[0], batch.bit_length()
+        n, parts = self._places.get(label), self._parts.get(batch)
+        part = self._part(schedule, batch) if n is None or parts is None else parts[n]
+        ratio = seconds / (_at(part, (context - self.context) * batch) * self._all)
         ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
-        self._own[key] = own * ratio**_SLOW
+        own = self._own[label, size] = part[3] * ratio**_SLOW
         self._all *= ratio**_FAST
-        if self._known is not None:
-            schedules, size, parts = self._known
-            for n, other in enumerate(schedules):
-                if other.label == schedule.label and size.bit_length() == batch.bit_length():
-                    parts[n] = (*parts[n][:3], self._own[key])
+        if n is not None:
+            for other, parts in self._parts.items():
+                if other.bit_length() == size:
+                    parts[n] = (*parts[n][:3], own)
 
-    def _part(self, schedule: Schedule, batch: int) -> tuple[float, float, float, float]:
+    def _part(self, schedule: Schedule, batch: int) -> _Part:
         """What `_at` needs for this schedule and batch."""
         label, row_count = _shape(schedule)
         line = self._lines[label]
@@ -147,7 +156,7 @@ class StepCosts:
             return None
 
 
-def _at(part: tuple[float, float, float, float], longer: float) -> float:
+def _at(part: _Part, longer: float) -> float:
     """Seconds of a step with so many more cached positions, all sequences together, than the table was measured at."""
     at, per_position, least, own = part
     return max(at + longer * per_position, least) * own

@@ -12,6 +12,7 @@ from planner_doubles import BLOCK, SCHEDULES, Running, Traced, costs
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning import survival as survival_module
 from blockroll.rollout.planning.calibration import consistent
+from blockroll.rollout.planning.planner import _STANDS as STANDS
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
@@ -145,13 +146,63 @@ def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
     """Times depend on tokens nobody has read yet; those tokens' random numbers are still to be used."""
     world = World(1.0, 0.01, 0.0, batch=2)
     noted, drafted_to = [], []
-    world.planner.costs.note = lambda schedule, *rest: noted.append(schedule)
-    for _ in range(BLOCK + 3):
-        committed = world.samples[0].anchor  # no draft survives, so that all samples advance alike
-        world.step()
-        assert len(noted) == sum(end <= committed for end in drafted_to)
+
+    def note(schedule, batch, context, seconds):
+        step = int(seconds)
+        assert drafted_to[step] <= world.samples[0].anchor  # no draft survives, so that all samples advance alike
+        noted.append(step)
+
+    world.planner.costs.note = note
+    for step in range(4 * BLOCK):
         drafted_to.append(world.samples[0].anchor + BLOCK)
-    assert noted
+        world.step(lambda *_, step=step: step + 0.5)
+    assert len(set(noted)) == len(noted) > 4
+
+
+def test_a_choice_stands_until_something_changes(monkeypatch):
+    """Schedules are compared once in many steps; but at once when a sample ends, joins or comes near its end."""
+    world = World(1.0, 0.01, 0.8, batch=4)
+    compared = []
+    best = world.planner._best
+    monkeypatch.setattr(world.planner, "_best", lambda *args: compared.append(len(world.chosen)) or best(*args))
+
+    def compares():
+        """Whether the next step's schedule is compared with the others."""
+        before = len(compared)
+        world.step()
+        return len(compared) > before
+
+    for _ in range(1200):
+        world.step()
+    settled = [step for step in compared if step >= 600]
+    assert 600 / STANDS <= len(settled) < 600 / 6
+    assert len(world.planner.log) == 1200 and all(d.tokens > 0 for d in world.planner.log)
+    request = world.samples[0].request
+    for change in (
+        lambda: world.samples.pop(),
+        lambda: world.samples.append(Running(request, [1] * 8)),
+        lambda: world.samples.append(Running(RolloutRequest("a", (1,) * 8, SamplingParams("ar")), [1] * 8)),
+        lambda: world.samples.__setitem__(0, Running(RolloutRequest("s", (1,) * 8, SamplingParams("coupled")), [1] * 8)),
+    ):
+        for _ in range(5):
+            world.step()
+        while world.planner._stands < 3:
+            world.step()
+        assert not compares()
+        change()
+        assert compares()
+    while world.planner._stands < 3:
+        world.step()
+    world.samples[1] = Running(request, [1] * 8)  # of the same kind as the sample that it follows
+    assert not compares()
+    for remaining, most in ((20, 0), (60, 28 / world.planner.log[-1].expected_tokens)):
+        for sample in world.samples:
+            sample.remaining = remaining
+        while not compares():
+            pass
+        for _ in range(60):
+            world.step()
+            assert world.planner._stands <= most
 
 
 def test_repeatable_leaves_times_out():
