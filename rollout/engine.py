@@ -83,7 +83,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Decodes requests with one policy, in this process.
+    """Decodes requests with one policy, in this process. On a CPU a step has torch's number of threads.
 
     Attributes:
         version: weight version every new token is tagged with.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -65,6 +66,10 @@ class _Memory:
             piece = self._pieces[name] = np.zeros(1 << (count - 1).bit_length(), np.float32)
         return piece[:count].reshape(shape)
 
+    def take_own(self, thread: int, name: str, *shape: int) -> np.ndarray:
+        """`take`, apart for each thread."""
+        return self.take(f"{name} of thread {thread}", *shape)
+
 
 class _Workspace:
     """Where passes work."""
@@ -77,10 +82,10 @@ class _Workspace:
     def of(self, layers: PackedLayer, plan: PackedPlan, threads: int) -> tuple[Work, list[Lines]]:
         """For a pass over this plan, and for each of its threads."""
         rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
+        group = self._heads // self._kv_heads
         work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
         lines = [
-            self._lines.get((width, thread))
-            or Lines.of(self._heads // self._kv_heads, self._size, width, lambda name, *shape: take(f"{name} {thread}", *shape))
+            self._lines.get((width, thread)) or Lines.of(group, self._size, width, partial(self._memory.take_own, thread))
             for thread in range(threads)
         ]
         if moved != self._memory.moved or max(len(self._works), len(self._lines)) >= _MOST_SIZES:
