@@ -48,4 +48,4 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
 def _kept(verdict: Verdict) -> np.ndarray:
     """Its log-probabilities (`StepRecord.numbers_3DR`), copied: a verdict is valid until the next step."""
     columns = verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
-    return np.array([column.numpy() for column in columns])
+    return np.array([column.numpy() for column in columns], dtype=np.float32)

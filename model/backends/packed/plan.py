@@ -23,7 +23,7 @@ class PackedPlan(NamedTuple):
 
     Attributes:
         position_T: int64, as in the layout.
-        source_TA: as in `Visibility`. range_W4T: its `range_4T`, of the windows in their order.
+        source_TA, range_W4T: as in `Visibility`.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
         first_S1: first row of each sequence, and T. mask_S: first mask row of each sequence, or its end. start_S: cached
             positions of each sequence.
@@ -57,8 +57,7 @@ class PackedPlan(NamedTuple):
         first, start = seen.first_S1, seen.start_S
         mask, place = np.empty(len(start), np.int64), np.empty((len(start), int(start.max())), np.int64)
         longest = _place(first, seen.clean_S, start, table, size, mask, place)
-        ranges = np.stack([seen.range_4T[kind] for kind in windows])
-        return cls(layout.position_T.numpy(), seen.source_TA, ranges, write, tail, first, mask, start, place, longest)
+        return cls(layout.position_T.numpy(), seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
 
     def parts(self, count: int) -> list[tuple[int, int]]:
         """Begin and end of the sequences of at most so many parts, with about as many rows each."""
