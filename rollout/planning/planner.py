@@ -12,7 +12,7 @@ Probes take at most `PROBE_SHARE` of the time, counted as if all their drafts we
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
 are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
-ends, and after `_STANDS` steps. One step of each choice is timed.
+ends, and after `_PROBE_EVERY` steps. One step of each choice is timed.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -30,17 +30,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from ..schedule import Schedule
 from ..sequence import Sample
+from ..types import SamplingParams
 from .step_costs import StepCosts
 from .survival import Survival
 
 PROBE_SHARE = 0.015
-_PROBE_EVERY = 24  # steps between two probes, at least
+_PROBE_EVERY = 24  # steps between two probes, at least; and the most that a choice stands for
 _NEAR = 1.5  # times the best one's seconds: what is probed in turn
 _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
-_STANDS = 12  # steps that a choice stands for, at most: a divisor of _PROBE_EVERY
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
@@ -101,7 +102,7 @@ class _Batch:
     def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
-        kind_S = [known.get(sample) or _kind(sample) for sample in samples]
+        kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
         kinds: dict[Kind, int] = {}
         for kind in kind_S:
             if kind[0] != "ar":
@@ -178,20 +179,7 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        made, last, survival = 0, None, None
-        for sample, kind in zip(decoding, self._batch.kind_S, strict=True):
-            step, finish = sample.last_step, sample.finish
-            accepted = step.accepted
-            made += accepted + 1
-            # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
-            if step.drafted and (finish is None or finish == "stop"):
-                if finish:
-                    accepted = min(accepted, sample.anchor - step.anchor - 1)
-                if survival is None or kind != last:
-                    last, survival = kind, self._of(kind)
-                if survival.note(step.anchor + 1 - step.draft_start, step.drafted, accepted):
-                    self._stands = 0
-        decision.tokens = made / len(decoding)
+        decision.tokens = self._learn(decoding, decision.schedule.kind)
         if seconds is None:
             return
         decision.seconds = seconds
@@ -199,6 +187,33 @@ class Planner:
             self._timed = True
             ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, ends))
+
+    def _learn(self, decoding: Sequence[Sample], kind: str) -> float:
+        """Count what became of the drafts of a step of this kind of schedule; returns its tokens per sample."""
+        if kind == "ar":
+            return 1.0
+        count = len(decoding)
+        # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
+        record = decoding[0].log.record if kind == "two_pass" else None
+        if record is not None:
+            accepted_S, outcomes = record.accepted, list(zip(repeat(0, count), record.drafted, record.accepted))
+        else:
+            steps = [sample.last_step for sample in decoding]
+            accepted_S = [step.accepted for step in steps]
+            outcomes = [(step.anchor + 1 - step.draft_start, step.drafted, step.accepted) for step in steps]
+        for s, sample in enumerate(decoding):
+            if sample.finish is not None:
+                slot, drafted, accepted = outcomes[s]
+                # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
+                drafted = drafted if sample.finish == "stop" else 0
+                outcomes[s] = slot, drafted, min(accepted, sample.anchor - sample.last_step.anchor - 1)
+        for its_kind, number in self._batch.kinds.items():
+            own = outcomes
+            if number < count:
+                own = [each for each, other in zip(outcomes, self._batch.kind_S, strict=True) if other == its_kind]
+            if self._of(its_kind).note_all(own):
+                self._stands = 0
+        return 1 + sum(accepted_S) / count
 
     def _chosen(self, decoding: Sequence[Sample]) -> Decision:
         """A choice among all schedules, or the second step of a probe."""
@@ -216,7 +231,7 @@ class Planner:
         decision = self._best(context, remaining, 1 - waiting / len(drafting))
         if not decision.probe:
             ahead = (remaining - _HORIZON) / decision.expected_tokens
-            self._stands = int(min(max(ahead, 0), _STANDS - 1))
+            self._stands = int(min(max(ahead, 0), _PROBE_EVERY - 1))
         return decision
 
     def _best(self, context: float, remaining: float, cold: float) -> Decision:
@@ -288,6 +303,5 @@ class Planner:
             self._late.popleft()
 
 
-def _kind(sample: Sample) -> Kind:
-    params = sample.request.params
+def _kind(params: SamplingParams) -> Kind:
     return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from plain_planner import PlainSurvival
 from planner_doubles import BLOCK, SCHEDULES, Running, Traced, costs
 
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning import survival as survival_module
 from blockroll.rollout.planning.calibration import consistent
-from blockroll.rollout.planning.planner import _STANDS as STANDS
+from blockroll.rollout.planning.planner import _PROBE_EVERY as STANDS
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
+from blockroll.rollout.planning.planner import _kind as kind_of
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
 from blockroll.rollout.schedule import Schedule
@@ -367,6 +370,32 @@ def test_coupled_gives_the_tokens_of_ar_whatever_is_chosen(policy, mode, tempera
         assert [s.tokens for s in engine.rollout(requests("coupled", temperature))] == expected
         assert engine.cache.free_pages == engine.cache.total_pages
         assert planner is None or len(planner.chosen) >= 7
+
+
+@pytest.mark.parametrize("kinds", [{"two_pass"}, {"ar", "two_pass", "fused"}])
+def test_what_is_counted_is_what_the_traces_say(policy, kinds):
+    """Through the engine: samples of two kinds, some of which stop and some of which reach their limit."""
+    engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, max_batch=5))
+    planner, schedules, past = engine.planner, [s for s in candidates(8) if s.kind in kinds], []
+
+    def chosen(decoding):
+        past.append(schedules[len(past) // 2 % len(schedules)])
+        return planner._decision_of(past[-1], 8.0, 1.0, 1.0)
+
+    planner._chosen = chosen
+    asked = {request.id: replace(request, samples=9) for request in requests("lossless", 0.8)}
+    done = engine.rollout(list(asked.values()))
+    assert {sample.finish_reason for sample in done} == {"stop", "length"} and set(past) == set(schedules)
+    counted = {kind_of(request.params): PlainSurvival(8, 0.5) for request in asked.values()}
+    for sample in done:
+        last, end = sample.trace[-1], len(sample.prompt_tokens) + len(sample.tokens) - 1
+        for step in sample.trace:
+            if step.drafted and (step is not last or sample.finish_reason == "stop"):
+                accepted = min(step.accepted, end - step.anchor - 1)
+                counted[kind_of(asked[sample.request_id].params)].note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
+    assert len(counted) == 2 and planner._survival.keys() == counted.keys()
+    for kind, survival in counted.items():
+        assert (planner._survival[kind]._counts() == survival._counts()).all() and survival._counts().sum() > 100
 
 
 def test_the_same_table_gives_the_same_samples(policy):
