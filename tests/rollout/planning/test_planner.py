@@ -145,6 +145,37 @@ def test_a_machine_that_is_slower_for_all_changes_nothing():
     assert table.seconds(fused, 4, 64) / table.seconds(ar, 4, 64) == pytest.approx(before, rel=0.02)
 
 
+@pytest.mark.parametrize("before", [0, 1, 30])
+def test_an_interrupted_step_changes_little(before):
+    """A step that took ten times as long, after so many steps that took as long as the table says, and before others."""
+    table = costs(1.0, 0.01)
+    ar, two_pass, fused = SCHEDULES[0], SCHEDULES[2], SCHEDULES[-1]
+    seconds = {schedule: table.seconds(schedule, 4, 64) for schedule in SCHEDULES}
+    for step in range(before + 12):
+        schedule = fused if step % 10 == 5 else two_pass
+        table.note(schedule, 4, 64, seconds[schedule] * (10 if step == before else 1))
+    for schedule in (two_pass, fused):
+        ratio = table.seconds(schedule, 4, 64) / table.seconds(ar, 4, 64)
+        assert ratio == pytest.approx(seconds[schedule] / seconds[ar], rel=0.05 if before == 0 else 0.01)
+
+
+def test_probes_are_timed_as_other_steps_are():
+    """Two steps each, of which the second is timed: the first one after another schedule is slower, and so is a step in which
+    schedules are compared."""
+    world, noted = World(1.0, 0.01, 0.8, batch=2), []
+    compared = []
+    best = world.planner._best
+    world.planner._best = lambda *args: compared.append(len(world.chosen)) or best(*args)
+    world.planner.costs.note = lambda schedule, batch, context, seconds: noted.append(int(seconds))
+    for step in range(1500):
+        world.step(lambda *_, step=step: step + 0.5)
+    assert set(noted) <= {step + 1 for step in compared} and len(noted) > 40
+    log = list(world.planner.log)
+    probed = [step for step in noted if log[step].probe]
+    assert len(probed) > 5
+    assert all(log[step - 1].probe and log[step - 1].schedule == log[step].schedule for step in probed)
+
+
 def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
     """Times depend on tokens nobody has read yet; those tokens' random numbers are still to be used."""
     world = World(1.0, 0.01, 0.0, batch=2)
@@ -156,10 +187,10 @@ def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
         noted.append(step)
 
     world.planner.costs.note = note
-    for step in range(4 * BLOCK):
+    for step in range(1000):
         drafted_to.append(world.samples[0].anchor + BLOCK)
         world.step(lambda *_, step=step: step + 0.5)
-    assert len(set(noted)) == len(noted) > 4
+    assert len(set(noted)) == len(noted) > 20
 
 
 def test_a_choice_stands_until_something_changes(monkeypatch):
