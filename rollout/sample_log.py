@@ -66,6 +66,11 @@ class SampleLog:
             self.settle()
 
     @property
+    def record(self) -> StepRecord | None:
+        """The last step's record, of all its samples in the order of the step; None when the lists hold that step."""
+        return self._taken[-1][0] if self._taken else None
+
+    @property
     def last(self) -> StepTrace:
         """The last step's trace; nothing is made."""
         if not self._taken:

@@ -7,12 +7,13 @@ For the next G tokens of each sample a schedule needs
 where `tokens` is the schedule's expected tokens per step (`survival`). `past` counts the tokens that the last step makes beyond
 a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `fused`, is the share of samples that have no
 drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
-waiting drafts. Now and then the planner probes: it runs one or two steps of a schedule that is nearly as good, in order to learn.
-Probes take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+waiting drafts. Now and then the planner probes: it runs two steps of a schedule that is nearly as good, in order to learn. Probes
+take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
 are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
-ends, and after `_STANDS` steps. One step of each choice is timed.
+ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of others: the first one also compares
+schedules, and finds its data further away where another schedule ran before it.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -30,17 +31,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from ..schedule import Schedule
 from ..sequence import Sample
+from ..types import SamplingParams
 from .step_costs import StepCosts
 from .survival import Survival
 
 PROBE_SHARE = 0.015
-_PROBE_EVERY = 24  # steps between two probes, at least
+_PROBE_EVERY = 24  # steps between two probes, at least; and the most that a choice stands for
+_PROBE_STEPS = 2  # the first step is not timed, and that of `fused` has no drafts to verify
 _NEAR = 1.5  # times the best one's seconds: what is probed in turn
 _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
-_STANDS = 12  # steps that a choice stands for, at most: a divisor of _PROBE_EVERY
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
@@ -101,7 +104,7 @@ class _Batch:
     def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
-        kind_S = [known.get(sample) or _kind(sample) for sample in samples]
+        kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
         kinds: dict[Kind, int] = {}
         for kind in kind_S:
             if kind[0] != "ar":
@@ -141,22 +144,23 @@ class Planner:
         self._batch = _Batch.of(())
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
-        self._since = self._pinned = self._turn = self._stands = 0
-        self._timed = False
+        self._since = self._turn = self._stands = 0
+        self._first = self._timed = False
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
         if len(decoding) != len(self._batch.samples) or self._batch.samples != tuple(decoding):
             before = self._batch
             self._batch = _Batch.of(decoding, before)
-            if self._batch.kinds != before.kinds or len(before.samples) != len(decoding):
+            probes = self._decision is not None and self._decision.probe
+            if not probes and (self._batch.kinds != before.kinds or len(before.samples) != len(decoding)):
                 self._stands = 0
-        decision = self._decision
+        decision, self._first = self._decision, not self._stands
         if self._stands and decision is not None:
             self._stands -= 1
             self._since += 1
             decision = self._decision_of(
-                decision.schedule, decision.context, decision.expected_seconds, decision.expected_tokens
+                decision.schedule, decision.context, decision.expected_seconds, decision.expected_tokens, decision.probe
             )
         elif self._batch.drafting:
             decision = self._chosen(decoding)
@@ -178,45 +182,56 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        made, last, survival = 0, None, None
-        for sample, kind in zip(decoding, self._batch.kind_S, strict=True):
-            step, finish = sample.last_step, sample.finish
-            accepted = step.accepted
-            made += accepted + 1
-            # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
-            if step.drafted and (finish is None or finish == "stop"):
-                if finish:
-                    accepted = min(accepted, sample.anchor - step.anchor - 1)
-                if survival is None or kind != last:
-                    last, survival = kind, self._of(kind)
-                if survival.note(step.anchor + 1 - step.draft_start, step.drafted, accepted):
-                    self._stands = 0
-        decision.tokens = made / len(decoding)
+        self._learn(decoding, decision)
         if seconds is None:
             return
         decision.seconds = seconds
-        if not (self._timed or self.repeatable):
+        if not (self._first or self._timed or self.repeatable):
             self._timed = True
             ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, ends))
 
+    def _learn(self, decoding: Sequence[Sample], decision: Decision) -> None:
+        """Count what became of the drafts of a step, and its tokens."""
+        count, kind = len(decoding), decision.schedule.kind
+        if kind == "ar":
+            decision.tokens = 1.0
+            return
+        # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
+        record = decoding[0].log.record if kind == "two_pass" else None
+        if record is not None:
+            accepted_S, outcomes = record.accepted, list(zip(repeat(0, count), record.drafted, record.accepted))
+        else:
+            steps = [sample.last_step for sample in decoding]
+            accepted_S = [step.accepted for step in steps]
+            outcomes = [(step.anchor + 1 - step.draft_start, step.drafted, step.accepted) for step in steps]
+        for s, sample in enumerate(decoding):
+            if sample.finish is not None:
+                slot, drafted, accepted = outcomes[s]
+                # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
+                drafted = drafted if sample.finish == "stop" else 0
+                outcomes[s] = slot, drafted, min(accepted, sample.anchor - sample.last_step.anchor - 1)
+        for its_kind, number in self._batch.kinds.items():
+            own = outcomes
+            if number < count:
+                own = [each for each, other in zip(outcomes, self._batch.kind_S, strict=True) if other == its_kind]
+            if self._of(its_kind).note_all(own) and not decision.probe:
+                self._stands = 0
+        decision.tokens = 1 + sum(accepted_S) / count
+
     def _chosen(self, decoding: Sequence[Sample]) -> Decision:
-        """A choice among all schedules, or the second step of a probe."""
+        """A choice among all schedules."""
         self._settle()
         self._timed = False
         drafting = self._batch.drafting
         context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
-        if self._pinned and self._decision is not None and self._decision.probe:
-            self._pinned -= 1
-            schedule = self._decision.schedule
-            (seconds_N, tokens_N, _), n = self._expected(context, ending=False), self.schedules.index(schedule)
-            return self._decision_of(schedule, context, seconds_N[n], tokens_N[n], probe=True)
         remaining = sum([sample.remaining for sample in drafting]) / len(drafting)
         waiting = sum([sample.draft_count > 0 for sample in drafting])
         decision = self._best(context, remaining, 1 - waiting / len(drafting))
+        steps = _PROBE_STEPS
         if not decision.probe:
-            ahead = (remaining - _HORIZON) / decision.expected_tokens
-            self._stands = int(min(max(ahead, 0), _STANDS - 1))
+            steps = int(min(max((remaining - _HORIZON) / decision.expected_tokens, 1), _PROBE_EVERY))
+        self._stands = steps - 1
         return decision
 
     def _best(self, context: float, remaining: float, cold: float) -> Decision:
@@ -240,15 +255,14 @@ class Planner:
         unlike = next((n for n in near if self.schedules[n].kind != best.schedule.kind), near[0])
         n = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
         second = self._decision_of(self.schedules[n], context, seconds_N[n], tokens_N[n], probe=True)
-        # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
-        steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
+        # Turning back to `fused` costs a step without drafts.
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
         rate = best.expected_tokens / best.expected_seconds
-        excess = steps * (second.expected_seconds - 1 / rate)
+        excess = _PROBE_STEPS * (second.expected_seconds - 1 / rate)
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
         if self._probed + excess > PROBE_SHARE * self._total:
             return best
-        self._since, self._pinned = 0, steps - 1
+        self._since = 0
         self._turn += 1
         self._probed += max(excess, 0.0)
         if best.schedule.kind == "ar":  # nothing else is learnt from, and a policy in training moves
@@ -288,6 +302,5 @@ class Planner:
             self._late.popleft()
 
 
-def _kind(sample: Sample) -> Kind:
-    params = sample.request.params
+def _kind(params: SamplingParams) -> Kind:
     return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

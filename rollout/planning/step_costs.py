@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,8 +35,10 @@ from ..schedule import Schedule
 _FORMAT = 1
 _SHORTEST = 1e-6
 """Seconds; the least that a step is taken to last."""
-_FAST, _SLOW = 0.2, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
+_FAST, _SLOW = 0.3, 0.03  # least weight of a new step in the speed of all schedules, and in that of one against the others
+_TABLE = 8  # steps that the table's entry counts as, beside the steps of its schedule
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
+_STEPS = 2  # to be raised when the engine's steps come to take other times, because tables on disk are void then
 
 
 def clock(policy: Policy) -> Callable[[], float]:
@@ -67,6 +70,26 @@ _Part = tuple[float, float, float, float]
 
 
 @dataclass
+class _Factor:
+    """By how much times differ from the table. Steps are averaged; of three steps only the middle one has a say.
+
+    Attributes:
+        value: the factor. times: how many steps were seen. recent: what the last three showed.
+    """
+
+    value: float = 1.0
+    times: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+
+    def take(self, seen: float, before: int, least: float) -> None:
+        """Move towards what a step showed. Args: as how many steps the value from before the first step counts; least weight."""
+        self.times += 1
+        self.recent.append(min(max(seen, self.value / _OUTLIER), self.value * _OUTLIER))
+        middle = sorted(self.recent)[(len(self.recent) - 1) // 2]
+        self.value *= (middle / self.value) ** max(least, 1 / (before + self.times))
+
+
+@dataclass
 class StepCosts:
     """The table of step times, and its corrections by later steps.
 
@@ -79,8 +102,8 @@ class StepCosts:
     context: int
     per_position: float = 0.0
     per_row: float = 0.0
-    _all: float = 1.0
-    _own: dict[tuple[str, int], float] = field(default_factory=dict)
+    _all: _Factor = field(default_factory=_Factor)
+    _own: dict[tuple[str, int], _Factor] = field(default_factory=dict)
     _lines: dict[str, list[tuple[int, float]]] = field(init=False)
     _schedules: Sequence[Schedule] = field(init=False, default=())
     _places: dict[str, int] = field(init=False, default_factory=dict)
@@ -109,14 +132,14 @@ class StepCosts:
         label, size = _shape(schedule)[0], batch.bit_length()
         n, parts = self._places.get(label), self._parts.get(batch)
         part = self._part(schedule, batch) if n is None or parts is None else parts[n]
-        ratio = seconds / (_at(part, (context - self.context) * batch) * self._all)
-        ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
-        own = self._own[label, size] = part[3] * ratio**_SLOW
-        self._all *= ratio**_FAST
+        speed = seconds / _at(part, (context - self.context) * batch)
+        self._all.take(speed, 0, _FAST)
+        own = self._own.setdefault((label, size), _Factor())
+        own.take(own.value * speed / self._all.value, _TABLE, _SLOW)
         if n is not None:
             for other, parts in self._parts.items():
                 if other.bit_length() == size:
-                    parts[n] = (*parts[n][:3], own)
+                    parts[n] = (*parts[n][:3], own.value)
 
     def _part(self, schedule: Schedule, batch: int) -> _Part:
         """What `_at` needs for this schedule and batch."""
@@ -128,8 +151,9 @@ class StepCosts:
             i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
-        own = self._own.get((label, batch.bit_length()), 1.0)
-        return at, self.per_position + self.per_row * row_count, max(0.25 * least, _SHORTEST), own
+        own = self._own.get((label, batch.bit_length()))
+        factor = 1.0 if own is None else own.value
+        return at, self.per_position + self.per_row * row_count, max(0.25 * least, _SHORTEST), factor
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
         """Whether the table holds all of these."""
@@ -173,6 +197,7 @@ def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(policy.device) if cuda else machine["processor"],
         "torch_threads": machine["torch_threads"],
         "products": products(policy),
+        "steps": _STEPS,
         "versions": {name: machine["versions"][name] for name in ("blockroll", "torch")},
         "dtype": str(policy.dtype),
         "page_size": page_size,

@@ -31,8 +31,10 @@ _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, a
 _KIN = 16.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
 _EASE = 1.5  # odds of a later draft's acceptance in `two_pass` over those in `fused`, as tiny-reasoner has it
 _MEMORY = 4096  # tries after which older ones count half: the samples that run change, and a policy in training moves
+_FRESH = 4.0  # tries after which the first estimate is made; later ones when there are half as many more
 
-
+Outcome = tuple[int, int, int]
+"""Of a sample's step: the slot of its first draft, how many drafts were verified, and how many of these were accepted."""
 Means = list[tuple[float, float]]
 """`Survival.tokens` and `Survival.past` by schedule."""
 
@@ -51,33 +53,36 @@ class Survival:
         self._seen = np.zeros((2, 4, slots + 1)).tolist()
         self._reached: dict[int, np.ndarray] = {}
         self._known: tuple[Sequence[Schedule], Means] | None = None
-        self._tries, self._fresh = [0.0, 0.0], [0, 0]
-        self._pending: dict[tuple[int, int, int], int] = {}  # how often `note` was called with these numbers since `_count`
+        self._fresh, self._most_fresh = [0, 0], [_FRESH, _FRESH]  # tries since the last estimate: how many, and at most
+        self._pending: dict[Outcome, int] = {}  # how often each was noted since `_count`
 
     def note(self, slot: int, drafted: int, accepted: int) -> bool:
-        """Count one sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted.
+        """`note_all` of one outcome."""
+        return self.note_all([(slot, drafted, accepted)])
 
-        Returns: whether the estimates change by this.
-        """
-        if not drafted:
-            return False
-        kind, step = int(slot > 0), (slot, drafted, accepted)
-        self._pending[step] = self._pending.get(step, 0) + 1
-        self._fresh[kind] += min(accepted + 1, drafted)
-        # What is known changes slowly once much is known.
-        if self._fresh[kind] <= 4 + self._tries[kind] / 2:
+    def note_all(self, outcomes: Sequence[Outcome]) -> bool:
+        """Count what a step made of the drafts of its samples. Returns whether the estimates change by this."""
+        pending, fresh = self._pending, self._fresh
+        for outcome in outcomes:
+            slot, drafted, accepted = outcome
+            if drafted:
+                pending[outcome] = pending.get(outcome, 0) + 1
+                fresh[slot > 0] += accepted + (accepted < drafted)
+        if fresh[0] <= self._most_fresh[0] and fresh[1] <= self._most_fresh[1]:
             return False
         self._known = None
         self._reached.clear()
         seen = self._counts()
-        if seen[kind, :, 0].sum() > _MEMORY:
-            seen[kind] *= 0.5
-            self._seen[kind] = seen[kind].reshape(4, -1).tolist()
-        self._tries, self._fresh = seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
+        for kind in (0, 1):
+            if fresh[kind] > self._most_fresh[kind] and seen[kind, :, 0].sum() > _MEMORY:
+                seen[kind] *= 0.5
+                self._seen[kind] = seen[kind].reshape(4, -1).tolist()
+        # What is known changes slowly once much is known.
+        self._fresh, self._most_fresh = [0, 0], (_FRESH + seen[:, :, 0].sum((1, 2)) / 2).tolist()
         return True
 
     def _count(self) -> None:
-        """Count the steps of `note`."""
+        """Count the outcomes that were noted."""
         for (slot, drafted, accepted), times in self._pending.items():
             first_tries, first_hits, later_tries, later_hits = self._seen[int(slot > 0)]
             first_tries[slot] += times
