@@ -118,7 +118,7 @@ class ModelRunner:
         index = np.minimum(first_D[:, None] + np.arange(request.width), total - 1)
         places = _draft_places(request, first_D, draft_DM.shape[1]) if draft_DM is not None else []
         index_DR, places, extra = upload(
-            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in request.extra]), self._device
+            (torch.from_numpy(index), places, [torch.from_numpy(numbers) for numbers in request.extra]), self._device
         )
         fill = None
         if places:

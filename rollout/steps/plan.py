@@ -35,7 +35,7 @@ class ForwardRequest:
         clean_D: int64, clean decode rows, at most those of `full`. All but the row of `token_D` hold drafts.
         proposes_D: bool, whether the sequence runs the mask blocks of `full`: those whose parent is one of its clean rows.
         draft_row_D: int64, which row of the step's drafts the sequence takes its drafts from.
-        extra: integer lists uploaded in the same host-to-device copy.
+        extra: int64 arrays uploaded in the same host-to-device copy.
     """
 
     batch: SchedulerOutput
@@ -45,7 +45,7 @@ class ForwardRequest:
     clean_D: np.ndarray
     proposes_D: np.ndarray
     draft_row_D: np.ndarray
-    extra: list[list[int]]
+    extra: list[np.ndarray]
 
     @property
     def first_draft(self) -> int:

@@ -36,7 +36,7 @@ class TwoPassPlanBuilder:
         anchor_D, token_D = anchors(decoding)
         forward = ForwardRequest(
             batch, self._first, anchor_D, token_D, np.ones(len(decoding), np.int64), count_D > 0, np.arange(len(decoding)),
-            [anchor_D, token_D],
+            [np.array(anchor_D, np.int64), np.array(token_D, np.int64)],
         )  # fmt: skip
         verify_D = count_D.nonzero()[0]
         return StepPlan(
@@ -54,5 +54,5 @@ class TwoPassPlanBuilder:
             batch = SchedulerOutput.of([ScheduledSample(sample, 0, True) for sample in samples])
         return ForwardRequest(
             batch, self._second, [sample.anchor + 1 for sample in samples], None, count_D[verify_D],
-            np.zeros(len(samples), dtype=bool), verify_D, [verify_D.tolist()],
+            np.zeros(len(samples), dtype=bool), verify_D, [verify_D],
         )  # fmt: skip
