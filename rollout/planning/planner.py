@@ -105,10 +105,7 @@ class _Batch:
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
         kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        kinds: dict[Kind, int] = {}
-        for kind in kind_S:
-            if kind[0] != "ar":
-                kinds[kind] = kinds.get(kind, 0) + 1
+        kinds = {kind: kind_S.count(kind) for kind in dict.fromkeys(kind_S) if kind[0] != "ar"}
         drafting = [sample for sample, kind in zip(samples, kind_S, strict=True) if kind[0] != "ar"]
         return cls(tuple(samples), drafting, kinds, kind_S)
 
