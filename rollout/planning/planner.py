@@ -150,7 +150,8 @@ class Planner:
             before = self._batch
             self._batch = _Batch.of(decoding, before)
             probes = self._decision is not None and self._decision.probe
-            if not probes and (self._batch.kinds != before.kinds or len(before.samples) != len(decoding)):
+            changed = self._batch.kinds != before.kinds or len(before.samples) != len(decoding)
+            if changed and not (probes and self._batch.drafting):  # half a probe would have taught nothing
                 self._stands = 0
         decision, self._first = self._decision, not self._stands
         if self._stands and decision is not None:
