@@ -105,10 +105,7 @@ class _Batch:
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
         kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        kinds: dict[Kind, int] = {}
-        for kind in kind_S:
-            if kind[0] != "ar":
-                kinds[kind] = kinds.get(kind, 0) + 1
+        kinds = {kind: kind_S.count(kind) for kind in dict.fromkeys(kind_S) if kind[0] != "ar"}
         drafting = [sample for sample, kind in zip(samples, kind_S, strict=True) if kind[0] != "ar"]
         return cls(tuple(samples), drafting, kinds, kind_S)
 
@@ -153,7 +150,8 @@ class Planner:
             before = self._batch
             self._batch = _Batch.of(decoding, before)
             probes = self._decision is not None and self._decision.probe
-            if not probes and (self._batch.kinds != before.kinds or len(before.samples) != len(decoding)):
+            changed = self._batch.kinds != before.kinds or len(before.samples) != len(decoding)
+            if changed and not (probes and self._batch.drafting):  # half a probe would have taught nothing
                 self._stands = 0
         decision, self._first = self._decision, not self._stands
         if self._stands and decision is not None:

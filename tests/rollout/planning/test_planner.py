@@ -116,7 +116,12 @@ def test_turning_to_fused_costs_a_step_without_drafts():
 
 def test_samples_of_ar_are_decoded_by_ar():
     planner = Planner(costs(1.0, 0.0), SCHEDULES, BLOCK)
-    assert planner.choose([Running(RolloutRequest("r", (1,), SamplingParams("ar")), [1])]).kind == "ar"
+    samples = [Running(RolloutRequest("r", (1,), SamplingParams("ar")), [1])]
+    assert planner.choose(samples).kind == "ar"
+    world = World(1.0, 0.0, 0.8, batch=1)  # also where they follow samples in the middle of a probe
+    while not (world.planner._stands and world.planner.log[-1].probe):
+        world.step()
+    assert world.planner.choose(samples).kind == "ar"
 
 
 def test_times_that_differ_from_the_table_are_learnt():
