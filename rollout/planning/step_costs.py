@@ -82,11 +82,16 @@ class _Factor:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=3))
 
     def take(self, seen: float, before: int, least: float) -> None:
-        """Move towards what a step showed. Args: as how many steps the value from before the first step counts; least weight."""
+        """Move towards what a step showed.
+
+        Args:
+            before: as how many steps the value from before the first step counts; below 0, steps to begin with that count as one.
+            least: weight of the step.
+        """
         self.times += 1
         self.recent.append(min(max(seen, self.value / _OUTLIER), self.value * _OUTLIER))
         middle = sorted(self.recent)[(len(self.recent) - 1) // 2]
-        self.value *= (middle / self.value) ** max(least, 1 / (before + self.times))
+        self.value *= (middle / self.value) ** max(least, 1 / max(before + self.times, 1))
 
 
 @dataclass
@@ -133,7 +138,9 @@ class StepCosts:
         n, parts = self._places.get(label), self._parts.get(batch)
         part = self._part(schedule, batch) if n is None or parts is None else parts[n]
         speed = seconds / _at(part, (context - self.context) * batch)
-        self._all.take(speed, 0, _FAST)
+        self._all.take(speed, -2, _FAST)
+        if self._all.times < 3:  # the speed of the machine comes first: an interrupted step would pass for a slow schedule
+            return
         own = self._own.setdefault((label, size), _Factor())
         own.take(own.value * speed / self._all.value, _TABLE, _SLOW)
         if n is not None:

@@ -159,9 +159,9 @@ def test_an_interrupted_step_changes_little(before):
     for step in range(before + 12):
         schedule = fused if step % 10 == 5 else two_pass
         table.note(schedule, 4, 64, seconds[schedule] * (10 if step == before else 1))
-    for schedule in (two_pass, fused):
-        ratio = table.seconds(schedule, 4, 64) / table.seconds(ar, 4, 64)
-        assert ratio == pytest.approx(seconds[schedule] / seconds[ar], rel=0.05 if before == 0 else 0.01)
+        for other in (two_pass, fused):
+            ratio = table.seconds(other, 4, 64) / table.seconds(ar, 4, 64)
+            assert ratio == pytest.approx(seconds[other] / seconds[ar], rel=0.05 if before == 0 else 0.01)
 
 
 def test_probes_are_timed_as_other_steps_are():
