@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,6 +82,32 @@ def test_an_engine_has_torch_threads(make_policy, monkeypatch: pytest.MonkeyPatc
     assert {count for count, _ in seen} == {1, 2, 3} and {threads for _, threads in seen} == {1}
     for one, other in zip(*made, strict=True):
         assert list(one.tokens) == list(other.tokens) and list(one.logprobs) == list(other.logprobs)
+
+
+def test_a_thread_that_begins_during_a_step_has_torch_threads(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also afterwards, and whatever the step raises. The step's own thread has one meanwhile."""
+    engine, seen = Engine(make_policy(torch.float32, seed=4), max_batch=4), []
+    for raises in (False, True):
+
+        def each(self: Threads, *call: object, raises: bool = raises) -> None:
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            seen.append(torch.get_num_threads())
+            if raises:
+                raise ArithmeticError
+
+        monkeypatch.setattr(Threads, "each", each)
+        engine.add(RolloutRequest("a", (5, 6), SamplingParams(max_tokens=1), 0, 1))
+        torch.set_num_threads(2)
+        try:
+            with pytest.raises(ArithmeticError) if raises else nullcontext():
+                engine.step()
+            seen.append(torch.get_num_threads())
+        finally:
+            torch.set_num_threads(1)
+        engine.abort()
+    assert seen == [2, 1, 2] * 2
 
 
 def test_what_a_call_raises_is_raised_when_all_have_ended() -> None:
