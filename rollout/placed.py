@@ -3,9 +3,10 @@ threads that are meant for it."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -51,11 +52,38 @@ def _divided(backend: Backend) -> Iterator[None]:
         yield
         return
     backend.threads = threads
-    torch.set_num_threads(1)
+    if threads == 1:
+        yield
+        return
+    set_threads = _thread_setter()
     try:
+        set_threads(1)
         yield
     finally:
-        torch.set_num_threads(threads)
+        set_threads(threads)
+
+
+@cache
+def _thread_setter() -> Callable[[int], None]:
+    """What sets torch's number of threads in the calling thread alone, or `torch.set_num_threads` where that is not possible.
+    That one also sets the number that every thread of the process begins with: a thread that begins during a step of another
+    thread would keep one for good. Must be called where `torch.get_num_threads` was called before."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+        openmp, mkl = library.omp_set_num_threads, getattr(library, "MKL_Set_Num_Threads_Local", None)
+    except (AttributeError, OSError, TypeError):
+        return torch.set_num_threads
+
+    def set_threads(count: int) -> None:
+        openmp(count)
+        if mkl is not None:
+            mkl(count)
+
+    before = torch.get_num_threads()
+    set_threads(before + 1)
+    works = torch.get_num_threads() == before + 1
+    set_threads(before)
+    return set_threads if works else torch.set_num_threads
 
 
 def where_placed(method: Callable[[Any], Result]) -> Callable[[Any], Result]:

@@ -67,12 +67,12 @@ class SampleLog:
 
     @property
     def record(self) -> StepRecord | None:
-        """The last step's record, of all its samples in the order of the step; None when the lists hold that step."""
+        """The last step's record, of all its samples in the order of the step; None once the log holds that step."""
         return self._taken[-1][0] if self._taken else None
 
     @property
     def last(self) -> StepTrace:
-        """The last step's trace; nothing is made."""
+        """The last step's trace; the log stays as it is."""
         if not self._taken:
             return self.trace[-1]
         record, row, anchor, _ = self._taken[-1]

@@ -4,8 +4,8 @@ Invariants:
 - The vocabulary head sees verify rows, then only the mask rows of the proposal that was selected.
 - A step may run any schedule, whatever ran before it.
 - Of a sample only the recorded experts are written here. The engine commits everything else.
-- The host waits for the device once per step, in `verify`. Drafts stay on the device: the host knows how many there are, not
-  which tokens they are.
+- The host waits for the device once per step, in `verify`. Drafts stay on the device: of an accelerator the host knows how many
+  there are, not which tokens they are.
 
 Legend: D decoding samples, T rows, M most drafts, R = M + 1 verify rows, V vocabulary, L layers.
 """

@@ -134,7 +134,7 @@ class PackedBackend:
         embedded_VD = (trunk.embed_tokens.weight + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale
         return _Folded(
             network=Network(
-                embedded_VD.numpy(), fold_layers(cast("Iterable[Layer]", trunk.layers), list(policy.windows)),
+                embedded_VD.contiguous().numpy(), fold_layers(cast("Iterable[Layer]", trunk.layers), list(policy.windows)),
                 (trunk.norm.weight * size**0.5).numpy(), np.float32(floor(size, trunk.norm.eps)),
             ),
             head_bias=None if bias is None else bias.detach().clone(),

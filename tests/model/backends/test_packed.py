@@ -13,7 +13,7 @@ from blockroll.model.backends import choose, products
 from blockroll.model.backends.packed import stages
 from blockroll.model.backends.packed.backend import PackedBackend
 from blockroll.model.backends.plain import PlainBackend
-from blockroll.model.layout import DecodeRows, decode
+from blockroll.model.layout import DecodeRows, causal, decode
 from blockroll.model.scoring import score
 from blockroll.rollout.cache import PagedCache
 
@@ -150,3 +150,17 @@ def test_working_memory_of_fewer_rows_is_kept_while_nothing_moves(make_policy):
 
 def run(packed, policy, rows):
     return packed.forward(*packed.prepare(decode([DecodeRows([5] * rows, 0, (), 0)], policy.mask_token_id)))
+
+
+@torch.inference_mode()
+def test_an_embedding_may_lie_in_any_order(make_policy):
+    """Its rows are copied from flat memory."""
+    layout, found = causal([[1, 2, 3]]), []
+    for turned in (False, True):
+        policy = make_policy(torch.float32, seed=4)
+        if turned:
+            embedding = policy.model.embed_tokens
+            embedding.weight = torch.nn.Parameter(embedding.weight.t().contiguous().t(), requires_grad=False)
+        packed = PackedBackend(policy)
+        found.append(packed.forward(*packed.prepare(layout)))
+    assert torch.equal(*found)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -83,6 +87,32 @@ def test_an_engine_has_torch_threads(make_policy, monkeypatch: pytest.MonkeyPatc
         assert list(one.tokens) == list(other.tokens) and list(one.logprobs) == list(other.logprobs)
 
 
+def test_a_thread_that_begins_during_a_step_has_torch_threads(make_policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also afterwards, and whatever the step raises. The step's own thread has one meanwhile."""
+    engine, seen = Engine(make_policy(torch.float32, seed=4), max_batch=4), []
+    for raises in (False, True):
+
+        def each(self: Threads, *call: object, raises: bool = raises) -> None:
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            seen.append(torch.get_num_threads())
+            if raises:
+                raise ArithmeticError
+
+        monkeypatch.setattr(Threads, "each", each)
+        engine.add(RolloutRequest("a", (5, 6), SamplingParams(max_tokens=1), 0, 1))
+        torch.set_num_threads(2)
+        try:
+            with pytest.raises(ArithmeticError) if raises else nullcontext():
+                engine.step()
+            seen.append(torch.get_num_threads())
+        finally:
+            torch.set_num_threads(1)
+        engine.abort()
+    assert seen == [2, 1, 2] * 2
+
+
 def test_what_a_call_raises_is_raised_when_all_have_ended() -> None:
     threads, ended = Threads(), []
 
@@ -115,3 +145,46 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         threads.each(done.append, [(2,), (3,)])
         os._exit(0 if sorted(done) == [0, 1, 2, 3] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timer signals here")
+def test_an_interrupt_is_raised_when_all_calls_have_ended() -> None:
+    """Ctrl-C while calls in other threads are awaited, which write into memory that the next pass uses."""
+    threads, ended = Threads(), []
+
+    def call(seconds: float) -> None:
+        time.sleep(seconds)
+        ended.append(seconds)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            threads.each(call, [(0.0,), (0.35,)])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        assert ended == [0.0, 0.35]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_where_a_thread_cannot_be_started_the_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, ended = Threads(), []
+    submit = ThreadPoolExecutor.submit
+
+    def fail(self: ThreadPoolExecutor, function, number: int):
+        if number == 2:
+            raise RuntimeError("can't start new thread")
+        return submit(self, function, number)
+
+    def call(number: int) -> None:
+        time.sleep(0.1)
+        ended.append(number)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail)
+    with pytest.raises(RuntimeError, match="can't start"):
+        threads.each(call, [(0,), (1,), (2,)])
+    assert ended == [1]
