@@ -42,8 +42,8 @@ _MOST_SIZES = 256
 """Sizes of packs whose working memory is kept."""
 _ANGLES = 256
 """Positions whose angles are computed at once. The shape is fixed: a library's cosine may depend on the number of values."""
-_LEAST_ROWS = 16
-"""Rows of a pass for each thread. With fewer, a second thread takes longer to wake than it saves."""
+_LEAST_ROWS = 8
+"""Rows of a pass for each thread. With fewer, each thread waits for the weights as long as one would for all rows."""
 
 
 class _Memory:

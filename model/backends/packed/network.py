@@ -17,6 +17,7 @@ from ....kernels.lanes import copy_line
 from ....kernels.linear.numba import product_of
 from .attention import attend
 from .stages import add_unit, combine, experts, gather, route, turn, unit
+from .threads import tell
 from .weights import PackedLayer
 
 
@@ -91,9 +92,10 @@ class Work(NamedTuple):
 
 
 @compiled(nogil=True)
-def run(begin_s, end_s, token_T, plan, network, angles, pools, work, lines, hidden_TD):
+def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools, work, lines, hidden_TD):
     """Writes the rows of some sequences of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools.
-    Calls for other sequences may run at the same time, with other `lines`."""
+    Calls for other sequences may run at the same time, with other `lines`. See `Threads.each`."""
+    tell(begun_1)
     begin, end, features, w = plan.first_S1[begin_s], plan.first_S1[end_s], hidden_TD.shape[1], network.layers
     flat_TD = work.attended_THD.reshape(len(token_T), -1)
     line, begin_C = np.empty(w.convolution_bias_NO[0].size, np.float32), np.empty(w.balance_C.shape[1] + 1, np.int64)
@@ -133,3 +135,4 @@ def run(begin_s, end_s, token_T, plan, network, angles, pools, work, lines, hidd
     for t in range(begin, end):
         for d in range(features):
             hidden_TD[t, d] = work.unit[t, d] * network.norm[d]
+    tell(ended_1)

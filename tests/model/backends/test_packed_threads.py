@@ -7,17 +7,18 @@ import random
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("numba")
 
+from blockroll.kernels.compiled import compiled
 from blockroll.model.backends.packed import backend as packed
 from blockroll.model.backends.packed.backend import PackedBackend
-from blockroll.model.backends.packed.threads import Threads
+from blockroll.model.backends.packed.threads import Threads, tell
 from blockroll.model.layout import DecodeRows, decode
 from blockroll.model.policy import Routing
 from blockroll.rollout.cache import PagedCache
@@ -116,7 +117,7 @@ def test_a_thread_that_begins_during_a_step_has_torch_threads(make_policy, monke
 def test_what_a_call_raises_is_raised_when_all_have_ended() -> None:
     threads, ended = Threads(), []
 
-    def call(number: int, wait: threading.Event) -> None:
+    def call(begun_1: object, ended_1: object, number: int, wait: threading.Event) -> None:
         if number == 2:
             raise ValueError("two")
         if number == 1:
@@ -139,10 +140,14 @@ def test_what_a_call_raises_is_raised_when_all_have_ended() -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     threads, done = Threads(), []
-    threads.each(done.append, [(0,), (1,)])
+
+    def call(begun_1: object, ended_1: object, number: int) -> None:
+        done.append(number)
+
+    threads.each(call, [(0,), (1,)])
     child = os.fork()
     if not child:
-        threads.each(done.append, [(2,), (3,)])
+        threads.each(call, [(2,), (3,)])
         os._exit(0 if sorted(done) == [0, 1, 2, 3] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -152,7 +157,7 @@ def test_an_interrupt_is_raised_when_all_calls_have_ended() -> None:
     """Ctrl-C while calls in other threads are awaited, which write into memory that the next pass uses."""
     threads, ended = Threads(), []
 
-    def call(seconds: float) -> None:
+    def call(begun_1: object, ended_1: object, seconds: float) -> None:
         time.sleep(seconds)
         ended.append(seconds)
 
@@ -171,20 +176,57 @@ def test_an_interrupt_is_raised_when_all_calls_have_ended() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_where_a_thread_cannot_be_started_the_others_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, ended = Threads(), []
-    submit = ThreadPoolExecutor.submit
+def test_where_a_thread_cannot_be_started_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, ran = Threads(), []
+    start = threading.Thread.start
 
-    def fail(self: ThreadPoolExecutor, function, number: int):
-        if number == 2:
+    def fail(self: threading.Thread) -> None:
+        if threads._workers:
             raise RuntimeError("can't start new thread")
-        return submit(self, function, number)
+        start(self)
 
-    def call(number: int) -> None:
-        time.sleep(0.1)
-        ended.append(number)
+    def call(begun_1: object, ended_1: object, number: int) -> None:
+        ran.append(number)
 
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", fail)
-    with pytest.raises(RuntimeError, match="can't start"):
-        threads.each(call, [(0,), (1,), (2,)])
-    assert ended == [1]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            threads.each(call, [(0,), (1,), (2,)])
+    assert ran == []
+    threads.each(call, [(0,), (1,), (2,)])
+    assert sorted(ran) == [0, 1, 2]
+
+
+def test_threads_end_with_their_object() -> None:
+    def call(begun_1: object, ended_1: object) -> None:
+        running.add(threading.current_thread())
+
+    threads, running = Threads(), set[threading.Thread]()
+    threads.each(call, [(), (), ()])
+    assert len(running) == 3
+    del threads
+    for thread in running - {threading.current_thread()}:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_thread_that_looks_and_one_that_sleeps_take_the_next_call() -> None:
+    """Calls that tell, as compiled ones do, and calls that do not; at once, and after the threads went to sleep."""
+    threads, ran = Threads(), []
+
+    def call(begun_1: np.ndarray, ended_1: np.ndarray, number: int, tells: bool) -> None:
+        if tells:
+            begin(begun_1)
+        ran.append(number)
+        if tells:
+            begin(ended_1)
+
+    for number, (pause, tells) in enumerate([(0.0, True), (0.0, True), (0.05, True), (0.0, False), (0.05, False), (0.0, True)]):
+        time.sleep(pause)
+        threads.each(call, [(3 * number, tells), (3 * number + 1, tells), (3 * number + 2, tells)])
+        assert sorted(ran) == list(range(3 * number + 3))
+
+
+@compiled()
+def begin(count_1):
+    tell(count_1)
