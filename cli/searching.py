@@ -140,6 +140,7 @@ def tradeoff(
     rounds: Annotated[int, typer.Option(help="Measured rounds, 3 or more.")] = 5,
     clock_tasks: Annotated[int, typer.Option(help="Tasks of a round.")] = 16,
     batch: Annotated[int, typer.Option(help="Samples decoded at once where accuracy is measured.")] = 64,
+    threads: Annotated[int | None, typer.Option(help="Threads on a CPU; by default as many as torch has.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens per sample.")] = 256,
     seed: Annotated[int, typer.Option(help="Another one draws other held-out tasks.")] = 0,
     device: DeviceOption = "auto",
@@ -162,8 +163,8 @@ def tradeoff(
     options = TradeoffOptions(
         tasks=tasks, samples=samples, temperature=temperature, samplers=tuple(words(samplers)),  # type: ignore[arg-type]
         mix_weights=numbers("mix_weights", mix_weights), level_counts=integers("levels", levels), planner=planner,
-        batches=integers("batches", batches), rounds=rounds, clock_tasks=clock_tasks, batch=batch, max_tokens=max_tokens,
-        seed=seed, device=device, dtype=dtype,
+        batches=integers("batches", batches), rounds=rounds, clock_tasks=clock_tasks, batch=batch, threads=threads,
+        max_tokens=max_tokens, seed=seed, device=device, dtype=dtype,
     )  # fmt: skip
     report = measure(one_policy(policy, named), options, json_path=json)
     print("\n".join([conclusion(report), *table(report)]))

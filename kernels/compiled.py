@@ -4,13 +4,13 @@ Invariants:
 - Only `total`, `wide_total` and `squares` sum in any order. They read and do not write, so their length alone decides how they
   are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised
   or not.
-
-numba does not notice that a function called from another file has changed. After an edit of this file, of `lanes` or of
-`linear.numba`, delete the compiled callers (`__pycache__/*.nbi`).
+- After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
+  function's own file alone.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,21 +25,42 @@ FUSED = frozenset({"contract"})
 the source allows one way to fuse, and if its loops end at a multiple of the vector length or always at the same place."""
 
 
-def compiled(fastmath: frozenset[str] = frozenset()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(fastmath: frozenset[str] = frozenset(), nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function of arrays and numbers.
 
     Args:
         fastmath: LLVM's flags for the transformations of float arithmetic that are allowed.
+        nogil: other threads of the interpreter run while the function does.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath)}
+        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath), "nogil": nogil}
         try:
-            return njit(cache=True, **options)(function)
+            dispatcher = njit(cache=True, **options)(function)
         except RuntimeError:  # no writable cache, neither beside the source nor in the user's directory
             return njit(**options)(function)
+        kept = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
+        if kept is not None:
+            kept._source_stamp = kept._source_stamp, _stamp(function)
+        return dispatcher
 
     return decorate
+
+
+def _stamp(function: Callable[..., Any]) -> tuple[tuple[float, int], ...]:
+    """When the files of the function and of those that it calls were changed, and their sizes."""
+    return tuple((stat.st_mtime, stat.st_size) for stat in map(os.stat, filter(os.path.exists, sorted(_files(function)))))
+
+
+def _files(function: Callable[..., Any]) -> set[str]:
+    """The file of a function, and those of the compiled functions and intrinsics that it calls."""
+    found = {function.__code__.co_filename}
+    for name in function.__code__.co_names:
+        called = function.__globals__.get(name)
+        python = getattr(called, "py_func", None) or getattr(called, "_defn", None)
+        if python is not None:
+            found |= _files(python)
+    return found
 
 
 @compiled()

@@ -122,7 +122,8 @@ def dispatched(
 
     @wraps(reference)
     def op(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        tensors = list(_tensors(arguments))
+        found = _tensors(arguments)
+        tensors = list(found) if torch.is_grad_enabled() else [next(found)]  # without gradients the first one decides
         if (wide or tensors[0].dtype != torch.float64) and takes_triton(*tensors):
             return getattr(loaded(triton), name)(*arguments, **options)
         if numba is not None and takes_numba(tensors[0]):

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from ..kernels.dispatch import compiled_where_installed
 from ..kernels.transfer import upload
 
 CLEAN = -1
@@ -169,48 +169,39 @@ class DecodeRows:
         return DecodeRows([*tokens, *self.clean], self.start - count, offsets, self.block_length)
 
 
-@lru_cache(maxsize=4096)
-def _template(clean: int, proposals: tuple[int, ...], block_length: int) -> np.ndarray:
-    """int64[4, rows]: position, parent, limit and block of one sequence's rows, relative to its start and first row."""
-    blocks = np.arange(len(proposals))
-    opening = np.repeat(np.asarray(proposals, dtype=np.int64), block_length)
-    slot = np.tile(np.arange(block_length), len(proposals))
-    line = np.arange(clean)
-    masks = np.arange(len(opening)) + clean
-    return np.stack(
-        [
-            np.concatenate([line, opening + slot]),
-            np.concatenate([line - 1, np.where(slot == 0, opening - 1, masks - 1)]),
-            np.concatenate([line, opening - 1]),
-            np.concatenate([np.full(clean, CLEAN), np.repeat(blocks, block_length)]),
-        ]
-    )
-
-
 def decode(sequences: Sequence[DecodeRows], mask_token: int) -> TokenLayout:
     """One step over a cache, prefill included: per sequence its clean rows, then one mask block per proposal.
 
     Everything before `start` is in the cache; a sequence whose `start` is 0 opens its document here.
     """
-    templates = [_template(len(s.clean), s.proposals, s.block_length) for s in sequences]
-    counts = np.array([t.shape[1] for t in templates])
-    first = np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.array([s.start for s in sequences])
-    blocks = np.array([len(s.proposals) for s in sequences])
-    position, parent, limit, block = np.concatenate(templates, axis=1)
-    start = np.repeat(starts, counts)
-    token = np.full(counts.sum(), mask_token)
-    clean = block == CLEAN
-    token[clean] = np.concatenate([np.asarray(s.clean, dtype=np.int64) for s in sequences])
-    opens = np.where(start > 0, FROM_TAIL, FROM_START)
-    return _tensors(
-        dict(
-            token_T=token,
-            position_T=position + start,
-            sequence_T=np.repeat(np.arange(len(sequences)), counts),
-            parent_T=np.where(parent < 0, opens, parent + first),
-            limit_T=limit + start,
-            block_T=np.where(clean, CLEAN, block + np.repeat(np.cumsum(blocks) - blocks, counts)),
-            start_S=starts,
-        )
-    )
+    size_S3 = np.array([(len(s.clean), len(s.proposals), s.block_length) for s in sequences], dtype=np.int64)
+    start_S = np.array([s.start for s in sequences], dtype=np.int64)
+    clean_N = np.array([token for s in sequences for token in s.clean], dtype=np.int64)
+    offset_P = np.array([offset for s in sequences for offset in s.proposals], dtype=np.int64)
+    fields_6T = np.empty((6, sum([len(s.clean) + len(s.proposals) * s.block_length for s in sequences])), dtype=np.int64)
+    compiled_where_installed(_fill_decode)(size_S3, start_S, clean_N, offset_P, mask_token, *fields_6T)
+    return TokenLayout(*map(torch.from_numpy, (*fields_6T, start_S)))
+
+
+def _fill_decode(size_S3, start_S, clean_N, offset_P, mask_token, token_T, position_T, sequence_T, parent_T, limit_T, block_T):
+    """Writes the last six arrays, given each sequence's clean rows, proposals and block length, and the tokens and the offsets of
+    all of them, one after another."""
+    t = n = proposal = 0
+    for s in range(len(start_S)):
+        first, start = t, start_S[s]
+        opens = FROM_TAIL if start > 0 else FROM_START
+        clean, proposals, length = size_S3[s]
+        for i in range(clean):
+            token_T[t], block_T[t] = clean_N[n], CLEAN
+            position_T[t] = limit_T[t] = start + i
+            parent_T[t] = t - 1 if i else opens
+            t, n = t + 1, n + 1
+        for _ in range(proposals):
+            offset = offset_P[proposal]
+            for slot in range(length):
+                token_T[t], block_T[t] = mask_token, proposal
+                position_T[t], limit_T[t] = start + offset + slot, start + offset - 1
+                parent_T[t] = t - 1 if slot else first + offset - 1 if offset else opens
+                t += 1
+            proposal += 1
+        sequence_T[first:t] = s

@@ -182,7 +182,7 @@ class Policy(nn.Module):
         self.recompute_layers = False
         self.hops = config.cca_time0 + config.cca_time1 - 2
         self.windows = {kind: config.sliding_window if kind == "hybrid_sliding" else None
-                        for kind in set(config.layer_types)}
+                        for kind in sorted(set(config.layer_types))}
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:

@@ -56,3 +56,6 @@ class SequenceState(Protocol):
 
     def pools(self, layer: int) -> Pools:
         """The tensors that `paging` gives places in."""
+
+    def all_pools(self) -> Pools:
+        """Those of all layers, each with the layers in front; the same object at every call."""

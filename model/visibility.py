@@ -9,7 +9,7 @@ Invariants of every layout that are used here:
 - Within a sequence the clean rows come first, in the order of their positions.
 - The rows of a mask block are contiguous.
 
-Legend: T rows, S sequences, A = hops + 1 ancestors, H tail entries of a sequence, W windows.
+Legend: T rows, S sequences, A = hops + 1 ancestors, H tail entries of a sequence, W windows, one per layer type.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ class Visibility:
         start_S: cached positions of each sequence.
         source_TA: each row and its ancestors, nearest first: a row of the pack, `NOTHING` before the document, or -2 - n for tail
             entry n of the cache.
-        range_4T: by layer type, begin and end of the clean keys that each row sees, then begin and end of the keys of its mask
-            block (0 and 0 for a clean row).
+        kinds: the W layer types.
+        range_W4T: begin and end of the clean keys that each row sees, then begin and end of the keys of its mask block (0 and 0
+            for a clean row).
     """
 
     first_S1: np.ndarray
     clean_S: np.ndarray
     start_S: np.ndarray
     source_TA: np.ndarray
-    range_4T: dict[str, np.ndarray]
+    kinds: tuple[str, ...]
+    range_W4T: np.ndarray
 
     @classmethod
     def of(
@@ -61,15 +63,20 @@ class Visibility:
             x.numpy() for x in (layout.sequence_T, layout.position_T, layout.limit_T, layout.block_T, layout.parent_T,
                                 layout.start_S)
         )  # fmt: skip
-        rows, sequences, sizes = len(sequence), len(start), list(dict.fromkeys(windows.values()))
+        rows, sequences = len(sequence), len(start)
         first, clean = np.empty(sequences + 1, np.int64), np.empty(sequences, np.int64)
         source = np.empty((rows, hops + 1), np.int64)
-        ranges, window = np.empty((len(sizes), 4, rows), np.int64), np.array([size or 0 for size in sizes], np.int64)
+        ranges, window = np.empty((len(windows), 4, rows), np.int64), np.array([size or 0 for size in windows.values()], np.int64)
         if tail_SH is None:
             tail_SH = np.empty((sequences, 0), np.int64)
         fill = compiled_where_installed(_fill_rows)
         fill(sequence, position, limit, block, parent, start, tail_SH, window, first, clean, source, ranges)
-        return cls(first, clean, start, source, {kind: ranges[sizes.index(size)] for kind, size in windows.items()})
+        return cls(first, clean, start, source, tuple(windows), ranges)
+
+    @property
+    def range_4T(self) -> dict[str, np.ndarray]:
+        """`range_W4T` by layer type."""
+        return dict(zip(self.kinds, self.range_W4T, strict=True))
 
     @property
     def count_S(self) -> np.ndarray:

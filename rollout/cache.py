@@ -70,6 +70,7 @@ class PagedCache:
         tails = slots * self.ring + pages * self.sizes.page_tail
         self.x = pool(tails, channels)
         self.delayed = pool(tails, kv[0] * kv[1] // 2)
+        self.all_pools = Pools(self.k, self.v, self.x, self.delayed)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
         self.total_pages, self._total_slots = pages, slots
         self._users = np.zeros(pages, dtype=np.int64)
@@ -211,17 +212,17 @@ class CacheView:
 
     def __init__(self, cache: PagedCache, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None) -> None:
         self._cache, self._device = cache, cache.k.device
-        self._longest = int(layout.start_S.max())
+        self._start_S = layout.start_S
         width = width or max(1, *(len(table.pages) for table in sequences))
         self._table_SP = np.zeros((len(sequences), width), dtype=np.int64)
         pages, slots = page_table(sequences, self._table_SP), np.array([table.slot for table in sequences])
         self._places = CachePlaces.of(layout, slots, pages, self._table_SP, cache.sizes, cache.hops)
         self._read: dict[int, torch.Tensor] = {}
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Cached positions of the longest sequence."""
-        return self._longest
+        return int(self._start_S.max())
 
     def paging(self) -> Paging:
         """Where this layout's rows lie, for kernels that work on the pages in place."""
@@ -232,6 +233,10 @@ class CacheView:
     def pools(self, layer: int) -> Pools:
         """One layer's cache."""
         return self._cache.pools(layer)
+
+    def all_pools(self) -> Pools:
+        """The cache of all layers."""
+        return self._cache.all_pools
 
     def read(self, layer: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """k_SLGD, v_SLGD of so many positions from the first on; past a sequence's pages, of any page."""

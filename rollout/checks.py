@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from ..errors import RequestError
 from ..model.arguments import is_list, is_number, is_whole, require, short
 from ..model.config import DRAFT_TEMPERATURES
 from .schedule import Schedule
@@ -43,11 +44,14 @@ def check_requests(requests: Iterable[RolloutRequest], serves: Callable[[str], b
     Args:
         serves: whether an unfinished request has a name.
     """
-    require(is_list(requests), "requests", f"{short(requests)} is no list of requests", "give a list of RolloutRequests")
+    # Messages are made only where there is an error: requests are checked one by one as they arrive.
+    if not is_list(requests):
+        raise RequestError("requests", f"{short(requests)} is no list of requests", "give a list of RolloutRequests")
     names = set[str]()
     for request in requests:
-        require(isinstance(request, RolloutRequest), "requests", f"{short(request)} is no RolloutRequest",
-                "give RolloutRequest(id, prompt_tokens, ...)")
-        require(request.id not in names and not serves(request.id), "id",
-                f"two unfinished requests are called {short(request.id)}", "give each request its own id")
+        if not isinstance(request, RolloutRequest):
+            raise RequestError("requests", f"{short(request)} is no RolloutRequest",
+                               "give RolloutRequest(id, prompt_tokens, ...)")  # fmt: skip
+        if request.id in names or serves(request.id):
+            raise RequestError("id", f"two unfinished requests are called {short(request.id)}", "give each request its own id")
         names.add(request.id)

@@ -83,7 +83,7 @@ class EngineConfig:
 
 
 class Engine:
-    """Decodes requests with one policy, in this process.
+    """Decodes requests with one policy, in this process. On a CPU a step has torch's number of threads.
 
     Attributes:
         version: weight version every new token is tagged with.
@@ -234,7 +234,7 @@ class Engine:
         done = list[Trajectory]()
         try:
             for request in requests:
-                self.add(request)
+                self.add_samples(request, range(request.samples))
             while self.has_work:
                 for trajectory in unless_failed(self.step(), self.failed):
                     done.append(trajectory)

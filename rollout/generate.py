@@ -88,14 +88,18 @@ def longest(request: RolloutRequest, policy: Policy) -> int:
 
 def check_sizes(request: RolloutRequest, policy: Policy, cache: PagedCache) -> None:
     """Raise RequestError where the request does not fit the policy or the cache."""
-    name, prompt, vocabulary = f"request {request.id!r}", request.prompt_tokens, policy.config.vocab_size
-    most, limit = policy.config.max_position_embeddings, longest(request, policy)
-    require(len(prompt) < most, "prompt_tokens", f"{name} has {len(prompt)} tokens and the policy's maximum is {most}",
-            f"shorten the prompt to at most {most - 1} tokens")
-    require(max(prompt) < vocabulary, "prompt_tokens", f"{name} holds token {max(prompt)} and the vocabulary has {vocabulary}",
-            "use the policy's own tokenizer")
-    require(cache.pages_for(limit) <= cache.total_pages, "max_tokens",
-            f"{name} may need {limit} positions, more than the cache holds", "raise the engine's `pages` or lower max_tokens")
+    name, prompt, limit = f"request {request.id!r}", request.prompt_tokens, longest(request, policy)
+    most, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
+    # Messages are made only where there is an error: this runs for each request that arrives.
+    if len(prompt) >= most:
+        raise RequestError("prompt_tokens", f"{name} has {len(prompt)} tokens and the policy's maximum is {most}",
+                           f"shorten the prompt to at most {most - 1} tokens")  # fmt: skip
+    if max(prompt) >= vocabulary:
+        raise RequestError("prompt_tokens", f"{name} holds token {max(prompt)} and the vocabulary has {vocabulary}",
+                           "use the policy's own tokenizer")  # fmt: skip
+    if cache.pages_for(limit) > cache.total_pages:
+        raise RequestError("max_tokens", f"{name} may need {limit} positions, more than the cache holds",
+                           "raise the engine's `pages` or lower max_tokens")  # fmt: skip
 
 
 def as_requests(

@@ -34,11 +34,10 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread, as an engine's process has. Several wait for each other at every small operation, and for whatever
-    else runs on their cores: small policies become slower with them, and comparisons blur."""
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many torch threads, and threads of an engine's passes on a CPU (`placed`); None for as many as there are."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(before if count is None else count)
     try:
         yield
     finally:

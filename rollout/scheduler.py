@@ -151,7 +151,8 @@ class Scheduler:
         if not group.unfinished:
             del self._groups[request_id]
             self._clients[group.client] -= 1
-            self._clients += Counter()  # drops clients without a request
+            if not self._clients[group.client]:
+                del self._clients[group.client]
 
     def retire(self, sample: Sample) -> None:
         """Remove a finished sample that does not wait: its pages, its slot and its drafts are freed."""

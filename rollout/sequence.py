@@ -146,6 +146,7 @@ class Sample:
         """The finished sample."""
         assert self.finish is not None
         params, prompt, log = self.request.params, len(self.request.prompt_tokens), self.log.settle()
+        logprob_N, behavior_N, support_N = log.numbers_3N
         scores = None if self.prompt_logprobs is None or self.finish == "abort" else self.prompt_logprobs.scores
         alternatives = [np.array(part) for part in zip(*self.top, strict=True)]
         cut = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -154,14 +155,14 @@ class Sample:
             sample=self.number,
             prompt_tokens=self.request.prompt_tokens,
             tokens=self.tokens[prompt:],
-            logprobs=np.array(log.logprobs, dtype=np.float32),
-            behavior_logprobs=np.array(log.behavior, dtype=np.float32),
+            logprobs=logprob_N,
+            behavior_logprobs=behavior_N,
             versions=np.array(log.versions, dtype=np.int32),
             from_draft=np.array(log.from_draft, dtype=bool),
             finish_reason=self.finish,
             forwards=self.forwards,
             trace=tuple(log.trace),
-            support_logmass=np.array(log.support, dtype=np.float32) if cut else None,
+            support_logmass=support_N if cut else None,
             routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
             stop_reason=self.stop_reason,
             stop_included=params.include_stop_str_in_output,

@@ -35,8 +35,11 @@ def above_share(running: list[Sample], client: str) -> Sample | None:
 
 def in_turn(running: list[Sample]) -> list[Sample]:
     """The order in which samples prefill: the oldest of every client first, then the second oldest of every client, and so on."""
+    oldest_first = sorted(running, key=age)
+    if len({sample.client for sample in running}) <= 1:
+        return oldest_first
     ranks, before = {}, Counter[str]()
-    for sample in sorted(running, key=age):
+    for sample in oldest_first:
         ranks[sample] = before[sample.client], age(sample)
         before[sample.client] += 1
     return sorted(running, key=ranks.__getitem__)

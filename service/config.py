@@ -35,7 +35,7 @@ class Engines(Config):
                            "engine a GPU (num_gpus), else cpu")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(None, description="of the weights; none for "
         "bfloat16 on a GPU and float32 on a CPU")
-    num_cpus: float = Field(1.0, gt=0, lt=1e6, description="CPU cores of an engine, as Ray counts them")
+    num_cpus: float = Field(1.0, gt=0, lt=1e6, description="CPU cores of an engine, as Ray counts them; on a CPU its threads too")
     num_gpus: float = Field(0.0, ge=0, lt=1e6, description="GPUs of an engine, as Ray counts them")
     resources: dict[str, float] = Field({}, description="custom Ray resources of an engine, such as {MI300X: 1}")
     placement: Literal["pack", "spread"] = Field("pack", description="fill one node first, or use as many nodes as there are")

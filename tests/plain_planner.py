@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from blockroll.rollout.planning.planner import Kind, Planner, _Batch
-from blockroll.rollout.planning.survival import _MEMORY, Means, Survival, _alive, _moments, chain, lasting
+from blockroll.rollout.planning.survival import (
+    _FRESH,
+    _MEMORY,
+    Means,
+    Outcome,
+    Survival,
+    _alive,
+    _moments,
+    chain,
+    lasting,
+)
 from blockroll.rollout.schedule import Schedule
 from blockroll.rollout.sequence import Sample
 
@@ -18,20 +28,25 @@ class PlainSurvival(Survival):
 
     def __init__(self, slots: int, prior: float) -> None:
         super().__init__(slots, prior)
+        self._tries = [0.0, 0.0]
         self._counted = np.zeros((2, 2, 2, slots + 1))
         self._found: dict[Schedule, tuple[float, float]] = {}
 
-    def note(self, slot: int, drafted: int, accepted: int) -> None:
-        """Count one sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
-        kind, tried = int(slot > 0), min(accepted + 1, drafted)
-        for i in range(tried):
-            self._counted[kind, int(i > 0), :, slot + i] += (1, i < accepted)
-        self._fresh[kind] += tried
-        if tried and self._fresh[kind] > 4 + self._tries[kind] / 4:
+    def note_all(self, outcomes: Sequence[Outcome]) -> bool:
+        """Count what a step made of the drafts of its samples. Returns whether the estimates change by this."""
+        for slot, drafted, accepted in outcomes:
+            kind, tried = int(slot > 0), min(accepted + 1, drafted)
+            for i in range(tried):
+                self._counted[kind, int(i > 0), :, slot + i] += (1, i < accepted)
+            self._fresh[kind] += tried
+        changes = [kind for kind in (0, 1) if self._fresh[kind] > _FRESH + self._tries[kind] / 2]
+        if changes:
             self._found.clear()
-            if self._counted[kind, :, 0].sum() > _MEMORY:
-                self._counted[kind] *= 0.5
+            for kind in changes:
+                if self._counted[kind, :, 0].sum() > _MEMORY:
+                    self._counted[kind] *= 0.5
             self._tries, self._fresh = [float(each[:, 0].sum()) for each in self._counted], [0, 0]
+        return bool(changes)
 
     def fade(self) -> None:
         """Reduce the weight of all observations so far by 5 %."""
@@ -61,7 +76,7 @@ class PlainPlanner(Planner):
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        self._batch = _Batch.of(())
+        self._batch = _Batch.of(self._batch.samples)
         return super().choose(decoding)
 
     def observe(self, decoding: Sequence[Sample], seconds: float | None) -> None:
@@ -69,10 +84,8 @@ class PlainPlanner(Planner):
         self._batch = _Batch.of(decoding)
         super().observe(decoding, seconds)
 
-    def _expected(
-        self, schedules: Sequence[Schedule], context: float, ending: bool
-    ) -> tuple[list[float], list[float], list[float]]:
-        batch = self._batch
+    def _expected(self, context: float, ending: bool) -> tuple[list[float], list[float], list[float]]:
+        batch, schedules = self._batch, self.schedules
         means = [[self._of(kind).means([schedule])[0] for kind in batch.kind_S] for schedule in schedules]
         drafts = [sample.request.params.sampler != "ar" for sample in batch.samples]
         tokens = [sum(each[0] if drawn else 1.0 for each, drawn in zip(line, drafts, strict=True)) for line in means]

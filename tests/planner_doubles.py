@@ -28,6 +28,14 @@ class Running:
         return len(self.tokens) - 1
 
     @property
+    def log(self):
+        return self
+
+    @property
+    def record(self):
+        return None
+
+    @property
     def last_step(self):
         return self.trace[-1]
 

@@ -35,11 +35,13 @@ class Backend(Protocol):
 
     Attributes:
         recurs: a step's plan can be filled again in place, and its forward captured.
+        threads: how many a pass is divided among; None where that is left to torch. Results do not depend on it.
         markov: int64[...] tokens to what they add to the logits of the mask rows after them, [..., V]; None where the policy has
             no Markov head. With `head` it makes q.
     """
 
     recurs: bool
+    threads: int | None
     markov: Callable[[torch.Tensor], torch.Tensor] | None
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Any]:

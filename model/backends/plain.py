@@ -20,6 +20,7 @@ class PlainBackend:
     """`Policy.forward` with plans for torch. See `backends.Backend`."""
 
     recurs = False
+    threads: int | None = None
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy

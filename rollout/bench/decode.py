@@ -38,7 +38,7 @@ from ...model.scoring import score
 from ...model.tasks import make_tasks
 from ...model.tokenizer import encode_prompt
 from ..engine import Engine, EngineConfig
-from ..machine import describe, one_thread
+from ..machine import describe, torch_threads
 from ..progress import Meter
 from ..schedule import Schedule
 from ..types import RolloutRequest, SamplingParams, Trajectory
@@ -128,7 +128,7 @@ def bench_decode(
 
     rows: list[dict[str, Any]] = []
     steps = len(batches) * (rounds + 1) * (len(order) + len(peers))
-    with one_thread(), Meter("bench decode", steps) as meter:
+    with torch_threads(1), Meter("bench decode", steps) as meter:
         machine = describe(where)
         for batch in batches:
             contestants = [

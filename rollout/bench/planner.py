@@ -31,7 +31,7 @@ from ...model.device import placement
 from ...model.policy import Policy
 from ...seeds import derived_seed
 from ..engine import Engine, EngineConfig
-from ..machine import describe, one_thread
+from ..machine import describe, torch_threads
 from ..planning.planner import Decision, candidates
 from ..planning.step_costs import clock
 from ..progress import Meter
@@ -95,7 +95,7 @@ def bench_planner(
     policy = load_policy(policy_name, dtype, where)
     schedules = candidates(policy.block_size)
     same = True
-    with one_thread(), Meter("bench planner", (rounds + 1) * (len(schedules) + 1)) as meter:
+    with torch_threads(1), Meter("bench planner", (rounds + 1) * (len(schedules) + 1)) as meter:
         machine = describe(where)
         contestants = [_Contestant(s.label, Engine(policy, EngineConfig(s, max_batch=batch))) for s in schedules]
         auto = _Contestant("auto", Engine(policy, EngineConfig(Schedule("auto"), max_batch=batch)))

@@ -26,7 +26,8 @@ class EngineSpec:
         device: `auto` (a GPU where Ray gives the process one, else the CPU), `cpu`, `cuda` or `cuda:N`, where N counts
             the GPUs that Ray gives this process. ROCm's GPUs are called `cuda` too.
         dtype: `float32`, `bfloat16` or `float16`; None for bfloat16 on a GPU and float32 on a CPU.
-        num_cpus, num_gpus, resources: what Ray reserves for one engine; resources are Ray's custom ones, by name.
+        num_cpus, num_gpus, resources: what Ray reserves for one engine; resources are Ray's custom ones, by name. On a CPU an
+            engine has num_cpus threads, rounded down, at least one.
         env: environment variables of the process.
         placement: `pack` fills a node before the next, `spread` uses as many nodes as there are.
 

@@ -44,7 +44,8 @@ class WatchedSamples:
             start, prompt = numbers[sample.number], len(sample.request.prompt_tokens)
             if len(sample.tokens) - prompt > start:
                 numbers[sample.number], log = len(sample.tokens) - prompt, sample.log.settle()
+                logprobs, behavior, _ = log.numbers_3N[:, start:].tolist()
                 found.append(Progress(sample.request.id, sample.number, start, sample.tokens[prompt + start :],
-                                      log.logprobs[start:], log.behavior[start:], log.versions[start:],
+                                      logprobs, behavior, log.versions[start:],
                                       sample.top[start:], sample.forwards))  # fmt: skip
         return found

@@ -35,7 +35,7 @@ from ...model.tasks import make_tasks
 from ...seeds import MAX_SEED
 from ...settings import Config, load_yaml, parse
 from ..evaluation import evaluate, evaluate_ar_loss
-from ..machine import describe, one_thread
+from ..machine import describe, torch_threads
 from ..progress import ItemMeter
 from ..schedule import DEFAULT_LEVELS, Schedule
 from .ablation_report import WAYS, plot, table
@@ -133,7 +133,7 @@ def ablate(
     resolve(config.parent)
     check_directory(config.output)
     output = make_directory(config.output)
-    with locked_directory(output), one_thread(), ItemMeter("cells", len(cells)) as meter:
+    with locked_directory(output), torch_threads(1), ItemMeter("cells", len(cells)) as meter:
         for row, fresh in _run_all(cells, config.output, workers):
             meter.advance(f"{row['variant']}, seed {row['seed']}")
             if fresh:

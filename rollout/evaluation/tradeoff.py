@@ -28,7 +28,7 @@ from ...model.tasks import Task, make_tasks, score
 from ...model.tokenizer import encode_prompt
 from ...seeds import MAX_SEED, derived_seed
 from ..engine import Engine, EngineConfig
-from ..machine import describe, one_thread
+from ..machine import describe, torch_threads
 from ..offline import pool_size, serve
 from ..params import SAMPLERS
 from ..progress import Meter
@@ -46,6 +46,7 @@ _NAME = 22
 """Characters of the name of a way."""
 MAX_TASKS, MAX_SAMPLES, MAX_BATCH = 100_000, 1024, 4096
 """Trajectories of one way are kept until its figures are known."""
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class TradeoffOptions(DecodingOptions):
         batches: samples decoded at once where seconds are measured. rounds: measured rounds, 3 or more. clock_tasks: tasks of
         a round.
         batch: samples decoded at once where accuracy is measured.
+        threads: of torch, and of an engine's passes on a CPU; None for as many as torch has.
     """
 
     tasks: int = 400
@@ -71,11 +73,14 @@ class TradeoffOptions(DecodingOptions):
     rounds: int = 5
     clock_tasks: int = 16
     batch: int = 64
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name, least, most in (("tasks", 1, MAX_TASKS), ("samples", 1, MAX_SAMPLES), ("rounds", LEAST_ROUNDS, 1000),
                                   ("clock_tasks", 1, MAX_TASKS), ("batch", 1, MAX_BATCH), ("seed", 0, MAX_SEED)):  # fmt: skip
             self._within(name, getattr(self, name), least, most)
+        if self.threads is not None:
+            self._within("threads", self.threads, 1, MAX_THREADS)
         for name, most in (("level_counts", 64), ("batches", MAX_BATCH)):
             if not getattr(self, name):
                 raise InvalidInput(name, "none are given", "give at least one")
@@ -161,7 +166,7 @@ def tradeoff(
     tasks = make_tasks("heldout", options.tasks, options.seed)
     tokenizer_of(policy, tasks)
     ways = options.ways(policy.block_size)
-    with one_thread():
+    with torch_threads(options.threads):
         machine = describe(device)
         rows = [_figures(policy, tasks, way, options) for way in ways]
         _clock(policy, tasks, ways, options)

@@ -1,4 +1,4 @@
-"""The planner: before each step it chooses the schedule that makes the next tokens in the least time.
+"""The planner: while decoding it chooses the schedule that makes the next tokens in the least time.
 
 For the next G tokens of each sample a schedule needs
 
@@ -7,8 +7,13 @@ For the next G tokens of each sample a schedule needs
 where `tokens` is the schedule's expected tokens per step (`survival`). `past` counts the tokens that the last step makes beyond
 a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `fused`, is the share of samples that have no
 drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
-waiting drafts. Now and then the planner probes: it runs one or two steps of a schedule that is nearly as good, in order to learn.
-Probes take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+waiting drafts. Now and then the planner probes: it runs two steps of a schedule that is nearly as good, in order to learn. Probes
+take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+
+A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
+are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
+ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of others: the first one also compares
+schedules, and finds its data further away where another schedule ran before it.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -23,17 +28,20 @@ schedule depends only on random numbers that no later draw uses again:
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from ..schedule import Schedule
 from ..sequence import Sample
+from ..types import SamplingParams
 from .step_costs import StepCosts
 from .survival import Survival
 
 PROBE_SHARE = 0.015
-_PROBE_EVERY = 24  # steps between two probes, at least
+_PROBE_EVERY = 24  # steps between two probes, at least; and the most that a choice stands for
+_PROBE_STEPS = 2  # the first step is not timed, and that of `fused` has no drafts to verify
 _NEAR = 1.5  # times the best one's seconds: what is probed in turn
 _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
 _LOG = 4096
@@ -49,7 +57,7 @@ class Decision:
     """One step: the schedule chosen, what was expected of the step, and what it made.
 
     Attributes:
-        batch: samples decoding; context: their mean length in tokens.
+        batch: samples decoding; context: their mean length in tokens, when the schedule was chosen.
         expected_seconds, expected_tokens: of one step in the long run, tokens per sample.
         seconds, tokens: of this step, tokens per sample; 0 until it has run.
         probe: the step was run in order to learn.
@@ -93,9 +101,13 @@ class _Batch:
     kind_S: list[Kind]
 
     @classmethod
-    def of(cls, samples: Sequence[Sample]) -> _Batch:
-        drafting = [sample for sample in samples if sample.request.params.sampler != "ar"]
-        return cls(tuple(samples), drafting, Counter(map(_kind, drafting)), [_kind(sample) for sample in samples])
+    def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
+        """The samples of a step; `before`: another batch, some of whose samples may be the same."""
+        known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
+        kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
+        kinds = {kind: kind_S.count(kind) for kind in dict.fromkeys(kind_S) if kind[0] != "ar"}
+        drafting = [sample for sample, kind in zip(samples, kind_S, strict=True) if kind[0] != "ar"]
+        return cls(tuple(samples), drafting, kinds, kind_S)
 
 
 class Planner:
@@ -129,28 +141,32 @@ class Planner:
         self._batch = _Batch.of(())
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
-        self._since = self._pinned = self._turn = 0
+        self._since = self._turn = self._stands = 0
+        self._first = self._timed = False
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        self._settle()
         if len(decoding) != len(self._batch.samples) or self._batch.samples != tuple(decoding):
-            self._batch = _Batch.of(decoding)
-        drafting = self._batch.drafting
-        if not drafting:
-            self._decision = None
-            return _AR
-        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
-        if self._pinned and self._decision is not None and self._decision.probe:
-            self._pinned -= 1
-            schedule = self._decision.schedule
-            (seconds,), (tokens,), _ = self._expected((schedule,), context, ending=False)
-            decision = self._decision_of(schedule, context, seconds, tokens, probe=True)
+            before = self._batch
+            self._batch = _Batch.of(decoding, before)
+            probes = self._decision is not None and self._decision.probe
+            changed = self._batch.kinds != before.kinds or len(before.samples) != len(decoding)
+            if changed and not (probes and self._batch.drafting):  # half a probe would have taught nothing
+                self._stands = 0
+        decision, self._first = self._decision, not self._stands
+        if self._stands and decision is not None:
+            self._stands -= 1
+            self._since += 1
+            decision = self._decision_of(
+                decision.schedule, decision.context, decision.expected_seconds, decision.expected_tokens, decision.probe
+            )
+        elif self._batch.drafting:
+            decision = self._chosen(decoding)
         else:
-            remaining = sum([sample.remaining for sample in drafting])
-            waiting = sum([sample.draft_count > 0 for sample in drafting])
-            decision = self._best(context, remaining / len(drafting), 1 - waiting / len(drafting))
+            decision = None
         self._decision = decision
+        if decision is None:
+            return _AR
         self._total += decision.expected_seconds
         self.log.append(decision)
         return decision.schedule
@@ -164,24 +180,60 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        made = 0
-        for sample, kind in zip(decoding, self._batch.kind_S, strict=True):
-            step = sample.last_step
-            made += step.accepted + 1
-            # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
-            if step.drafted and sample.finish in (None, "stop"):
-                accepted = min(step.accepted, sample.anchor - step.anchor - 1)
-                self._of(kind).note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
-        decision.tokens = made / len(decoding)
+        self._learn(decoding, decision)
         if seconds is None:
             return
         decision.seconds = seconds
-        if not self.repeatable:
-            drafted = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
-            self._late.append((decision, drafted))
+        if not (self._first or self._timed or self.repeatable):
+            self._timed = True
+            ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
+            self._late.append((decision, ends))
+
+    def _learn(self, decoding: Sequence[Sample], decision: Decision) -> None:
+        """Count what became of the drafts of a step, and its tokens."""
+        count, kind = len(decoding), decision.schedule.kind
+        if kind == "ar":
+            decision.tokens = 1.0
+            return
+        # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
+        record = decoding[0].log.record if kind == "two_pass" else None
+        if record is not None:
+            accepted_S, outcomes = record.accepted, list(zip(repeat(0, count), record.drafted, record.accepted))
+        else:
+            steps = [sample.last_step for sample in decoding]
+            accepted_S = [step.accepted for step in steps]
+            outcomes = [(step.anchor + 1 - step.draft_start, step.drafted, step.accepted) for step in steps]
+        for s, sample in enumerate(decoding):
+            if sample.finish is not None:
+                slot, drafted, accepted = outcomes[s]
+                # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
+                drafted = drafted if sample.finish == "stop" else 0
+                outcomes[s] = slot, drafted, min(accepted, sample.anchor - sample.last_step.anchor - 1)
+        for its_kind, number in self._batch.kinds.items():
+            own = outcomes
+            if number < count:
+                own = [each for each, other in zip(outcomes, self._batch.kind_S, strict=True) if other == its_kind]
+            if self._of(its_kind).note_all(own) and not decision.probe:
+                self._stands = 0
+        decision.tokens = 1 + sum(accepted_S) / count
+
+    def _chosen(self, decoding: Sequence[Sample]) -> Decision:
+        """A choice among all schedules."""
+        self._settle()
+        self._timed = False
+        drafting = self._batch.drafting
+        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
+        remaining = sum([sample.remaining for sample in drafting]) / len(drafting)
+        waiting = sum([sample.draft_count > 0 for sample in drafting])
+        decision = self._best(context, remaining, 1 - waiting / len(drafting))
+        steps = _PROBE_STEPS
+        if not decision.probe:
+            steps = int(min(max((remaining - _HORIZON) / decision.expected_tokens, 1), _PROBE_EVERY))
+        self._stands = steps - 1
+        return decision
 
     def _best(self, context: float, remaining: float, cold: float) -> Decision:
-        seconds_N, tokens_N, past_N = self._expected(self.schedules, context, remaining <= _HORIZON)
+        seconds_N, tokens_N, past_N = self._expected(context, remaining <= _HORIZON)
         horizon, total_N = min(remaining, _HORIZON), list[float]()
         for schedule, seconds, tokens, past in zip(self.schedules, seconds_N, tokens_N, past_N, strict=True):
             steps = (horizon + past) / tokens
@@ -201,15 +253,14 @@ class Planner:
         unlike = next((n for n in near if self.schedules[n].kind != best.schedule.kind), near[0])
         n = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
         second = self._decision_of(self.schedules[n], context, seconds_N[n], tokens_N[n], probe=True)
-        # The second step of `fused` is the first with drafts to verify; turning back costs a step without them.
-        steps = 2 if second.schedule.kind == "fused" and best.schedule.kind != "fused" else 1
+        # Turning back to `fused` costs a step without drafts.
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
         rate = best.expected_tokens / best.expected_seconds
-        excess = steps * (second.expected_seconds - 1 / rate)
+        excess = _PROBE_STEPS * (second.expected_seconds - 1 / rate)
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
         if self._probed + excess > PROBE_SHARE * self._total:
             return best
-        self._since, self._pinned = 0, steps - 1
+        self._since = 0
         self._turn += 1
         self._probed += max(excess, 0.0)
         if best.schedule.kind == "ar":  # nothing else is learnt from, and a policy in training moves
@@ -220,11 +271,9 @@ class Planner:
     def _decision_of(self, schedule: Schedule, context: float, seconds: float, tokens: float, probe: bool = False) -> Decision:
         return Decision(schedule, len(self._batch.samples), context, seconds, tokens, probe)
 
-    def _expected(
-        self, schedules: Sequence[Schedule], context: float, ending: bool
-    ) -> tuple[list[float], list[float], list[float]]:
+    def _expected(self, context: float, ending: bool) -> tuple[list[float], list[float], list[float]]:
         """Seconds of a step, tokens per sample, and where samples are `ending` the tokens past their end, by schedule."""
-        batch = len(self._batch.samples)
+        batch, schedules = len(self._batch.samples), self.schedules
         tokens_N, past_N = [float(batch)] * len(schedules), [0.0] * len(schedules)
         for kind, count in self._batch.kinds.items():
             means = self._of(kind).means(schedules)
@@ -251,6 +300,5 @@ class Planner:
             self._late.popleft()
 
 
-def _kind(sample: Sample) -> Kind:
-    params = sample.request.params
+def _kind(params: SamplingParams) -> Kind:
     return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

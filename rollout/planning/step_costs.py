@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,8 +35,10 @@ from ..schedule import Schedule
 _FORMAT = 1
 _SHORTEST = 1e-6
 """Seconds; the least that a step is taken to last."""
-_FAST, _SLOW = 0.2, 0.1  # weight of a new step in the speed of all schedules, and of one against the others
+_FAST, _SLOW = 0.3, 0.03  # least weight of a new step in the speed of all schedules, and in that of one against the others
+_TABLE = 8  # steps that the table's entry counts as, beside the steps of its schedule
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
+_STEPS = 3  # to be raised when the engine's steps come to take other times, because tables on disk are void then
 
 
 def clock(policy: Policy) -> Callable[[], float]:
@@ -62,6 +65,35 @@ def _shape(schedule: Schedule) -> tuple[str, int]:
     return schedule.label, rows(schedule)
 
 
+_Part = tuple[float, float, float, float]
+"""What `_at` needs for a schedule and a batch."""
+
+
+@dataclass
+class _Factor:
+    """By how much times differ from the table. Steps are averaged; of three steps only the middle one has a say.
+
+    Attributes:
+        value: the factor. times: how many steps were seen. recent: what the last three showed.
+    """
+
+    value: float = 1.0
+    times: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=3))
+
+    def take(self, seen: float, before: int, least: float) -> None:
+        """Move towards what a step showed.
+
+        Args:
+            before: as how many steps the value from before the first step counts; below 0, steps to begin with that count as one.
+            least: weight of the step.
+        """
+        self.times += 1
+        self.recent.append(min(max(seen, self.value / _OUTLIER), self.value * _OUTLIER))
+        middle = sorted(self.recent)[(len(self.recent) - 1) // 2]
+        self.value *= (middle / self.value) ** max(least, 1 / max(before + self.times, 1))
+
+
 @dataclass
 class StepCosts:
     """The table of step times, and its corrections by later steps.
@@ -75,10 +107,12 @@ class StepCosts:
     context: int
     per_position: float = 0.0
     per_row: float = 0.0
-    _all: float = 1.0
-    _own: dict[tuple[str, int], float] = field(default_factory=dict)
+    _all: _Factor = field(default_factory=_Factor)
+    _own: dict[tuple[str, int], _Factor] = field(default_factory=dict)
     _lines: dict[str, list[tuple[int, float]]] = field(init=False)
-    _known: tuple[Sequence[Schedule], int, list[tuple[float, float, float, float]]] | None = field(init=False, default=None)
+    _schedules: Sequence[Schedule] = field(init=False, default=())
+    _places: dict[str, int] = field(init=False, default_factory=dict)
+    _parts: dict[int, list[_Part]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lines = {label: sorted(known.items()) for label, known in self.seconds_at.items()}
@@ -88,28 +122,33 @@ class StepCosts:
         return _at(self._part(schedule, batch), (context - self.context) * batch)
 
     def each(self, schedules: Sequence[Schedule], batch: int, context: float) -> list[float]:
-        """`seconds` of each schedule; quick where they are asked for again for the same object `schedules` and batch."""
-        known = self._known
-        if known is None or known[0] is not schedules or known[1] != batch:
-            known = self._known = schedules, batch, [self._part(schedule, batch) for schedule in schedules]
+        """`seconds` of each schedule; quick where they are asked for again for the same object `schedules`."""
+        if self._schedules is not schedules:
+            self._schedules, self._parts = schedules, {}
+            self._places = {schedule.label: n for n, schedule in enumerate(schedules)}
+        parts = self._parts.get(batch)
+        if parts is None:
+            parts = self._parts[batch] = [self._part(schedule, batch) for schedule in schedules]
         longer = (context - self.context) * batch
-        return [_at(part, longer) for part in known[2]]
+        return [_at(part, longer) for part in parts]
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """Correct the table by the time of one step."""
-        key = schedule.label, batch.bit_length()
-        own = self._own.get(key, 1.0)
-        ratio = seconds / (self.seconds(schedule, batch, context) * self._all)
-        ratio = min(max(ratio, 1 / _OUTLIER), _OUTLIER)
-        self._own[key] = own * ratio**_SLOW
-        self._all *= ratio**_FAST
-        if self._known is not None:
-            schedules, size, parts = self._known
-            for n, other in enumerate(schedules):
-                if other.label == schedule.label and size.bit_length() == batch.bit_length():
-                    parts[n] = (*parts[n][:3], self._own[key])
+        label, size = _shape(schedule)[0], batch.bit_length()
+        n, parts = self._places.get(label), self._parts.get(batch)
+        part = self._part(schedule, batch) if n is None or parts is None else parts[n]
+        speed = seconds / _at(part, (context - self.context) * batch)
+        self._all.take(speed, -2, _FAST)
+        if self._all.times < 3:  # the speed of the machine comes first: an interrupted step would pass for a slow schedule
+            return
+        own = self._own.setdefault((label, size), _Factor())
+        own.take(own.value * speed / self._all.value, _TABLE, _SLOW)
+        if n is not None:
+            for other, parts in self._parts.items():
+                if other.bit_length() == size:
+                    parts[n] = (*parts[n][:3], own.value)
 
-    def _part(self, schedule: Schedule, batch: int) -> tuple[float, float, float, float]:
+    def _part(self, schedule: Schedule, batch: int) -> _Part:
         """What `_at` needs for this schedule and batch."""
         label, row_count = _shape(schedule)
         line = self._lines[label]
@@ -119,8 +158,9 @@ class StepCosts:
             i = min(max(bisect.bisect_left(line, (batch, 0.0)), 1), len(line) - 1)
             (low, before), (high, after) = line[i - 1], line[i]
             at = before + (after - before) * (batch - low) / (high - low)
-        own = self._own.get((label, batch.bit_length()), 1.0)
-        return at, self.per_position + self.per_row * row_count, max(0.25 * least, _SHORTEST), own
+        own = self._own.get((label, batch.bit_length()))
+        factor = 1.0 if own is None else own.value
+        return at, self.per_position + self.per_row * row_count, max(0.25 * least, _SHORTEST), factor
 
     def covers(self, schedules: Iterable[Schedule], batches: Iterable[int]) -> bool:
         """Whether the table holds all of these."""
@@ -147,7 +187,7 @@ class StepCosts:
             return None
 
 
-def _at(part: tuple[float, float, float, float], longer: float) -> float:
+def _at(part: _Part, longer: float) -> float:
     """Seconds of a step with so many more cached positions, all sequences together, than the table was measured at."""
     at, per_position, least, own = part
     return max(at + longer * per_position, least) * own
@@ -164,6 +204,7 @@ def measured_on(policy: Policy, page_size: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(policy.device) if cuda else machine["processor"],
         "torch_threads": machine["torch_threads"],
         "products": products(policy),
+        "steps": _STEPS,
         "versions": {name: machine["versions"][name] for name in ("blockroll", "torch")},
         "dtype": str(policy.dtype),
         "page_size": page_size,

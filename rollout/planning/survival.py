@@ -30,9 +30,11 @@ from ..schedule import Schedule
 _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, and both kinds' from the prior
 _KIN = 16.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
 _EASE = 1.5  # odds of a later draft's acceptance in `two_pass` over those in `fused`, as tiny-reasoner has it
-_MEMORY = 1024  # tries after which older ones count half: the samples that run change, and a policy in training moves
+_MEMORY = 4096  # tries after which older ones count half: the samples that run change, and a policy in training moves
+_FRESH = 4.0  # tries after which the first estimate is made; later ones when there are half as many more
 
-
+Outcome = tuple[int, int, int]
+"""Of a sample's step: the slot of its first draft, how many drafts were verified, and how many of these were accepted."""
 Means = list[tuple[float, float]]
 """`Survival.tokens` and `Survival.past` by schedule."""
 
@@ -51,39 +53,56 @@ class Survival:
         self._seen = np.zeros((2, 4, slots + 1)).tolist()
         self._reached: dict[int, np.ndarray] = {}
         self._known: tuple[Sequence[Schedule], Means] | None = None
-        self._tries, self._fresh = [0.0, 0.0], [0, 0]
+        self._fresh, self._most_fresh = [0, 0], [_FRESH, _FRESH]  # tries since the last estimate: how many, and at most
+        self._pending: dict[Outcome, int] = {}  # how often each was noted since `_count`
 
-    def note(self, slot: int, drafted: int, accepted: int) -> None:
-        """Count one sample's step: of `drafted` drafts, the first one in `slot`, `accepted` were accepted."""
-        if not drafted:
-            return
-        kind, tried = int(slot > 0), min(accepted + 1, drafted)
-        first_tries, first_hits, later_tries, later_hits = self._seen[kind]
-        first_tries[slot] += 1
-        if accepted:
-            first_hits[slot] += 1
-            for i in range(slot + 1, slot + accepted):
-                later_tries[i] += 1
-                later_hits[i] += 1
-            if accepted < drafted:
-                later_tries[slot + accepted] += 1
-        self._fresh[kind] += tried
-        # What is known changes slowly once much is known.
-        if self._fresh[kind] > 4 + self._tries[kind] / 4:
-            self._known = None
-            self._reached.clear()
-            seen = self._counts()
-            if seen[kind, :, 0].sum() > _MEMORY:
+    def note(self, slot: int, drafted: int, accepted: int) -> bool:
+        """`note_all` of one outcome."""
+        return self.note_all([(slot, drafted, accepted)])
+
+    def note_all(self, outcomes: Sequence[Outcome]) -> bool:
+        """Count what a step made of the drafts of its samples. Returns whether the estimates change by this."""
+        pending, fresh = self._pending, self._fresh
+        for outcome in outcomes:
+            slot, drafted, accepted = outcome
+            if drafted:
+                pending[outcome] = pending.get(outcome, 0) + 1
+                fresh[slot > 0] += accepted + (accepted < drafted)
+        if fresh[0] <= self._most_fresh[0] and fresh[1] <= self._most_fresh[1]:
+            return False
+        self._known = None
+        self._reached.clear()
+        seen = self._counts()
+        for kind in (0, 1):
+            if fresh[kind] > self._most_fresh[kind] and seen[kind, :, 0].sum() > _MEMORY:
                 seen[kind] *= 0.5
                 self._seen[kind] = seen[kind].reshape(4, -1).tolist()
-            self._tries, self._fresh = seen[:, :, 0].sum((1, 2)).tolist(), [0, 0]
+        # What is known changes slowly once much is known.
+        self._fresh, self._most_fresh = [0, 0], (_FRESH + seen[:, :, 0].sum((1, 2)) / 2).tolist()
+        return True
+
+    def _count(self) -> None:
+        """Count the outcomes that were noted."""
+        for (slot, drafted, accepted), times in self._pending.items():
+            first_tries, first_hits, later_tries, later_hits = self._seen[int(slot > 0)]
+            first_tries[slot] += times
+            if accepted:
+                first_hits[slot] += times
+                for i in range(slot + 1, slot + accepted):
+                    later_tries[i] += times
+                    later_hits[i] += times
+                if accepted < drafted:
+                    later_tries[slot + accepted] += times
+        self._pending.clear()
 
     def fade(self) -> None:
         """Reduce the weight of all observations so far by 5 %."""
+        self._count()
         self._seen = [[[0.95 * count for count in line] for line in lines] for lines in self._seen]
 
     def _counts(self) -> np.ndarray:
         """[two_pass or fused, first or later, tries or hits, slot]."""
+        self._count()
         return np.array(self._seen).reshape(2, 2, 2, -1)
 
     def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,11 +136,15 @@ class Survival:
     def _of(self, schedules: Sequence[Schedule]) -> Means:
         fused = tuple(schedule for schedule in schedules if schedule.kind == "fused")
         chains = iter(_lasting_means(fused, self._alive(1)) if fused else ())
+        first_M = self._alive(0)[0]
+        tokens_M = (1.0 + first_M.cumsum()).tolist()
+        squares_M = (1.0 + (first_M * _square_weights(len(first_M))).cumsum()).tolist()
         found = []
         for schedule in schedules:
             tokens, squares = 1.0, 1.0
             if schedule.kind == "two_pass":
-                tokens, squares = (float(mean) for mean in _moments(self._alive(0)[0, : schedule.drafts]))
+                assert schedule.drafts is not None
+                tokens, squares = tokens_M[schedule.drafts - 1], squares_M[schedule.drafts - 1]
             elif schedule.kind == "fused":
                 tokens, squares = next(chains)
             found.append((tokens, (squares / tokens - 1) / 2))
@@ -193,7 +216,7 @@ def _padded(schedules: tuple[Schedule, ...]) -> tuple[np.ndarray, np.ndarray, np
         left_S1 = schedule.block - np.arange(schedule.block + 1)[:, None]
         drawn[n, : schedule.block + 1, : schedule.drafts] = np.arange(schedule.drafts) < left_S1
         target[n, : schedule.drafts + 1, : schedule.block + 1] = _targets(schedule)
-    weights = np.stack([np.ones(drafts), 2.0 * np.arange(1, drafts + 1) + 1.0], axis=1)
+    weights = np.stack([np.ones(drafts), _square_weights(drafts)], axis=1)
     return drawn, target, np.array([schedule.block for schedule in schedules]), weights
 
 
@@ -220,4 +243,10 @@ def _alive(rates: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
 
 def _moments(alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Means of a step's tokens and of their squares, from the probabilities [.., M] that drafts 0 .. m are all accepted."""
-    return 1.0 + alive.sum(-1), 1.0 + alive @ (2.0 * np.arange(1, alive.shape[-1] + 1) + 1.0)
+    return 1.0 + alive.sum(-1), 1.0 + alive @ _square_weights(alive.shape[-1])
+
+
+@cache
+def _square_weights(drafts: int) -> np.ndarray:
+    """By how much (n + 1)^2 grows with the n-th draft, n = 1 .. drafts."""
+    return 2.0 * np.arange(1, drafts + 1) + 1.0

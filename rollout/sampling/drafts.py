@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ...kernels.transfer import upload
@@ -87,26 +88,16 @@ class SamplerRows:
             for (sampler, greedy, cut, adjusts), index in members.items()
         )
 
-        def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float64)
-
-        top, listed_SK = max(p.alternatives for p in params), None
-        if any(p.logprob_token_ids for p in params):
+        numbers = [(p.temperature, p.top_p, p.min_p, p.mix_weight, p.temperature * draft_temperature) for p in params]
+        temperature_S, top_p_S, min_p_S, mix_weight_S, drawn_S = map(torch.from_numpy, np.array(numbers, np.float64).T.copy())
+        seed_S, top_k_S = map(torch.from_numpy, np.array([seeds, [p.top_k for p in params]], np.int64))
+        top, listed_SK = max([p.alternatives for p in params]), None
+        if top and any(p.logprob_token_ids for p in params):
             listed = [[*p.logprob_token_ids] + [-1] * (top - len(p.logprob_token_ids)) for p in params]
             listed_SK = torch.tensor(listed, dtype=torch.int64)
         rows = cls(
-            seed_S=torch.tensor(list(seeds), dtype=torch.int64),
-            temperature_S=column([p.temperature for p in params]),
-            top_k_S=torch.tensor([p.top_k for p in params], dtype=torch.int64),
-            top_p_S=column([p.top_p for p in params]),
-            min_p_S=column([p.min_p for p in params]),
-            mix_weight_S=column([p.mix_weight for p in params]),
-            draft_temperature_S=column([p.temperature * draft_temperature for p in params]),
-            groups=groups,
-            draft_temperature=draft_temperature,
-            top=top,
-            listed_SK=listed_SK,
-        )
+            seed_S, temperature_S, top_k_S, top_p_S, min_p_S, mix_weight_S, drawn_S, groups, draft_temperature, top, listed_SK
+        )  # fmt: skip
         return upload(rows, device)
 
     def of(self, group: Group) -> SamplerRows:

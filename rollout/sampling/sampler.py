@@ -108,7 +108,8 @@ def _draft_group(
         # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature. Logits that are
         # adjusted are scaled behind the adjustment (`_Chain`).
         scale = rows.draft_temperature if group.adjustment is None else 1.0
-        q_logits_SMV[:, 0], markov_from = p_first_SV * scale, 1
+        torch.mul(p_first_SV, scale, out=q_logits_SMV.select(1, 0))
+        markov_from = 1
     if kernels.serves(group, q_logits_SMV):
         return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
     q_logits_SMV = widen(q_logits_SMV).clone()

@@ -25,6 +25,7 @@ class ArPlanBuilder:
         count = len(batch.decoding)
         none_D, anchor_D, token_D = np.zeros(count, dtype=np.int64), *anchors(batch.decoding)
         forward = ForwardRequest(
-            batch, self._full, anchor_D, token_D, none_D + 1, none_D.astype(bool), np.arange(count), [anchor_D]
-        )
+            batch, self._full, anchor_D, token_D, none_D + 1, none_D.astype(bool), np.arange(count),
+            [np.array(anchor_D, np.int64)],
+        )  # fmt: skip
         return StepPlan(batch, forward, none_D, [-1] * count, [0] * count)

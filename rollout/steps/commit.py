@@ -7,9 +7,9 @@ clean row of a committed token.
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from ..sample_log import StepRecord
+from ..sampling.drafts import Verdict
 from .plan import StepPlan
 from .runner import StepOutput
 
@@ -22,8 +22,8 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
     """
     made, verdict, forwards, samples = 0, output.verdict, plan.forwards, plan.batch.decoding
     record = StepRecord(
-        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict.logprob_SR),
-        _kept(verdict.behavior_logprob_SR), _kept(verdict.support_logmass_SR), version, forwards,
+        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict), version,
+        forwards,
     )  # fmt: skip
     drafts, block, rows = output.drafts, output.block, verdict.token_SR.tolist()
     steps = zip(
@@ -45,6 +45,7 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
     return made
 
 
-def _kept(column: torch.Tensor) -> np.ndarray:
-    """A copy: a verdict is valid until the next step."""
-    return column.numpy().copy()
+def _kept(verdict: Verdict) -> np.ndarray:
+    """Its log-probabilities (`StepRecord.numbers_3DR`), copied: a verdict is valid until the next step."""
+    columns = verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
+    return np.array([column.numpy() for column in columns], dtype=np.float32)

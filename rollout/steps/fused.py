@@ -40,8 +40,9 @@ class FusedPlanBuilder:
         proposes_D = np.array([takes_drafts(sample) for sample in decoding], dtype=bool) & (remaining_D > 1)
         anchor_D, token_D = anchors(decoding)
         forward = ForwardRequest(
-            batch, self._full, anchor_D, token_D, count_D + 1, proposes_D, np.arange(len(decoding)), [anchor_D]
-        )
+            batch, self._full, anchor_D, token_D, count_D + 1, proposes_D, np.arange(len(decoding)),
+            [np.array(anchor_D, np.int64)],
+        )  # fmt: skip
         return StepPlan(
             batch, forward, count_D,
             block_start_D=[s.draft_start if count else -1 for s, count in zip(decoding, counts)],

@@ -103,6 +103,8 @@ class ModelRunner:
         tables = [sample.block_table for sample, _, _ in batch.scheduled if sample.block_table is not None]
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
         recurs = not batch.prefills and self._captured and self.backend.recurs
+        # On a CPU the drafts are at hand. Elsewhere they stay on the device and are put into the rows there.
+        here = draft_DM.tolist() if draft_DM is not None and draft_DM.is_cpu and not self.backend.recurs else None
         rows: list[DecodeRows] = []
         if recurs:
             full = request.full
@@ -110,15 +112,15 @@ class ModelRunner:
             first_S, clean_S = np.arange(len(tables)) * each, np.full(len(tables), len(full.clean))
             total = bucket(len(tables)) * each
         else:
-            rows = request.rows()
+            rows = request.rows(here)
             clean_S = np.array([len(own.clean) for own in rows])
             count_S = clean_S + np.array([len(own.proposals) * own.block_length for own in rows])
             first_S, total = np.cumsum(count_S) - count_S, count_S.sum()
         first_D = first_S[batch.decoding_index] + prompt_D
         index = np.minimum(first_D[:, None] + np.arange(request.width), total - 1)
-        places = _draft_places(request, first_D, draft_DM.shape[1]) if draft_DM is not None else []
+        places = [] if draft_DM is None or here is not None else _draft_places(request, first_D, draft_DM.shape[1])
         index_DR, places, extra = upload(
-            (torch.from_numpy(index), places, [torch.tensor(numbers) for numbers in request.extra]), self._device
+            (torch.from_numpy(index), places, [torch.from_numpy(numbers) for numbers in request.extra]), self._device
         )
         fill = None
         if places:

@@ -35,7 +35,7 @@ class ForwardRequest:
         clean_D: int64, clean decode rows, at most those of `full`. All but the row of `token_D` hold drafts.
         proposes_D: bool, whether the sequence runs the mask blocks of `full`: those whose parent is one of its clean rows.
         draft_row_D: int64, which row of the step's drafts the sequence takes its drafts from.
-        extra: integer lists uploaded in the same host-to-device copy.
+        extra: int64 arrays uploaded in the same host-to-device copy.
     """
 
     batch: SchedulerOutput
@@ -45,7 +45,7 @@ class ForwardRequest:
     clean_D: np.ndarray
     proposes_D: np.ndarray
     draft_row_D: np.ndarray
-    extra: list[list[int]]
+    extra: list[np.ndarray]
 
     @property
     def first_draft(self) -> int:
@@ -57,24 +57,26 @@ class ForwardRequest:
         """R, the most clean decode rows of a sequence."""
         return int(self.clean_D.max(initial=1))
 
-    def rows(self) -> list[DecodeRows]:
-        """The rows of each of the S sequences, prompt tokens included."""
-        decode_rows = iter(self._decode_rows())
+    def rows(self, drafts: Sequence[Sequence[int]] | None = None) -> list[DecodeRows]:
+        """The rows of each of the S sequences, prompt tokens included.
+
+        Args:
+            drafts: the step's drafts, where the host knows them. Without them their rows hold placeholders.
+        """
+        decode_rows = iter(self._decode_rows(drafts))
         rows = []
         for sample, chunk, decodes in self.batch.scheduled:
             own = next(decode_rows) if decodes else DecodeRows((), sample.cached + chunk, (), 0)
             rows.append(own.behind(sample.tokens[sample.cached : sample.cached + chunk]) if chunk else own)
         return rows
 
-    def _decode_rows(self) -> list[DecodeRows]:
-        full, first_D = self.full, self.token_D
-        rows = []
-        for d, (start, clean, proposes) in enumerate(
-            zip(self.start_D, self.clean_D.tolist(), self.proposes_D.tolist(), strict=True)
+    def _decode_rows(self, drafts: Sequence[Sequence[int]] | None) -> list[DecodeRows]:
+        full, first, rows = self.full, self.first_draft, []
+        for d, (start, clean, proposes, draft_row) in enumerate(
+            zip(self.start_D, self.clean_D.tolist(), self.proposes_D.tolist(), self.draft_row_D.tolist(), strict=True)
         ):
-            tokens = list(full.clean[:clean])
-            if first_D is not None:
-                tokens[0] = first_D[d]
+            placed = full.clean[first:clean] if drafts is None else drafts[draft_row][: clean - first]
+            tokens = [*placed] if self.token_D is None else [self.token_D[d], *placed]
             offsets = tuple(offset for offset in full.proposals if offset <= clean) if proposes else ()
             rows.append(DecodeRows(tokens, start, offsets, full.block_length if offsets else 0))
         return rows

@@ -4,8 +4,8 @@ Invariants:
 - The vocabulary head sees verify rows, then only the mask rows of the proposal that was selected.
 - A step may run any schedule, whatever ran before it.
 - Of a sample only the recorded experts are written here. The engine commits everything else.
-- The host waits for the device once per step, in `verify`. Drafts stay on the device: the host knows how many there are, not
-  which tokens they are.
+- The host waits for the device once per step, in `verify`. Drafts stay on the device: of an accelerator the host knows how many
+  there are, not which tokens they are.
 
 Legend: D decoding samples, T rows, M most drafts, R = M + 1 verify rows, V vocabulary, L layers.
 """
@@ -241,7 +241,8 @@ class StepRunner:
             anchor_D: position of the token before the first draft. previous_D: that token.
             p_first_DV: p's logits for the first draft, where they are known.
         """
-        first_D = np.where(count_D > 0, output.mask_D + row_D, 0)
+        # Rows past a sample's own drafts are drawn from too, and their drafts are not used.
+        first_D = output.mask_D + row_D
         index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(output.hidden_TD) - 1)
         index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
         logits_DMV = self.model.head(output.hidden_TD[index_DM])

@@ -35,10 +35,10 @@ class TwoPassPlanBuilder:
         count_D = np.array(counts, dtype=np.int64)
         anchor_D, token_D = anchors(decoding)
         forward = ForwardRequest(
-            batch, self._first, anchor_D, token_D, np.ones_like(count_D), count_D > 0, np.arange(len(decoding)),
-            [anchor_D, token_D],
+            batch, self._first, anchor_D, token_D, np.ones(len(decoding), np.int64), count_D > 0, np.arange(len(decoding)),
+            [np.array(anchor_D, np.int64), np.array(token_D, np.int64)],
         )  # fmt: skip
-        verify_D = np.flatnonzero(count_D)
+        verify_D = count_D.nonzero()[0]
         return StepPlan(
             batch, forward, count_D,
             block_start_D=[anchor + 1 if count else -1 for anchor, count in zip(anchor_D, counts)],
@@ -50,8 +50,9 @@ class TwoPassPlanBuilder:
 
     def _verify_forward(self, batch: SchedulerOutput, count_D: np.ndarray, verify_D: np.ndarray) -> ForwardRequest:
         samples = [batch.decoding[d] for d in verify_D.tolist()]
+        if batch.prefills or len(samples) < len(batch.scheduled):
+            batch = SchedulerOutput.of([ScheduledSample(sample, 0, True) for sample in samples])
         return ForwardRequest(
-            SchedulerOutput.of([ScheduledSample(sample, 0, True) for sample in samples]), self._second,
-            [sample.anchor + 1 for sample in samples], None, count_D[verify_D], np.zeros(len(samples), dtype=bool),
-            verify_D, [verify_D.tolist()],
+            batch, self._second, [sample.anchor + 1 for sample in samples], None, count_D[verify_D],
+            np.zeros(len(samples), dtype=bool), verify_D, [verify_D],
         )  # fmt: skip

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from blockroll.kernels.cca import NOTHING
-from blockroll.model.layout import CLEAN, FROM_START, DecodeRows, causal, decode, diffusion
+from blockroll.model import layout as layout_module
+from blockroll.model.layout import CLEAN, FROM_START, FROM_TAIL, DecodeRows, causal, decode, diffusion
 from blockroll.model.visibility import Visibility
 from blockroll.rollout.cache import PagedCache
 
@@ -29,6 +30,23 @@ def test_training_layout_by_hand():
     assert layout.limit_T.tolist() == [0, 1, 2, 3, 0, 0, 2, 2, 2]
     assert layout.block_T.tolist() == [CLEAN] * 4 + [0, 0, 1, 1, 1]
     assert target.tolist() == [6, 7, 8, -100, 6, 7, 8, -100, -100]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_decode_layout_by_hand(monkeypatch, installed):
+    """Where numba is not installed, Python runs the same function."""
+    if not installed:
+        monkeypatch.setattr(layout_module, "compiled_where_installed", lambda function: function)
+    made = decode([
+        DecodeRows([5, 6, 7], 10, (1, 3), 2), DecodeRows([], 4, (), 0), DecodeRows([8, 9], 0, (), 0), DecodeRows((), 3, (0,), 2),
+    ], mask_token=99)  # fmt: skip
+    assert made.token_T.tolist() == [5, 6, 7, 99, 99, 99, 99, 8, 9, 99, 99]
+    assert made.position_T.tolist() == [10, 11, 12, 11, 12, 13, 14, 0, 1, 3, 4]
+    assert made.sequence_T.tolist() == [0] * 7 + [2, 2, 3, 3]
+    assert made.parent_T.tolist() == [FROM_TAIL, 0, 1, 0, 3, 2, 5, FROM_START, 7, FROM_TAIL, 9]
+    assert made.limit_T.tolist() == [10, 11, 12, 10, 10, 12, 12, 0, 1, 2, 2]
+    assert made.block_T.tolist() == [CLEAN] * 3 + [0, 0, 1, 1] + [CLEAN] * 2 + [2, 2]
+    assert made.start_S.tolist() == [10, 4, 0, 3]
 
 
 def test_sees_is_the_rule_row_by_row():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from blockroll.kernels.attention import LongPack, RowRanges, attend
-from blockroll.model.backends.packed.attention import Attention
+from blockroll.model.backends.packed.attention import Lines, width_of
+from blockroll.model.backends.packed.attention import attend as attend_packed
 from blockroll.model.backends.packed.plan import PackedPlan
 from blockroll.model.layout import causal
 
@@ -36,16 +35,11 @@ def flat(q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch
 
 
 def engine(q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
-    def take(_: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
-        tensor = torch.zeros(math.prod(shape)).view(shape)
-        return tensor, tensor.numpy()
-
-    plan, out_THD = PackedPlan.of(causal([[0] * ROWS]), None, 2, {"hybrid": None}), torch.empty(ROWS, HEADS, SIZE)
-    attention = Attention(HEADS, KV_HEADS, SIZE, take)
-    attention.prepare(plan)
+    lines = Lines.of(HEADS // KV_HEADS, SIZE, width_of(ROWS), lambda _, *shape: np.zeros(shape, np.float32))
+    plan, out_THD = PackedPlan.of(causal([[0] * ROWS]), None, 2, {"hybrid": None}), np.empty((ROWS, HEADS, SIZE), np.float32)
     q, k, v = (x.numpy() for x in (q_THD, k_TGD, v_TGD))
-    attention(plan, "hybrid", q, k, v, k, v, out_THD.numpy())
-    return out_THD
+    attend_packed(0, 1, plan, 0, q, k, v, k, v, lines, out_THD)
+    return torch.from_numpy(out_THD)
 
 
 @pytest.mark.parametrize("attention", [padded, flat, engine])

@@ -133,11 +133,11 @@ def test_over_a_cache(cache, seed):
     plain = PlainPlan.of(layout, view, HOPS, WINDOWS, CPU)
     paged = PagedPlan.of(layout, view, HOPS, WINDOWS, **SIZES)
     packed = PackedPlan.of(layout, view, HOPS, WINDOWS)
-    for kind, window in WINDOWS.items():
+    for number, (kind, window) in enumerate(WINDOWS.items()):
         expected = ruled(layout, window)
         assert of_mask(layout, plain.padded.visible[kind], view.longest) == expected, kind
         assert of_rows(layout, paged.rows[kind]) == expected, kind
-        assert of_keys(layout, packed.range_4T[kind]) == expected, kind
+        assert of_keys(layout, packed.range_W4T[number]) == expected, kind
     followed = sources(layout, HOPS, view.paging().tail_SH.numpy())
     for source_TA in (plain.source_TA, paged.places.source_TA, packed.source_TA):
         assert source_TA.tolist() == followed
@@ -150,11 +150,11 @@ def test_without_a_cache(monkeypatch, seed):
     monkeypatch.setattr(plans, "PADDED_PAIRS", 0)
     flat = PlainPlan.of(layout, None, HOPS, WINDOWS, CPU)
     paged, packed = PagedPlan.of(layout, None, HOPS, WINDOWS, **SIZES), PackedPlan.of(layout, None, HOPS, WINDOWS)
-    for kind, window in WINDOWS.items():
+    for number, (kind, window) in enumerate(WINDOWS.items()):
         expected = ruled(layout, window)
         assert of_mask(layout, padded.padded.visible[kind], 0) == expected, kind
         assert of_rows(layout, paged.rows[kind]) == expected, kind
-        assert of_keys(layout, packed.range_4T[kind]) == expected, kind
+        assert of_keys(layout, packed.range_W4T[number]) == expected, kind
         sees = flat.flat[kind].tiles.ranges.sees(slice(None), slice(None))
         assert [set(line.nonzero()[:, 0].tolist()) for line in sees] == [rows for _, rows in expected], kind
     for source_TA in (padded.source_TA, flat.source_TA, paged.places.source_TA, packed.source_TA):

@@ -10,9 +10,9 @@ from blockroll.rollout.sample_log import SampleLog, StepRecord
 
 
 def record(step: int, samples: int) -> StepRecord:
-    numbers = np.full((samples, 2), step, dtype=np.float32)
+    numbers = np.full((3, samples, 2), step, dtype=np.float32) + np.array([[[0]], [[0.25]], [[0.5]]], dtype=np.float32)
     drafted = [1] * samples
-    return StepRecord(drafted, drafted, [step] * samples, [4] * samples, numbers, numbers + 0.25, numbers + 0.5, 7, 1)
+    return StepRecord(drafted, drafted, [step] * samples, [4] * samples, numbers, 7, 1)
 
 
 def test_a_long_sample_does_not_keep_the_steps_of_its_neighbours():
@@ -20,12 +20,12 @@ def test_a_long_sample_does_not_keep_the_steps_of_its_neighbours():
     log, kept = SampleLog(), []
     for step in range(1000):
         made = record(step, 256)
-        kept.append(weakref.ref(made.logprob_DR))
+        kept.append(weakref.ref(made.numbers_3DR))
         log.take(made, 255, 2 * step, 2)
         del made
     assert sum(each() is not None for each in kept) < 200
     log.settle()
     steps = np.repeat(np.arange(1000), 2)
-    assert log.logprobs == steps.tolist() and log.behavior == (steps + 0.25).tolist() and log.support == (steps + 0.5).tolist()
+    assert log.numbers_3N.tolist() == [steps.tolist(), (steps + 0.25).tolist(), (steps + 0.5).tolist()]
     assert log.versions == [7] * 2000 and log.from_draft == [True, False] * 1000
     assert [step[:3] for step in log.trace] == [(2 * step, 1, 1) for step in range(1000)]

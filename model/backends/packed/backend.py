@@ -1,35 +1,37 @@
-"""PackedBackend: the network of `Policy.forward` with its weights folded for decoding on a CPU. Products sum in one order
-(`kernels/linear/numba.py`); between them runs what numba compiles (`stages`, `attention`).
+"""PackedBackend: the network of `Policy.forward` with its weights folded for decoding on a CPU. A pass is one call of a function
+that numba compiles (`network`), or one in each of several threads.
 
 Invariants:
-- Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/test_packed.py` compares.
+- Same results as `Policy.forward` over the same layout and cache, up to rounding; `tests/model/backends` compares.
 - The result of a clean row depends on its prefix alone, to the last bit, so the log-probabilities of a sample are those of one
-  causal pass over its tokens. Neither the pack nor a library decides the order of a clean row's sums: of torch, only copies and
-  element-wise operations run on clean rows, and the softmax on mask rows.
+  causal pass over its tokens. Neither the pack, nor the number of threads, nor a library decides the order of its sums.
+- A sequence is computed by one thread, and no sequence reads what another one of the same pass writes.
 - The weights are copies, and `refresh` makes them again.
 
-Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows.
+Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, I slots of sorted rows, L layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
-from ....kernels.cca import Pools
+from ....kernels import cca
 from ....kernels.linear import numba as linear
 from ....kernels.verify import PairTable
 from ...layout import TokenLayout
 from ...state import SequenceState
-from . import stages
-from .attention import Attention
+from .attention import Lines, width_of
+from .network import Angles, Network, Pools, Work, run
 from .plan import PackedPlan
-from .weights import PackedLayer, floor, fold_layer, turned
+from .threads import Threads
+from .weights import PackedLayer, floor, fold_layers, turned
 
 if TYPE_CHECKING:
     from ...policy import Layer, Policy, Routing
@@ -40,8 +42,8 @@ _MOST_SIZES = 256
 """Sizes of packs whose working memory is kept."""
 _ANGLES = 256
 """Positions whose angles are computed at once. The shape is fixed: a library's cosine may depend on the number of values."""
-
-Angles = tuple[np.ndarray, np.ndarray, int]
+_LEAST_ROWS = 8
+"""Rows of a pass for each thread. With fewer, each thread waits for the weights as long as one would for all rows."""
 
 
 class _Memory:
@@ -52,57 +54,53 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[str, torch.Tensor] = {}
+        self._pieces: dict[str, np.ndarray] = {}
         self.moved = 0
 
-    def take(self, name: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
-        """float32 of this shape, uninitialised, as a tensor and as an array. Requests under one name share their memory."""
+    def take(self, name: str, *shape: int) -> np.ndarray:
+        """float32 of this shape, uninitialised. Requests under one name share their memory."""
         count = math.prod(shape)
         piece = self._pieces.get(name)
         if piece is None or len(piece) < count:
             self.moved += piece is not None
-            piece = self._pieces[name] = torch.zeros(1 << (count - 1).bit_length())
-        tensor = piece[:count].view(shape)
-        return tensor, tensor.numpy()
+            piece = self._pieces[name] = np.zeros(1 << (count - 1).bit_length(), np.float32)
+        return piece[:count].reshape(shape)
+
+    def take_own(self, thread: int, name: str, *shape: int) -> np.ndarray:
+        """`take`, apart for each thread."""
+        return self.take(f"{name} of thread {thread}", *shape)
 
 
-class _Work:
-    """The working memory of a pass of T rows."""
+class _Workspace:
+    """Where passes work."""
 
-    def __init__(self, layer: PackedLayer, heads: int, kv_heads: int, rows: int, memory: _Memory) -> None:
-        turns, size = layer.convolution_bias_NO.shape
-        inputs, inner = layer.convolution_NPDW.shape[2], layer.down_EPFW.shape[2]
-        hidden, width, classes = len(layer.output_bias), len(layer.router_down_bias), len(layer.balance_C)
+    def __init__(self, policy: Policy) -> None:
+        config, self._memory = policy.config, _Memory()
+        self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self._works, self._lines = dict[int, Work](), dict[tuple[int, int], Lines]()
 
-        def take(name: str, *shape: int) -> np.ndarray:
-            return memory.take(name, *shape)[1]
-
-        self.residual, self.unit = take("residual", rows, hidden), take("unit", rows, hidden)
-        self.projected = take("projected", rows, len(layer.projection_bias))
-        self.x, self.mixed = take("x", turns, rows, inputs), take("mixed", turns, rows, size)
-        self.attended, self.y = take("attended", rows, heads * size), take("y", rows, hidden)
-        self.q, self.k, self.v = (
-            take(name, rows, count, size) for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        )
-        self.previous = take("previous", rows, kv_heads * size // 2)
-        self.states = take("state", rows, width), take("state below", rows, width)
-        self.probs = take("probs", rows, classes)
-        self.expert, self.slot = (np.zeros(rows, np.int64) for _ in range(2))
-        self.begin = np.zeros(classes + 1, np.int64)
-        self.sorted, self.gate_up = take("sorted", rows, hidden), take("gate_up", rows, 2 * inner)
-        self.inner, self.out = take("inner", rows, inner), take("out", rows, hidden)
-        self.hidden = take("hidden", rows, width), take("hidden before", rows, width)
-        self.line = np.zeros(turns * size, np.float32)
+    def of(self, layers: PackedLayer, plan: PackedPlan, threads: int) -> tuple[Work, list[Lines]]:
+        """For a pass over this plan, and for each of its threads."""
+        rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
+        group = self._heads // self._kv_heads
+        work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
+        lines = [
+            self._lines.get((width, thread)) or Lines.of(group, self._size, width, partial(self._memory.take_own, thread))
+            for thread in range(threads)
+        ]
+        if moved != self._memory.moved or max(len(self._works), len(self._lines)) >= _MOST_SIZES:
+            self._works.clear()  # memory that grew lies elsewhere
+            self._lines.clear()
+        self._works[rows] = work
+        self._lines.update(((width, thread), own) for thread, own in enumerate(lines))
+        return work, lines
 
 
 @dataclass(frozen=True)
 class _Folded:
-    """The weights of one version: the scaled embedding, the layers, the last norm, the head and the Markov head."""
+    """The weights of one version: the network, the head and the Markov head."""
 
-    embedded_VD: torch.Tensor
-    layers: list[PackedLayer]
-    norm: torch.Tensor
-    norm_floor: np.float32
+    network: Network
     head_bias: torch.Tensor | None
     head_PDW: np.ndarray
     markov: Callable[[torch.Tensor], torch.Tensor] | None
@@ -118,12 +116,11 @@ class PackedBackend:
     recurs = False
 
     def __init__(self, policy: Policy) -> None:
-        config, self._policy, self._vocabulary = policy.config, policy, policy.config.vocab_size
-        self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self._rope: dict[str, Angles] = {}
-        self._memory, self._work = _Memory(), dict[int, _Work]()
-        self._pools: tuple[Pools, list[list[np.ndarray]]] | None = None
-        self._attention = Attention(self._heads, self._kv_heads, self._size, self._memory.take)
+        self.threads: int | None = 1
+        self._policy, self._vocabulary = policy, policy.config.vocab_size
+        self._angles: Angles | None = None
+        self._pools: tuple[cca.Pools | None, Pools] | None = None
+        self._workspace, self._threads = _Workspace(policy), Threads()
         self.refresh()
 
     @torch.inference_mode()
@@ -134,22 +131,22 @@ class PackedBackend:
         if policy.markov is not None and vocabulary**2 <= _MOST_PAIRS:
             markov = PairTable(policy.markov(torch.arange(vocabulary)))
         bias = policy.lm_head.bias
+        embedded_VD = (trunk.embed_tokens.weight + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale
         return _Folded(
-            embedded_VD=(trunk.embed_tokens.weight + trunk.input_hidden_states_bias) * trunk.input_hidden_states_scale,
-            layers=[fold_layer(layer) for layer in _layers(policy)],
-            norm=trunk.norm.weight * size**0.5,
-            norm_floor=floor(size, trunk.norm.eps),
+            network=Network(
+                embedded_VD.contiguous().numpy(), fold_layers(cast("Iterable[Layer]", trunk.layers), list(policy.windows)),
+                (trunk.norm.weight * size**0.5).numpy(), np.float32(floor(size, trunk.norm.eps)),
+            ),
             head_bias=None if bias is None else bias.detach().clone(),
             head_PDW=linear.pack(turned(policy.lm_head.weight)),
             markov=markov,
-        )
+        )  # fmt: skip
 
     def refresh(self, folded: _Folded | None = None) -> None:
         """See `Backend.refresh`."""
         weights = self.fold(self._policy) if folded is None else folded
-        self._embedded_VD, self._layers = weights.embedded_VD, weights.layers
-        self._norm, self._norm_floor = weights.norm, weights.norm_floor
-        self._head_bias, self._head_PDW, self.markov = weights.head_bias, weights.head_PDW, weights.markov
+        self._network, self._head_bias, self._head_PDW = weights.network, weights.head_bias, weights.head_PDW
+        self.markov = weights.markov
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, PackedPlan]:
         """See `Backend.prepare`. Without a cache, of clean rows from the start of their documents."""
@@ -160,20 +157,16 @@ class PackedBackend:
         self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """See `Backend.forward`."""
-        work = self._work_of(layout.rows)
-        torch.index_select(self._embedded_VD, 0, layout.token_T, out=torch.from_numpy(work.residual))
-        pools = [_nothing(work)] * len(self._layers) if state is None else self._pools_of(state)
-        ropes = {kind: self._angles(kind, layout.position_T) for kind in self._policy.windows}
-        self._attention.prepare(plan)
-        stages.unit(work.residual, self._layers[0].in_floor, work.unit)
-        floors = [*(layer.in_floor for layer in self._layers[1:]), self._norm_floor]
-        for number, (layer, after) in enumerate(zip(self._layers, floors, strict=True)):
-            self._attend(layer, work, plan, ropes[layer.kind], pools[number])
-            self._mix(number, layer, work, after)
-            if routing is not None:
-                routing.expert_LT.append(torch.from_numpy(work.expert.copy()))
-                routing.probs_LTE.append(torch.from_numpy(work.probs.copy()))
-        return torch.from_numpy(work.unit) * self._norm
+        hidden, network = torch.empty(layout.rows, len(self._network.norm)), self._network
+        angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
+        parts = plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS)))
+        work, lines = self._workspace.of(network.layers, plan, len(parts))
+        common, hidden_TD = (layout.token_T.numpy(), plan, network, angles, pools, work), hidden.numpy()
+        self._threads.each(run, [(*part, *common, own, hidden_TD) for part, own in zip(parts, lines, strict=True)])
+        if routing is not None:
+            routing.expert_LT.extend(torch.from_numpy(work.expert_LT.copy()))
+            routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC.copy()))
+        return hidden
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the policy's, of hidden states [..., D]."""
@@ -182,82 +175,33 @@ class PackedBackend:
         linear.product(hidden_RD.numpy(), self._head_PDW, logits_RV.numpy())
         return logits if self._head_bias is None else logits.add_(self._head_bias)
 
-    def _attend(
-        self, layer: PackedLayer, work: _Work, plan: PackedPlan, rope: Angles, pools: list[np.ndarray]
-    ) -> None:
-        """From the normed residual to the next one, through attention."""
-        linear.product(work.unit, layer.projection_PDW, work.projected)
-        k_pool, v_pool, x_pool, delayed_pool = pools
-        stages.gather(
-            work.projected, layer.projection_bias, plan.source_TA, plan.tail_T, layer.before, x_pool, delayed_pool, work.x,
-            work.previous,
-        )  # fmt: skip
-        linear.products(work.x, layer.convolution_NPDW, work.mixed)
-        stages.turn(
-            work.mixed, work.projected, layer.convolution_bias_NO, layer.temperature_N, *rope, work.previous, plan.write_T,
-            k_pool, v_pool, work.line, work.q, work.k, work.v,
-        )  # fmt: skip
-        out_THD = work.attended.reshape(-1, self._heads, self._size)
-        self._attention(plan, layer.kind, work.q, work.k, work.v, k_pool, v_pool, out_THD)
-        linear.product(work.attended, layer.output_PDW, work.y)
-        stages.add_unit(
-            work.y, layer.output_bias, work.residual, layer.attention_residual_D, layer.post_floor, work.unit
-        )
-
-    def _mix(self, number: int, layer: PackedLayer, work: _Work, after: np.float32) -> None:
-        """From the normed residual to the next one, through router and experts."""
-        state, below = work.states[number % 2], work.states[1 - number % 2]
-        linear.product(work.unit, layer.router_down_PDW, state)
-        stages.route(
-            state, layer.router_down_bias, below, layer.router_scale, layer.router_floor, layer.fc1_PDW, layer.fc1_bias,
-            layer.fc2_PDW, layer.fc2_bias, layer.router_out, layer.balance_C, work.unit, work.probs, work.expert, work.slot,
-            work.begin, work.sorted, *work.hidden,
-        )  # fmt: skip
-        stages.experts(
-            work.sorted, work.begin, layer.gate_up_EPDW, layer.down_EPFW, work.gate_up, work.inner, work.out
-        )
-        stages.combine(
-            work.out, work.slot, work.expert, work.probs, layer.mlp_bias, work.residual, layer.mlp_residual_D, after, work.unit
-        )
-
-    def _work_of(self, rows: int) -> _Work:
-        work = self._work.get(rows)
-        if work is None:
-            moved = self._memory.moved
-            work = _Work(self._layers[0], self._heads, self._kv_heads, rows, self._memory)
-            if moved != self._memory.moved or len(self._work) >= _MOST_SIZES:
-                self._work.clear()  # memory that grew lies elsewhere
-            self._work[rows] = work
-        return work
-
-    def _pools_of(self, state: SequenceState) -> list[list[np.ndarray]]:
-        """The arrays of `SequenceState.pools` by layer, made anew only for another cache."""
-        first = state.pools(0)
-        if self._pools is None or self._pools[0] is not first:
-            self._pools = first, [[x.numpy() for x in state.pools(number)] for number in range(len(self._layers))]
+    def _pools_of(self, state: SequenceState | None) -> Pools:
+        """The arrays of `SequenceState.all_pools`, made anew only for another cache; without one, arrays of no entry."""
+        tensors = None if state is None else state.all_pools()
+        if self._pools is None or self._pools[0] is not tensors:
+            config, layers = self._policy.config, self._network.layers
+            kv = config.num_key_value_heads, config.head_dim
+            shapes = kv, kv, (layers.convolution_bias_NO[0].size,), layers.before.shape[1:]
+            nothing = (np.zeros((len(layers.window), 0, *shape), np.float32) for shape in shapes)
+            self._pools = tensors, Pools(*(nothing if tensors is None else (x.numpy() for x in tensors)))
         return self._pools[1]
 
-    def _angles(self, kind: str, position_T: torch.Tensor) -> Angles:
-        """cos_TO and sin_TO over whole heads, and half the features that turn; the sine has the sign of the rotated half."""
-        longest = int(position_T.max()) + 1
-        known = self._rope.get(kind)
-        if known is None or len(known[0]) < longest:
-            most = max(_ANGLES, 2 ** (longest - 1).bit_length())
-            lines = torch.arange(most).view(-1, 1, _ANGLES)
-            parts = zip(*(self._policy.model.rotary_emb(torch.zeros(1), line, kind) for line in lines), strict=True)
-            cos, sin = (torch.cat([part[0] for part in some]) for some in parts)
-            half = cos.shape[-1] // 2
-            sin = torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
-            known = self._rope[kind] = cos.numpy().copy(), sin.numpy().copy(), half
-        position = position_T.numpy()
-        return known[0][position], known[1][position], known[2]
+    def _angles_of(self, positions: int) -> Angles:
+        """For at least so many positions."""
+        if self._angles is None or self._angles.cos_WPO.shape[1] < positions:
+            lines = torch.arange(max(_ANGLES, 2 ** (positions - 1).bit_length())).view(-1, 1, _ANGLES)
+            cos, sin, half = [], [], []
+            for kind in self._policy.windows:
+                parts = zip(*(self._policy.model.rotary_emb(torch.zeros(1), line, kind) for line in lines), strict=True)
+                cos_PO, sin_PO = (torch.cat([part[0] for part in some]) for some in parts)
+                half.append(cos_PO.shape[1] // 2)
+                cos.append(cos_PO)
+                sin.append(torch.cat([-sin_PO[:, : half[-1]], sin_PO[:, half[-1] :]], dim=1))
+            self._angles = Angles(_padded(cos), _padded(sin), np.array(half))
+        return self._angles
 
 
-def _nothing(work: _Work) -> list[np.ndarray]:
-    """Pools for passes without a cache: nothing is read from them or kept in them."""
-    return [work.k, work.v, work.projected, work.projected]
-
-
-def _layers(policy: Policy) -> Iterator[Layer]:
-    for layer in policy.model.layers:
-        yield cast("Layer", layer)
+def _padded(angles_WPO: list[torch.Tensor]) -> np.ndarray:
+    """Side by side. Windows whose heads turn fewer features have zeros after them."""
+    most = max(angles_PO.shape[1] for angles_PO in angles_WPO)
+    return torch.stack([torch.nn.functional.pad(x_PO, (0, most - x_PO.shape[1])) for x_PO in angles_WPO]).numpy()

@@ -1,12 +1,13 @@
 """PackedPlan: where the rows and keys of one layout lie, for every layer of `PackedBackend`.
 
-Legend: T rows, S sequences, A = hops + 1 ancestors, L positions.
+Legend: T rows, S sequences, A = hops + 1 ancestors, L positions, W windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,29 +18,29 @@ from ...state import SequenceState
 from ...visibility import Visibility
 
 
-@dataclass(frozen=True)
-class PackedPlan:
+class PackedPlan(NamedTuple):
     """The places of one layout.
 
     Attributes:
-        source_TA, range_4T: as in `Visibility`.
+        position_T: int64, as in the layout.
+        source_TA, range_W4T: as in `Visibility`.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
         first_S1: first row of each sequence, and T. mask_S: first mask row of each sequence, or its end. start_S: cached
             positions of each sequence.
         place_SL: cache position of each sequence's positions.
-        longest, masks: most keys and most mask rows of a sequence.
+        longest: most keys of a sequence.
     """
 
+    position_T: np.ndarray
     source_TA: np.ndarray
+    range_W4T: np.ndarray
     write_T: np.ndarray
     tail_T: np.ndarray
     first_S1: np.ndarray
     mask_S: np.ndarray
     start_S: np.ndarray
     place_SL: np.ndarray
-    range_4T: dict[str, np.ndarray]
     longest: int
-    masks: int
 
     @classmethod
     def of(cls, layout: TokenLayout, state: SequenceState | None, hops: int, windows: Mapping[str, int | None]) -> PackedPlan:
@@ -55,18 +56,24 @@ class PackedPlan:
             table = paging.table_SP.numpy()
         first, start = seen.first_S1, seen.start_S
         mask, place = np.empty(len(start), np.int64), np.empty((len(start), int(start.max())), np.int64)
-        longest, masks = _place(first, seen.clean_S, start, table, size, mask, place)
-        return cls(seen.source_TA, write, tail, first, mask, start, place, seen.range_4T, longest, masks)
+        longest = _place(first, seen.clean_S, start, table, size, mask, place)
+        return cls(layout.position_T.numpy(), seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
+
+    def parts(self, count: int) -> list[tuple[int, int]]:
+        """Begin and end of the sequences of at most so many parts, with about as many rows each."""
+        if count == 1:
+            return [(0, len(self.start_S))]
+        middle_S = (self.first_S1[:-1] + self.first_S1[1:]) / 2
+        return list(pairwise(dict.fromkeys(np.searchsorted(middle_S, np.arange(count + 1) * self.first_S1[-1] / count).tolist())))
 
 
 @compiled()
 def _place(first_S1, clean_S, start_S, table_SP, page_size, mask_S, place_SL):
-    """Writes the last two arrays; returns the most keys and the most mask rows of a sequence."""
-    longest, masks = 1, 0
+    """Writes the last two arrays; returns the most keys of a sequence."""
+    longest = 1
     for s in range(len(start_S)):
         for p in range(start_S[s]):
             place_SL[s, p] = table_SP[s, p // page_size] * page_size + p % page_size
         mask_S[s] = first_S1[s] + clean_S[s]
         longest = max(longest, start_S[s] + first_S1[s + 1] - first_S1[s])
-        masks = max(masks, first_S1[s + 1] - mask_S[s])
-    return longest, masks
+    return longest

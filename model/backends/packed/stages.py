@@ -37,27 +37,27 @@ def _gelu(x, count, e):
 
 
 @compiled()
-def unit(residual_TD, floor, unit_TD):
+def unit(begin, end, residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
-    for t in range(residual_TD.shape[0]):
+    for t in range(begin, end):
         r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
 
 @compiled()
-def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x_NTE, previous_TW):
+def gather(begin, end, projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x_NTE, previous_TW):
     """Adds the projection's bias; x of each row's ancestors, side by side by head, and the parent's delayed value. Then keeps
     rows in the tail: whoever reads an entry has read it by then."""
     rows, ancestors = source_TA.shape
     heads, width = x_NTE.shape[0], previous_TW.shape[1]
     size = x_NTE.shape[2] // ancestors
     channels = heads * size
-    for t in range(rows):
+    for t in range(begin, end):
         for c in range(projected.shape[1]):
             projected[t, c] += bias[c]
     every = projected.shape[1]
-    for t in range(rows):
+    for t in range(begin, end):
         for a in range(ancestors):
             s = source_TA[t, a]
             for n in range(heads):
@@ -75,28 +75,29 @@ def gather(projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x
             copy_line(delayed_pool, (-2 - s) * delayed_pool.shape[1], previous_TW, t * width, width)
         else:
             copy_line(before_W, 0, previous_TW, t * width, width)
-    for t in range(rows):
+    for t in range(begin, end):
         if tail_T[t] >= 0:
             copy_line(projected, t * every, x_pool, tail_T[t] * x_pool.shape[1], channels)
             copy_line(projected, t * every + channels, delayed_pool, tail_T[t] * delayed_pool.shape[1], width)
 
 
 @compiled()
-def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, previous_TW, write_T, k_pool, v_pool,
-         line, q_THD, k_TGD, v_TGD):  # fmt: skip
+def turn(begin, end, mixed_NTO, projected, bias_NO, temperature_N, position_T, cos_PO, sin_PO, half, previous_TW, write_T,
+         k_pool, v_pool, line, q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
     means = (heads + kv_heads) * size + 2 * width
     current = (heads + kv_heads) * size + width
     bias, kept = bias_NO.reshape(-1), kv_heads * size
-    for t in range(rows):
+    for t in range(begin, end):
         for n in range(heads + kv_heads):
             copy_line(mixed_NTO, (n * rows + t) * size, line, n * size, size)
         own = projected[t, means:]
         for i in range(len(bias)):
             line[i] = line[i] + bias[i] + own[i]
-        cos_left, cos_right, sin_left, sin_right = cos_TO[t, :half], cos_TO[t, half:], sin_TO[t, :half], sin_TO[t, half:]
+        p = position_T[t]
+        cos_left, cos_right, sin_left, sin_right = cos_PO[p, :half], cos_PO[p, half:], sin_PO[p, :half], sin_PO[p, half:]
         for n in range(heads + kv_heads):
             x = line[n * size : (n + 1) * size]
             f = temperature_N[n] / max(np.sqrt(squares(x)), _F(1.1920929e-07))
@@ -116,9 +117,9 @@ def turn(mixed_NTO, projected, bias_NO, temperature_N, cos_TO, sin_TO, half, pre
 
 
 @compiled()
-def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
+def add_unit(begin, end, y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = y + bias + residual * scale, in place, and its `unit`."""
-    for t in range(residual_TD.shape[0]):
+    for t in range(begin, end):
         for d in range(residual_TD.shape[1]):
             residual_TD[t, d] = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
         r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
@@ -127,15 +128,15 @@ def add_unit(y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
 
 
 @compiled()
-def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
+def route(begin, end, state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
           probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP):  # fmt: skip
-    """The router after its down projection, and rows sorted by expert. `scale_P` is empty in the first layer.
+    """The router after its down projection, and rows sorted by expert. `scale_P` is empty where no state is taken.
 
     `begin_C[c]`: first slot of class c, and the slots in use at the end. `slot_T`: where each row went, -1 for the skip
     expert."""
-    rows, width = state_TP.shape
+    width = state_TP.shape[1]
     classes = balance_C.shape[0]
-    for t in range(rows):
+    for t in range(begin, end):
         for p in range(width):
             state_TP[t, p] += bias_P[p]
         for p in range(scale_P.shape[0]):
@@ -144,12 +145,12 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_
         for p in range(width):
             a_TP[t, p] = state_TP[t, p] * r
     for weight, bias in ((fc1, fc1_bias_P), (fc2, fc2_bias_P)):
-        product_of(a_TP, 0, rows, weight, b_TP)
-        for t in range(rows):
+        product_of(a_TP, begin, end, weight, b_TP)
+        for t in range(begin, end):
             for p in range(width):
                 a_TP[t, p] = b_TP[t, p] + bias[p]
-        _gelu(a_TP.reshape(-1), rows * width, b_TP.reshape(-1))
-    for t in range(rows):
+        _gelu(a_TP[begin:end].reshape(-1), (end - begin) * width, b_TP[begin:end].reshape(-1))
+    for t in range(begin, end):
         z_C = probs_TC[t]
         z_C[:] = 0
         for i in range(width):
@@ -166,20 +167,21 @@ def route(state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_
             if z_C[c] + balance_C[c] > z_C[best] + balance_C[best]:
                 best = c
         expert_T[t] = best
-    begin_C[:] = 0
-    for t in range(rows):
+    begin_C[0] = begin
+    begin_C[1:] = 0
+    for t in range(begin, end):
         begin_C[expert_T[t] + 1] += 1
     for c in range(classes - 1):
         begin_C[c + 1] += begin_C[c]
     begin_C[classes] = begin_C[classes - 1]
     for c in range(classes - 1):
         at = begin_C[c]
-        for t in range(rows):
+        for t in range(begin, end):
             if expert_T[t] == c:
                 slot_T[t] = at
                 copy_line(unit_TD, t * unit_TD.shape[1], sorted_ID, at * unit_TD.shape[1], unit_TD.shape[1])
                 at += 1
-    for t in range(rows):
+    for t in range(begin, end):
         if expert_T[t] == classes - 1:
             slot_T[t] = -1
 
@@ -210,9 +212,9 @@ def experts(sorted_ID, begin_C, gate_up_EPDW, down_EPFW, gate_up_I2F, inner_IF, 
 
 
 @compiled()
-def combine(out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD, scale_D, floor, unit_TD):
+def combine(begin, end, out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD, scale_D, floor, unit_TD):
     """residual = weight * expert's output + bias + residual * scale, in place, and its `unit`."""
-    for t in range(residual_TD.shape[0]):
+    for t in range(begin, end):
         slot, weight = slot_T[t], probs_TC[t, expert_T[t]]
         for d in range(residual_TD.shape[1]):
             residual_TD[t, d] = bias_D[d] + residual_TD[t, d] * scale_D[d]

@@ -8,8 +8,8 @@ Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ if TYPE_CHECKING:
     from ...policy import Layer
 
 
-@dataclass
-class PackedLayer:
-    """One layer, folded: float32 and contiguous. What rows are multiplied by lies in panels, the router's last
-    matrix [in, out]."""
+class PackedLayer(NamedTuple):
+    """One layer, folded; or all L layers, each array with L in front. float32 and contiguous but for `window` and `states`. What
+    rows are multiplied by lies in panels, the router's last matrix [in, out]."""
 
-    kind: str
-    in_floor: np.float32
+    window: np.ndarray  # int64: number of the layer's window
+    in_floor: np.ndarray
     projection_PDW: np.ndarray  # q and k, delayed value, current value, then q and k with their means
     projection_bias: np.ndarray
     before: np.ndarray  # delayed value before the document
@@ -37,11 +36,12 @@ class PackedLayer:
     output_PDW: np.ndarray
     output_bias: np.ndarray
     attention_residual_D: np.ndarray
-    post_floor: np.float32
+    post_floor: np.ndarray
     router_down_PDW: np.ndarray
     router_down_bias: np.ndarray
-    router_scale: np.ndarray  # empty in a layer that takes no state
-    router_floor: np.float32
+    router_scale: np.ndarray
+    states: np.ndarray  # int64: features of the router's state that are taken from the layer below, all or none
+    router_floor: np.ndarray
     fc1_PDW: np.ndarray
     fc1_bias: np.ndarray
     fc2_PDW: np.ndarray
@@ -54,6 +54,11 @@ class PackedLayer:
     mlp_residual_D: np.ndarray
 
 
+def fold_layers(layers: Iterable[Layer], windows: Sequence[str]) -> PackedLayer:
+    """The weights of all layers. `windows`: layer types, in the order of their windows."""
+    return PackedLayer(*map(np.stack, zip(*(_fold(layer, windows.index(layer.self_attn.kind)) for layer in layers), strict=True)))
+
+
 def turned(matrix: torch.Tensor) -> torch.Tensor:
     """[..., out, in] as [..., in, out], contiguous."""
     return matrix.mT.contiguous()
@@ -64,12 +69,12 @@ def _array(value: torch.Tensor) -> np.ndarray:
     return value.detach().numpy().copy()
 
 
-def floor(size: int, eps: float) -> np.float32:
+def floor(size: int, eps: float) -> np.ndarray:
     """What RMS norm's eps is beside a sum of squares."""
-    return np.float32(size * eps)
+    return np.array(size * eps, np.float32)
 
 
-def fold_layer(layer: Layer) -> PackedLayer:
+def _fold(layer: Layer, window: int) -> PackedLayer:
     """One layer's weights."""
     attention, router, experts = layer.self_attn, layer.mlp.gate, layer.mlp.experts
     mlp = router.router_mlp
@@ -84,7 +89,7 @@ def fold_layer(layer: Layer) -> PackedLayer:
     gate_up = experts.gate_up_proj * norm
     query_heads, size = attention.qkv_proj.heads, attention.qkv_proj.head_dim
     return PackedLayer(
-        kind=attention.kind,
+        window=np.array(window),
         in_floor=floor(hidden, layer.input_layernorm.eps),
         projection_PDW=pack(turned(weight * layer.input_layernorm.weight * hidden**0.5)),
         projection_bias=_array(weight.new_zeros(len(weight)) if bias is None else bias),
@@ -101,7 +106,8 @@ def fold_layer(layer: Layer) -> PackedLayer:
         post_floor=floor(hidden, layer.post_attention_layernorm.eps),
         router_down_PDW=pack(turned(router.down_proj.weight * norm)),
         router_down_bias=_array(router.down_proj.bias),
-        router_scale=_array(weight.new_zeros(0) if router.router_states_scale is None else router.router_states_scale),
+        router_scale=_array(weight.new_zeros(width) if router.router_states_scale is None else router.router_states_scale),
+        states=np.array(0 if router.router_states_scale is None else width),
         router_floor=floor(width, mlp.norm.eps),
         fc1_PDW=pack(turned(mlp.fc1.weight * mlp.norm.weight * width**0.5)),
         fc1_bias=_array(mlp.fc1.bias),

@@ -12,7 +12,7 @@ import torch
 from blockroll.errors import CheckpointError
 from blockroll.kernels.dispatch import using
 from blockroll.model.backends import Backend, choose
-from blockroll.model.backends.packed import attention
+from blockroll.model.backends.packed import backend as packed
 from blockroll.model.backends.packed.backend import PackedBackend
 from blockroll.model.backends.plain import PlainBackend
 from blockroll.model.backends.triton import TritonBackend
@@ -61,22 +61,25 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("at_once", ["all", "one"])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind, changes", BACKENDS)
 @torch.inference_mode()
-def test_over_a_cache(make_policy, monkeypatch, kind, changes, at_once):
-    """On a CPU also with the mask rows of one sequence at a time."""
-    if at_once == "one":
+def test_over_a_cache(make_policy, monkeypatch, kind, changes, threads):
+    """The packed backend also with its passes divided among threads."""
+    if threads > 1:
         if kind is not PackedBackend:
-            pytest.skip("a limit of the packed backend")
-        monkeypatch.setattr(attention, "_MOST_SCORES", 1)
+            pytest.skip("leaves threads to torch")
+        monkeypatch.setattr(packed, "_LEAST_ROWS", 1)
     policy = make_policy(torch.float32, seed=4, **changes)
     caches = [PagedCache(policy, 24, 4, 3, 8) for _ in range(2)]
     held = [[cache.open() for _ in range(3)] for cache in caches]
     experts: set[int] = set()
     for plans in steps():
         layout, results = decode(plans, policy.mask_token_id), []
-        for cache, mine, backend in zip(caches, held, (PlainBackend(policy), kind(policy)), strict=True):
+        other = kind(policy)
+        if threads > 1:
+            other.threads = threads
+        for cache, mine, backend in zip(caches, held, (PlainBackend(policy), other), strict=True):
             for sequence, plan in zip(mine, plans, strict=False):
                 assert cache.reserve(sequence, plan.start + len(plan.clean))
             with on(type(backend)):

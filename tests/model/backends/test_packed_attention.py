@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("numba")
 
-from blockroll.model.backends.packed.attention import Attention
+from blockroll.model.backends.packed.attention import Lines, attend, width_of
 from blockroll.model.backends.packed.plan import PackedPlan
-from blockroll.model.layout import causal
+from blockroll.model.layout import DecodeRows, causal, decode
 
 HEADS, KV_HEADS, SIZE = 4, 2, 32
 
@@ -20,24 +18,41 @@ HEADS, KV_HEADS, SIZE = 4, 2, 32
 @pytest.mark.parametrize("rows", [15, 16, 23, 32])
 @pytest.mark.parametrize("window", [None, 5, 13])
 def test_values_that_are_not_finite_stay_in_their_sequence(rows: int, window: int | None) -> None:
-    memory: dict[str, torch.Tensor] = {}
+    memory = _lines(48)
 
-    def take(name: str, *shape: int) -> tuple[torch.Tensor, np.ndarray]:
-        tensor = memory.setdefault(name, torch.zeros(2**20))[: math.prod(shape)].view(shape)
-        return tensor, tensor.numpy()
-
-    attention = Attention(HEADS, KV_HEADS, SIZE, take)
-
-    def attended(count: int, value: float | None = None) -> torch.Tensor:
-        draw = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(48, heads, SIZE, generator=draw)[:count].numpy() for heads in (HEADS, KV_HEADS, KV_HEADS))
+    def attended(count: int, value: float | None = None) -> np.ndarray:
+        q, k, v = _rows(count)
         if value is not None:
             v[:] = value
-        plan, out_THD = PackedPlan.of(causal([[0] * count]), None, 2, {"hybrid": window}), torch.empty(count, HEADS, SIZE)
-        attention.prepare(plan)
-        attention(plan, "hybrid", q, k, v, k, v, out_THD.numpy())
+        plan, out_THD = PackedPlan.of(causal([[0] * count]), None, 2, {"hybrid": window}), np.empty_like(q)
+        attend(0, 1, plan, 0, q, k, v, k, v, memory, out_THD)
         return out_THD
 
     before = attended(rows)
     attended(48, float("nan"))
-    assert torch.equal(attended(rows), before)
+    assert np.array_equal(attended(rows), before)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_mask_rows_as_the_rule_says(window: int | None) -> None:
+    """Three blocks of 11 rows: more queries than are computed at once. Beside torch's softmax over what `sees` tells."""
+    layout = decode([DecodeRows([5] * 7, 0, (2, 4, 7), 11)], 3)
+    plan, (q, k, v) = PackedPlan.of(layout, None, 2, {"hybrid": window}), _rows(layout.rows)
+    out_THD = np.empty_like(q)
+    attend(0, 1, plan, 0, q, k, v, k, v, _lines(layout.rows), out_THD)
+    i, j = layout.position_T[:, None], layout.position_T[None]
+    seen = layout.sees() & ((layout.block_T >= 0)[None] | (i - j < (window or layout.rows)))
+    k_THD, v_THD = (torch.from_numpy(x).double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    scores_HTT = torch.einsum("ihd,jhd->hij", torch.from_numpy(q).double(), k_THD).masked_fill(~seen, -torch.inf)
+    expected = torch.einsum("hij,jhd->ihd", scores_HTT.softmax(-1), v_THD)
+    torch.testing.assert_close(torch.from_numpy(out_THD).double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def _lines(keys: int) -> Lines:
+    return Lines.of(HEADS // KV_HEADS, SIZE, width_of(keys), lambda _, *shape: np.zeros(shape, np.float32))
+
+
+def _rows(count: int) -> list[np.ndarray]:
+    """q_THD, k_TGD, v_TGD."""
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(48, heads, SIZE, generator=draw)[:count].numpy() for heads in (HEADS, KV_HEADS, KV_HEADS)]

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from blockroll import cli
 from blockroll.rollout.evaluation.tradeoff import TradeoffOptions, levels_of, table, tradeoff
 from blockroll.rollout.evaluation.tradeoff_plot import conclusion, draw, reach
+from blockroll.rollout.machine import describe
 from blockroll.rollout.plot_style import DPI, WIDTH
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -41,7 +43,8 @@ def test_the_seconds_to_reach_an_accuracy_are_interpolated() -> None:
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "out" / "tradeoff.json"
     arguments = ["tiny-reasoner", "--tasks", 4, "--samples", 3, "--levels", "8", "--mix-weights", 0.5, "--batches", "1,2",
-                 "--rounds", 3, "--clock-tasks", 1, "--batch", 12, "--no-planner", "--device", "cpu", "--json", path]  # fmt: skip
+                 "--rounds", 3, "--clock-tasks", 1, "--batch", 12, "--no-planner", "--threads", 2, "--device", "cpu",
+                 "--json", path]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["blockroll", "tradeoff", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
@@ -50,6 +53,7 @@ def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ways = {way["name"]: way for way in report["ways"]}
     assert list(ways) == ["ar", "lossless, 8 levels", "coupled, 8 levels", "mixed(0.5), 8 levels"]
     assert ways["lossless, 8 levels"]["levels"] == list(range(0, 16, 2))
+    assert report["machine"]["torch_threads"] == 2 != torch.get_num_threads()
     for figure in ("tokens", "pass_at", "majority_at"):  # the same tokens
         assert ways["coupled, 8 levels"][figure] == ways["ar"][figure]
     for name, way in ways.items():
@@ -85,12 +89,12 @@ def test_the_picture_has_the_style_of_all_and_says_what_was_found(tmp_path: Path
     assert width == round(WIDTH * DPI) and height < 1.3 * width
     titles = [axes.get_title(loc="left").replace("\n", " ") for axes in drawn[0].axes]
     assert titles == [
-        "lossless, planner: 0.39 of ar's seconds, batch 1",
-        "lossless, planner: 0.73 of ar's seconds, batch 8",
+        "lossless, planner: 0.34 of ar's seconds, batch 1",
+        "lossless, planner: 0.51 of ar's seconds, batch 8",
         "mixed(0.5), 3 levels: 0.14 of ar's forwards",
         "mixed(0.5), 8 levels: 8.1 tokens per forward",
-        "lossless, planner: 2.6x at batch 1, 1.4x at batch 8",
-        "mixed(0.5), 3 levels: -7.3 points of pass@1",
+        "lossless, planner: 2.9x at batch 1, 1.9x at batch 8",
+        "mixed(0.5), 3 levels: -7.8 points of pass@1",
     ]
     clock = drawn[0].axes[4]
     marks = [tuple(point) for line in clock.lines if line.get_linestyle() == "None" for point in line.get_xydata()]
@@ -113,9 +117,10 @@ def test_tokens_per_forward_of_the_shipped_policy_on_400_tasks(tmp_path: Path, t
 
 @pytest.mark.slow
 def test_lossless_reaches_the_accuracies_of_ar_in_half_its_seconds() -> None:
-    """For a quiet machine: seconds are by the clock."""
+    """For a quiet machine: seconds are by the clock, with a thread on each of its cores."""
     report = tradeoff("tiny-reasoner", TradeoffOptions(
         samples=4, samplers=("lossless",), level_counts=(3,), batches=(1, 2, 4, 8), clock_tasks=32, device="cpu", temperature=0.7,
+        threads=describe()["cores"],
     ))  # fmt: skip
     print("\n".join(table(report)))
     reference, *lossless = report["ways"]

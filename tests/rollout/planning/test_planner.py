@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from plain_planner import PlainSurvival
 from planner_doubles import BLOCK, SCHEDULES, Running, Traced, costs
 
 from blockroll.rollout.engine import Engine, EngineConfig
 from blockroll.rollout.planning import survival as survival_module
 from blockroll.rollout.planning.calibration import consistent
+from blockroll.rollout.planning.planner import _PROBE_EVERY as STANDS
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
+from blockroll.rollout.planning.planner import _kind as kind_of
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
 from blockroll.rollout.schedule import Schedule
@@ -112,7 +116,12 @@ def test_turning_to_fused_costs_a_step_without_drafts():
 
 def test_samples_of_ar_are_decoded_by_ar():
     planner = Planner(costs(1.0, 0.0), SCHEDULES, BLOCK)
-    assert planner.choose([Running(RolloutRequest("r", (1,), SamplingParams("ar")), [1])]).kind == "ar"
+    samples = [Running(RolloutRequest("r", (1,), SamplingParams("ar")), [1])]
+    assert planner.choose(samples).kind == "ar"
+    world = World(1.0, 0.0, 0.8, batch=1)  # also where they follow samples in the middle of a probe
+    while not (world.planner._stands and world.planner.log[-1].probe):
+        world.step()
+    assert world.planner.choose(samples).kind == "ar"
 
 
 def test_times_that_differ_from_the_table_are_learnt():
@@ -141,17 +150,98 @@ def test_a_machine_that_is_slower_for_all_changes_nothing():
     assert table.seconds(fused, 4, 64) / table.seconds(ar, 4, 64) == pytest.approx(before, rel=0.02)
 
 
+@pytest.mark.parametrize("before", [0, 1, 30])
+def test_an_interrupted_step_changes_little(before):
+    """A step that took ten times as long, after so many steps that took as long as the table says, and before others."""
+    table = costs(1.0, 0.01)
+    ar, two_pass, fused = SCHEDULES[0], SCHEDULES[2], SCHEDULES[-1]
+    seconds = {schedule: table.seconds(schedule, 4, 64) for schedule in SCHEDULES}
+    for step in range(before + 12):
+        schedule = fused if step % 10 == 5 else two_pass
+        table.note(schedule, 4, 64, seconds[schedule] * (10 if step == before else 1))
+        for other in (two_pass, fused):
+            ratio = table.seconds(other, 4, 64) / table.seconds(ar, 4, 64)
+            assert ratio == pytest.approx(seconds[other] / seconds[ar], rel=0.05 if before == 0 else 0.01)
+
+
+def test_probes_are_timed_as_other_steps_are():
+    """Two steps each, of which the second is timed: the first one after another schedule is slower, and so is a step in which
+    schedules are compared."""
+    world, noted = World(1.0, 0.01, 0.8, batch=2), []
+    compared = []
+    best = world.planner._best
+    world.planner._best = lambda *args: compared.append(len(world.chosen)) or best(*args)
+    world.planner.costs.note = lambda schedule, batch, context, seconds: noted.append(int(seconds))
+    for step in range(1500):
+        world.step(lambda *_, step=step: step + 0.5)
+    assert set(noted) <= {step + 1 for step in compared} and len(noted) > 40
+    log = list(world.planner.log)
+    probed = [step for step in noted if log[step].probe]
+    assert len(probed) > 5
+    assert all(log[step - 1].probe and log[step - 1].schedule == log[step].schedule for step in probed)
+
+
 def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
     """Times depend on tokens nobody has read yet; those tokens' random numbers are still to be used."""
     world = World(1.0, 0.01, 0.0, batch=2)
     noted, drafted_to = [], []
-    world.planner.costs.note = lambda schedule, *rest: noted.append(schedule)
-    for _ in range(BLOCK + 3):
-        committed = world.samples[0].anchor  # no draft survives, so that all samples advance alike
-        world.step()
-        assert len(noted) == sum(end <= committed for end in drafted_to)
+
+    def note(schedule, batch, context, seconds):
+        step = int(seconds)
+        assert drafted_to[step] <= world.samples[0].anchor  # no draft survives, so that all samples advance alike
+        noted.append(step)
+
+    world.planner.costs.note = note
+    for step in range(1000):
         drafted_to.append(world.samples[0].anchor + BLOCK)
-    assert noted
+        world.step(lambda *_, step=step: step + 0.5)
+    assert len(set(noted)) == len(noted) > 20
+
+
+def test_a_choice_stands_until_something_changes(monkeypatch):
+    """Schedules are compared once in many steps; but at once when a sample ends, joins or comes near its end."""
+    world = World(1.0, 0.01, 0.8, batch=4)
+    compared = []
+    best = world.planner._best
+    monkeypatch.setattr(world.planner, "_best", lambda *args: compared.append(len(world.chosen)) or best(*args))
+
+    def compares():
+        """Whether the next step's schedule is compared with the others."""
+        before = len(compared)
+        world.step()
+        return len(compared) > before
+
+    for _ in range(1200):
+        world.step()
+    settled = [step for step in compared if step >= 600]
+    assert 600 / STANDS <= len(settled) < 600 / 6
+    assert len(world.planner.log) == 1200 and all(d.tokens > 0 for d in world.planner.log)
+    request = world.samples[0].request
+    for change in (
+        lambda: world.samples.pop(),
+        lambda: world.samples.append(Running(request, [1] * 8)),
+        lambda: world.samples.append(Running(RolloutRequest("a", (1,) * 8, SamplingParams("ar")), [1] * 8)),
+        lambda: world.samples.__setitem__(0, Running(RolloutRequest("s", (1,) * 8, SamplingParams("coupled")), [1] * 8)),
+    ):
+        for _ in range(5):
+            world.step()
+        while world.planner._stands < 3:
+            world.step()
+        assert not compares()
+        change()
+        assert compares()
+    while world.planner._stands < 3:
+        world.step()
+    world.samples[1] = Running(request, [1] * 8)  # of the same kind as the sample that it follows
+    assert not compares()
+    for remaining, most in ((20, 0), (60, 28 / world.planner.log[-1].expected_tokens)):
+        for sample in world.samples:
+            sample.remaining = remaining
+        while not compares():
+            pass
+        for _ in range(60):
+            world.step()
+            assert world.planner._stands <= most
 
 
 def test_repeatable_leaves_times_out():
@@ -316,6 +406,32 @@ def test_coupled_gives_the_tokens_of_ar_whatever_is_chosen(policy, mode, tempera
         assert [s.tokens for s in engine.rollout(requests("coupled", temperature))] == expected
         assert engine.cache.free_pages == engine.cache.total_pages
         assert planner is None or len(planner.chosen) >= 7
+
+
+@pytest.mark.parametrize("kinds", [{"two_pass"}, {"ar", "two_pass", "fused"}])
+def test_what_is_counted_is_what_the_traces_say(policy, kinds):
+    """Through the engine: samples of two kinds, some of which stop and some of which reach their limit."""
+    engine = Engine(policy, EngineConfig(Schedule("auto"), block_size=8, max_batch=5))
+    planner, schedules, past = engine.planner, [s for s in candidates(8) if s.kind in kinds], []
+
+    def chosen(decoding):
+        past.append(schedules[len(past) // 2 % len(schedules)])
+        return planner._decision_of(past[-1], 8.0, 1.0, 1.0)
+
+    planner._chosen = chosen
+    asked = {request.id: replace(request, samples=9) for request in requests("lossless", 0.8)}
+    done = engine.rollout(list(asked.values()))
+    assert {sample.finish_reason for sample in done} == {"stop", "length"} and set(past) == set(schedules)
+    counted = {kind_of(request.params): PlainSurvival(8, 0.5) for request in asked.values()}
+    for sample in done:
+        last, end = sample.trace[-1], len(sample.prompt_tokens) + len(sample.tokens) - 1
+        for step in sample.trace:
+            if step.drafted and (step is not last or sample.finish_reason == "stop"):
+                accepted = min(step.accepted, end - step.anchor - 1)
+                counted[kind_of(asked[sample.request_id].params)].note(step.anchor + 1 - step.draft_start, step.drafted, accepted)
+    assert len(counted) == 2 and planner._survival.keys() == counted.keys()
+    for kind, survival in counted.items():
+        assert (planner._survival[kind]._counts() == survival._counts()).all() and survival._counts().sum() > 100
 
 
 def test_the_same_table_gives_the_same_samples(policy):

@@ -18,7 +18,7 @@ def history(seed, repeatable):
     quick, plain = (made(costs(1.0, 0.01), SCHEDULES, BLOCK, repeatable=repeatable) for made in (Planner, PlainPlanner))
     kinds = [SamplingParams(s, t) for s, t in (("lossless", 0.7), ("lossless", 1.0), ("coupled", 0.7), ("ar", 1.0))]
     rate, most, samples = 0.8, 8, []
-    for step in range(400):
+    for step in range(800):
         if step % 60 == 0:
             rate, most = draw.choice((0.0, 0.3, 0.6, 0.9)), draw.choice((1, 3, 8, 24))
         samples = [sample for sample in samples if sample.finish is None][:most]

@@ -1,0 +1,29 @@
+"""What numba keeps on disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+HEAD = "from blockroll.kernels.compiled import compiled\n"
+CALLER = HEAD + "from called_by_it import inner\n@compiled()\ndef outer(x):\n    return inner(x)\n"
+CALLED = HEAD + "@compiled()\ndef inner(x):\n    return x + {}\n"
+
+
+def test_a_function_is_compiled_again_after_an_edit_of_what_it_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that stands in another file; without an edit it comes from disk."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "calls_another.py").write_text(CALLER)
+    for number, hits in ((1, 0), (1, 1), (2000, 0)):
+        if not hits:
+            (tmp_path / "called_by_it.py").write_text(CALLED.format(number))
+        for name in ("calls_another", "called_by_it"):
+            sys.modules.pop(name, None)
+        from calls_another import outer
+
+        assert outer(1) == 1 + number
+        assert sum(outer.stats.cache_hits.values()) == hits
