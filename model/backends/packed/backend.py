@@ -54,7 +54,7 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self._pieces: dict[str, np.ndarray] = {}
+        self._pieces: dict[str, torch.Tensor] = {}
         self.moved = 0
 
     def take(self, name: str, *shape: int) -> np.ndarray:
@@ -63,8 +63,8 @@ class _Memory:
         piece = self._pieces.get(name)
         if piece is None or len(piece) < count:
             self.moved += piece is not None
-            piece = self._pieces[name] = np.zeros(1 << (count - 1).bit_length(), np.float32)
-        return piece[:count].reshape(shape)
+            piece = self._pieces[name] = torch.zeros(1 << (count - 1).bit_length(), dtype=torch.float32)
+        return piece[:count].view(shape).numpy()
 
     def take_own(self, thread: int, name: str, *shape: int) -> np.ndarray:
         """`take`, apart for each thread."""
