@@ -79,9 +79,10 @@ def test_requests_are_aborted_by_name_and_an_update_may_abort_what_runs(live: Li
     assert live.post("/abort_requests", {"request_ids": ["mine", "unknown"]})["status"] == "aborted"
     assert named.result(10)["choices"][0]["finish_reason"] == "abort" and named.result()["request_id"] == "mine"
     assert other.result(60)["choices"][0]["finish_reason"] == "length"
-    running = live.start("/inference/v1/generate", tokens())
+    weights = str(live.weights())
+    running = live.start("/inference/v1/generate", tokens(500))
     live.until_in_flight(1)
-    live.post("/update_weights", {"weight_dir": str(live.weights()), "in_flight": "abort"})
+    live.post("/update_weights", {"weight_dir": weights, "in_flight": "abort"})
     assert running.result(10)["choices"][0]["finish_reason"] == "abort"
     live.settled()
 
