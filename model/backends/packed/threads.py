@@ -59,38 +59,17 @@ def _count() -> np.ndarray:
     return np.zeros(16, np.int64)[8:9]
 
 
-class _Worker:
-    """A thread. It ends when it is given None.
-
-    Args:
-        begun_1: counts the calls of the thread that gives.
-    """
-
-    def __init__(self, begun_1: np.ndarray) -> None:
-        self._calls, self._results = SimpleQueue[Any](), SimpleQueue[BaseException | None]()
-        self._ended_1, self._before = _count(), 0
-        Thread(target=_work, args=(self._calls, self._results, begun_1), name="packed-backend", daemon=True).start()
-
-    def give(self, function: Callable[..., Any] | None, arguments: tuple[Any, ...] = ()) -> None:
-        """A call. What it raised must be taken before the next one."""
-        self._before = int(self._ended_1[0])
-        self._calls.put(None if function is None else (function, (_count(), self._ended_1, *arguments)))
-
-    def raised(self) -> BaseException | None:
-        """What the call raised, when it has ended."""
-        _look(self._ended_1, self._before, _PATIENCE)
-        return self._results.get()
-
-
-def _work(calls: SimpleQueue[Any], results: SimpleQueue[BaseException | None], begun_1: np.ndarray) -> None:
+def _work(calls: SimpleQueue[Any], begun_1: np.ndarray) -> None:
+    """Run calls until one is None."""
     while (call := calls.get()) is not None:
+        result, function, arguments = call
         error: BaseException | None = None
         try:
-            call[0](*call[1])
+            function(*arguments)
         except BaseException as raised:  # it is raised where the call was given
             error = raised
-        results.put(error)
-        del call, error
+        result.put(error)
+        del call, result, function, arguments, error
         _look(begun_1, int(begun_1[0]), _PATIENCE)
 
 
@@ -99,7 +78,7 @@ class Threads:
 
     def __init__(self) -> None:
         self._begun_1, self._nothing_1 = _count(), _count()
-        self._process, self._workers = os.getpid(), list[_Worker]()
+        self._process, self._workers = os.getpid(), list[SimpleQueue[Any]]()
 
     def each(self, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> None:
         """Call the function with each of these arguments. When all calls have ended, raises what one of them raised.
@@ -110,32 +89,38 @@ class Threads:
         if self._process != os.getpid():  # a forked process has none of its parent's threads
             self._process, self._workers = os.getpid(), []
         while len(self._workers) < len(calls) - 1:
-            self._workers.append(_Worker(self._begun_1))
-        busy: list[_Worker] = []
+            queue = SimpleQueue[Any]()
+            Thread(target=_work, args=(queue, self._begun_1), name="packed-backend", daemon=True).start()
+            self._workers.append(queue)
+        given = [(SimpleQueue[Any](), _count(), arguments) for arguments in calls[1:]]
         try:
-            for worker, arguments in zip(self._workers, calls[1:], strict=False):
-                worker.give(function, arguments)
-                busy.append(worker)
+            for worker, (result, ended_1, arguments) in zip(self._workers, given, strict=False):
+                worker.put((result, function, (self._nothing_1, ended_1, *arguments)))
             function(self._begun_1, self._nothing_1, *calls[0])
-        finally:
-            raised = _raised(busy)
+            raised = []
+            for result, ended_1, _ in given:
+                _look(ended_1, 0, _PATIENCE)
+                raised.append(result.get())
+        except BaseException:
+            self._settle()
+            raise
         for error in raised:
             if error is not None:
                 raise error
 
+    def _settle(self) -> None:
+        """Wait until no call runs, also after Ctrl-C: calls write into memory that later ones use. Each thread runs its calls in
+        their order, so they have ended when a call behind them has."""
+        for worker in self._workers:
+            settled = False
+            while not settled:
+                try:
+                    result = SimpleQueue[Any]()
+                    worker.put((result, int, ()))
+                    settled = result.get() is None
+                except KeyboardInterrupt:
+                    pass  # the first one is raised
+
     def __del__(self) -> None:
         for worker in self._workers:
-            worker.give(None)
-
-
-def _raised(busy: list[_Worker]) -> list[BaseException | None]:
-    """What each call raised, when all have ended. Ctrl-C waits for them too: they write into memory that later calls use."""
-    found = []
-    while busy:
-        try:
-            found.append(busy[0].raised())
-            del busy[0]
-        except BaseException:
-            _raised(busy)
-            raise
-    return found
+            worker.put(None)
