@@ -30,7 +30,7 @@ _MOST_QUERIES = 32
 
 class Lines(NamedTuple):
     """Working memory of one sequence and key head: its keys and values, and queries, scores, weights and results of some rows.
-    All float32 but for `wide`."""
+    All float32 but for `wide`. That of several parts of a pass has the parts in front (`lines_of`)."""
 
     key_LD: np.ndarray
     keys_DL: np.ndarray
@@ -41,19 +41,32 @@ class Lines(NamedTuple):
     attended_RD: np.ndarray
 
     @classmethod
-    def of(cls, group: int, size: int, width: int, take: Callable[..., np.ndarray]) -> Lines:
-        """Args: group, query heads of a key head. size, D. width, of `width_of`. take, gives float32 memory by name and shape."""
+    def of(cls, parts: int, group: int, size: int, width: int, take: Callable[..., np.ndarray]) -> Lines:
+        """Of several parts.
+
+        Args:
+            group: query heads of a key head. size: D. width: of `width_of`. take: gives float32 memory by name and shape.
+        """
         features, rows = -(-size // WIDTH) * WIDTH, max(1, _MOST_QUERIES // group) * group
         return cls(
-            take("key rows", width, size), take("keys", size, width), take("values", width, features),
-            take("queries", rows, size), take("wide scores", 2 * rows * width).view(np.float64),
-            take("scores and sums", rows * (width + 1)), take("attended by a head", rows, features),
+            take("key rows", parts, width, size), take("keys", parts, size, width), take("values", parts, width, features),
+            take("queries", parts, rows, size), take("wide scores", parts, 2 * rows * width).view(np.float64),
+            take("scores and sums", parts, rows * (width + 1)), take("attended by a head", parts, rows, features),
         )  # fmt: skip
 
 
 def width_of(longest: int) -> int:
     """Width of the working memory for so many keys."""
     return -(-(longest + LANES) // WIDTH) * WIDTH
+
+
+@compiled()
+def lines_of(lines, part):
+    """That of one part."""
+    return Lines(
+        lines.key_LD[part], lines.keys_DL[part], lines.values_LD[part], lines.q_RD[part], lines.wide[part], lines.score[part],
+        lines.attended_RD[part],
+    )  # fmt: skip
 
 
 @compiled()

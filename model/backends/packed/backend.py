@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -30,7 +29,7 @@ from ...state import SequenceState
 from .attention import Lines, width_of
 from .network import Angles, Network, Pools, Work, run
 from .plan import PackedPlan
-from .threads import Threads
+from .threads import MOST, Threads
 from .weights import PackedLayer, floor, fold_layers, turned
 
 if TYPE_CHECKING:
@@ -66,10 +65,6 @@ class _Memory:
             piece = self._pieces[name] = torch.zeros(1 << (count - 1).bit_length(), dtype=torch.float32)
         return piece[:count].view(shape).numpy()
 
-    def take_own(self, thread: int, name: str, *shape: int) -> np.ndarray:
-        """`take`, apart for each thread."""
-        return self.take(f"{name} of thread {thread}", *shape)
-
 
 class _Workspace:
     """Where passes work."""
@@ -79,20 +74,16 @@ class _Workspace:
         self._heads, self._kv_heads, self._size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self._works, self._lines = dict[int, Work](), dict[tuple[int, int], Lines]()
 
-    def of(self, layers: PackedLayer, plan: PackedPlan, threads: int) -> tuple[Work, list[Lines]]:
-        """For a pass over this plan, and for each of its threads."""
+    def of(self, layers: PackedLayer, plan: PackedPlan, parts: int) -> tuple[Work, Lines]:
+        """For a pass over this plan, and for each of its parts."""
         rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
-        group = self._heads // self._kv_heads
         work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
-        lines = [
-            self._lines.get((width, thread)) or Lines.of(group, self._size, width, partial(self._memory.take_own, thread))
-            for thread in range(threads)
-        ]
+        group = self._heads // self._kv_heads
+        lines = self._lines.get((parts, width)) or Lines.of(parts, group, self._size, width, take)
         if moved != self._memory.moved or max(len(self._works), len(self._lines)) >= _MOST_SIZES:
             self._works.clear()  # memory that grew lies elsewhere
             self._lines.clear()
-        self._works[rows] = work
-        self._lines.update(((width, thread), own) for thread, own in enumerate(lines))
+        self._works[rows], self._lines[parts, width] = work, lines
         return work, lines
 
 
@@ -159,10 +150,11 @@ class PackedBackend:
         """See `Backend.forward`."""
         hidden, network = torch.empty(layout.rows, len(self._network.norm)), self._network
         angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
-        parts = plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS)))
-        work, lines = self._workspace.of(network.layers, plan, len(parts))
-        common, hidden_TD = (layout.token_T.numpy(), plan, network, angles, pools, work), hidden.numpy()
-        self._threads.each(run, [(*part, *common, own, hidden_TD) for part, own in zip(parts, lines, strict=True)])
+        sequence_P1 = plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS, MOST)))
+        work, lines = self._workspace.of(network.layers, plan, len(sequence_P1) - 1)
+        desk = self._threads.desk(len(sequence_P1) - 1)
+        if run(desk, sequence_P1, layout.token_T.numpy(), plan, network, angles, pools, work, lines, hidden.numpy()):
+            raise MemoryError("a pass has failed")
         if routing is not None:
             routing.expert_LT.extend(torch.from_numpy(work.expert_LT.copy()))
             routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC.copy()))

@@ -15,9 +15,9 @@ import numpy as np
 from ....kernels.compiled import compiled
 from ....kernels.lanes import copy_line
 from ....kernels.linear.numba import product_of
-from .attention import attend
+from .attention import attend, lines_of
 from .stages import add_unit, combine, experts, gather, route, turn, unit
-from .threads import tell
+from .threads import hand_over, in_threads
 from .weights import PackedLayer
 
 
@@ -92,10 +92,21 @@ class Work(NamedTuple):
 
 
 @compiled(nogil=True)
-def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools, work, lines, hidden_TD):
-    """Writes the rows of some sequences of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools.
-    Calls for other sequences may run at the same time, with other `lines`. See `Threads.each`."""
-    tell(begun_1)
+def run(desk, sequence_P1, token_T, plan, network, angles, pools, work, lines, hidden_TD):
+    """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
+    parts failed.
+
+    Args:
+        desk: of `Threads`. sequence_P1: first sequence of each part, which a thread runs, and S. lines: of each part.
+    """
+    hand_over(_run_part, (sequence_P1, token_T, plan, network, angles, pools, work, lines, hidden_TD), desk)
+    return in_threads(desk, len(sequence_P1) - 1)
+
+
+@compiled(nogil=True)
+def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, lines_P, hidden_TD):
+    """The rows of some sequences. Parts may run at the same time."""
+    begin_s, end_s, lines = sequence_P1[part], sequence_P1[part + 1], lines_of(lines_P, part)
     begin, end, features, w = plan.first_S1[begin_s], plan.first_S1[end_s], hidden_TD.shape[1], network.layers
     flat_TD = work.attended_THD.reshape(len(token_T), -1)
     line, begin_C = np.empty(w.convolution_bias_NO[0].size, np.float32), np.empty(w.balance_C.shape[1] + 1, np.int64)
@@ -135,4 +146,3 @@ def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools,
     for t in range(begin, end):
         for d in range(features):
             hidden_TD[t, d] = work.unit[t, d] * network.norm[d]
-    tell(ended_1)

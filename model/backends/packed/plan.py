@@ -6,7 +6,6 @@ Legend: T rows, S sequences, A = hops + 1 ancestors, L positions, W windows.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -59,12 +58,13 @@ class PackedPlan(NamedTuple):
         longest = _place(first, seen.clean_S, start, table, size, mask, place)
         return cls(layout.position_T.numpy(), seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
 
-    def parts(self, count: int) -> list[tuple[int, int]]:
-        """Begin and end of the sequences of at most so many parts, with about as many rows each."""
+    def parts(self, count: int) -> np.ndarray:
+        """First sequence of each of at most so many parts with about as many rows each, and S."""
         if count == 1:
-            return [(0, len(self.start_S))]
+            return np.array([0, len(self.start_S)])
         middle_S = (self.first_S1[:-1] + self.first_S1[1:]) / 2
-        return list(pairwise(dict.fromkeys(np.searchsorted(middle_S, np.arange(count + 1) * self.first_S1[-1] / count).tolist())))
+        first = np.searchsorted(middle_S, np.arange(count + 1) * self.first_S1[-1] / count)
+        return first[np.append(True, first[1:] > first[:-1])]
 
 
 @compiled()

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from blockroll.model.backends.packed.attention import Lines, attend, width_of
+from blockroll.model.backends.packed.attention import Lines, attend, lines_of, width_of
 from blockroll.model.backends.packed.plan import PackedPlan
 from blockroll.model.layout import DecodeRows, causal, decode
 
@@ -49,7 +49,7 @@ def test_mask_rows_as_the_rule_says(window: int | None) -> None:
 
 
 def _lines(keys: int) -> Lines:
-    return Lines.of(HEADS // KV_HEADS, SIZE, width_of(keys), lambda _, *shape: np.zeros(shape, np.float32))
+    return lines_of(Lines.of(1, HEADS // KV_HEADS, SIZE, width_of(keys), lambda _, *shape: np.zeros(shape, np.float32)), 0)
 
 
 def _rows(count: int) -> list[np.ndarray]:
