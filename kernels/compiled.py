@@ -1,9 +1,9 @@
 """Functions that numba compiles at their first call and keeps on disk for the next process.
 
 Invariants:
-- Only `total`, `wide_total` and `squares` sum in any order. They read and do not write, so their length alone decides how they
-  are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised
-  or not.
+- Only `total`, `wide_total`, `stretch_total` and `squares` sum in any order. They read and do not write, so their length alone
+  decides how they are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same
+  numbers vectorised or not.
 - After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
   function's own file alone.
 """
@@ -23,18 +23,23 @@ _LEAST = int(np.float32(-np.inf).view(np.int32)) ^ 0x7FFFFFFF
 FUSED = frozenset({"contract"})
 """For `compiled`: LLVM may fuse a product and a sum into one multiply-add. The numbers are the same on every processor only if
 the source allows one way to fuse, and if its loops end at a multiple of the vector length or always at the same place."""
+STRETCH = 32
+"""Numbers of a `stretch_total`."""
 
 
-def compiled(fastmath: frozenset[str] = frozenset(), nogil: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def compiled(
+    fastmath: frozenset[str] = frozenset(), nogil: bool = False, inlined: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile a function of arrays and numbers.
 
     Args:
         fastmath: LLVM's flags for the transformations of float arithmetic that are allowed.
         nogil: other threads of the interpreter run while the function does.
+        inlined: LLVM puts the function's code in the place of every call of it. A call that passes arrays takes 10 ns.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = {"error_model": "numpy", "fastmath": set(fastmath), "nogil": nogil}
+        options = {"error_model": "numpy", "fastmath": set(fastmath), "nogil": nogil, "forceinline": inlined}
         try:
             dispatcher = njit(cache=True, **options)(function)
         except RuntimeError:  # no writable cache, neither beside the source nor in the user's directory
@@ -89,6 +94,15 @@ def wide_total(x, count):
     return s
 
 
+@compiled(_ANY_ORDER, inlined=True)
+def stretch_total(x, begin):
+    """Sum of the STRETCH numbers of x from `begin` on, in float64: a few vector operations, because the length is known."""
+    s = 0.0
+    for i in range(STRETCH):
+        s += np.float64(x[begin + i])
+    return s
+
+
 @compiled(_ANY_ORDER)
 def squares(x):
     """Sum of the squares of x."""
@@ -99,29 +113,48 @@ def squares(x):
 
 
 @compiled()
+def _ordered(bits):
+    """An int32 in the order of the float32 that has these bits, or back: LLVM vectorises comparisons of integers."""
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@compiled()
 def largest(x, count):
-    """Largest of the first `count` of float32 x; -inf if `count` is 0; any number if one of them is NaN. The loop compares
-    integers of the same order, because LLVM vectorises that comparison."""
+    """Largest of the first `count` of float32 x; -inf if `count` is 0; any number if one of them is NaN."""
     bits, top = x.view(np.int32), np.int32(_LEAST)
     for i in range(count):
-        b = bits[i]
-        b = np.int32(b ^ ((b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        b = _ordered(bits[i])
         top = b if b > top else top
-    return np.int32(top ^ ((top >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+    return np.int32(_ordered(top)).view(np.float32)
+
+
+@compiled(inlined=True)
+def divide(x, by, quotient):
+    """quotient = x / by, float32, and the `largest` of it."""
+    top = np.int32(_LEAST)
+    for i in range(quotient.shape[0]):
+        quotient[i] = x[i] / by
+        b = _ordered(_F(x[i] / by).view(np.int32))
+        top = b if b > top else top
+    return np.int32(_ordered(top)).view(np.float32)
 
 
 @compiled(FUSED)
+def exponential(x):
+    """exp of a float32 to two units in the last place (the polynomial of Cephes' expf). Values below -87 count as -87."""
+    y = x if x > _F(-87.0) else _F(-87.0)
+    n = np.floor(y * _F(1.44269504) + _F(0.5))
+    r = y - n * _F(0.693359375) + n * _F(2.12194440e-4)
+    p = _F(1.9875691500e-4) * r + _F(1.3981999507e-3)
+    p = p * r + _F(8.3334519073e-3)
+    p = p * r + _F(4.1665795894e-2)
+    p = p * r + _F(1.6666665459e-1)
+    p = p * r + _F(5.0000001201e-1)
+    return np.int32(_F(p * r * r + r + _F(1.0)).view(np.int32) + (np.int32(n) << np.int32(23))).view(np.float32)
+
+
+@compiled()
 def exponentials(x, count):
-    """exp of the first `count` of float32 x, in place, to two units in the last place (the polynomial of Cephes' expf). Values
-    below -87 count as -87."""
-    bits = x.view(np.int32)
+    """`exponential` of the first `count` of x, in place."""
     for i in range(count):
-        y = x[i] if x[i] > _F(-87.0) else _F(-87.0)
-        n = np.floor(y * _F(1.44269504) + _F(0.5))
-        r = y - n * _F(0.693359375) + n * _F(2.12194440e-4)
-        p = _F(1.9875691500e-4) * r + _F(1.3981999507e-3)
-        p = p * r + _F(8.3334519073e-3)
-        p = p * r + _F(4.1665795894e-2)
-        p = p * r + _F(1.6666665459e-1)
-        p = p * r + _F(5.0000001201e-1)
-        bits[i] = _F(p * r * r + r + _F(1.0)).view(np.int32) + (np.int32(n) << np.int32(23))
+        x[i] = exponential(x[i])

@@ -67,8 +67,9 @@ verify_rejection = dispatched(reference.verify_rejection, triton="rejection", nu
 
 def draft_chain(
     q_logits_SMV: torch.Tensor, markov: Callable[[torch.Tensor], torch.Tensor], previous_S: torch.Tensor,
-    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, excluded: int,
-    purpose: int, markov_from: int = 0, cut: Callable[[torch.Tensor], object] | None = None,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int,
+    purpose: int, first_SV: torch.Tensor | None = None, first_scale: float = 1.0,
+    cut: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
@@ -77,24 +78,27 @@ def draft_chain(
             the excluded token's logit is -inf. Rows past the count may hold anything, before and after.
         markov: int64[S] tokens -> float32[S, V].
         previous_S: int64, the token before the first draft.
+        anchor_S: int64, its position.
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
-        markov_from: the first slot that `markov` is added to.
+        first_SV: logits to put in the place of the first row's, times `first_scale`. Nothing is added to them.
         cut: makes what is not drawn of a slot's logits float32[S, 1, V] -inf.
     """
     if isinstance(markov, PairTable) and takes_numba(q_logits_SMV) and cut is None:
         from . import numba as compiled
 
-        keys = previous_S, count_S, temperature_S, seed_S, position_S
-        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, markov_from)
+        keys = previous_S, count_S, temperature_S, seed_S, anchor_S
+        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, first_SV, first_scale)
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
+    if first_SV is not None:
+        torch.mul(first_SV, first_scale, out=q_logits_SMV[:, 0])
     chosen = []
     for k in range(q_logits_SMV.shape[1]):
-        if k >= markov_from:
+        if k > 0 or first_SV is None:
             q_logits_SMV[:, k] += markov(previous_S)
         q_logits_SMV[:, k, excluded] = -torch.inf
         if cut is not None:
             cut(q_logits_SMV[:, k : k + 1])
-        chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, position_S + k))
+        chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, anchor_S + 1 + k))
         previous_S = chosen[-1].token_SR[:, 0]
     token_SM, lse_SM = torch.cat([slot.token_SR for slot in chosen], 1), torch.cat([slot.lse_SR for slot in chosen], 1)
     slot_M = torch.arange(token_SM.shape[1], device=token_SM.device)

@@ -17,13 +17,14 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..compiled import compiled, copy
+from ..compiled import compiled, wide_total
 from ..philox.numba import uniform
 from .reference import Purpose, Rejection, Sampled
-from .rows import choose, draw, mix, normalise, probabilities
+from .rows import choose, draw, mix, normalise, probabilities, residual
 
 _F = np.float32
 _NOISE, _ACCEPT, _RESAMPLE = int(Purpose.NOISE), int(Purpose.ACCEPT), int(Purpose.RESAMPLE)
+_NONE = np.empty(0, _F)
 
 
 @compiled()
@@ -38,29 +39,34 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
     x_V, weight_V, words_W4 = _buffers(vocabulary)
     for s in range(sequences):
         for r in range(rows):
-            top, lse = normalise(logits_SRV[s, r], temperature_S[s], excluded, x_V, weight_V)
-            token = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + r, purpose, words_W4)
+            top, total, lse = normalise(logits_SRV[s, r], temperature_S[s], excluded, x_V, weight_V)
+            token = choose(x_V, weight_V, top, total, temperature_S[s], seed_S[s], position_S[s] + r, purpose, words_W4)
             token_SR[s, r], lse_SR[s, r] = token, lse
             logprob_SR[s, r] = _F(np.float64(x_V[token]) - lse)
 
 
 @compiled()
-def _chain(logits_SMV, pair_VV, previous_S, count_S, temperature_S, seed_S, position_S, excluded, purpose, markov_from, token_SM,
-           lse_SM):  # fmt: skip
+def _chain(logits_SMV, pair_VV, known, first_N, first_stride, first_scale, previous_S, count_S, temperature_S, seed_S, anchor_S,
+           excluded, purpose, token_SM, lse_SM):  # fmt: skip
     sequences, slots, vocabulary = logits_SMV.shape
     x_V, weight_V, words_W4 = _buffers(vocabulary)
+    scale = _F(first_scale)
     for s in range(sequences):
         previous = previous_S[s]
         for k in range(slots):
             token_SM[s, k], lse_SM[s, k] = -1, 0
             if k < count_S[s]:
                 logits_V = logits_SMV[s, k]
-                if k >= markov_from:
+                if known and k == 0:
+                    first_V = first_N[s * first_stride : s * first_stride + vocabulary]
+                    for v in range(vocabulary):
+                        logits_V[v] = first_V[v] * scale
+                else:
                     for v in range(vocabulary):
                         logits_V[v] += pair_VV[previous, v]
                 logits_V[excluded] = -np.inf
-                top, lse = normalise(logits_V, temperature_S[s], excluded, x_V, weight_V)
-                previous = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], position_S[s] + k, purpose, words_W4)
+                top, total, lse = normalise(logits_V, temperature_S[s], -1, x_V, weight_V)
+                previous = choose(x_V, weight_V, top, total, temperature_S[s], seed_S[s], anchor_S[s] + 1 + k, purpose, words_W4)
                 token_SM[s, k], lse_SM[s, k] = previous, lse
 
 
@@ -73,8 +79,8 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
         for r in range(rows):
             token_SR[s, r], logprob_SR[s, r] = -1, 0
             if accepted_S[s] < 0:
-                top, lse = normalise(p_SRV[s, r], temperature_S[s], -1, x_V, weight_V)
-                token = choose(x_V, weight_V, top, temperature_S[s], seed_S[s], anchor_S[s] + 1 + r, _NOISE, words_W4)
+                top, total, lse = normalise(p_SRV[s, r], temperature_S[s], -1, x_V, weight_V)
+                token = choose(x_V, weight_V, top, total, temperature_S[s], seed_S[s], anchor_S[s] + 1 + r, _NOISE, words_W4)
                 token_SR[s, r], logprob_SR[s, r] = token, _F(np.float64(x_V[token]) - lse)
                 if r >= count_S[s] or draft_SM[s, r] != token:
                     accepted_S[s] = r
@@ -84,7 +90,7 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
 def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temperature_S, seed_S, anchor_S, excluded, mixed,
             mix_S, accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
     sequences, rows, vocabulary = p_SRV.shape
-    p_x_V, x_V, q_x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F), np.empty(vocabulary, _F)
+    p_x_V, x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     weight_V, q_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for s in range(sequences):
         temperature, draft_temperature, seed = temperature_S[s], _F(draft_temperature_S[s]), seed_S[s]
@@ -92,11 +98,11 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temp
             token_SR[s, r], logprob_SR[s, r], behavior_SR[s, r] = -1, 0, 0
         for r in range(rows):
             position, drafted = anchor_S[s] + 1 + r, r < count_S[s]
-            _, p_lse = normalise(p_SRV[s, r], temperature, -1, p_x_V, weight_V)
+            _, _, p_lse = normalise(p_SRV[s, r], temperature, -1, p_x_V, weight_V)
             lse, mixes = p_lse, mixed and drafted
             if mixes:
                 mix(p_SRV[s, r], q_SMV[s, r], mix_S[s], excluded, q_V)
-                _, lse = normalise(q_V, temperature, -1, x_V, weight_V)
+                _, _, lse = normalise(q_V, temperature, -1, x_V, weight_V)
             target_V = x_V if mixes else p_x_V
             if drafted:
                 token = draft_SM[s, r]
@@ -110,20 +116,14 @@ def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temp
                     behavior_SR[s, r] = _F(np.float64(target_V[token]) - lse)
                     continue
             probabilities(target_V, lse, weight_V)
+            left_V, left = weight_V, wide_total(weight_V, vocabulary)
             if drafted:
-                for v in range(vocabulary):
-                    q_x_V[v] = q_SMV[s, r, v] / draft_temperature
-                if excluded >= 0:
-                    q_x_V[excluded] = -np.inf
-                probabilities(q_x_V, q_lse_SM[s, r], q_V)
-                left = 0.0
-                for v in range(vocabulary):
-                    q_V[v] = max(weight_V[v] - q_V[v], _F(0))
-                    left += np.float64(q_V[v])
+                residual(weight_V, q_SMV[s, r], draft_temperature, q_lse_SM[s, r], excluded, q_V)
+                mass = wide_total(q_V, vocabulary)
                 # No mass: p and q are equal to the last bit, and the rejection was rounding.
-                if left > 0:
-                    copy(q_V, weight_V)
-            token = draw(weight_V, uniform(seed, position, _RESAMPLE))
+                if mass > 0:
+                    left_V, left = q_V, mass
+            token = draw(left_V, left, uniform(seed, position, _RESAMPLE))
             token_SR[s, r], accepted_S[s] = token, r
             logprob_SR[s, r] = _F(np.float64(p_x_V[token]) - p_lse)
             behavior_SR[s, r] = _F(np.float64(target_V[token]) - lse)
@@ -135,13 +135,20 @@ def _logprobs(logits_NV, token_N, temperature_N, logprob_N):
     vocabulary = logits_NV.shape[1]
     x_V, weight_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for n in range(logits_NV.shape[0]):
-        _, lse = normalise(logits_NV[n], temperature_N[n], -1, x_V, weight_V)
+        _, _, lse = normalise(logits_NV[n], temperature_N[n], -1, x_V, weight_V)
         logprob_N[n] = _F(np.float64(x_V[token_N[n]]) - lse)
 
 
 def _flat(*tensors: torch.Tensor) -> list[np.ndarray]:
     """Contiguous arrays: numba would compile every function again for another layout."""
     return [tensor.contiguous().numpy() for tensor in tensors]
+
+
+def _strided(x_SV: torch.Tensor) -> tuple[np.ndarray, int]:
+    """Rows at any distance, without a copy: the memory from the first row to the end of the last one, and the distance."""
+    (s, v), (stride, step) = x_SV.shape, x_SV.stride()
+    assert step == 1, "logits of a row lie side by side"
+    return x_SV.as_strided(((s - 1) * stride + v,), (1,)).numpy(), stride
 
 
 def _empty(*shape: int, like: type = np.int64) -> np.ndarray:
@@ -164,14 +171,15 @@ sample_gumbel = partial(sample_cdf, purpose=Purpose.NOISE)
 
 def draft_chain(
     logits_SMV: torch.Tensor, pair_VV: torch.Tensor, previous_S: torch.Tensor, count_S: torch.Tensor,
-    temperature_S: torch.Tensor, seed_S: torch.Tensor, position_S: torch.Tensor, excluded: int, purpose: int,
-    markov_from: int,
+    temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int, purpose: int,
+    first_SV: torch.Tensor | None = None, first_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As the package's, of a table of pairs."""
     assert logits_SMV.is_contiguous()
     out = _empty(*logits_SMV.shape[:2]), _empty(*logits_SMV.shape[:2], like=np.float64)
-    keys = _flat(previous_S, count_S, temperature_S.double(), seed_S, position_S)
-    _chain(logits_SMV.numpy(), *_flat(pair_VV), *keys, excluded, int(purpose), markov_from, *out)
+    keys = _flat(previous_S, count_S, temperature_S.double(), seed_S, anchor_S)
+    first = (False, _NONE, 0) if first_SV is None else (True, *_strided(first_SV.float()))
+    _chain(logits_SMV.numpy(), *_flat(pair_VV), *first, first_scale, *keys, excluded, int(purpose), *out)
     token_SM, lse_SM = map(torch.from_numpy, out)
     return token_SM, lse_SM
 
@@ -195,14 +203,16 @@ def verify_rejection(
 ) -> Rejection:  # fmt: skip
     """`reference.verify_rejection`."""
     s, r = p_logits_SRV.shape[:2]
-    out = _empty(s), _empty(s, r), _empty(s, r, like=np.float32), _empty(s, r, like=np.float32)
-    temperature_S = temperature_S.double()
-    drawn_S = temperature_S if draft_temperature_S is None else draft_temperature_S.double()
-    weight_S = temperature_S if mix_weight_S is None else mix_weight_S.double()
+    mixed = mix_weight_S is not None
+    accepted, token, logprob = _empty(s), _empty(s, r), _empty(s, r, like=np.float32)
+    behavior = _empty(s, r, like=np.float32) if mixed else logprob  # without a mixture these are the same numbers
     logits, drawn = _flat(p_logits_SRV.float(), q_logits_SMV.float()), _flat(q_lse_SM, draft_SM, count_S)
-    keys = _flat(temperature_S, drawn_S, seed_S, anchor_S)
-    _reject(*logits, *drawn, *keys, excluded, mix_weight_S is not None, *_flat(weight_S), *out)
-    return Rejection(*map(torch.from_numpy, out))
+    temperature, seed, anchor = _flat(temperature_S.double(), seed_S, anchor_S)
+    draft_temperature = temperature if draft_temperature_S is None else _flat(draft_temperature_S.double())[0]
+    weight = temperature if mix_weight_S is None else _flat(mix_weight_S.double())[0]
+    _reject(*logits, *drawn, temperature, draft_temperature, seed, anchor, excluded, mixed, weight, accepted, token, logprob, behavior)
+    accepted_S, token_SR, logprob_SR = map(torch.from_numpy, (accepted, token, logprob))
+    return Rejection(accepted_S, token_SR, logprob_SR, torch.from_numpy(behavior) if mixed else logprob_SR)
 
 
 def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Functions of one row of logits on a CPU, compiled by numba: the normaliser, a draw by noise or by inverse CDF, a mixture of two
-rows.
+rows, what is left of p where q is taken away.
 
 Invariants:
 - Arithmetic is float32, sums float64. A row's result depends on that row alone, to the last bit.
+- A token of weight 0 is never drawn from a row that has weight.
 - A row of NaN gives some token, and no error.
 
 Legend: V vocabulary, W = ceil(V / 4) words of noise.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import compiled, exponentials, largest, wide_total
+from ..compiled import STRETCH, compiled, divide, exponential, largest, stretch_total, wide_total
 from ..philox.numba import fill_words, uniform
 from .reference import Purpose
 
@@ -23,21 +24,23 @@ _DEEPEST = _F(-87.0)
 
 
 @compiled()
+def _weight(x):
+    """exp(x) of a logit x relative to the normaliser."""
+    return _F(0) if x < _DEEPEST else exponential(x)
+
+
+@compiled()
 def normalise(logits_V, temperature, excluded, x_V, weight_V):
-    """Scaled logits x, weight = exp(x - top), and (top, log-sum-exp) of x."""
+    """Scaled logits x, weight = exp(x - top), and (top, sum of the weights, log-sum-exp) of x."""
     count = x_V.shape[0]
-    scale = _F(temperature) if temperature > 0 else _F(1.0)
-    for v in range(count):
-        x_V[v] = logits_V[v] / scale
+    top = divide(logits_V, _F(temperature) if temperature > 0 else _F(1.0), x_V)
     if excluded >= 0:
         x_V[excluded] = -np.inf
-    top = largest(x_V, count)
+        top = largest(x_V, count)
     for v in range(count):
-        weight_V[v] = x_V[v] - top
-    exponentials(weight_V, count)
-    for v in range(count):
-        weight_V[v] = _F(0) if x_V[v] - top < _DEEPEST else weight_V[v]
-    return top, np.float64(top) + np.log(wide_total(weight_V, count))
+        weight_V[v] = _weight(x_V[v] - top)
+    total = wide_total(weight_V, count)
+    return top, total, np.float64(top) + np.log(total)
 
 
 @compiled()
@@ -74,26 +77,35 @@ def _gumbel(x_V, weight_V, top, seed, position, words_W4):
     return token
 
 
-@compiled()
-def draw(weight_V, u):
-    """Inverse CDF."""
-    target, s, last = u * wide_total(weight_V, weight_V.shape[0]), 0.0, 0
-    for v in range(weight_V.shape[0]):
+@compiled(inlined=True)
+def draw(weight_V, total, u):
+    """Inverse CDF: the first token at which the running sum exceeds u * `total`, the sum of all. Where rounding leaves none, the last token with
+    weight of the stretch that was searched; 0 in a row without weight."""
+    count, target, before, begin = weight_V.shape[0], u * total, 0.0, 0
+    while begin + STRETCH < count:
+        after = before + stretch_total(weight_V, begin)
+        if after > target:
+            break
+        before, begin = after, begin + STRETCH
+    end = min(begin + STRETCH, count)
+    for v in range(begin, end):
+        before += np.float64(weight_V[v])
+        if before > target:
+            return v
+    for v in range(end - 1, -1, -1):
         if weight_V[v] > 0:
-            s, last = s + np.float64(weight_V[v]), v
-            if s > target:
-                break
-    return last
+            return v
+    return 0
 
 
-@compiled()
-def choose(x_V, weight_V, top, temperature, seed, position, purpose, words_W4):
+@compiled(inlined=True)
+def choose(x_V, weight_V, top, total, temperature, seed, position, purpose, words_W4):
     """One token: the most probable one, by noise (`purpose` NOISE), or by inverse CDF."""
     if temperature <= 0:
         return _argmax(x_V, top)
     if purpose == _NOISE:
         return _gumbel(x_V, weight_V, top, seed, position, words_W4)
-    return draw(weight_V, uniform(seed, position, purpose))
+    return draw(weight_V, total, uniform(seed, position, purpose))
 
 
 @compiled()
@@ -109,7 +121,15 @@ def mix(p_V, q_V, weight, excluded, out_V):
 def probabilities(x_V, lse, weight_V):
     """exp(x - lse)."""
     for v in range(x_V.shape[0]):
-        weight_V[v] = _F(np.float64(x_V[v]) - lse)
-    exponentials(weight_V, x_V.shape[0])
-    for v in range(x_V.shape[0]):
-        weight_V[v] = _F(0) if _F(np.float64(x_V[v]) - lse) < _DEEPEST else weight_V[v]
+        weight_V[v] = _weight(_F(np.float64(x_V[v]) - lse))
+
+
+@compiled()
+def residual(p_V, q_logits_V, temperature, q_lse, excluded, out_V):
+    """max(p - q, 0) of probabilities p, and of q's logits with their log-sum-exp over the temperature."""
+    temperature = _F(temperature)
+    for v in range(p_V.shape[0]):
+        q = _weight(_F(np.float64(q_logits_V[v] / temperature) - q_lse))
+        out_V[v] = max(p_V[v] - q, _F(0))
+    if excluded >= 0:
+        out_V[excluded] = p_V[excluded]

@@ -39,12 +39,14 @@ def draft(
     count_S: torch.Tensor,
     markov: Callable[[torch.Tensor], torch.Tensor] | None,
     previous_S: torch.Tensor | None,
-    markov_from: int,
+    p_first_SV: torch.Tensor | None,
 ) -> Drafts:
-    """As `sampler.draft` for one group. The drafts keep `q_logits_SMV` itself, its mask token now at -inf."""
+    """As `sampler.draft` for one group; of `mixed` without p_first_SV. The drafts keep `q_logits_SMV` itself, its mask token now at -inf."""
     (group,) = rows.groups
     noisy = group.greedy or group.sampler == "coupled"
     if markov is None:
+        if p_first_SV is not None:
+            torch.mul(p_first_SV, rows.draft_temperature, out=q_logits_SMV.select(1, 0))
         q_logits_SMV = q_logits_SMV.contiguous()
         q_logits_SMV[..., mask_token] = -torch.inf
         if group.cut:
@@ -57,8 +59,8 @@ def draft(
         assert previous_S is not None
         q_logits_SMV = widen(q_logits_SMV).contiguous()
         token_SM, lse_SM = draft_chain(
-            q_logits_SMV, markov, previous_S, count_S, rows.draft_temperature_S, rows.seed_S, anchor_S + 1, mask_token,
-            Purpose.NOISE if noisy else Purpose.DRAFT, markov_from,
+            q_logits_SMV, markov, previous_S, count_S, rows.draft_temperature_S, rows.seed_S, anchor_S, mask_token,
+            Purpose.NOISE if noisy else Purpose.DRAFT, p_first_SV, rows.draft_temperature,
             partial(_cut, rows, temperature_S=rows.draft_temperature_S) if group.cut else None,
         )  # fmt: skip
     if noisy:

@@ -103,15 +103,17 @@ def _draft_group(
     device = q_logits_SMV.device
     if group.sampler == "ar" or m == 0:
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
+    if group.sampler == "mixed":
+        p_first_SV = None
+    if kernels.serves(group, q_logits_SMV):
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SV)
     markov_from = 0
-    if p_first_SV is not None and group.sampler != "mixed":
+    if p_first_SV is not None:
         # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature. Logits that are
         # adjusted are scaled behind the adjustment (`_Chain`).
         scale = rows.draft_temperature if group.adjustment is None else 1.0
         torch.mul(p_first_SV, scale, out=q_logits_SMV.select(1, 0))
         markov_from = 1
-    if kernels.serves(group, q_logits_SMV):
-        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, markov_from)
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
     slot_M = torch.arange(m, device=device)

@@ -176,8 +176,8 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_64() -> None:
                 assert torch.equal(a[0], b[i])
 
 
-@pytest.mark.parametrize(("purpose", "markov_from"), [(Purpose.NOISE, 0), (Purpose.DRAFT, 0), (Purpose.DRAFT, 1)])
-def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, markov_from: int) -> None:
+@pytest.mark.parametrize(("purpose", "known"), [(Purpose.NOISE, False), (Purpose.DRAFT, False), (Purpose.DRAFT, True)])
+def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, known: bool) -> None:
     s, m, v, excluded = 5, 4, 301, 17
     table, (seed, position) = PairTable(normal(v, v, seed=3)), keys(s)
     temperature, previous, count = torch.tensor([0.0, 0.6, 1.0, 1.0, 0.9]), torch.arange(s) * 50, torch.tensor([4, 0, 2, 4, 1])
@@ -185,20 +185,21 @@ def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, markov_from: int) 
         temperature[0] = 1.1
     given = normal(s, m, v)
     given[1], given[2, 2:], given[4, 1:] = NAN, NAN, NAN
-    keys_S = temperature, seed, position
+    keys_S = temperature, seed, position - 1
+    first = (normal(s, 3, v, seed=4)[:, 1], 0.7) if known else ()  # one row of several per sequence
 
     def chain(markov):
         q = given.clone()
-        return q, *draft_chain(q, markov, previous, count, *keys_S, excluded, purpose, markov_from)
+        return q, *draft_chain(q, markov, previous, count, *keys_S, excluded, purpose, *first)
 
     made = chain(table), chain(table.__call__)  # as a table, and as any function
     real = torch.arange(m) < count[:, None]
     for q, token, _ in made:
         assert torch.equal(token >= 0, real) and (token != excluded).all() and torch.isneginf(q[real][:, excluded]).all()
     (q, token, lse), (other_q, other_token, other_lse) = made
-    added = table(previous) if markov_from == 0 else 0.0
+    drawn_from = first[0] * first[1] if known else given[:, 0] + table(previous)
     others = torch.arange(v) != excluded
-    torch.testing.assert_close(q[:, 0, others][real[:, 0]], (given[:, 0] + added)[:, others][real[:, 0]])
+    torch.testing.assert_close(q[:, 0, others][real[:, 0]], drawn_from[:, others][real[:, 0]])
     torch.testing.assert_close(q[0, 1, others], (given[0, 1] + table(token[0, 0]))[others])
     assert torch.equal(token, other_token) and len(set(token[real].tolist())) > 5
     torch.testing.assert_close(q[real], other_q[real], atol=2e-6, rtol=2e-6)
