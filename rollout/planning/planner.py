@@ -11,9 +11,9 @@ waiting drafts. Now and then the planner probes: it runs two steps of a schedule
 take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
-are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
-ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of others: the first one also compares
-schedules, and finds its data further away where another schedule ran before it.
+are compared again when there are a quarter more or fewer samples, of any kind or altogether, when acceptance rates were estimated
+anew, when samples come near their ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of
+others: the first one also compares schedules, and finds its data further away where another schedule ran before it.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -103,8 +103,18 @@ class _Batch(NamedTuple):
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
         kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        kinds = {kind: kind_S.count(kind) for kind in dict.fromkeys(kind_S) if kind[0] != "ar"}
+        several = kind_S.count(kind_S[0]) < len(kind_S) if kind_S else False
+        kinds = {kind: kind_S.count(kind) for kind in (dict.fromkeys(kind_S) if several else kind_S[:1]) if kind[0] != "ar"}
         return cls(list(samples), kind_S, kinds)
+
+    def is_like(self, before: _Batch) -> bool:
+        """Whether a choice for the batch before stands: there are not a quarter more or fewer samples, neither of any kind."""
+        count, old = len(self.samples), len(before.samples)
+        if self.kinds == before.kinds and count == old:
+            return True
+        return 4 * abs(count - old) < old and self.kinds.keys() == before.kinds.keys() and all(
+            4 * abs(count - before.kinds[kind]) < before.kinds[kind] for kind, count in self.kinds.items()
+        )
 
     @property
     def drafting(self) -> list[Sample]:
@@ -141,7 +151,7 @@ class Planner:
         self._fused_N = [schedule.kind == "fused" for schedule in self.schedules]
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
-        self._batch = _Batch.of(())
+        self._batch = self._compared = _Batch.of(())  # of the last step, and of the last choice
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
         self._since = self._turn = self._stands = 0
@@ -149,12 +159,10 @@ class Planner:
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        before = self._batch
-        if before.samples != decoding:
-            self._batch = _Batch.of(decoding, before)
+        if self._batch.samples != decoding:
+            batch = self._batch = _Batch.of(decoding, self._batch)
             probes = self._decision is not None and self._decision.probe
-            changed = self._batch.kinds != before.kinds or len(before.samples) != len(decoding)
-            if changed and not (probes and self._batch.kinds):  # half a probe would have taught nothing
+            if not (probes and batch.kinds) and not batch.is_like(self._compared):  # half a probe would have taught nothing
                 self._stands = 0
         decision, self._first = self._decision, not self._stands
         if self._stands and decision is not None:
@@ -199,9 +207,10 @@ class Planner:
         # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
         record, slot_S = decoding[0].log.record if two_pass else None, None
         if record is not None:
-            drafted_S, accepted_S = record.drafted, record.accepted
+            start_S, drafted_S, accepted_S = record.start, record.drafted, record.accepted
         else:
             steps = [sample.last_step for sample in decoding]
+            start_S = [step.anchor + 1 for step in steps]
             drafted_S, accepted_S = [step.drafted for step in steps], [step.accepted for step in steps]
             slot_S = None if two_pass else [step.anchor + 1 - step.draft_start for step in steps]
         decision.tokens = 1 + sum(accepted_S) / count
@@ -211,7 +220,7 @@ class Planner:
         for s in ended:
             sample = decoding[s]
             if sample.finish == "stop":
-                accepted_S[s] = min(accepted_S[s], sample.anchor - sample.last_step.anchor - 1)
+                accepted_S[s] = min(accepted_S[s], sample.anchor - start_S[s])
             else:  # a step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing
                 drafted_S[s] = 0
         for kind, number in self._batch.kinds.items():
@@ -226,7 +235,7 @@ class Planner:
     def _chosen(self) -> Decision:
         """A choice among all schedules."""
         self._settle()
-        self._timed = False
+        self._timed, self._compared = False, self._batch
         samples, drafting = self._batch.samples, self._batch.drafting
         context = sum([len(sample.tokens) for sample in samples]) / len(samples)
         remaining = sum([sample.remaining for sample in drafting]) / len(drafting)

@@ -200,7 +200,7 @@ def test_a_step_s_time_waits_until_what_it_drafted_is_committed():
 
 
 def test_a_choice_stands_until_something_changes(monkeypatch):
-    """Schedules are compared once in many steps; but at once when a sample ends, joins or comes near its end."""
+    """Schedules are compared once in many steps; but at once when many samples end, join or come near their ends."""
     world = World(1.0, 0.01, 0.8, batch=4)
     compared = []
     best = world.planner._best
@@ -235,6 +235,16 @@ def test_a_choice_stands_until_something_changes(monkeypatch):
         world.step()
     world.samples[1] = Running(request, [1] * 8)  # of the same kind as the sample that it follows
     assert not compares()
+    world.samples += [Running(request, [1] * 8) for _ in range(5)]
+    assert compares()
+    while world.planner._stands < 3:
+        world.step()
+    del world.samples[-1]  # one of nine
+    assert not compares()
+    while world.planner._stands < 3:
+        world.step()
+    del world.samples[-2:]  # three of nine
+    assert compares()
     for remaining, most in ((20, 0), (60, 28 / world.planner.log[-1].expected_tokens)):
         for sample in world.samples:
             sample.remaining = remaining
