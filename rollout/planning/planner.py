@@ -11,9 +11,9 @@ waiting drafts. Now and then the planner probes: it runs two steps of a schedule
 take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
-are compared again when the numbers of samples change, when acceptance rates were estimated anew, when samples come near their
-ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of others: the first one also compares
-schedules, and finds its data further away where another schedule ran before it.
+are compared again when there are a quarter more or fewer samples, of any kind or altogether, when acceptance rates were estimated
+anew, when samples come near their ends, and after `_PROBE_EVERY` steps. The second step of each choice is timed, of probes as of
+others: the first one also compares schedules, and finds its data further away where another schedule ran before it.
 
 Invariants, for exactness. A sampler is exact under any schedule that is fixed in advance. It is also exact when each step's
 schedule depends only on random numbers that no later draw uses again:
@@ -31,13 +31,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from typing import NamedTuple
 
 from ..schedule import Schedule
 from ..sequence import Sample
 from ..types import SamplingParams
 from .step_costs import StepCosts
-from .survival import Survival
+from .survival import Means, Survival
 
 PROBE_SHARE = 0.015
 _PROBE_EVERY = 24  # steps between two probes, at least; and the most that a choice stands for
@@ -87,27 +87,39 @@ def candidates(block_size: int) -> tuple[Schedule, ...]:
     return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """S samples of a step, and what stays the same while they run.
+class _Batch(NamedTuple):
+    """S samples of a step.
 
     Attributes:
-        drafting: those whose sampler takes drafts. kinds: how many of these are of each kind. kind_S: the kind of every sample.
+        kind_S: the kind of each sample. kinds: how many are of each kind; kinds of `ar`, which takes no drafts, left out.
     """
 
-    samples: tuple[Sample, ...]
-    drafting: list[Sample]
-    kinds: dict[Kind, int]
+    samples: list[Sample]
     kind_S: list[Kind]
+    kinds: dict[Kind, int]
 
     @classmethod
     def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
         """The samples of a step; `before`: another batch, some of whose samples may be the same."""
         known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
         kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        kinds = {kind: kind_S.count(kind) for kind in dict.fromkeys(kind_S) if kind[0] != "ar"}
-        drafting = [sample for sample, kind in zip(samples, kind_S, strict=True) if kind[0] != "ar"]
-        return cls(tuple(samples), drafting, kinds, kind_S)
+        several = kind_S.count(kind_S[0]) < len(kind_S) if kind_S else False
+        kinds = {kind: kind_S.count(kind) for kind in (dict.fromkeys(kind_S) if several else kind_S[:1]) if kind[0] != "ar"}
+        return cls(list(samples), kind_S, kinds)
+
+    def is_like(self, before: _Batch) -> bool:
+        """Whether a choice for the batch before stands: there are not a quarter more or fewer samples, neither of any kind."""
+        count, old = len(self.samples), len(before.samples)
+        if self.kinds == before.kinds and count == old:
+            return True
+        return 4 * abs(count - old) < old and self.kinds.keys() == before.kinds.keys() and all(
+            4 * abs(count - before.kinds[kind]) < before.kinds[kind] for kind, count in self.kinds.items()
+        )
+
+    @property
+    def drafting(self) -> list[Sample]:
+        """Those whose sampler takes drafts."""
+        return [sample for sample, kind in zip(self.samples, self.kind_S, strict=True) if kind[0] != "ar"]
 
 
 class Planner:
@@ -136,9 +148,10 @@ class Planner:
         self.costs, self.schedules, self.repeatable = costs, tuple(schedules), repeatable
         self.log: deque[Decision] = deque(maxlen=_LOG)
         self._block_size, self._prior = block_size, prior
+        self._fused_N = [schedule.kind == "fused" for schedule in self.schedules]
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
-        self._batch = _Batch.of(())
+        self._batch = self._compared = _Batch.of(())  # of the last step, and of the last choice
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
         self._since = self._turn = self._stands = 0
@@ -146,12 +159,10 @@ class Planner:
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        if len(decoding) != len(self._batch.samples) or self._batch.samples != tuple(decoding):
-            before = self._batch
-            self._batch = _Batch.of(decoding, before)
+        if self._batch.samples != decoding:
+            batch = self._batch = _Batch.of(decoding, self._batch)
             probes = self._decision is not None and self._decision.probe
-            changed = self._batch.kinds != before.kinds or len(before.samples) != len(decoding)
-            if changed and not (probes and self._batch.drafting):  # half a probe would have taught nothing
+            if not (probes and batch.kinds) and not batch.is_like(self._compared):  # half a probe would have taught nothing
                 self._stands = 0
         decision, self._first = self._decision, not self._stands
         if self._stands and decision is not None:
@@ -160,10 +171,8 @@ class Planner:
             decision = self._decision_of(
                 decision.schedule, decision.context, decision.expected_seconds, decision.expected_tokens, decision.probe
             )
-        elif self._batch.drafting:
-            decision = self._chosen(decoding)
         else:
-            decision = None
+            decision = self._chosen() if self._batch.kinds else None
         self._decision = decision
         if decision is None:
             return _AR
@@ -190,39 +199,45 @@ class Planner:
             self._late.append((decision, ends))
 
     def _learn(self, decoding: Sequence[Sample], decision: Decision) -> None:
-        """Count what became of the drafts of a step, and its tokens."""
-        count, kind = len(decoding), decision.schedule.kind
-        if kind == "ar":
+        """Note what became of the drafts of a step, and its tokens."""
+        count, two_pass = len(decoding), decision.schedule.kind == "two_pass"
+        if decision.schedule.kind == "ar":
             decision.tokens = 1.0
             return
         # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
-        record = decoding[0].log.record if kind == "two_pass" else None
+        record, slot_S = decoding[0].log.record if two_pass else None, None
         if record is not None:
-            accepted_S, outcomes = record.accepted, list(zip(repeat(0, count), record.drafted, record.accepted))
+            start_S, drafted_S, accepted_S = record.start, record.drafted, record.accepted
         else:
             steps = [sample.last_step for sample in decoding]
-            accepted_S = [step.accepted for step in steps]
-            outcomes = [(step.anchor + 1 - step.draft_start, step.drafted, step.accepted) for step in steps]
-        for s, sample in enumerate(decoding):
-            if sample.finish is not None:
-                slot, drafted, accepted = outcomes[s]
-                # A step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing.
-                drafted = drafted if sample.finish == "stop" else 0
-                outcomes[s] = slot, drafted, min(accepted, sample.anchor - sample.last_step.anchor - 1)
-        for its_kind, number in self._batch.kinds.items():
-            own = outcomes
-            if number < count:
-                own = [each for each, other in zip(outcomes, self._batch.kind_S, strict=True) if other == its_kind]
-            if self._of(its_kind).note_all(own) and not decision.probe:
-                self._stands = 0
+            start_S = [step.anchor + 1 for step in steps]
+            drafted_S, accepted_S = [step.drafted for step in steps], [step.accepted for step in steps]
+            slot_S = None if two_pass else [step.anchor + 1 - step.draft_start for step in steps]
         decision.tokens = 1 + sum(accepted_S) / count
+        ended = [s for s, sample in enumerate(decoding) if sample.finish is not None]
+        if ended:
+            drafted_S, accepted_S = list(drafted_S), list(accepted_S)
+        for s in ended:
+            sample = decoding[s]
+            if sample.finish == "stop":
+                accepted_S[s] = min(accepted_S[s], sample.anchor - start_S[s])
+            else:  # a step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing
+                drafted_S[s] = 0
+        for kind, number in self._batch.kinds.items():
+            slots, drafted, accepted = slot_S, drafted_S, accepted_S
+            if number < count:
+                own = [s for s, other in enumerate(self._batch.kind_S) if other == kind]
+                slots = None if slots is None else [slots[s] for s in own]
+                drafted, accepted = [drafted[s] for s in own], [accepted[s] for s in own]
+            if self._of(kind).note_all(slots, drafted, accepted) and not decision.probe:
+                self._stands = 0
 
-    def _chosen(self, decoding: Sequence[Sample]) -> Decision:
+    def _chosen(self) -> Decision:
         """A choice among all schedules."""
         self._settle()
-        self._timed = False
-        drafting = self._batch.drafting
-        context = sum([len(sample.tokens) for sample in decoding]) / len(decoding)
+        self._timed, self._compared = False, self._batch
+        samples, drafting = self._batch.samples, self._batch.drafting
+        context = sum([len(sample.tokens) for sample in samples]) / len(samples)
         remaining = sum([sample.remaining for sample in drafting]) / len(drafting)
         waiting = sum([sample.draft_count > 0 for sample in drafting])
         decision = self._best(context, remaining, 1 - waiting / len(drafting))
@@ -233,16 +248,15 @@ class Planner:
         return decision
 
     def _best(self, context: float, remaining: float, cold: float) -> Decision:
-        seconds_N, tokens_N, past_N = self._expected(context, remaining <= _HORIZON)
-        horizon, total_N = min(remaining, _HORIZON), list[float]()
-        for schedule, seconds, tokens, past in zip(self.schedules, seconds_N, tokens_N, past_N, strict=True):
-            steps = (horizon + past) / tokens
-            if schedule.kind == "fused":
-                steps += cold * (1 - 1 / tokens)
-            total_N.append(seconds * steps)
+        seconds_N, means_N = self.costs.each(self.schedules, len(self._batch.samples), context), self._means()
+        horizon, ending = min(remaining, _HORIZON), remaining <= _HORIZON
+        total_N = [
+            seconds * ((horizon + past * ending) / tokens + cold * turns * (1 - 1 / tokens))
+            for seconds, (tokens, past), turns in zip(seconds_N, means_N, self._fused_N, strict=True)
+        ]
         self._since += 1
-        first = min(range(len(total_N)), key=total_N.__getitem__)
-        best = self._decision_of(self.schedules[first], context, seconds_N[first], tokens_N[first])
+        first = total_N.index(min(total_N))
+        best = self._decision_of(self.schedules[first], context, seconds_N[first], means_N[first][0])
         if self._since < _PROBE_EVERY:
             return best
         ranked = sorted(range(len(total_N)), key=total_N.__getitem__)
@@ -252,7 +266,7 @@ class Planner:
         # Every other time it is the kind of block that is not learnt from otherwise.
         unlike = next((n for n in near if self.schedules[n].kind != best.schedule.kind), near[0])
         n = unlike if self._turn % 2 else near[self._turn // 2 % len(near)]
-        second = self._decision_of(self.schedules[n], context, seconds_N[n], tokens_N[n], probe=True)
+        second = self._decision_of(self.schedules[n], context, seconds_N[n], means_N[n][0], probe=True)
         # Turning back to `fused` costs a step without drafts.
         back = 1.0 if best.schedule.kind == "fused" and second.schedule.kind != "fused" else 0.0
         rate = best.expected_tokens / best.expected_seconds
@@ -271,17 +285,16 @@ class Planner:
     def _decision_of(self, schedule: Schedule, context: float, seconds: float, tokens: float, probe: bool = False) -> Decision:
         return Decision(schedule, len(self._batch.samples), context, seconds, tokens, probe)
 
-    def _expected(self, context: float, ending: bool) -> tuple[list[float], list[float], list[float]]:
-        """Seconds of a step, tokens per sample, and where samples are `ending` the tokens past their end, by schedule."""
-        batch, schedules = len(self._batch.samples), self.schedules
-        tokens_N, past_N = [float(batch)] * len(schedules), [0.0] * len(schedules)
-        for kind, count in self._batch.kinds.items():
-            means = self._of(kind).means(schedules)
-            tokens_N = [known + count * (tokens - 1.0) for known, (tokens, _) in zip(tokens_N, means, strict=True)]
-            if ending:
-                past_N = [known + count * past for known, (_, past) in zip(past_N, means, strict=True)]
-        seconds_N = self.costs.each(schedules, batch, context)
-        return seconds_N, [tokens / batch for tokens in tokens_N], [past / batch for past in past_N]
+    def _means(self) -> Means:
+        """Tokens per sample of a step, and tokens past a given length, by schedule."""
+        count, kinds = len(self._batch.samples), self._batch.kinds
+        shares = [(number / count, self._of(kind).means(self.schedules)) for kind, number in kinds.items()]
+        if len(shares) == 1 and shares[0][0] == 1:
+            return shares[0][1]
+        return [
+            (1 + sum(share * (means[n][0] - 1) for share, means in shares), sum(share * means[n][1] for share, means in shares))
+            for n in range(len(self.schedules))
+        ]
 
     def _of(self, kind: Kind) -> Survival:
         known = self._survival.get(kind)

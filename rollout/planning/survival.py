@@ -14,13 +14,18 @@ the long run a schedule makes, per step:
 Invariants:
 - Only the numbers of verified and accepted drafts are counted; never a token, never a draft that was not verified.
 - A slot's rate with few observations is drawn towards the rate of its kind (`two_pass` or `fused`), that rate towards the
-  `later` rate of the other kind (with odds changed by the factor `_EASE`), and that one towards the prior.
+  `later` rate of the other kind (in whole percent, with odds changed by the factor `_EASE`), and that one towards the prior.
+- Outcomes are noted step by step and counted when a kind has many new ones: the estimates change then, and at no other time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
+from itertools import chain as joined
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -31,12 +36,12 @@ _WEIGHT = 6.0  # observations a slot's rate borrows from the rate of its kind, a
 _KIN = 16.0  # observations a kind's rate borrows from the other kind's: texts differ more from each other than kinds do
 _EASE = 1.5  # odds of a later draft's acceptance in `two_pass` over those in `fused`, as tiny-reasoner has it
 _MEMORY = 4096  # tries after which older ones count half: the samples that run change, and a policy in training moves
-_FRESH = 4.0  # tries after which the first estimate is made; later ones when there are half as many more
+_FRESH = 4.0  # tokens after which the first estimate is made; later ones when there are half as many more as tries
 
-Outcome = tuple[int, int, int]
-"""Of a sample's step: the slot of its first draft, how many drafts were verified, and how many of these were accepted."""
 Means = list[tuple[float, float]]
 """`Survival.tokens` and `Survival.past` by schedule."""
+_Step = tuple[list[int] | None, list[int], list[int]]
+"""Arguments of `Survival.note_all`."""
 
 
 class Survival:
@@ -50,41 +55,47 @@ class Survival:
     def __init__(self, slots: int, prior: float) -> None:
         self._prior = prior
         # [two_pass or fused][first tries, first hits, later tries or later hits][slot]; lists: single numbers of them change
-        self._seen = np.zeros((2, 4, slots + 1)).tolist()
-        self._reached: dict[int, np.ndarray] = {}
+        self._seen = [[[0.0] * (slots + 1) for _ in range(4)] for _ in range(2)]
         self._known: tuple[Sequence[Schedule], Means] | None = None
-        self._fresh, self._most_fresh = [0, 0], [_FRESH, _FRESH]  # tries since the last estimate: how many, and at most
-        self._pending: dict[Outcome, int] = {}  # how often each was noted since `_count`
+        self._chains: tuple[Any, Means] | None = None  # of `fused`: what its means depend on, and these
+        self._changes = 0  # how often the counts of `fused` have changed
+        # By kind, what was noted since it was counted, in lists of one step: slots (None: all 0), drafted, accepted.
+        self._noted: tuple[list[_Step], list[_Step]] = ([], [])
+        self._fresh, self._most_fresh = [0, 0], [_FRESH, _FRESH]  # tokens since the last count: how many, and at most
 
     def note(self, slot: int, drafted: int, accepted: int) -> bool:
-        """`note_all` of one outcome."""
-        return self.note_all([(slot, drafted, accepted)])
+        """`note_all` of one sample."""
+        return self.note_all([slot] if slot else None, [drafted], [accepted])
 
-    def note_all(self, outcomes: Sequence[Outcome]) -> bool:
-        """Count what a step made of the drafts of its samples. Returns whether the estimates change by this."""
-        pending, fresh = self._pending, self._fresh
-        for outcome in outcomes:
-            slot, drafted, accepted = outcome
-            if drafted:
-                pending[outcome] = pending.get(outcome, 0) + 1
-                fresh[slot > 0] += accepted + (accepted < drafted)
-        if fresh[0] <= self._most_fresh[0] and fresh[1] <= self._most_fresh[1]:
+    def note_all(self, slot_S: list[int] | None, drafted_S: list[int], accepted_S: list[int]) -> bool:
+        """Note what a step made of the drafts of S samples. The lists are kept and must not change.
+
+        Args:
+            slot_S: of the first draft; None where that is slot 0, as in `two_pass`.
+            drafted_S: drafts that were verified; 0 where the sample says nothing. accepted_S: how many of these were accepted.
+        Returns: whether the estimates change by this.
+        """
+        kind = 0 if slot_S is None else 1
+        self._noted[kind].append((slot_S, drafted_S, accepted_S))
+        self._fresh[kind] += sum(accepted_S) + len(accepted_S)
+        if self._fresh[kind] <= self._most_fresh[kind]:
             return False
-        self._known = None
-        self._reached.clear()
-        seen = self._counts()
-        for kind in (0, 1):
-            if fresh[kind] > self._most_fresh[kind] and seen[kind, :, 0].sum() > _MEMORY:
-                seen[kind] *= 0.5
-                self._seen[kind] = seen[kind].reshape(4, -1).tolist()
+        self._count(kind)
+        seen = self._seen[kind]
+        if sum(seen[0]) + sum(seen[2]) > _MEMORY:
+            seen = self._seen[kind] = [[0.5 * count for count in line] for line in seen]
         # What is known changes slowly once much is known.
-        self._fresh, self._most_fresh = [0, 0], (_FRESH + seen[:, :, 0].sum((1, 2)) / 2).tolist()
+        self._fresh[kind], self._most_fresh[kind] = 0, _FRESH + (sum(seen[0]) + sum(seen[2])) / 2
+        self._known = None
         return True
 
-    def _count(self) -> None:
-        """Count the outcomes that were noted."""
-        for (slot, drafted, accepted), times in self._pending.items():
-            first_tries, first_hits, later_tries, later_hits = self._seen[int(slot > 0)]
+    def _count(self, kind: int) -> None:
+        """Count the outcomes of a kind that were noted."""
+        noted = self._noted[kind]
+        first_tries, first_hits, later_tries, later_hits = self._seen[kind]
+        for (slot, drafted, accepted), times in _outcomes(noted).items():
+            if not drafted:
+                continue
             first_tries[slot] += times
             if accepted:
                 first_hits[slot] += times
@@ -93,30 +104,32 @@ class Survival:
                     later_hits[i] += times
                 if accepted < drafted:
                     later_tries[slot + accepted] += times
-        self._pending.clear()
+        noted.clear()
+        self._changes += kind
 
     def fade(self) -> None:
         """Reduce the weight of all observations so far by 5 %."""
-        self._count()
+        for kind in (0, 1):
+            self._count(kind)
         self._seen = [[[0.95 * count for count in line] for line in lines] for lines in self._seen]
+        self._changes += 1
 
-    def _counts(self) -> np.ndarray:
-        """[two_pass or fused, first or later, tries or hits, slot]."""
-        self._count()
-        return np.array(self._seen).reshape(2, 2, 2, -1)
-
-    def rates(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
+    def rates(self, slot: int) -> tuple[list[float], list[float]]:
         """first_B, later_B: acceptance by slot, of a block whose drafts begin in `slot`."""
-        fused, seen = slot > 0, self._counts()
-        (first, later), (_, other) = seen[int(fused)], seen[int(not fused)]
-        rate, odds, borrowed = _leaning(other.sum(-1), self._prior, _WEIGHT), 1.0, _WEIGHT
-        if other[0].any():
-            odds, borrowed = 1 / _EASE if fused else _EASE, _KIN
-        first_rate, later_rate = rate if fused else 1.0, odds * rate / (1 + (odds - 1) * rate)
-        first_rate, later_rate = (
-            _leaning(seen.sum(-1), known, borrowed) for seen, known in ((first, first_rate), (later, later_rate))
-        )
-        return _leaning(first, first_rate, _WEIGHT), _leaning(later, later_rate, _WEIGHT)
+        first_tries, first_hits, later_tries, later_hits = self._seen[slot > 0]
+        first_hint, later_hint, borrowed = self._hint(slot > 0)
+        first_hint = _leaning(sum(first_tries), sum(first_hits), first_hint, borrowed)
+        later_hint = _leaning(sum(later_tries), sum(later_hits), later_hint, borrowed)
+        first = [_leaning(tries, hits, first_hint, _WEIGHT) for tries, hits in zip(first_tries, first_hits, strict=True)]
+        return first, [_leaning(tries, hits, later_hint, _WEIGHT) for tries, hits in zip(later_tries, later_hits, strict=True)]
+
+    def _hint(self, fused: bool) -> tuple[float, float, float]:
+        """The `first` and `later` rates that a kind begins with, and as how many observations they count."""
+        tries, hits = (sum(line) for line in self._seen[not fused][2:])
+        if not tries:
+            return (self._prior if fused else 1.0), self._prior, _WEIGHT
+        rate, odds = round(_leaning(tries, hits, self._prior, _WEIGHT), 2), 1 / _EASE if fused else _EASE
+        return (rate if fused else 1.0), odds * rate / (1 + (odds - 1) * rate), _KIN
 
     def tokens(self, schedule: Schedule) -> float:
         """Expected tokens per step of one sample, in the long run; `schedule` has its sizes (`Schedule.within`)."""
@@ -134,32 +147,39 @@ class Survival:
         return self._known[1]
 
     def _of(self, schedules: Sequence[Schedule]) -> Means:
-        fused = tuple(schedule for schedule in schedules if schedule.kind == "fused")
-        chains = iter(_lasting_means(fused, self._alive(1)) if fused else ())
-        first_M = self._alive(0)[0]
-        tokens_M = (1.0 + first_M.cumsum()).tolist()
-        squares_M = (1.0 + (first_M * _square_weights(len(first_M))).cumsum()).tolist()
+        chains = iter(self._chained([schedule for schedule in schedules if schedule.kind == "fused"]))
+        (first, *_), (_, *later) = self.rates(0)
+        alive_M = list(accumulate([first, *later], mul))
+        tokens_M = list(accumulate(alive_M, initial=1.0))
+        squares_M = list(accumulate([(2 * m + 3) * alive for m, alive in enumerate(alive_M)], initial=1.0))
         found = []
         for schedule in schedules:
             tokens, squares = 1.0, 1.0
             if schedule.kind == "two_pass":
                 assert schedule.drafts is not None
-                tokens, squares = tokens_M[schedule.drafts - 1], squares_M[schedule.drafts - 1]
+                tokens, squares = tokens_M[schedule.drafts], squares_M[schedule.drafts]
             elif schedule.kind == "fused":
                 tokens, squares = next(chains)
             found.append((tokens, (squares / tokens - 1) / 2))
         return found
 
-    def _alive(self, kind: int) -> np.ndarray:
-        known = self._reached.get(kind)
-        if known is None:
-            known = self._reached[kind] = _alive(self.rates(kind))
-        return known
+    def _chained(self, schedules: list[Schedule]) -> Means:
+        """Means of a step's tokens and of their squares, of schedules of `fused`."""
+        basis = schedules, self._changes, self._hint(True)
+        if schedules and (self._chains is None or self._chains[0] != basis):
+            self._chains = basis, _lasting_means(tuple(schedules), _alive(self.rates(1)))
+        return self._chains[1] if schedules and self._chains is not None else []
 
 
-def _leaning(seen: np.ndarray, rate: Any, borrowed: float) -> Any:
-    """The rate of [tries, hits], drawn towards `rate` as if `borrowed` more tries had had that rate."""
-    tries, hits = seen
+def _outcomes(noted: list[_Step]) -> Counter[tuple[int, int, int]]:
+    """How often each slot of a first draft, number of verified and number of accepted drafts were noted together."""
+    slots = joined.from_iterable(slot_S or [0] * len(drafted_S) for slot_S, drafted_S, _ in noted)
+    drafted, accepted = (joined.from_iterable([step[i] for step in noted]) for i in (1, 2))
+    return Counter(zip(slots, drafted, accepted, strict=True))
+
+
+def _leaning(tries: float, hits: float, rate: float, borrowed: float) -> float:
+    """The rate of hits, drawn towards `rate` as if `borrowed` more tries had had that rate."""
     return (hits + borrowed * rate) / (tries + borrowed)
 
 
@@ -231,9 +251,9 @@ def _targets(schedule: Schedule) -> np.ndarray:
     return targets
 
 
-def _alive(rates: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _alive(rates: tuple[Sequence[float], Sequence[float]]) -> np.ndarray:
     """alive_SM of `chain`, for all slots of the rates."""
-    first, later = rates
+    first, later = np.array(rates)
     slot = np.arange(len(first))
     beyond = slot[:, None] + slot
     rate_SM = np.where(beyond < len(first), later[np.minimum(beyond, len(first) - 1)], 0.0)
