@@ -1,0 +1,162 @@
+"""Arithmetic on registers of a CPU, for intrinsics of functions that numba compiles: loops over one line of a few tens of numbers,
+which numba does not vectorise, or reads and writes once per operation.
+
+Invariants:
+- A number's result depends on that number alone, whatever lies beside it. Sums across a line have one order on all processors.
+- Products and sums are fused where `times_plus` says so, and nowhere else.
+
+Legend: n = `LANES`.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from .lanes import LANES, has
+
+LONG = ir.IntType(64)
+_INT, _VECTOR = ir.IntType(32), ir.VectorType
+FUSED = platform.machine() not in ("x86_64", "AMD64") or has("fma")
+"""Whether the processor rounds a product and the sum that it goes into once, together."""
+
+
+def multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of vectors, rounded once where the processor can."""
+    if not FUSED:
+        return builder.fadd(builder.fmul(a, b), c)
+    return _call(builder, "fma", a, b, c)
+
+
+def _call(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
+    """LLVM's function of this name, of vectors of one type."""
+    vector = arguments[0].type
+    kind = ir.FunctionType(vector, [vector] * len(arguments))
+    suffix = f"v{vector.count}{'f64' if vector.element == ir.DoubleType() else 'f32'}"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.{suffix}"), arguments)
+
+
+class Numbers:
+    """Some float numbers side by side, in the code that an intrinsic writes. The operators are those of IEEE 754, number by
+    number; the other operand is `Numbers` of as many, or one number for all."""
+
+    def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
+        self.builder, self.value = builder, value
+
+    @classmethod
+    def all(cls, builder: ir.IRBuilder, number: float, lanes: int = LANES, of: Any = None) -> Numbers:
+        """`lanes` times one number."""
+        return cls(builder, ir.Constant(_VECTOR(of or ir.FloatType(), lanes), [number] * lanes))
+
+    @classmethod
+    def load(cls, builder: ir.IRBuilder, array: Any, at: Any, lanes: int = LANES) -> Numbers:
+        """From the flat place `at` of a contiguous array."""
+        return cls(builder, builder.load(_pointer(builder, array, at, lanes), align=1))
+
+    def store(self, array: Any, at: Any) -> None:
+        """To the flat place `at` of a contiguous array."""
+        self.builder.store(self.value, _pointer(self.builder, array, at, self.value.type.count), align=1)
+
+    def _alike(self, other: Any) -> Any:
+        kind = self.value.type
+        return other.value if isinstance(other, Numbers) else ir.Constant(kind, [other] * kind.count)
+
+    def __add__(self, other: Numbers | float) -> Numbers:
+        return Numbers(self.builder, self.builder.fadd(self.value, self._alike(other)))
+
+    def __sub__(self, other: Numbers | float) -> Numbers:
+        return Numbers(self.builder, self.builder.fsub(self.value, self._alike(other)))
+
+    def __mul__(self, other: Numbers | float) -> Numbers:
+        return Numbers(self.builder, self.builder.fmul(self.value, self._alike(other)))
+
+    def __truediv__(self, other: Numbers | float) -> Numbers:
+        return Numbers(self.builder, self.builder.fdiv(self.value, self._alike(other)))
+
+    def __gt__(self, other: Numbers | float) -> Any:
+        """A condition for `where`; false beside NaN."""
+        return self.builder.fcmp_ordered(">", self.value, self._alike(other))
+
+    def where(self, condition: Any, otherwise: Numbers | float) -> Numbers:
+        """These numbers where the condition holds, the others elsewhere."""
+        return Numbers(self.builder, self.builder.select(condition, self.value, self._alike(otherwise)))
+
+    def or_above(self, other: Numbers | float) -> Numbers:
+        """The larger one; the other where this one is NaN."""
+        return self.where(self > other, other)
+
+    def times_plus(self, factor: Numbers | float, summand: Numbers | float) -> Numbers:
+        """self * factor + summand, rounded once where the processor can."""
+        return Numbers(self.builder, multiply_add(self.builder, self.value, self._alike(factor), self._alike(summand)))
+
+    def floor(self) -> Numbers:
+        return Numbers(self.builder, _call(self.builder, "floor", self.value))
+
+    def to(self, number: Any) -> Numbers:
+        """As numbers of another type, rounded."""
+        builder, target = self.builder, _VECTOR(number, self.value.type.count)
+        if target == self.value.type:
+            return self
+        return Numbers(builder, (builder.fpext if number == ir.DoubleType() else builder.fptrunc)(self.value, target))
+
+    def everywhere(self, lanes: int) -> Numbers:
+        """The first number, so many times."""
+        first = ir.Constant(_VECTOR(_INT, lanes), [0] * lanes)
+        return Numbers(self.builder, self.builder.shuffle_vector(self.value, self.value, first))
+
+    def folded(self, together: Callable[[Numbers, Numbers], Numbers]) -> Numbers:
+        """One number: the second half is put together with the first, until one is left."""
+        numbers = self
+        while (count := numbers.value.type.count) > 1:
+            low, high = (
+                Numbers(self.builder, self.builder.shuffle_vector(numbers.value, numbers.value, ir.Constant(
+                    _VECTOR(_INT, count // 2), [*range(first, first + count // 2)])))
+                for first in (0, count // 2)
+            )  # fmt: skip
+            numbers = together(low, high)
+        return numbers
+
+    def exponential(self) -> Numbers:
+        """exp to two units in the last place (the polynomial of Cephes' expf). Numbers below -87 count as -87."""
+        builder, y = self.builder, self.or_above(-87.0)
+        n = y.times_plus(1.44269504, 0.5).floor()
+        r = n.times_plus(2.12194440e-4, n.times_plus(-0.693359375, y))
+        p = r.times_plus(1.9875691500e-4, 1.3981999507e-3)
+        for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = p.times_plus(r, coefficient)
+        p = (p * r).times_plus(r, r) + 1.0
+        kind = _VECTOR(_INT, self.value.type.count)
+        shift = builder.shl(builder.fptosi(n.value, kind), ir.Constant(kind, [23] * kind.count))
+        return Numbers(builder, builder.bitcast(builder.add(builder.bitcast(p.value, kind), shift), self.value.type))
+
+
+def _pointer(builder: ir.IRBuilder, array: Any, at: Any, lanes: int) -> Any:
+    pointer = builder.gep(array.data, [at])
+    return builder.bitcast(pointer, _VECTOR(pointer.type.pointee, lanes).as_pointer())
+
+
+def places(builder: ir.IRBuilder, first: Any) -> Any:
+    """The int32 numbers first, first + 1, ... of a register."""
+    kind = _VECTOR(_INT, LANES)
+    return builder.add(spread(builder, first), ir.Constant(kind, [*range(LANES)]))
+
+
+def spread(builder: ir.IRBuilder, number: Any) -> Any:
+    """An int64 as an int32 in all places of a register."""
+    kind = _VECTOR(_INT, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(number, _INT), _INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(kind, [0] * LANES))
+
+
+def along(builder: ir.IRBuilder, count: Any, body: Callable[[Any, int], None]) -> None:
+    """Writes body(place, lanes) for `count` places: registers first, then the rest one by one."""
+    done: Any = LONG(0)
+    for lanes in (LANES, 1):
+        until = builder.mul(builder.udiv(count, LONG(lanes)), LONG(lanes))
+        with cgutils.for_range_slice(builder, done, until, LONG(lanes)) as (place, _):
+            body(place, lanes)
+        done = until
