@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+from numba import types
 from numba.core import cgutils
 
 from .lanes import LANES, has
@@ -47,19 +48,24 @@ class Numbers:
     def __init__(self, builder: ir.IRBuilder, value: Any) -> None:
         self.builder, self.value = builder, value
 
+    @property
+    def lanes(self) -> int:
+        """How many."""
+        return self.value.type.count
+
     @classmethod
     def all(cls, builder: ir.IRBuilder, number: float, lanes: int = LANES, of: Any = None) -> Numbers:
         """`lanes` times one number."""
         return cls(builder, ir.Constant(_VECTOR(of or ir.FloatType(), lanes), [number] * lanes))
 
     @classmethod
-    def load(cls, builder: ir.IRBuilder, array: Any, at: Any, lanes: int = LANES) -> Numbers:
-        """From the flat place `at` of a contiguous array."""
-        return cls(builder, builder.load(_pointer(builder, array, at, lanes), align=1))
+    def load(cls, builder: ir.IRBuilder, line: Any, at: Any, lanes: int = LANES) -> Numbers:
+        """From the place `at` of a line on."""
+        return cls(builder, builder.load(_pointer(builder, line, at, lanes), align=1))
 
-    def store(self, array: Any, at: Any) -> None:
-        """To the flat place `at` of a contiguous array."""
-        self.builder.store(self.value, _pointer(self.builder, array, at, self.value.type.count), align=1)
+    def store(self, line: Any, at: Any) -> None:
+        """From the place `at` of a line on."""
+        self.builder.store(self.value, _pointer(self.builder, line, at, self.lanes), align=1)
 
     def _alike(self, other: Any) -> Any:
         kind = self.value.type
@@ -92,6 +98,9 @@ class Numbers:
     def times_plus(self, factor: Numbers | float, summand: Numbers | float) -> Numbers:
         """self * factor + summand, rounded once where the processor can."""
         return Numbers(self.builder, multiply_add(self.builder, self.value, self._alike(factor), self._alike(summand)))
+
+    def root(self) -> Numbers:
+        return Numbers(self.builder, _call(self.builder, "sqrt", self.value))
 
     def floor(self) -> Numbers:
         return Numbers(self.builder, _call(self.builder, "floor", self.value))
@@ -134,9 +143,48 @@ class Numbers:
         return Numbers(builder, builder.bitcast(builder.add(builder.bitcast(p.value, kind), shift), self.value.type))
 
 
-def _pointer(builder: ir.IRBuilder, array: Any, at: Any, lanes: int) -> Any:
-    pointer = builder.gep(array.data, [at])
+def _pointer(builder: ir.IRBuilder, line: Any, at: Any, lanes: int) -> Any:
+    pointer = builder.gep(line, [at])
     return builder.bitcast(pointer, _VECTOR(pointer.type.pointee, lanes).as_pointer())
+
+
+def one(builder: ir.IRBuilder, number: Any) -> Numbers:
+    """A float32 as `Numbers`."""
+    return Numbers(builder, builder.insert_element(Numbers.all(builder, 0.0, 1).value, number, _INT(0)))
+
+
+def written(signature: Any, write: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """What an intrinsic returns whose code write(builder, *arguments) writes and whose result that returns. Each array is followed
+    by a flat place in it; `write` gets one pointer for both. The code is a function of its own: within that of its caller, LLVM
+    spills the places of all lines at every turn of a loop, and unrolls loops that end after one or two turns."""
+
+    def generate(context, builder, signature, arguments):
+        given = iter(zip(signature.args, arguments, strict=True))
+        values = [
+            builder.gep(context.make_array(kind)(context, builder, value).data, [next(given)[1]])
+            if isinstance(kind, types.Array) else value
+            for kind, value in given
+        ]  # fmt: skip
+        nothing = signature.return_type == types.void
+        result = ir.VoidType() if nothing else context.get_value_type(signature.return_type)
+        kind = ir.FunctionType(result, [value.type for value in values])
+        name = f"{write.__module__}.{write.__qualname__}.{'.'.join(map(str, kind.args))}"
+        function = builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(builder.module, kind, name)
+            function.linkage = "internal"
+            for attribute in ("noinline", "nounwind", "optsize"):
+                function.attributes.add(attribute)
+            inside = ir.IRBuilder(function.append_basic_block())
+            returned = write(inside, *function.args)
+            if nothing:
+                inside.ret_void()
+            else:
+                inside.ret(returned)
+        returned = builder.call(function, values)
+        return context.get_dummy_value() if nothing else returned
+
+    return signature, generate
 
 
 def places(builder: ir.IRBuilder, first: Any) -> Any:
@@ -153,10 +201,47 @@ def spread(builder: ir.IRBuilder, number: Any) -> Any:
 
 
 def along(builder: ir.IRBuilder, count: Any, body: Callable[[Any, int], None]) -> None:
-    """Writes body(place, lanes) for `count` places: registers first, then the rest one by one."""
+    """Writes body(place, lanes) for `count` places: registers first, then half ones, then the rest one by one."""
     done: Any = LONG(0)
-    for lanes in (LANES, 1):
+    for lanes in dict.fromkeys((LANES, 8, 1)):
         until = builder.mul(builder.udiv(count, LONG(lanes)), LONG(lanes))
         with cgutils.for_range_slice(builder, done, until, LONG(lanes)) as (place, _):
             body(place, lanes)
         done = until
+
+
+def summed(builder: ir.IRBuilder, count: Any, add: Callable[[Any, Numbers], Numbers]) -> Any:
+    """The float32 sum over `count` places, where add(place, sums) adds the terms from a place on to as many sums. 64 sums side by
+    side take in turn all terms but the last count % 64, and are folded; then 8 all terms but the last count % 8; then one."""
+    sum_1 = cgutils.alloca_once_value(builder, Numbers.all(builder, 0.0, 1).value)
+    builder.store(Numbers.all(builder, 0.0, 1).value, sum_1)
+    done: Any = LONG(0)
+    for registers, lanes in (4, 16), (1, 8), (1, 1):
+        until = builder.mul(builder.udiv(count, LONG(registers * lanes)), LONG(registers * lanes))
+        with builder.if_then(builder.icmp_signed("<", done, until)):
+            nothing = Numbers.all(builder, 0.0, lanes)
+            before = builder.extract_element(builder.load(sum_1), _INT(0))
+            first = builder.insert_element(nothing.value, before, _INT(0))
+            sums = [cgutils.alloca_once_value(builder, nothing.value) for _ in range(registers)]
+            for each, value in zip(sums, [first] + [nothing.value] * (registers - 1), strict=True):
+                builder.store(value, each)
+            with cgutils.for_range_slice(builder, done, until, LONG(registers * lanes)) as (place, _):
+                for number, each in enumerate(sums):
+                    at = builder.add(place, LONG(number * lanes))
+                    builder.store(add(at, Numbers(builder, builder.load(each))).value, each)
+            parts = [Numbers(builder, builder.load(each)) for each in sums]
+            while len(parts) > 1:
+                parts = [low + high for low, high in zip(parts[::2], parts[1::2], strict=True)]
+            builder.store(parts[0].folded(Numbers.__add__).value, sum_1)
+        done = until
+    return builder.extract_element(builder.load(sum_1), _INT(0))
+
+
+def squares_of(builder: ir.IRBuilder, x: Any, count: Any) -> Any:
+    """The sum of the squares of a line."""
+
+    def add(i: Any, sums: Numbers) -> Numbers:
+        numbers = Numbers.load(builder, x, i, sums.lanes)
+        return numbers.times_plus(numbers, sums)
+
+    return summed(builder, count, add)

@@ -78,13 +78,13 @@ def _tiles(width: int = WIDTH, wide: bool = False) -> Callable[..., None]:
                         builder.store(zero.value, total)
                     with cgutils.for_range(builder, depth) as loop:
                         place = builder.add(builder.add(first, _LONG(begin)), builder.mul(loop.index, stride))
-                        columns_d = Numbers.load(builder, weight, place, columns).to(number)
+                        columns_d = Numbers.load(builder, weight.data, place, columns).to(number)
                         for x_D, total in zip(x_r, sums, strict=True):
-                            feature = Numbers.load(builder, x, builder.add(x_D, loop.index), 1).everywhere(columns)
+                            feature = Numbers.load(builder, x.data, builder.add(x_D, loop.index), 1).everywhere(columns)
                             added = feature.times_plus(columns_d, Numbers(builder, builder.load(total)))
                             builder.store(added.value, total)
                     for out_F, total in zip(out_r, sums, strict=True):
-                        Numbers(builder, builder.load(total)).store(out, builder.add(out_F, _LONG(begin)))
+                        Numbers(builder, builder.load(total)).store(out.data, builder.add(out_F, _LONG(begin)))
 
             cases = builder.append_basic_block("no rows")
             switch, after = builder.switch(count, cases), cases

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....kernels.attention.numba import divide_line, weigh, widen_line
-from ....kernels.compiled import compiled, total
+from ....kernels.attention.numba import weigh
+from ....kernels.compiled import compiled
 from ....kernels.lanes import LANES as REGISTER
 from ....kernels.lanes import copy_line, turn
+from ....kernels.lines import divide_line, total, widen_line
 from ....kernels.linear.numba import STEP, WIDTH, product_with_rows, wide_product_with_rows
 
 LANES = 8
@@ -99,7 +100,7 @@ def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
     for r in range(rows):
         begin, end = begin_T[first + r // group] - low, end_T[first + r // group] - low
         weigh(wide, r * width, width, begin, end, 0, 0, score, r * width)
-        sum_R[r] = total(score_RL[r, begin:], -(-(end - begin) // LANES) * LANES)
+        sum_R[r] = total(score, r * width + begin, -(-(end - begin) // LANES) * LANES)
     product_with_rows(score_RL, rows, high - low, values_LD, low, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
@@ -120,7 +121,7 @@ def _attend_masks(range_4T, q_THD, g, group, lines, out_THD, keys, first, last):
     for r in range(rows):
         begin, end, begin_block, end_block = range_4T[:, first + r // group]
         weigh(score, r * width, width, begin, end, begin_block, end_block, score, r * width)
-        sum_R[r] = total(score_RL[r], -(-keys // LANES) * LANES)
+        sum_R[r] = total(score, r * width, -(-keys // LANES) * LANES)
     product_with_rows(score_RL, rows, keys, values_LD, 0, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....kernels.compiled import compiled, exponentials, squares
+from ....kernels.cca.numba import turn_head
+from ....kernels.compiled import compiled, exponentials
 from ....kernels.lanes import copy_line
+from ....kernels.lines import squares
 from ....kernels.linear.numba import product_of
 
 _F = np.float32
@@ -40,7 +42,7 @@ def _gelu(x, count, e):
 def unit(begin, end, residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
     for t in range(begin, end):
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -89,26 +91,15 @@ def turn(begin, end, mixed_NTO, projected, bias_NO, temperature_N, position_T, c
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
     means = (heads + kv_heads) * size + 2 * width
     current = (heads + kv_heads) * size + width
-    bias, kept = bias_NO.reshape(-1), kv_heads * size
+    kept = kv_heads * size
     for t in range(begin, end):
         for n in range(heads + kv_heads):
-            copy_line(mixed_NTO, (n * rows + t) * size, line, n * size, size)
-        own = projected[t, means:]
-        for i in range(len(bias)):
-            line[i] = line[i] + bias[i] + own[i]
-        p = position_T[t]
-        cos_left, cos_right, sin_left, sin_right = cos_PO[p, :half], cos_PO[p, half:], sin_PO[p, :half], sin_PO[p, half:]
-        for n in range(heads + kv_heads):
-            x = line[n * size : (n + 1) * size]
-            f = temperature_N[n] / max(np.sqrt(squares(x)), _F(1.1920929e-07))
-            for e in range(size):
-                x[e] = x[e] * f
-            to = q_THD[t, n] if n < heads else k_TGD[t, n - heads]
-            copy_line(x, 0, to, 0, size)
-            left, right, to_right = x[:half], x[half:], to[half:]
-            for e in range(half):
-                to[e] = left[e] * cos_left[e] + right[e] * sin_left[e]
-                to_right[e] = right[e] * cos_right[e] + left[e] * sin_right[e]
+            at, mean, p = (n * rows + t) * size, t * projected.shape[1] + means + n * size, position_T[t] * cos_PO.shape[1]
+            to_TD, to = (q_THD, (t * heads + n) * size) if n < heads else (k_TGD, (t * kv_heads + n - heads) * size)
+            turn_head(
+                mixed_NTO, at, bias_NO, n * size, projected, mean, temperature_N[n], _F(1.1920929e-07), cos_PO, p, sin_PO, p, half,
+                to_TD, to, size,
+            )  # fmt: skip
         copy_line(projected, t * projected.shape[1] + current, v_TGD, t * kept, width)
         copy_line(previous_TW, t * width, v_TGD, t * kept + width, width)
         if write_T[t] >= 0:
@@ -122,7 +113,7 @@ def add_unit(begin, end, y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     for t in range(begin, end):
         for d in range(residual_TD.shape[1]):
             residual_TD[t, d] = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -141,7 +132,7 @@ def route(begin, end, state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_
             state_TP[t, p] += bias_P[p]
         for p in range(scale_P.shape[0]):
             state_TP[t, p] += below_TP[t, p] * scale_P[p]
-        r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(state_TP, t * width, width) + floor)
         for p in range(width):
             a_TP[t, p] = state_TP[t, p] * r
     for weight, bias in ((fc1, fc1_bias_P), (fc2, fc2_bias_P)):
@@ -221,6 +212,6 @@ def combine(begin, end, out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD,
         if slot >= 0:
             for d in range(residual_TD.shape[1]):
                 residual_TD[t, d] += out_ID[slot, d] * weight
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
