@@ -83,6 +83,9 @@ class Numbers:
     def __truediv__(self, other: Numbers | float) -> Numbers:
         return Numbers(self.builder, self.builder.fdiv(self.value, self._alike(other)))
 
+    def __neg__(self) -> Numbers:
+        return Numbers(self.builder, self.builder.fneg(self.value))
+
     def __gt__(self, other: Numbers | float) -> Any:
         """A condition for `where`; false beside NaN."""
         return self.builder.fcmp_ordered(">", self.value, self._alike(other))
@@ -101,6 +104,10 @@ class Numbers:
 
     def root(self) -> Numbers:
         return Numbers(self.builder, _call(self.builder, "sqrt", self.value))
+
+    def size(self) -> Numbers:
+        """|x|."""
+        return Numbers(self.builder, _call(self.builder, "fabs", self.value))
 
     def floor(self) -> Numbers:
         return Numbers(self.builder, _call(self.builder, "floor", self.value))

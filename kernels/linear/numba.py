@@ -52,10 +52,11 @@ def pack(weight_DF: torch.Tensor) -> np.ndarray:
     return panels.contiguous().numpy()
 
 
-def _tiles(width: int = WIDTH, wide: bool = False) -> Callable[..., None]:
+def _tiles(width: int = WIDTH, wide: bool = False, fused: bool = True) -> Callable[..., None]:
     """A function of (x_TD, t, count, depth, weight, at, stride, out_TF, to, f): `depth` features of `count` rows t.. of x, at
     most `ROWS`, times `width` columns of a weight, which begin at its flat place `at` and lie `stride` apart, into rows to.. and
-    columns f.. of out. All arrays are contiguous and float32; with `wide` x and out are float64, and so are products and sums."""
+    columns f.. of out. All arrays are contiguous and float32; with `wide` x and out are float64, and so are products and sums. Without
+    `fused` products are rounded before they are added."""
     number, most = (ir.DoubleType(), LANES) if wide else (_FLOAT, WIDTH)
 
     @intrinsic
@@ -81,7 +82,8 @@ def _tiles(width: int = WIDTH, wide: bool = False) -> Callable[..., None]:
                         columns_d = Numbers.load(builder, weight.data, place, columns).to(number)
                         for x_D, total in zip(x_r, sums, strict=True):
                             feature = Numbers.load(builder, x.data, builder.add(x_D, loop.index), 1).everywhere(columns)
-                            added = feature.times_plus(columns_d, Numbers(builder, builder.load(total)))
+                            before = Numbers(builder, builder.load(total))
+                            added = feature.times_plus(columns_d, before) if fused else before + feature * columns_d
                             builder.store(added.value, total)
                     for out_F, total in zip(out_r, sums, strict=True):
                         Numbers(builder, builder.load(total)).store(out.data, builder.add(out_F, _LONG(begin)))
@@ -102,7 +104,7 @@ def _tiles(width: int = WIDTH, wide: bool = False) -> Callable[..., None]:
     return tiles
 
 
-_tile, _half_tile, _wide_tile = _tiles(), _tiles(WIDTH // 2), _tiles(LANES, wide=True)
+_tile, _half_tile, _wide_tile, _plain_tile = _tiles(), _tiles(WIDTH // 2), _tiles(LANES, wide=True), _tiles(fused=False)
 
 
 @compiled()
@@ -127,6 +129,20 @@ def product_of(x_TD, begin, end, panels_PDW, out_TF):
             for r in range(count):
                 for f in range(features - whole * WIDTH):
                     out_TF[t + r, whole * WIDTH + f] = rest_RW[r, f]
+
+
+@compiled()
+def plain_product_of(x_TD, begin, end, panels_PDW, out_TF):
+    """`product_of` whose products are rounded before they are added."""
+    depth, features, each = x_TD.shape[1], out_TF.shape[1], _rows_of_a_tile(end - begin)
+    part_RW = np.empty((ROWS, WIDTH), np.float32)
+    for p in range(panels_PDW.shape[0]):
+        for t in range(begin, end, each):
+            count = min(each, end - t)
+            _plain_tile(x_TD, t, count, depth, panels_PDW, p * depth * WIDTH, WIDTH, part_RW, 0, 0)
+            for r in range(count):
+                for f in range(p * WIDTH, min(features, (p + 1) * WIDTH)):
+                    out_TF[t + r, f] = part_RW[r, f - p * WIDTH]
 
 
 @compiled()

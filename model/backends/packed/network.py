@@ -123,7 +123,7 @@ def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools,
         product_of(work.unit, begin, end, w.router_down_PDW[n], state_TP)
         route(
             begin, end, state_TP, w.router_down_bias[n], below_TP, w.router_scale[n, : w.states[n]], w.router_floor[n],
-            w.fc1_PDW[n], w.fc1_bias[n], w.fc2_PDW[n], w.fc2_bias[n], w.router_out[n], w.balance_C[n], work.unit,
+            w.fc1_PDW[n], w.fc1_bias[n], w.fc2_PDW[n], w.fc2_bias[n], w.router_out_PDW[n], w.balance_C[n], work.unit,
             work.probs_LTC[n], work.expert_LT[n], work.slot, begin_C, work.sorted, work.hidden_2TP[0], work.hidden_2TP[1],
         )  # fmt: skip
         experts(work.sorted, begin_C, w.gate_up_EPDW[n], w.down_EPFW[n], work.gate_up, work.inner, work.out)
