@@ -1,5 +1,5 @@
-"""Arithmetic on registers of a CPU, for intrinsics of functions that numba compiles: loops over one line of a few tens of numbers,
-which numba does not vectorise, or reads and writes once per operation.
+"""Arithmetic on registers of a CPU, for intrinsics of functions that numba compiles. numba vectorises a loop only if it is long,
+and reads and writes a line once per loop.
 
 Invariants:
 - A number's result depends on that number alone, whatever lies beside it. Sums across a line have one order on all processors.
@@ -137,7 +137,7 @@ class Numbers:
         return numbers
 
     def exponential(self) -> Numbers:
-        """exp to two units in the last place (the polynomial of Cephes' expf). Numbers below -87 count as -87."""
+        """exp to two units in the last place, with the bits of `compiled.exponentials`. Numbers below -87 count as -87."""
         builder, y = self.builder, self.or_above(-87.0)
         n = y.times_plus(1.44269504, 0.5).floor()
         r = n.times_plus(2.12194440e-4, n.times_plus(-0.693359375, y))
@@ -161,9 +161,9 @@ def one(builder: ir.IRBuilder, number: Any) -> Numbers:
 
 
 def written(signature: Any, write: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
-    """What an intrinsic returns whose code write(builder, *arguments) writes and whose result that returns. Each array is followed
-    by a flat place in it; `write` gets one pointer for both. The code is a function of its own: within that of its caller, LLVM
-    spills the places of all lines at every turn of a loop, and unrolls loops that end after one or two turns."""
+    """What an intrinsic returns whose code write(builder, *arguments) writes. Each array is followed by a flat place in it, and
+    `write` gets one pointer for both. The code is a function of its own: within its caller's, LLVM unrolls loops that end after
+    one or two turns, and their many places do not fit into registers."""
 
     def generate(context, builder, signature, arguments):
         given = iter(zip(signature.args, arguments, strict=True))

@@ -15,7 +15,8 @@ from ..registers import Numbers, along, one, squares_of, written
 
 
 @intrinsic
-def turn_head(typing_context, x, at, bias, at_bias, mean, at_mean, temperature, least, cos, at_cos, sin, at_sin, half, out, to, size):
+def turn_head(typing_context, x, at, bias, at_bias, mean, at_mean, temperature, least, cos, at_cos, sin, at_sin, half, out, to,
+              size):  # fmt: skip
     """The query or key of a row and head.
 
         y = x + bias + mean;  z = y * (temperature / max(|y|, least));  out = z * cos + swapped(z) * sin

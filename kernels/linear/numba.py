@@ -55,8 +55,8 @@ def pack(weight_DF: torch.Tensor) -> np.ndarray:
 def _tiles(width: int = WIDTH, wide: bool = False, fused: bool = True) -> Callable[..., None]:
     """A function of (x_TD, t, count, depth, weight, at, stride, out_TF, to, f): `depth` features of `count` rows t.. of x, at
     most `ROWS`, times `width` columns of a weight, which begin at its flat place `at` and lie `stride` apart, into rows to.. and
-    columns f.. of out. All arrays are contiguous and float32; with `wide` x and out are float64, and so are products and sums. Without
-    `fused` products are rounded before they are added."""
+    columns f.. of out. All arrays are contiguous and float32; with `wide` products, sums and out are float64, and x may be.
+    Without `fused` products are rounded before they are added."""
     number, most = (ir.DoubleType(), LANES) if wide else (_FLOAT, WIDTH)
 
     @intrinsic
@@ -81,9 +81,9 @@ def _tiles(width: int = WIDTH, wide: bool = False, fused: bool = True) -> Callab
                         place = builder.add(builder.add(first, _LONG(begin)), builder.mul(loop.index, stride))
                         columns_d = Numbers.load(builder, weight.data, place, columns).to(number)
                         for x_D, total in zip(x_r, sums, strict=True):
-                            feature = Numbers.load(builder, x.data, builder.add(x_D, loop.index), 1).everywhere(columns)
-                            before = Numbers(builder, builder.load(total))
-                            added = feature.times_plus(columns_d, before) if fused else before + feature * columns_d
+                            feature = Numbers.load(builder, x.data, builder.add(x_D, loop.index), 1).to(number)
+                            spread, before = feature.everywhere(columns), Numbers(builder, builder.load(total))
+                            added = spread.times_plus(columns_d, before) if fused else before + spread * columns_d
                             builder.store(added.value, total)
                     for out_F, total in zip(out_r, sums, strict=True):
                         Numbers(builder, builder.load(total)).store(out.data, builder.add(out_F, _LONG(begin)))
@@ -161,7 +161,7 @@ def product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_
 
 @compiled()
 def wide_product_with_rows(x_TD, rows, depth, weight_DF, first, begin, features, out_TF):
-    """`product_with_rows` of a float64 x, with float64 products and sums, into a float64 out_TF."""
+    """`product_with_rows` with float64 products and sums, into a float64 out_TF. x may be float64."""
     each, stride = _rows_of_a_tile(rows), weight_DF.shape[1]
     for f in range(0, features, LANES):
         at = first * stride + begin + f

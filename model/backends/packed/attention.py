@@ -22,8 +22,8 @@ from ....kernels.attention.numba import weigh
 from ....kernels.compiled import compiled
 from ....kernels.lanes import LANES as REGISTER
 from ....kernels.lanes import copy_line, turn
-from ....kernels.lines import divide_line, total, widen_line
 from ....kernels.linear.numba import STEP, WIDTH, product_with_rows, wide_product_with_rows
+from ....kernels.lines import divide_line, total, widen_line
 
 LANES = 8
 _MOST_QUERIES = 32

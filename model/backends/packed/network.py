@@ -98,7 +98,7 @@ def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools,
     tell(begun_1)
     begin, end, features, w = plan.first_S1[begin_s], plan.first_S1[end_s], hidden_TD.shape[1], network.layers
     flat_TD = work.attended_THD.reshape(len(token_T), -1)
-    line, begin_C = np.empty(w.convolution_bias_NO[0].size, np.float32), np.empty(w.balance_C.shape[1] + 1, np.int64)
+    begin_C = np.empty(w.balance_C.shape[1] + 1, np.int64)
     for t in range(begin, end):
         copy_line(network.embedded_VD, token_T[t] * features, work.residual, t * features, features)
     unit(begin, end, work.residual, w.in_floor[0], work.unit)
@@ -114,7 +114,7 @@ def run(begun_1, ended_1, begin_s, end_s, token_T, plan, network, angles, pools,
         turn(
             begin, end, work.mixed, work.projected, w.convolution_bias_NO[n], w.temperature_N[n], plan.position_T,
             angles.cos_WPO[window], angles.sin_WPO[window], angles.half_W[window], work.previous, plan.write_T, k_pool, v_pool,
-            line, work.q, work.k, work.v,
+            work.q, work.k, work.v,
         )  # fmt: skip
         attend(begin_s, end_s, plan, window, work.q, work.k, work.v, k_pool, v_pool, lines, work.attended_THD)
         product_of(flat_TD, begin, end, w.output_PDW[n], work.y)

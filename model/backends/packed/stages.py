@@ -16,10 +16,11 @@ from ....kernels.cca.numba import turn_head
 from ....kernels.compiled import compiled
 from ....kernels.experts.numba import gelu_line, normed_state, silu_line
 from ....kernels.lanes import copy_line
-from ....kernels.lines import squares
 from ....kernels.linear.numba import plain_product_of, product_of
+from ....kernels.lines import squares
 
 _F = np.float32
+_LEAST_NORM = _F(1.1920929e-07)
 
 
 @compiled()
@@ -69,22 +70,22 @@ def gather(begin, end, projected, bias, source_TA, tail_T, before_W, x_pool, del
 
 @compiled()
 def turn(begin, end, mixed_NTO, projected, bias_NO, temperature_N, position_T, cos_PO, sin_PO, half, previous_TW, write_T,
-         k_pool, v_pool, line, q_THD, k_TGD, v_TGD):  # fmt: skip
+         k_pool, v_pool, q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
     means = (heads + kv_heads) * size + 2 * width
     current = (heads + kv_heads) * size + width
-    kept = kv_heads * size
+    kept, every = kv_heads * size, projected.shape[1]
     for t in range(begin, end):
         for n in range(heads + kv_heads):
-            at, mean, p = (n * rows + t) * size, t * projected.shape[1] + means + n * size, position_T[t] * cos_PO.shape[1]
+            at, mean, p = (n * rows + t) * size, t * every + means + n * size, position_T[t] * cos_PO.shape[1]
             to_TD, to = (q_THD, (t * heads + n) * size) if n < heads else (k_TGD, (t * kv_heads + n - heads) * size)
             turn_head(
-                mixed_NTO, at, bias_NO, n * size, projected, mean, temperature_N[n], _F(1.1920929e-07), cos_PO, p, sin_PO, p, half,
+                mixed_NTO, at, bias_NO, n * size, projected, mean, temperature_N[n], _LEAST_NORM, cos_PO, p, sin_PO, p, half,
                 to_TD, to, size,
             )  # fmt: skip
-        copy_line(projected, t * projected.shape[1] + current, v_TGD, t * kept, width)
+        copy_line(projected, t * every + current, v_TGD, t * kept, width)
         copy_line(previous_TW, t * width, v_TGD, t * kept + width, width)
         if write_T[t] >= 0:
             copy_line(k_TGD, t * kept, k_pool, write_T[t] * kept, kept)
