@@ -54,8 +54,8 @@ def _stamp(function: Callable[..., Any]) -> tuple[tuple[float, int], ...]:
 
 
 def _files(function: Callable[..., Any]) -> set[str]:
-    """The file of a function, those of the compiled functions and intrinsics that it calls, and those of the functions and classes
-    of this package that write the code of intrinsics."""
+    """The file of a function, those of the compiled functions and intrinsics that it calls, and those of this package's functions
+    and classes that write the code of intrinsics."""
     found: set[str] = set()
     waiting, seen, own = [function], {function}, __name__.partition(".")[0]
     while waiting:
