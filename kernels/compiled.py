@@ -1,9 +1,8 @@
 """Functions that numba compiles at their first call and keeps on disk for the next process.
 
 Invariants:
-- Only `total`, `wide_total`, `stretch_total` and `squares` sum in any order. They read and do not write, so their length alone
-  decides how they are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same
-  numbers vectorised or not.
+- Only `wide_total` and `stretch_total` sum in any order. They read and do not write, so their length alone decides how they are
+  vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised or not.
 - After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
   function's own file alone.
 """
@@ -11,7 +10,9 @@ Invariants:
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,29 @@ def _stamp(function: Callable[..., Any]) -> tuple[tuple[float, int], ...]:
 
 
 def _files(function: Callable[..., Any]) -> set[str]:
-    """The file of a function, and those of the compiled functions and intrinsics that it calls."""
-    found = {function.__code__.co_filename}
-    for name in function.__code__.co_names:
-        called = function.__globals__.get(name)
-        python = getattr(called, "py_func", None) or getattr(called, "_defn", None)
-        if python is not None:
-            found |= _files(python)
+    """The file of a function, those of the compiled functions and intrinsics that it calls, and those of this package's functions
+    and classes that write the code of intrinsics."""
+    found: set[str] = set()
+    waiting, seen, own = [function], {function}, __name__.partition(".")[0]
+    while waiting:
+        function = waiting.pop()
+        found.add(function.__code__.co_filename)
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            called = getattr(value, "py_func", None) or getattr(value, "_defn", None)
+            if called is None and getattr(value, "__module__", None) and value.__module__.partition(".")[0] == own:
+                if isinstance(value, type):
+                    found.add(str(sys.modules[value.__module__].__file__))
+                called = value if isinstance(value, FunctionType) else None
+            if called is not None and called not in seen:
+                seen.add(called)
+                waiting.append(called)
     return found
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names in a function's code and in that of the functions within it."""
+    return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 @compiled()
@@ -74,15 +90,6 @@ def copy(source, target):
     loop is vectorised."""
     for i in range(source.shape[0]):
         target[i] = source[i]
-
-
-@compiled(_ANY_ORDER)
-def total(x, count):
-    """Sum of the first `count` of x, in x's type."""
-    s = _F(0)
-    for i in range(count):
-        s += x[i]
-    return s
 
 
 @compiled(_ANY_ORDER)
@@ -100,15 +107,6 @@ def stretch_total(x, begin):
     s = 0.0
     for i in range(STRETCH):
         s += np.float64(x[begin + i])
-    return s
-
-
-@compiled(_ANY_ORDER)
-def squares(x):
-    """Sum of the squares of x."""
-    s = _F(0)
-    for i in range(x.shape[0]):
-        s += x[i] * x[i]
     return s
 
 

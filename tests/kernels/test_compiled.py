@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("numba")
 
+from blockroll.kernels import compiled, lanes, registers
+from blockroll.kernels.linear.numba import product_of
+
 HEAD = "from blockroll.kernels.compiled import compiled\n"
 CALLER = HEAD + "from called_by_it import inner\n@compiled()\ndef outer(x):\n    return inner(x)\n"
 CALLED = HEAD + "@compiled()\ndef inner(x):\n    return x + {}\n"
@@ -27,3 +30,10 @@ def test_a_function_is_compiled_again_after_an_edit_of_what_it_calls(tmp_path: P
 
         assert outer(1) == 1 + number
         assert sum(outer.stats.cache_hits.values()) == hits
+
+
+def test_the_files_that_write_the_code_of_intrinsics_count() -> None:
+    """`product_of` calls an intrinsic, whose code functions and classes of another file write."""
+    files = compiled._files(product_of.py_func)
+    assert {product_of.py_func.__code__.co_filename, registers.__file__} <= files
+    assert compiled._files(lanes.turn.py_func) == {lanes.__file__}

@@ -60,21 +60,32 @@ def test_only_the_rows_asked_for_are_written() -> None:
 
 
 @pytest.mark.parametrize("rows, depth, first, begin", [(0, 12, 0, 0), (1, 12, 0, 32), (11, 7, 5, 64), (20, 9, 3, 32)])
-def test_a_part_of_a_weight_that_is_not_in_panels(rows: int, depth: int, first: int, begin: int) -> None:
+@pytest.mark.parametrize("features, kind", [(64, np.float32), (48, np.float64), (16, np.float64)])
+def test_a_part_of_a_weight_that_is_not_in_panels(rows, depth, first, begin, features, kind) -> None:
     x, weight, out = operands(20, 12, 128)
-    out = out[:, :64].copy()
-    part = weight[first : first + depth, begin : begin + 64].clone()
+    out = out[:, :features].copy()
+    part = weight[first : first + depth, begin : begin + features].clone()
     weight[:] = torch.nan
-    weight[first : first + depth, begin : begin + 64] = part
-    linear.product_with_rows(x, rows, depth, weight.numpy(), first, begin, 64, out)
+    weight[first : first + depth, begin : begin + features] = part
+    linear.product_with_rows(x, rows, depth, weight.numpy(), first, begin, features, out)
     np.testing.assert_allclose(out[:rows], x[:rows, :depth] @ part.numpy(), atol=1e-5)
     assert np.isnan(out[rows:]).all()
     wide = np.full(out.shape, np.nan)
-    linear.wide_product_with_rows(x, rows, depth, weight.numpy(), first, begin, 64, wide)
-    chain = np.zeros((rows, 64))
+    linear.wide_product_with_rows(x.astype(kind), rows, depth, weight.numpy(), first, begin, features, wide)
+    chain = np.zeros((rows, features))
     for d in range(depth):  # the product of two float32 numbers is exact in float64
         chain += x[:rows, d, None].astype(np.float64) * part[d].double().numpy()
     assert np.array_equal(wide[:rows], chain) and np.isnan(wide[rows:]).all()
+
+
+@pytest.mark.parametrize("d, f", SIZES)
+def test_products_that_are_rounded_before_they_are_added(d: int, f: int) -> None:
+    x, weight, out = operands(11, d, f)
+    linear.plain_product_of(x, 1, 10, linear.pack(weight), out)
+    chain = np.zeros((9, f), np.float32)
+    for i in range(d):
+        chain += x[1:10, i, None] * weight[i].numpy()
+    assert np.array_equal(out[1:10], chain) and np.isnan(out[[0, 10]]).all()
 
 
 def test_many_products_at_once() -> None:

@@ -18,10 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ....kernels.compiled import compiled, exponentials, largest, total
+from ....kernels.attention.numba import weigh
+from ....kernels.compiled import compiled
 from ....kernels.lanes import LANES as REGISTER
 from ....kernels.lanes import copy_line, turn
-from ....kernels.linear.numba import WIDTH, product_with_rows, wide_product_with_rows
+from ....kernels.linear.numba import STEP, WIDTH, product_with_rows, wide_product_with_rows
+from ....kernels.lines import divide_line, total, widen_line
 
 LANES = 8
 _MOST_QUERIES = 32
@@ -30,12 +32,13 @@ _MOST_QUERIES = 32
 
 class Lines(NamedTuple):
     """Working memory of one sequence and key head: its keys and values, and queries, scores, weights and results of some rows.
-    All float32 but for `wide`. That of several parts of a pass has the parts in front (`lines_of`)."""
+    All float32 but for `wide_q_RD` and `wide`. That of several parts of a pass has the parts in front (`lines_of`)."""
 
     key_LD: np.ndarray
     keys_DL: np.ndarray
     values_LD: np.ndarray
     q_RD: np.ndarray
+    wide_q_RD: np.ndarray
     wide: np.ndarray
     score: np.ndarray
     attended_RD: np.ndarray
@@ -50,8 +53,9 @@ class Lines(NamedTuple):
         features, rows = -(-size // WIDTH) * WIDTH, max(1, _MOST_QUERIES // group) * group
         return cls(
             take("key rows", parts, width, size), take("keys", parts, size, width), take("values", parts, width, features),
-            take("queries", parts, rows, size), take("wide scores", parts, 2 * rows * width).view(np.float64),
-            take("scores and sums", parts, rows * (width + 1)), take("attended by a head", parts, rows, features),
+            take("queries", parts, rows, size), take("wide queries", parts, 2 * rows * size).view(np.float64).reshape(-1, rows, size),
+            take("wide scores", parts, 2 * rows * width).view(np.float64), take("scores and sums", parts, rows * (width + 1)),
+            take("attended by a head", parts, rows, features),
         )  # fmt: skip
 
 
@@ -64,8 +68,8 @@ def width_of(longest: int) -> int:
 def lines_of(lines, part):
     """That of one part."""
     return Lines(
-        lines.key_LD[part], lines.keys_DL[part], lines.values_LD[part], lines.q_RD[part], lines.wide[part], lines.score[part],
-        lines.attended_RD[part],
+        lines.key_LD[part], lines.keys_DL[part], lines.values_LD[part], lines.q_RD[part], lines.wide_q_RD[part],
+        lines.wide[part], lines.score[part], lines.attended_RD[part],
     )  # fmt: skip
 
 
@@ -94,39 +98,27 @@ def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD
 def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
     """Attention of the clean rows first..last of a sequence, of `group` heads from head g * group on. Each score adds up its
     features in their order, and each output its keys in theirs: a key that a row does not see has weight 0 and changes no sum."""
-    q_RD, keys_DL, wide, score, values_LD = lines.q_RD, lines.keys_DL, lines.wide, lines.score, lines.values_LD
+    q_RD, keys_DL, wide, score, values_LD = lines.wide_q_RD, lines.keys_DL, lines.wide, lines.score, lines.values_LD
     size, features, attended_RD = q_THD.shape[2], values_LD.shape[1], lines.attended_RD
     low, high, rows = begin_T[first], 0, (last - first) * group
     for t in range(first, last):
-        copy_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
+        widen_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
         low = min(low, begin_T[t])
         high = max(high, begin_T[t] + -(-(end_T[t] - begin_T[t]) // LANES) * LANES)
-    low = low // WIDTH * WIDTH
-    width = -(-(high - low) // WIDTH) * WIDTH
+    low = low // STEP * STEP
+    width = -(-(high - low) // STEP) * STEP
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
     wide_RL = wide[: rows * width].reshape(rows, width)
     wide_product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, wide_RL)
     for r in range(rows):
-        t = first + r // group
-        begin, score_L, wide_L = begin_T[t] - low, score_RL[r], wide_RL[r]
-        for i in range(width):
-            score_L[i] = wide_L[i]
-        top = np.float64(largest(score_L[begin:], end_T[t] - begin_T[t]))
-        for i in range(width):
-            score_L[i] = wide_L[i] - top
-    exponentials(score, rows * width)
-    for r in range(rows):
-        t = first + r // group
-        begin, end, score_L = begin_T[t] - low, end_T[t] - low, score_RL[r]
-        score_L[:begin] = 0
-        score_L[end:] = 0
-        sum_R[r] = total(score_L[begin:], -(-(end - begin) // LANES) * LANES)
+        begin, end = begin_T[first + r // group] - low, end_T[first + r // group] - low
+        weigh(wide, r * width, width, begin, end, 0, 0, score, r * width)
+        sum_R[r] = total(score, r * width + begin, -(-(end - begin) // LANES) * LANES)
     product_with_rows(score_RL, rows, high - low, values_LD, low, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
             r = (t - first) * group + u
-            for e in range(size):
-                out_THD[t, g * group + u, e] = attended_RD[r, e] / sum_R[r]
+            divide_line(attended_RD, r * features, sum_R[r], out_THD, (t * q_THD.shape[1] + g * group + u) * size, size)
 
 
 @compiled()
@@ -136,29 +128,18 @@ def _attend_masks(range_4T, q_THD, g, group, lines, out_THD, keys, first, last):
     size, features, rows = q_THD.shape[2], values_LD.shape[1], (last - first) * group
     for t in range(first, last):
         copy_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
-    width = -(-keys // WIDTH) * WIDTH
+    width = -(-keys // STEP) * STEP
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
     product_with_rows(q_RD, rows, size, lines.keys_DL, 0, 0, width, score_RL)
     for r in range(rows):
         begin, end, begin_block, end_block = range_4T[:, first + r // group]
-        score_L = score_RL[r]
-        top = max(largest(score_L[begin:], end - begin), largest(score_L[begin_block:], end_block - begin_block))
-        for i in range(width):
-            score_L[i] -= top
-    exponentials(score, rows * width)
-    for r in range(rows):
-        begin, end, begin_block, end_block = range_4T[:, first + r // group]
-        score_L = score_RL[r]
-        score_L[:begin] = 0
-        score_L[end:begin_block] = 0
-        score_L[end_block:] = 0
-        sum_R[r] = total(score_L, -(-keys // LANES) * LANES)
+        weigh(score, r * width, width, begin, end, begin_block, end_block, score, r * width)
+        sum_R[r] = total(score, r * width, -(-keys // LANES) * LANES)
     product_with_rows(score_RL, rows, keys, values_LD, 0, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
             r = (t - first) * group + u
-            for e in range(size):
-                out_THD[t, g * group + u, e] = attended_RD[r, e] / sum_R[r]
+            divide_line(attended_RD, r * features, sum_R[r], out_THD, (t * q_THD.shape[1] + g * group + u) * size, size)
 
 
 @compiled()

@@ -109,7 +109,7 @@ def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, li
     begin_s, end_s, lines = sequence_P1[part], sequence_P1[part + 1], lines_of(lines_P, part)
     begin, end, features, w = plan.first_S1[begin_s], plan.first_S1[end_s], hidden_TD.shape[1], network.layers
     flat_TD = work.attended_THD.reshape(len(token_T), -1)
-    line, begin_C = np.empty(w.convolution_bias_NO[0].size, np.float32), np.empty(w.balance_C.shape[1] + 1, np.int64)
+    begin_C = np.empty(w.balance_C.shape[1] + 1, np.int64)
     for t in range(begin, end):
         copy_line(network.embedded_VD, token_T[t] * features, work.residual, t * features, features)
     unit(begin, end, work.residual, w.in_floor[0], work.unit)
@@ -125,7 +125,7 @@ def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, li
         turn(
             begin, end, work.mixed, work.projected, w.convolution_bias_NO[n], w.temperature_N[n], plan.position_T,
             angles.cos_WPO[window], angles.sin_WPO[window], angles.half_W[window], work.previous, plan.write_T, k_pool, v_pool,
-            line, work.q, work.k, work.v,
+            work.q, work.k, work.v,
         )  # fmt: skip
         attend(begin_s, end_s, plan, window, work.q, work.k, work.v, k_pool, v_pool, lines, work.attended_THD)
         product_of(flat_TD, begin, end, w.output_PDW[n], work.y)
@@ -134,7 +134,7 @@ def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, li
         product_of(work.unit, begin, end, w.router_down_PDW[n], state_TP)
         route(
             begin, end, state_TP, w.router_down_bias[n], below_TP, w.router_scale[n, : w.states[n]], w.router_floor[n],
-            w.fc1_PDW[n], w.fc1_bias[n], w.fc2_PDW[n], w.fc2_bias[n], w.router_out[n], w.balance_C[n], work.unit,
+            w.fc1_PDW[n], w.fc1_bias[n], w.fc2_PDW[n], w.fc2_bias[n], w.router_out_PDW[n], w.balance_C[n], work.unit,
             work.probs_LTC[n], work.expert_LT[n], work.slot, begin_C, work.sorted, work.hidden_2TP[0], work.hidden_2TP[1],
         )  # fmt: skip
         experts(work.sorted, begin_C, w.gate_up_EPDW[n], w.down_EPFW[n], work.gate_up, work.inner, work.out)

@@ -12,35 +12,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....kernels.compiled import compiled, exponentials, squares
+from ....kernels.cca.numba import turn_head
+from ....kernels.compiled import compiled
+from ....kernels.experts.numba import gelu_line, normed_state, silu_line
 from ....kernels.lanes import copy_line
-from ....kernels.linear.numba import product_of
+from ....kernels.linear.numba import plain_product_of, product_of
+from ....kernels.lines import squares
 
 _F = np.float32
-
-
-@compiled()
-def _gelu(x, count, e):
-    """x Phi(x) in place; erf by Abramowitz and Stegun 7.1.26, within 1.5e-7."""
-    for i in range(count):
-        e[i] = -x[i] * x[i] * _F(0.5)
-    exponentials(e, count)
-    for i in range(count):
-        z = abs(x[i]) * _F(0.70710678)
-        t = _F(1.0) / (_F(1.0) + _F(0.3275911) * z)
-        p = _F(1.061405429) * t + _F(-1.453152027)
-        p = p * t + _F(1.421413741)
-        p = p * t + _F(-0.284496736)
-        p = (p * t + _F(0.254829592)) * t
-        tail = _F(0.5) * p * e[i]  # Phi(-|x|)
-        x[i] = x[i] * (tail if x[i] < 0 else _F(1.0) - tail)
+_LEAST_NORM = _F(1.1920929e-07)
 
 
 @compiled()
 def unit(begin, end, residual_TD, floor, unit_TD):
     """x / sqrt(sum x^2 + floor): RMS norm but for its weight and the square root of its size."""
     for t in range(begin, end):
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
@@ -83,33 +70,22 @@ def gather(begin, end, projected, bias, source_TA, tail_T, before_W, x_pool, del
 
 @compiled()
 def turn(begin, end, mixed_NTO, projected, bias_NO, temperature_N, position_T, cos_PO, sin_PO, half, previous_TW, write_T,
-         k_pool, v_pool, line, q_THD, k_TGD, v_TGD):  # fmt: skip
+         k_pool, v_pool, q_THD, k_TGD, v_TGD):  # fmt: skip
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
     means = (heads + kv_heads) * size + 2 * width
     current = (heads + kv_heads) * size + width
-    bias, kept = bias_NO.reshape(-1), kv_heads * size
+    kept, every = kv_heads * size, projected.shape[1]
     for t in range(begin, end):
         for n in range(heads + kv_heads):
-            copy_line(mixed_NTO, (n * rows + t) * size, line, n * size, size)
-        own = projected[t, means:]
-        for i in range(len(bias)):
-            line[i] = line[i] + bias[i] + own[i]
-        p = position_T[t]
-        cos_left, cos_right, sin_left, sin_right = cos_PO[p, :half], cos_PO[p, half:], sin_PO[p, :half], sin_PO[p, half:]
-        for n in range(heads + kv_heads):
-            x = line[n * size : (n + 1) * size]
-            f = temperature_N[n] / max(np.sqrt(squares(x)), _F(1.1920929e-07))
-            for e in range(size):
-                x[e] = x[e] * f
-            to = q_THD[t, n] if n < heads else k_TGD[t, n - heads]
-            copy_line(x, 0, to, 0, size)
-            left, right, to_right = x[:half], x[half:], to[half:]
-            for e in range(half):
-                to[e] = left[e] * cos_left[e] + right[e] * sin_left[e]
-                to_right[e] = right[e] * cos_right[e] + left[e] * sin_right[e]
-        copy_line(projected, t * projected.shape[1] + current, v_TGD, t * kept, width)
+            at, mean, p = (n * rows + t) * size, t * every + means + n * size, position_T[t] * cos_PO.shape[1]
+            to_TD, to = (q_THD, (t * heads + n) * size) if n < heads else (k_TGD, (t * kv_heads + n - heads) * size)
+            turn_head(
+                mixed_NTO, at, bias_NO, n * size, projected, mean, temperature_N[n], _LEAST_NORM, cos_PO, p, sin_PO, p, half,
+                to_TD, to, size,
+            )  # fmt: skip
+        copy_line(projected, t * every + current, v_TGD, t * kept, width)
         copy_line(previous_TW, t * width, v_TGD, t * kept + width, width)
         if write_T[t] >= 0:
             copy_line(k_TGD, t * kept, k_pool, write_T[t] * kept, kept)
@@ -122,13 +98,13 @@ def add_unit(begin, end, y_TD, bias_D, residual_TD, scale_D, floor, unit_TD):
     for t in range(begin, end):
         for d in range(residual_TD.shape[1]):
             residual_TD[t, d] = y_TD[t, d] + bias_D[d] + residual_TD[t, d] * scale_D[d]
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r
 
 
 @compiled()
-def route(begin, end, state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PC, balance_C, unit_TD,
+def route(begin, end, state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_P, fc2, fc2_bias_P, out_PDW, balance_C, unit_TD,
           probs_TC, expert_T, slot_T, begin_C, sorted_ID, a_TP, b_TP):  # fmt: skip
     """The router after its down projection, and rows sorted by expert. `scale_P` is empty where no state is taken.
 
@@ -137,77 +113,54 @@ def route(begin, end, state_TP, bias_P, below_TP, scale_P, floor, fc1, fc1_bias_
     width = state_TP.shape[1]
     classes = balance_C.shape[0]
     for t in range(begin, end):
-        for p in range(width):
-            state_TP[t, p] += bias_P[p]
-        for p in range(scale_P.shape[0]):
-            state_TP[t, p] += below_TP[t, p] * scale_P[p]
-        r = _F(1.0) / np.sqrt(squares(state_TP[t]) + floor)
-        for p in range(width):
-            a_TP[t, p] = state_TP[t, p] * r
+        at = t * width
+        normed_state(state_TP, at, bias_P, 0, below_TP, at, scale_P, 0, scale_P.shape[0], floor, a_TP, at, width)
     for weight, bias in ((fc1, fc1_bias_P), (fc2, fc2_bias_P)):
         product_of(a_TP, begin, end, weight, b_TP)
         for t in range(begin, end):
-            for p in range(width):
-                a_TP[t, p] = b_TP[t, p] + bias[p]
-        _gelu(a_TP[begin:end].reshape(-1), (end - begin) * width, b_TP[begin:end].reshape(-1))
+            gelu_line(b_TP, t * width, bias, 0, a_TP, t * width, width)
+    plain_product_of(a_TP, begin, end, out_PDW, probs_TC)
+    begin_C[:] = 0
     for t in range(begin, end):
         z_C = probs_TC[t]
-        z_C[:] = 0
-        for i in range(width):
-            for c in range(classes):
-                z_C[c] += a_TP[t, i] * out_PC[i, c]
-        top = z_C.max()
-        s = _F(0)
+        top, s, best = z_C[0], _F(0), 0
+        for c in range(1, classes):
+            top = max(top, z_C[c])
         for c in range(classes):
             z_C[c] = np.exp(z_C[c] - top)
             s += z_C[c]
-        best = 0
         for c in range(classes):
             z_C[c] /= s
             if z_C[c] + balance_C[c] > z_C[best] + balance_C[best]:
                 best = c
         expert_T[t] = best
-    begin_C[0] = begin
-    begin_C[1:] = 0
-    for t in range(begin, end):
-        begin_C[expert_T[t] + 1] += 1
-    for c in range(classes - 1):
-        begin_C[c + 1] += begin_C[c]
+        begin_C[best] += 1
+    end_slot = begin
+    for c in range(classes):
+        begin_C[c], end_slot = end_slot, end_slot + begin_C[c]
     begin_C[classes] = begin_C[classes - 1]
-    for c in range(classes - 1):
-        at = begin_C[c]
-        for t in range(begin, end):
-            if expert_T[t] == c:
-                slot_T[t] = at
-                copy_line(unit_TD, t * unit_TD.shape[1], sorted_ID, at * unit_TD.shape[1], unit_TD.shape[1])
-                at += 1
     for t in range(begin, end):
-        if expert_T[t] == classes - 1:
+        c = expert_T[t]
+        if c < classes - 1:
+            slot_T[t] = begin_C[c]
+            copy_line(unit_TD, t * unit_TD.shape[1], sorted_ID, begin_C[c] * unit_TD.shape[1], unit_TD.shape[1])
+            begin_C[c] += 1
+        else:
             slot_T[t] = -1
-
-
-@compiled()
-def _activate(gate_up_I2F, begin, end, inner_IF):
-    """silu(gate) * up."""
-    size = inner_IF.shape[1]
-    for i in range(begin, end):
-        inner, gate, up = inner_IF[i], gate_up_I2F[i, :size], gate_up_I2F[i, size:]
-        for f in range(size):
-            inner[f] = -gate[f]
-        for f in range(size):
-            inner[f] = min(inner[f], _F(87.0))
-        exponentials(inner, size)
-        for f in range(size):
-            inner[f] = gate[f] / (_F(1.0) + inner[f]) * up[f]
+    for c in range(classes - 1, 0, -1):
+        begin_C[c] = begin_C[c - 1]
+    begin_C[0] = begin
 
 
 @compiled()
 def experts(sorted_ID, begin_C, gate_up_EPDW, down_EPFW, gate_up_I2F, inner_IF, out_ID):
     """Each expert over its slots: down (silu(gate) * up)."""
+    size = inner_IF.shape[1]
     for e in range(gate_up_EPDW.shape[0]):
         if begin_C[e + 1] > begin_C[e]:
             product_of(sorted_ID, begin_C[e], begin_C[e + 1], gate_up_EPDW[e], gate_up_I2F)
-            _activate(gate_up_I2F, begin_C[e], begin_C[e + 1], inner_IF)
+            for i in range(begin_C[e], begin_C[e + 1]):
+                silu_line(gate_up_I2F, 2 * i * size, gate_up_I2F, (2 * i + 1) * size, inner_IF, i * size, size)
             product_of(inner_IF, begin_C[e], begin_C[e + 1], down_EPFW[e], out_ID)
 
 
@@ -221,6 +174,6 @@ def combine(begin, end, out_ID, slot_T, expert_T, probs_TC, bias_D, residual_TD,
         if slot >= 0:
             for d in range(residual_TD.shape[1]):
                 residual_TD[t, d] += out_ID[slot, d] * weight
-        r = _F(1.0) / np.sqrt(squares(residual_TD[t]) + floor)
+        r = _F(1.0) / np.sqrt(squares(residual_TD, t * residual_TD.shape[1], residual_TD.shape[1]) + floor)
         for d in range(residual_TD.shape[1]):
             unit_TD[t, d] = residual_TD[t, d] * r

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class PackedLayer(NamedTuple):
     """One layer, folded; or all L layers, each array with L in front. float32 and contiguous but for `window` and `states`. What
-    rows are multiplied by lies in panels, the router's last matrix [in, out]."""
+    rows are multiplied by lies in panels."""
 
     window: np.ndarray  # int64: number of the layer's window
     in_floor: np.ndarray
@@ -46,7 +46,7 @@ class PackedLayer(NamedTuple):
     fc1_bias: np.ndarray
     fc2_PDW: np.ndarray
     fc2_bias: np.ndarray
-    router_out: np.ndarray
+    router_out_PDW: np.ndarray
     balance_C: np.ndarray
     gate_up_EPDW: np.ndarray  # D to 2F of each expert
     down_EPFW: np.ndarray  # F to D
@@ -113,7 +113,7 @@ def _fold(layer: Layer, window: int) -> PackedLayer:
         fc1_bias=_array(mlp.fc1.bias),
         fc2_PDW=pack(turned(mlp.fc2.weight)),
         fc2_bias=_array(mlp.fc2.bias),
-        router_out=_array(turned(mlp.out_proj.weight)),
+        router_out_PDW=pack(turned(mlp.out_proj.weight)),
         balance_C=_array(router.balancing_biases),
         gate_up_EPDW=pack(turned(gate_up)),
         down_EPFW=pack(turned(experts.down_proj * mlp_hidden[:, None])),

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockroll.kernels.compiled import compiled, exponentials
+from blockroll.kernels.experts.numba import gelu_line, silu_line
 from blockroll.model.backends import choose, products
-from blockroll.model.backends.packed import stages
 from blockroll.model.backends.packed.backend import PackedBackend
 from blockroll.model.backends.plain import PlainBackend
 from blockroll.model.layout import DecodeRows, causal, decode
@@ -30,6 +30,12 @@ class CalledOperations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         self.names.add(function._schema.name.removeprefix("aten::"))
         return function(*arguments, **(options or {}))
+
+
+@compiled()
+def lines_of_experts(x, bias, up, gelu, silu):
+    gelu_line(x, 0, bias, 0, gelu, 0, len(x))
+    silu_line(x, 0, up, 0, silu, 0, len(x))
 
 
 @pytest.mark.parametrize("kind", clean_rows.KINDS, ids=str)
@@ -99,16 +105,17 @@ def test_the_markov_head_as_a_table(make_policy):
 
 
 def test_functions_between_the_products():
-    """exp and gelu as the stages compute them, beside torch's."""
+    """exp, gelu and silu as the stages compute them, beside torch's."""
     x = np.linspace(-86, 80, 5003, dtype=np.float32)
     got = x.copy()
     exponentials(got, len(x))
     np.testing.assert_allclose(got, np.exp(x.astype(np.float64)), rtol=3e-7)
-    x = np.linspace(-9, 9, 5003, dtype=np.float32)
-    got = x.copy()
-    stages._gelu(got, len(x), np.empty_like(x))
-    expected = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
-    np.testing.assert_allclose(got, expected, atol=1e-6, rtol=1e-6)
+    x, bias, up = np.linspace(-9, 9, 5003, dtype=np.float32), np.full(5003, 0.25, np.float32), np.full(5003, 1.5, np.float32)
+    got, activated = np.empty_like(x), np.empty_like(x)
+    lines_of_experts(x, bias, up, got, activated)
+    wide = torch.from_numpy(x).double()
+    np.testing.assert_allclose(got, torch.nn.functional.gelu(wide + 0.25).numpy(), atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(activated, torch.nn.functional.silu(wide).numpy() * 1.5, atol=1e-6, rtol=1e-6)
 
 
 def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same():

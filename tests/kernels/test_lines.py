@@ -1,0 +1,97 @@
+"""Functions of a line: elementwise ones beside NumPy's, and the one order in which each sum is taken, on every processor."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from blockroll.kernels import lines
+from blockroll.kernels.attention.numba import weigh
+from blockroll.kernels.compiled import compiled, exponentials
+from blockroll.kernels.lanes import LANES
+from blockroll.kernels.registers import FUSED
+
+COUNTS = [0, 1, 7, 8, 15, 16, 24, 31, 64, 72, 101, 192, 203]
+_F = np.float32
+
+
+@compiled()
+def sums(x, at, count):
+    return lines.total(x, at, count), lines.squares(x, at, count)
+
+
+@compiled()
+def elementwise(x, at, divisor, wide, quotient, to, count):
+    lines.widen_line(x, at, wide, to, count)
+    lines.divide_line(x, at, divisor, quotient, to, count)
+
+
+@compiled()
+def weights_of(score, at, width, ranges, weight, to):
+    weigh(score, at, width, ranges[0], ranges[1], ranges[2], ranges[3], weight, to)
+
+
+def _in_order(x: np.ndarray, squared: bool) -> np.float32:
+    """The sum as `registers.summed` defines it."""
+    total, done = _F(0), 0
+    for registers, lanes in (4, 16), (1, 8), (1, 1):
+        step = registers * lanes
+        until = len(x) // step * step
+        if done < until:
+            sums = np.zeros(step, _F)
+            sums[0] = total
+            for i in range(done, until, step):
+                term = x[i : i + step]
+                if squared and FUSED:  # exact in float64 but for the sum, which differs from one rounding in one case of 2**29
+                    sums = (term.astype(np.float64) ** 2 + sums).astype(_F)
+                else:
+                    sums = sums + (term * term if squared else term)
+            if registers == 4:
+                first, second, third, fourth = sums.reshape(4, 16)
+                sums = (first + second) + (third + fourth)
+            while len(sums) > 1:
+                sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+            total, done = sums[0], until
+    return total
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_sums_have_one_order(count: int) -> None:
+    x = np.random.default_rng(count).normal(size=count + 10).astype(_F)
+    x[:3], x[3 + count :] = np.nan, np.nan
+    expected = _in_order(x[3 : 3 + count], False), _in_order(x[3 : 3 + count], True)
+    assert sums(x, 3, count) == expected
+    np.testing.assert_allclose(expected[1], (x[3 : 3 + count].astype(np.float64) ** 2).sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_lines_are_widened_and_divided(count: int) -> None:
+    x = np.random.default_rng(count).normal(size=count + 10).astype(_F)
+    wide, quotient = np.full(count + 20, np.nan), np.full(count + 20, np.nan, _F)
+    elementwise(x, 5, _F(3), wide, quotient, 9, count)
+    for out, expected in (wide, x[5 : 5 + count]), (quotient, x[5 : 5 + count] / _F(3)):
+        assert np.array_equal(out[9 : 9 + count], expected)
+        assert np.isnan(out[:9]).all() and np.isnan(out[9 + count :]).all()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize("ranges", [(0, 1, 0, 0), (0, 32, 0, 0), (13, 14, 0, 0), (3, 29, 0, 0), (2, 17, 20, 31), (0, 0, 5, 9)])
+def test_weights_of_the_keys_that_a_row_sees(kind: type, ranges: tuple[int, int, int, int]) -> None:
+    """exp(score - largest) with the bits of `exponentials`, 0 elsewhere, whatever the scores there are; nothing beside them."""
+    width, at, to = 2 * LANES if LANES == 16 else 32, 7, 5
+    score = np.full(width + 20, np.nan, kind)
+    begin, end, begin_block, end_block = ranges
+    seen = np.zeros(width, bool)
+    seen[begin:end] = seen[begin_block:end_block] = True
+    score[at : at + width][seen] = np.random.default_rng(0).normal(scale=30, size=seen.sum())
+    score[at : at + width][~seen] = np.resize([np.nan, np.inf, 1e30, -np.inf], (~seen).sum())
+    weight = np.full(width + 20, -1, _F)
+    weights_of(score, at, width, np.array(ranges), weight, to)
+    own = score[at : at + width][seen]
+    expected = (own - own.max().astype(_F)).astype(_F)
+    exponentials(expected, len(expected))
+    assert np.array_equal(weight[to : to + width][seen], expected)
+    assert (weight[to : to + width][~seen] == 0).all() and expected.max() > 0.999
+    assert (weight[:to] == -1).all() and (weight[to + width :] == -1).all()
