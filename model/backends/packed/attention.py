@@ -53,7 +53,8 @@ class Lines(NamedTuple):
         features, rows = -(-size // WIDTH) * WIDTH, max(1, _MOST_QUERIES // group) * group
         return cls(
             take("key rows", parts, width, size), take("keys", parts, size, width), take("values", parts, width, features),
-            take("queries", parts, rows, size), take("wide queries", parts, 2 * rows * size).view(np.float64).reshape(-1, rows, size),
+            take("queries", parts, rows, size),
+            take("wide queries", parts, 2 * rows * size).view(np.float64).reshape(-1, rows, size),
             take("wide scores", parts, 2 * rows * width).view(np.float64), take("scores and sums", parts, rows * (width + 1)),
             take("attended by a head", parts, rows, features),
         )  # fmt: skip
