@@ -27,7 +27,7 @@ from ....kernels.verify import PairTable
 from ...layout import TokenLayout
 from ...state import SequenceState
 from .attention import Lines, width_of
-from .network import Angles, Network, Pools, Work, run
+from .network import Angles, Network, Pools, Work, head, run
 from .plan import PackedPlan
 from .threads import MOST, Threads
 from .weights import PackedLayer, floor, fold_layers, turned
@@ -41,7 +41,7 @@ _MOST_SIZES = 256
 """Sizes of packs whose working memory is kept."""
 _ANGLES = 256
 """Positions whose angles are computed at once. The shape is fixed: a library's cosine may depend on the number of values."""
-_LEAST_ROWS = 8
+_LEAST_ROWS = 4
 """Rows of a pass for each thread. With fewer, each thread waits for the weights as long as one would for all rows."""
 
 
@@ -150,7 +150,7 @@ class PackedBackend:
         """See `Backend.forward`."""
         hidden, network = torch.empty(layout.rows, len(self._network.norm)), self._network
         angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
-        sequence_P1 = plan.parts(max(1, min(self.threads or 1, layout.rows // _LEAST_ROWS, MOST)))
+        sequence_P1 = plan.parts(self._parts(layout.rows))
         work, lines = self._workspace.of(network.layers, plan, len(sequence_P1) - 1)
         desk = self._threads.desk(len(sequence_P1) - 1)
         if run(desk, sequence_P1, layout.token_T.numpy(), plan, network, angles, pools, work, lines, hidden.numpy()):
@@ -164,8 +164,14 @@ class PackedBackend:
         """As the policy's, of hidden states [..., D]."""
         logits = torch.empty(*hidden.shape[:-1], self._vocabulary)
         hidden_RD, logits_RV = hidden.flatten(0, -2).contiguous(), logits.view(-1, self._vocabulary)
-        linear.product(hidden_RD.numpy(), self._head_PDW, logits_RV.numpy())
+        parts = self._parts(len(hidden_RD))
+        if head(self._threads.desk(parts), parts, hidden_RD.numpy(), self._head_PDW, logits_RV.numpy()):
+            raise MemoryError("the head of a pass has failed")
         return logits if self._head_bias is None else logits.add_(self._head_bias)
+
+    def _parts(self, rows: int) -> int:
+        """Among how many threads so many rows are divided."""
+        return max(1, min(self.threads or 1, rows // _LEAST_ROWS, MOST))
 
     def _pools_of(self, state: SequenceState | None) -> Pools:
         """The arrays of `SequenceState.all_pools`, made anew only for another cache; without one, arrays of no entry."""

@@ -146,3 +146,17 @@ def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, li
     for t in range(begin, end):
         for d in range(features):
             hidden_TD[t, d] = work.unit[t, d] * network.norm[d]
+
+
+@compiled(nogil=True)
+def head(desk, parts, hidden_RD, weight_PDW, logits_RV):
+    """Writes the logits of rows of hidden states, about as many of them in each part. Returns how many parts failed."""
+    hand_over(_head_part, (parts, hidden_RD, weight_PDW, logits_RV), desk)
+    return in_threads(desk, parts)
+
+
+@compiled(nogil=True)
+def _head_part(part, parts, hidden_RD, weight_PDW, logits_RV):
+    """The logits of some rows."""
+    rows = hidden_RD.shape[0]
+    product_of(hidden_RD, rows * part // parts, rows * (part + 1) // parts, weight_PDW, logits_RV)
