@@ -7,7 +7,7 @@ Invariants:
   token alone, so `logprobs` returns the number that verification returned.
 - Padding may hold anything, NaN included.
 
-Legend: S sequences, M drafts, R = M + 1 rows, V vocabulary, W = ceil(V / 4) words of noise, N rows.
+Legend: S sequences, M drafts, R = M + 1 rows, V vocabulary, W = ceil(V / 4) words of noise, N rows; x_at, the address of x.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..addresses import addresses, doubles, flat, floats, integers
 from ..compiled import compiled, wide_total
 from ..philox.numba import uniform
 from .reference import Purpose, Rejection, Sampled
@@ -24,7 +25,6 @@ from .rows import choose, draw, mix, normalise, probabilities, residual
 
 _F = np.float32
 _NOISE, _ACCEPT, _RESAMPLE = int(Purpose.NOISE), int(Purpose.ACCEPT), int(Purpose.RESAMPLE)
-_NONE = np.empty(0, _F)
 
 
 @compiled()
@@ -46,9 +46,13 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
 
 
 @compiled()
-def _chain(logits_SMV, pair_VV, known, first_N, first_stride, first_scale, previous_S, count_S, temperature_S, seed_S, anchor_S,
-           excluded, purpose, token_SM, lse_SM):  # fmt: skip
-    sequences, slots, vocabulary = logits_SMV.shape
+def _chain(sequences, slots, vocabulary, logits_at, pair_at, known, first_at, first_stride, first_scale, previous_at, count_at,
+           seed_at, anchor_at, temperature_at, excluded, purpose, token_SM, lse_SM):  # fmt: skip
+    logits_SMV, pair_VV = floats(logits_at, (sequences, slots, vocabulary)), floats(pair_at, (vocabulary, vocabulary))
+    first_N = floats(first_at, (sequences - 1) * first_stride + vocabulary)
+    previous_S, count_S = integers(previous_at, sequences), integers(count_at, sequences)
+    seed_S, anchor_S = integers(seed_at, sequences), integers(anchor_at, sequences)
+    temperature_S = doubles(temperature_at, sequences)
     x_V, weight_V, words_W4 = _buffers(vocabulary)
     scale = _F(first_scale)
     for s in range(sequences):
@@ -87,9 +91,14 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
 
 
 @compiled()
-def _reject(p_SRV, q_SMV, q_lse_SM, draft_SM, count_S, temperature_S, draft_temperature_S, seed_S, anchor_S, excluded, mixed,
-            mix_S, accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
-    sequences, rows, vocabulary = p_SRV.shape
+def _reject(sequences, rows, vocabulary, p_at, q_at, draft_at, count_at, seed_at, anchor_at, q_lse_at, temperature_at,
+            draft_temperature_at, mix_at, excluded, mixed, accepted_S, token_SR, logprob_SR, behavior_SR):  # fmt: skip
+    slots = rows - 1
+    p_SRV, q_SMV = floats(p_at, (sequences, rows, vocabulary)), floats(q_at, (sequences, slots, vocabulary))
+    q_lse_SM, draft_SM = doubles(q_lse_at, (sequences, slots)), integers(draft_at, (sequences, slots))
+    count_S, seed_S, anchor_S = integers(count_at, sequences), integers(seed_at, sequences), integers(anchor_at, sequences)
+    temperature_S, draft_temperature_S = doubles(temperature_at, sequences), doubles(draft_temperature_at, sequences)
+    mix_S = doubles(mix_at, sequences)
     p_x_V, x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     weight_V, q_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for s in range(sequences):
@@ -144,13 +153,6 @@ def _flat(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [tensor.contiguous().numpy() for tensor in tensors]
 
 
-def _strided(x_SV: torch.Tensor) -> tuple[np.ndarray, int]:
-    """Rows at any distance, without a copy: the memory from the first row to the end of the last one, and the distance."""
-    (s, v), (stride, step) = x_SV.shape, x_SV.stride()
-    assert step == 1, "logits of a row lie side by side"
-    return x_SV.as_strided(((s - 1) * stride + v,), (1,)).numpy(), stride
-
-
 def _empty(*shape: int, like: type = np.int64) -> np.ndarray:
     return np.empty(shape, like)
 
@@ -175,13 +177,17 @@ def draft_chain(
     first_SV: torch.Tensor | None = None, first_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As the package's, of a table of pairs."""
-    assert logits_SMV.is_contiguous()
-    out = _empty(*logits_SMV.shape[:2]), _empty(*logits_SMV.shape[:2], like=np.float64)
-    keys = _flat(previous_S, count_S, temperature_S.double(), seed_S, anchor_S)
-    first = (False, _NONE, 0) if first_SV is None else (True, *_strided(first_SV.float()))
-    _chain(logits_SMV.numpy(), *_flat(pair_VV), *first, first_scale, *keys, excluded, int(purpose), *out)
-    token_SM, lse_SM = map(torch.from_numpy, out)
-    return token_SM, lse_SM
+    assert logits_SMV.dtype == torch.float32 and logits_SMV.is_contiguous()
+    shape, first = logits_SMV.shape, (False, 0, 0, first_scale)
+    token, lse = _empty(*shape[:2]), _empty(*shape[:2], like=np.float64)
+    if first_SV is not None:
+        if first_SV.dtype != torch.float32 or first_SV.stride(1) != 1:
+            (first_SV,) = flat(torch.float32, first_SV)
+        first = True, first_SV.data_ptr(), first_SV.stride(0), first_scale
+    wide = flat(torch.int64, previous_S, count_S, seed_S, anchor_S) + flat(torch.float64, temperature_S)
+    (pair_VV,) = flat(torch.float32, pair_VV)
+    _chain(*shape, *addresses((logits_SMV, pair_VV)), *first, *addresses(wide), excluded, int(purpose), token, lse)
+    return torch.from_numpy(token), torch.from_numpy(lse)
 
 
 def verify_matching(
@@ -206,11 +212,11 @@ def verify_rejection(
     mixed = mix_weight_S is not None
     accepted, token, logprob = _empty(s), _empty(s, r), _empty(s, r, like=np.float32)
     behavior = _empty(s, r, like=np.float32) if mixed else logprob  # without a mixture these are the same numbers
-    logits, drawn = _flat(p_logits_SRV.float(), q_logits_SMV.float()), _flat(q_lse_SM, draft_SM, count_S)
-    temperature, seed, anchor = _flat(temperature_S.double(), seed_S, anchor_S)
-    draft_temperature = temperature if draft_temperature_S is None else _flat(draft_temperature_S.double())[0]
-    weight = temperature if mix_weight_S is None else _flat(mix_weight_S.double())[0]
-    _reject(*logits, *drawn, temperature, draft_temperature, seed, anchor, excluded, mixed, weight, accepted, token, logprob, behavior)
+    logits = flat(torch.float32, p_logits_SRV, q_logits_SMV)
+    whole = flat(torch.int64, draft_SM, count_S, seed_S, anchor_S)
+    drawn_S = temperature_S if draft_temperature_S is None else draft_temperature_S
+    wide = flat(torch.float64, q_lse_SM, temperature_S, drawn_S, temperature_S if mix_weight_S is None else mix_weight_S)
+    _reject(*p_logits_SRV.shape, *addresses(logits + whole + wide), excluded, mixed, accepted, token, logprob, behavior)
     accepted_S, token_SR, logprob_SR = map(torch.from_numpy, (accepted, token, logprob))
     return Rejection(accepted_S, token_SR, logprob_SR, torch.from_numpy(behavior) if mixed else logprob_SR)
 

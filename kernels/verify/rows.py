@@ -79,8 +79,8 @@ def _gumbel(x_V, weight_V, top, seed, position, words_W4):
 
 @compiled(inlined=True)
 def draw(weight_V, total, u):
-    """Inverse CDF: the first token at which the running sum exceeds u * `total`, the sum of all. Where rounding leaves none, the last token with
-    weight of the stretch that was searched; 0 in a row without weight."""
+    """Inverse CDF: the first token at which the running sum exceeds u * `total`, the sum of all. Where rounding leaves none, the
+    last token with weight of the stretch that was searched; 0 in a row without weight."""
     count, target, before, begin = weight_V.shape[0], u * total, 0.0, 0
     while begin + STRETCH < count:
         after = before + stretch_total(weight_V, begin)

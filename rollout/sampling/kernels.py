@@ -26,9 +26,9 @@ from .processing import widen
 def serves(group: Group, logits: torch.Tensor) -> bool:
     """Whether rows of this group take the kernels. Adjusted logits, and the mixture where it is greedy or cut, are rare: these
     take torch. So do cut-offs on a CPU."""
-    plain = group.adjustment is None and not (group.sampler == "mixed" and (group.greedy or group.cut))
-    has_kernels = takes_triton(logits) or (takes_numba(logits) and not group.cut)
-    return plain and logits.dtype != torch.float64 and has_kernels
+    if group.adjustment is not None or (group.sampler == "mixed" and (group.greedy or group.cut)):
+        return False
+    return (not group.cut and takes_numba(logits)) or (logits.dtype != torch.float64 and takes_triton(logits))
 
 
 def draft(
@@ -41,7 +41,8 @@ def draft(
     previous_S: torch.Tensor | None,
     p_first_SV: torch.Tensor | None,
 ) -> Drafts:
-    """As `sampler.draft` for one group; of `mixed` without p_first_SV. The drafts keep `q_logits_SMV` itself, its mask token now at -inf."""
+    """As `sampler.draft` for one group; for `mixed` without p_first_SV. The drafts keep `q_logits_SMV` itself, its mask token
+    now at -inf."""
     (group,) = rows.groups
     noisy = group.greedy or group.sampler == "coupled"
     if markov is None:

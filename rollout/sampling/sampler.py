@@ -67,11 +67,11 @@ def draft(
             target is made of p and the block's q.
     """
     s, m, _ = q_logits_SMV.shape
-    device = q_logits_SMV.device
     if count_S is None:
-        count_S = torch.full((s,), m, dtype=torch.int64, device=device)
+        count_S = torch.full((s,), m, dtype=torch.int64, device=q_logits_SMV.device)
     if len(rows.groups) == 1:
         return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SV)
+    device = q_logits_SMV.device
     count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
     large: dict[str, torch.Tensor] = {}
     for group in rows.groups:
@@ -100,9 +100,8 @@ def _draft_group(
 ) -> Drafts:
     (group,) = rows.groups
     s, m, vocab_size = q_logits_SMV.shape
-    device = q_logits_SMV.device
     if group.sampler == "ar" or m == 0:
-        return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=device), torch.zeros_like(count_S))
+        return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=q_logits_SMV.device), torch.zeros_like(count_S))
     if group.sampler == "mixed":
         p_first_SV = None
     if kernels.serves(group, q_logits_SMV):
@@ -116,7 +115,7 @@ def _draft_group(
         markov_from = 1
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
-    slot_M = torch.arange(m, device=device)
+    slot_M = torch.arange(m, device=q_logits_SMV.device)
     seed_S1, position_SM = rows.seed_S[:, None], anchor_S[:, None] + 1 + slot_M
     noise = None
     if not group.greedy:

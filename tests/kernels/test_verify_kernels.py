@@ -206,6 +206,38 @@ def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, known: bool) -> No
     torch.testing.assert_close(lse[real], other_lse[real], atol=2e-6, rtol=2e-6)
 
 
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 64, 274])
+def test_a_draw_that_skips_stretches_is_the_draw_of_the_reference(vocab_size: int) -> None:
+    """Also at the ends of the numbers that it is drawn by, and where whole stretches have no weight."""
+    from blockroll.kernels.verify.rows import draw
+
+    generator = torch.Generator().manual_seed(vocab_size)
+    weight = torch.rand(40, vocab_size, generator=generator) * (torch.rand(40, vocab_size, generator=generator) < 0.3)
+    weight[:20, vocab_size // 3 : vocab_size // 2] = 0
+    weight[20:, -(vocab_size // 2) :] = 0
+    weight[:, vocab_size // 5] += 1e-6
+    u = torch.cat([torch.tensor([2.0**-33, 1 - 2.0**-33]), torch.rand(38, generator=generator, dtype=torch.float64)])
+    got = [draw(row.numpy(), float(row.double().sum()), float(x)) for row, x in zip(weight, u, strict=True)]
+    assert got == reference.draw(weight, u).tolist()
+    assert (weight[torch.arange(40), got] > 0).all()
+    assert draw(torch.zeros(vocab_size).numpy(), 0.0, 0.5) == 0
+
+
+def test_arguments_of_any_layout_and_width() -> None:
+    """Views with gaps, half-precision logits, narrow integers and float32 temperatures are those that are copied from them."""
+    p, q, lse, token, count, temperature, seed, anchor, excluded = step(6, 3, 40, excluded=39)
+    p, q, temperature = p.half(), q.half(), temperature.float()
+    plain = p.float(), q.float(), lse, token, count, temperature.double(), seed, anchor, excluded
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack((x, x), -1)[..., 0]
+
+    odd = p, q, apart(lse), apart(token), count.int(), apart(temperature), apart(seed), apart(anchor), excluded
+    with using("numba"):
+        for a, b in zip(verify_rejection(*odd), verify_rejection(*plain), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_matching_accepts_the_tokens_that_would_come_without_drafts(implementation: str) -> None:
     s, m, v = 6, 3, 301
     p, temperature, (seed, anchor) = normal(s, m + 1, v), torch.tensor([0.0, 0.5, 1.0, 1.0, 0.8, 0.0]), keys(s)

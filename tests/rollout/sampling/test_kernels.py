@@ -45,14 +45,14 @@ def kernel(request):
     return request.param
 
 
-def step(implementation, params, dtype=torch.float32, markov=None):
-    """Draft, select half and join them again in another order, then verify."""
+def step(implementation, params, dtype=torch.float32, markov=None, known=False):
+    """Draft, select half and join them again in another order, then verify. `known`: p of the first draft is."""
     s = len(params)
     p, q = logits(s, dtype)
     rows = SamplerRows.make(params, [sample_seed(2**40 + i, 0) for i in range(s)], draft_temperature=0.7)
     anchor, count = torch.arange(s) * 3 + 4, torch.arange(s) % (M + 1)
     with using(implementation):
-        drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB)
+        drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB, p[:, 0] if known else None)
         half = s // 2
         drafts = Drafts.join([drafts.select(torch.arange(half)), drafts.select(torch.arange(half, s))])
         drafts = drafts.limit(torch.full((s,), M))
@@ -110,6 +110,22 @@ def test_drafts_that_know_the_one_before(kernel, sampler, cuts) -> None:
     expected_drafts, expected = step("reference", params, markov=table)
     assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
     same(verdict, expected)
+
+
+@pytest.mark.parametrize("table", [PairTable(torch.zeros(VOCAB, VOCAB)), None], ids=["pairs", "plain"])
+@pytest.mark.parametrize("sampler", ["coupled", "lossless", "mixed"])
+def test_drafts_whose_first_one_is_drawn_from_p(kernel, sampler, table) -> None:
+    """At several temperatures; also beside a row of the mixture, which takes no p."""
+    params = [SamplingParams(sampler=sampler, temperature=0.6 + i / 10) for i in range(6)]
+    drafts, verdict = step(kernel, params, markov=table, known=True)
+    expected_drafts, expected = step("reference", params, markov=table, known=True)
+    assert torch.equal(drafts.token_SM, expected_drafts.token_SM)
+    same(verdict, expected)
+    if sampler != "mixed":
+        drafted = torch.arange(6) % (M + 1) > 0
+        assert (verdict.accepted_S[drafted] > 0).sum() >= 4
+        mixture = [*params, SamplingParams(sampler="mixed")]
+        same(step(kernel, mixture, markov=table, known=True)[1], step("reference", mixture, markov=table, known=True)[1])
 
 
 def test_rows_that_the_kernels_serve() -> None:
