@@ -21,13 +21,15 @@ from ..registers import LONG, Numbers, places, spread, written
 
 
 @intrinsic
-def weigh(typing_context, score, at, width, begin, end, begin_block, end_block, weight, to):
+def weigh(typing_context, score, at, rows, width, begin, end, begin_block, end_block, weight, to):
     """weight_i = exp(score_i - top) for begin <= i < end and begin_block <= i < end_block, of which top is the largest, rounded
-    to float32; 0 for all other i < width, a multiple of n. Scores, float32 or float64, lie from the flat place `at` of a
-    contiguous array on, weights from `to` on; both may be the same memory. The difference is taken in the type of the scores."""
+    to float32; 0 for all other i < width, a multiple of n. So for some rows that see the same keys. Scores, float32 or float64,
+    lie from the flat place `at` of a contiguous array on, row by row, weights from `to` on; both may be the same memory. The
+    difference is taken in the type of the scores."""
 
-    def write_weights(builder, score, width, begin, end, begin_block, end_block, weight):
+    def write_weights(builder, score, rows, width, begin, end, begin_block, end_block, weight):
         number, single = score.type.pointee, ir.FloatType()
+        lowest = Numbers.all(builder, -np.inf, of=number)
         ranges = [
             (spread(builder, first), spread(builder, builder.sub(last, first)))
             for first, last in ((begin, end), (begin_block, end_block))
@@ -37,14 +39,30 @@ def weigh(typing_context, score, at, width, begin, end, begin_block, end_block, 
             index = places(builder, i)
             return builder.or_(*(builder.icmp_unsigned("<", builder.sub(index, first), count) for first, count in ranges))
 
-        top = cgutils.alloca_once_value(builder, Numbers.all(builder, -np.inf, of=number).value)
-        builder.store(Numbers.all(builder, -np.inf, of=number).value, top)
-        with cgutils.for_range_slice(builder, LONG(0), width, LONG(LANES)) as (i, _):
-            scores = Numbers.load(builder, score, i).where(seen(i), -np.inf)
-            builder.store(scores.or_above(Numbers(builder, builder.load(top))).value, top)
-        largest = Numbers(builder, builder.load(top)).folded(Numbers.or_above).to(single).to(number).everywhere(LANES)
-        with cgutils.for_range_slice(builder, LONG(0), width, LONG(LANES)) as (i, _):
-            scores = Numbers.load(builder, score, i)
-            (scores - largest).to(single).exponential().where(seen(i), 0.0).store(weight, i)
+        def weigh_rows(first: Any, count: int) -> None:
+            begins = [builder.mul(builder.add(first, LONG(r)), width) for r in range(count)]
+            tops = [cgutils.alloca_once_value(builder, lowest.value) for _ in begins]
+            for top in tops:
+                builder.store(lowest.value, top)
+            with cgutils.for_range_slice(builder, LONG(0), width, LONG(LANES)) as (i, _):
+                seen_n = seen(i)
+                for begin_row, top in zip(begins, tops, strict=True):
+                    scores = Numbers.load(builder, score, builder.add(begin_row, i)).where(seen_n, -np.inf)
+                    builder.store(scores.or_above(Numbers(builder, builder.load(top))).value, top)
+            largest = [
+                Numbers(builder, builder.load(top)).folded(Numbers.or_above).to(single).to(number).everywhere(LANES)
+                for top in tops
+            ]  # fmt: skip
+            with cgutils.for_range_slice(builder, LONG(0), width, LONG(LANES)) as (i, _):
+                seen_n = seen(i)
+                for begin_row, top in zip(begins, largest, strict=True):
+                    scores = Numbers.load(builder, score, builder.add(begin_row, i))
+                    (scores - top).to(single).exponential().where(seen_n, 0.0).store(weight, builder.add(begin_row, i))
 
-    return written(types.void(score, PLACE, PLACE, PLACE, PLACE, PLACE, PLACE, weight, PLACE), write_weights)
+        pairs = builder.mul(builder.udiv(rows, LONG(2)), LONG(2))
+        with cgutils.for_range_slice(builder, LONG(0), pairs, LONG(2)) as (r, _):
+            weigh_rows(r, 2)
+        with builder.if_then(builder.icmp_signed("<", pairs, rows)):
+            weigh_rows(pairs, 1)
+
+    return written(types.void(score, *[PLACE] * 7, weight, PLACE), write_weights)

@@ -111,10 +111,11 @@ def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
     wide_RL = wide[: rows * width].reshape(rows, width)
     wide_product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, wide_RL)
-    for r in range(rows):
-        begin, end = begin_T[first + r // group] - low, end_T[first + r // group] - low
-        weigh(wide, r * width, width, begin, end, 0, 0, score, r * width)
-        sum_R[r] = total(score, r * width + begin, -(-(end - begin) // LANES) * LANES)
+    for t in range(first, last):
+        r, begin, end = (t - first) * group, begin_T[t] - low, end_T[t] - low
+        weigh(wide, r * width, group, width, begin, end, 0, 0, score, r * width)
+        for each in range(r, r + group):
+            sum_R[each] = total(score, each * width + begin, -(-(end - begin) // LANES) * LANES)
     product_with_rows(score_RL, rows, high - low, values_LD, low, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
@@ -132,10 +133,11 @@ def _attend_masks(range_4T, q_THD, g, group, lines, out_THD, keys, first, last):
     width = -(-keys // STEP) * STEP
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
     product_with_rows(q_RD, rows, size, lines.keys_DL, 0, 0, width, score_RL)
-    for r in range(rows):
-        begin, end, begin_block, end_block = range_4T[:, first + r // group]
-        weigh(score, r * width, width, begin, end, begin_block, end_block, score, r * width)
-        sum_R[r] = total(score, r * width, -(-keys // LANES) * LANES)
+    for t in range(first, last):
+        r, (begin, end, begin_block, end_block) = (t - first) * group, range_4T[:, t]
+        weigh(score, r * width, group, width, begin, end, begin_block, end_block, score, r * width)
+        for each in range(r, r + group):
+            sum_R[each] = total(score, each * width, -(-keys // LANES) * LANES)
     product_with_rows(score_RL, rows, keys, values_LD, 0, 0, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
