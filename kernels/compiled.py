@@ -1,8 +1,9 @@
 """Functions that numba compiles at their first call and keeps on disk for the next process.
 
 Invariants:
-- Only `wide_total` sums in any order. It reads and does not write, so its length alone decides how it is vectorised. All other
-  functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised or not.
+- Only `total`, `wide_total` and `squares` sum in any order. They read and do not write, so their length alone decides how they
+  are vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised
+  or not.
 - After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
   function's own file alone.
 """
@@ -88,11 +89,29 @@ def copy(source, target):
 
 
 @compiled(_ANY_ORDER)
+def total(x, count):
+    """Sum of the first `count` of x, in x's type."""
+    s = _F(0)
+    for i in range(count):
+        s += x[i]
+    return s
+
+
+@compiled(_ANY_ORDER)
 def wide_total(x, count):
     """Sum of the first `count` of x, in float64."""
     s = 0.0
     for i in range(count):
         s += np.float64(x[i])
+    return s
+
+
+@compiled(_ANY_ORDER)
+def squares(x):
+    """Sum of the squares of x."""
+    s = _F(0)
+    for i in range(x.shape[0]):
+        s += x[i] * x[i]
     return s
 
 
