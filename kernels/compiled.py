@@ -2,7 +2,8 @@
 
 Invariants:
 - Only `wide_total` and `stretch_total` sum in any order. They read and do not write, so their length alone decides how they are
-  vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised or not.
+  vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised or
+  not.
 - After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
   function's own file alone.
 """

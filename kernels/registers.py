@@ -26,13 +26,6 @@ FUSED = platform.machine() not in ("x86_64", "AMD64") or has("fma")
 """Whether the processor rounds a product and the sum that it goes into once, together."""
 
 
-def multiply_add(builder: ir.IRBuilder, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c of vectors, rounded once where the processor can."""
-    if not FUSED:
-        return builder.fadd(builder.fmul(a, b), c)
-    return _call(builder, "fma", a, b, c)
-
-
 def _call(builder: ir.IRBuilder, name: str, *arguments: Any) -> Any:
     """LLVM's function of this name, of vectors of one type."""
     vector = arguments[0].type
@@ -100,7 +93,9 @@ class Numbers:
 
     def times_plus(self, factor: Numbers | float, summand: Numbers | float) -> Numbers:
         """self * factor + summand, rounded once where the processor can."""
-        return Numbers(self.builder, multiply_add(self.builder, self.value, self._alike(factor), self._alike(summand)))
+        if not FUSED:
+            return self * factor + summand
+        return Numbers(self.builder, _call(self.builder, "fma", self.value, self._alike(factor), self._alike(summand)))
 
     def root(self) -> Numbers:
         return Numbers(self.builder, _call(self.builder, "sqrt", self.value))

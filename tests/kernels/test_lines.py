@@ -10,7 +10,6 @@ pytest.importorskip("numba")
 from blockroll.kernels import lines
 from blockroll.kernels.attention.numba import weigh
 from blockroll.kernels.compiled import compiled, exponentials
-from blockroll.kernels.lanes import LANES
 from blockroll.kernels.registers import FUSED
 
 COUNTS = [0, 1, 7, 8, 15, 16, 24, 31, 64, 72, 101, 192, 203]
@@ -29,8 +28,8 @@ def elementwise(x, at, divisor, wide, quotient, to, count):
 
 
 @compiled()
-def weights_of(score, at, width, ranges, weight, to):
-    weigh(score, at, width, ranges[0], ranges[1], ranges[2], ranges[3], weight, to)
+def weights_of(score, at, rows, width, ranges, weight, to):
+    weigh(score, at, rows, width, ranges[0], ranges[1], ranges[2], ranges[3], weight, to)
 
 
 def _in_order(x: np.ndarray, squared: bool) -> np.float32:
@@ -76,22 +75,23 @@ def test_lines_are_widened_and_divided(count: int) -> None:
         assert np.isnan(out[:9]).all() and np.isnan(out[9 + count :]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 @pytest.mark.parametrize("ranges", [(0, 1, 0, 0), (0, 32, 0, 0), (13, 14, 0, 0), (3, 29, 0, 0), (2, 17, 20, 31), (0, 0, 5, 9)])
-def test_weights_of_the_keys_that_a_row_sees(kind: type, ranges: tuple[int, int, int, int]) -> None:
+def test_weights_of_the_keys_that_a_row_sees(rows: int, kind: type, ranges: tuple[int, int, int, int]) -> None:
     """exp(score - largest) with the bits of `exponentials`, 0 elsewhere, whatever the scores there are; nothing beside them."""
-    width, at, to = 2 * LANES if LANES == 16 else 32, 7, 5
-    score = np.full(width + 20, np.nan, kind)
+    width, at, to = 32, 7, 5
     begin, end, begin_block, end_block = ranges
     seen = np.zeros(width, bool)
     seen[begin:end] = seen[begin_block:end_block] = True
-    score[at : at + width][seen] = np.random.default_rng(0).normal(scale=30, size=seen.sum())
-    score[at : at + width][~seen] = np.resize([np.nan, np.inf, 1e30, -np.inf], (~seen).sum())
-    weight = np.full(width + 20, -1, _F)
-    weights_of(score, at, width, np.array(ranges), weight, to)
-    own = score[at : at + width][seen]
-    expected = (own - own.max().astype(_F)).astype(_F)
-    exponentials(expected, len(expected))
-    assert np.array_equal(weight[to : to + width][seen], expected)
-    assert (weight[to : to + width][~seen] == 0).all() and expected.max() > 0.999
-    assert (weight[:to] == -1).all() and (weight[to + width :] == -1).all()
+    score, weight = np.full(rows * width + 20, np.nan, kind), np.full(rows * width + 20, -1, _F)
+    score_RL, weight_RL = (x[first : first + rows * width].reshape(rows, width) for x, first in ((score, at), (weight, to)))
+    score_RL[:, seen] = np.random.default_rng(0).normal(scale=30, size=(rows, seen.sum()))
+    score_RL[:, ~seen] = np.resize([np.nan, np.inf, 1e30, -np.inf], (~seen).sum())
+    weights_of(score, at, rows, width, np.array(ranges), weight, to)
+    own = np.ascontiguousarray(score_RL[:, seen])
+    expected = (own - own.max(1, keepdims=True).astype(_F)).astype(_F)
+    exponentials(expected.reshape(-1), expected.size)
+    assert np.array_equal(weight_RL[:, seen], expected) and (expected.max(1) > 0.999).all()
+    assert (weight_RL[:, ~seen] == 0).all()
+    assert (weight[:to] == -1).all() and (weight[to + rows * width :] == -1).all()
