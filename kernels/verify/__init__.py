@@ -91,14 +91,14 @@ def draft_chain(
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
     if first_SV is not None:
         torch.mul(first_SV, first_scale, out=q_logits_SMV[:, 0])
-    chosen = []
+    chosen, position_S = [], anchor_S + 1
     for k in range(q_logits_SMV.shape[1]):
         if k > 0 or first_SV is None:
             q_logits_SMV[:, k] += markov(previous_S)
         q_logits_SMV[:, k, excluded] = -torch.inf
         if cut is not None:
             cut(q_logits_SMV[:, k : k + 1])
-        chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, anchor_S + 1 + k))
+        chosen.append(sample(q_logits_SMV[:, k : k + 1], temperature_S, seed_S, position_S + k))
         previous_S = chosen[-1].token_SR[:, 0]
     token_SM, lse_SM = torch.cat([slot.token_SR for slot in chosen], 1), torch.cat([slot.lse_SR for slot in chosen], 1)
     slot_M = torch.arange(token_SM.shape[1], device=token_SM.device)

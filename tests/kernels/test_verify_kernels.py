@@ -216,7 +216,8 @@ def test_a_draw_that_skips_stretches_is_the_draw_of_the_reference(vocab_size: in
     weight[:20, vocab_size // 3 : vocab_size // 2] = 0
     weight[20:, -(vocab_size // 2) :] = 0
     weight[:, vocab_size // 5] += 1e-6
-    u = torch.cat([torch.tensor([2.0**-33, 1 - 2.0**-33]), torch.rand(38, generator=generator, dtype=torch.float64)])
+    u = torch.rand(40, generator=generator, dtype=torch.float64)
+    u[0], u[1] = 2.0**-33, 1 - 2.0**-33
     got = [draw(row.numpy(), float(row.double().sum()), float(x)) for row, x in zip(weight, u, strict=True)]
     assert got == reference.draw(weight, u).tolist()
     assert (weight[torch.arange(40), got] > 0).all()
