@@ -85,14 +85,6 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
-@compiled()
-def copy(source, target):
-    """Copy all of `source` to the beginning of `target`. numba compiles `target[:] = source` to a loop over single numbers; this
-    loop is vectorised."""
-    for i in range(source.shape[0]):
-        target[i] = source[i]
-
-
 @compiled(_ANY_ORDER)
 def wide_total(x, count):
     """Sum of the first `count` of x, in float64."""

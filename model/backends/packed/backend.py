@@ -163,9 +163,11 @@ class PackedBackend:
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the policy's, of hidden states [..., D]."""
         logits = torch.empty(*hidden.shape[:-1], self._vocabulary)
-        hidden_RD, logits_RV = hidden.flatten(0, -2).contiguous(), logits.view(-1, self._vocabulary)
+        hidden_RD, logits_RV = hidden.flatten(0, -2).contiguous().numpy(), logits.view(-1, self._vocabulary).numpy()
         parts = self._parts(len(hidden_RD))
-        if head(self._threads.desk(parts), parts, hidden_RD.numpy(), self._head_PDW, logits_RV.numpy()):
+        if parts == 1:
+            linear.product(hidden_RD, self._head_PDW, logits_RV)
+        elif head(self._threads.desk(parts), parts, hidden_RD, self._head_PDW, logits_RV):
             raise MemoryError("the head of a pass has failed")
         return logits if self._head_bias is None else logits.add_(self._head_bias)
 
