@@ -142,10 +142,3 @@ def exponential(x):
     p = p * r + _F(1.6666665459e-1)
     p = p * r + _F(5.0000001201e-1)
     return np.int32(_F(p * r * r + r + _F(1.0)).view(np.int32) + (np.int32(n) << np.int32(23))).view(np.float32)
-
-
-@compiled()
-def exponentials(x, count):
-    """`exponential` of the first `count` of x, in place."""
-    for i in range(count):
-        x[i] = exponential(x[i])

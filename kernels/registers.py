@@ -132,7 +132,7 @@ class Numbers:
         return numbers
 
     def exponential(self) -> Numbers:
-        """exp to two units in the last place, with the bits of `compiled.exponentials`. Numbers below -87 count as -87."""
+        """exp to two units in the last place, with the bits of `compiled.exponential`. Numbers below -87 count as -87."""
         builder, y = self.builder, self.or_above(-87.0)
         n = y.times_plus(1.44269504, 0.5).floor()
         r = n.times_plus(2.12194440e-4, n.times_plus(-0.693359375, y))

@@ -9,7 +9,7 @@ pytest.importorskip("numba")
 
 from blockroll.kernels import lines
 from blockroll.kernels.attention.numba import weigh
-from blockroll.kernels.compiled import compiled, exponentials
+from blockroll.kernels.compiled import compiled, exponential
 from blockroll.kernels.registers import FUSED
 
 COUNTS = [0, 1, 7, 8, 15, 16, 24, 31, 64, 72, 101, 192, 203]
@@ -79,7 +79,7 @@ def test_lines_are_widened_and_divided(count: int) -> None:
 @pytest.mark.parametrize("kind", [np.float32, np.float64])
 @pytest.mark.parametrize("ranges", [(0, 1, 0, 0), (0, 32, 0, 0), (13, 14, 0, 0), (3, 29, 0, 0), (2, 17, 20, 31), (0, 0, 5, 9)])
 def test_weights_of_the_keys_that_a_row_sees(rows: int, kind: type, ranges: tuple[int, int, int, int]) -> None:
-    """exp(score - largest) with the bits of `exponentials`, 0 elsewhere, whatever the scores there are; nothing beside them."""
+    """exp(score - largest) with the bits of `exponential`, 0 elsewhere, whatever the scores there are; nothing beside them."""
     width, at, to = 32, 7, 5
     begin, end, begin_block, end_block = ranges
     seen = np.zeros(width, bool)
@@ -91,7 +91,7 @@ def test_weights_of_the_keys_that_a_row_sees(rows: int, kind: type, ranges: tupl
     weights_of(score, at, rows, width, np.array(ranges), weight, to)
     own = np.ascontiguousarray(score_RL[:, seen])
     expected = (own - own.max(1, keepdims=True).astype(_F)).astype(_F)
-    exponentials(expected.reshape(-1), expected.size)
+    expected = np.array([[exponential(number) for number in line] for line in expected])
     assert np.array_equal(weight_RL[:, seen], expected) and (expected.max(1) > 0.999).all()
     assert (weight_RL[:, ~seen] == 0).all()
     assert (weight[:to] == -1).all() and (weight[to + rows * width :] == -1).all()
