@@ -8,7 +8,8 @@ where `tokens` is the schedule's expected tokens per step (`survival`). `past` c
 a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `fused`, is the share of samples that have no
 drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
 waiting drafts. Now and then the planner probes: it runs two steps of a schedule that is nearly as good, in order to learn. Probes
-take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected. Only the first one, where `ar` seems best
+and nothing was ever drafted, comes at once.
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
 are compared again when there are a quarter more or fewer samples, of any kind or altogether, when acceptance rates were estimated
@@ -257,7 +258,8 @@ class Planner:
         self._since += 1
         first = total_N.index(min(total_N))
         best = self._decision_of(self.schedules[first], context, seconds_N[first], means_N[first][0])
-        if self._since < _PROBE_EVERY:
+        unknown = best.schedule.kind == "ar" and not ending and not any([self._of(kind).tried for kind in self._batch.kinds])
+        if self._since < _PROBE_EVERY and not unknown:
             return best
         ranked = sorted(range(len(total_N)), key=total_N.__getitem__)
         # `ar` teaches nothing about drafts.
@@ -272,7 +274,7 @@ class Planner:
         rate = best.expected_tokens / best.expected_seconds
         excess = _PROBE_STEPS * (second.expected_seconds - 1 / rate)
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
-        if self._probed + excess > PROBE_SHARE * self._total:
+        if self._probed + excess > PROBE_SHARE * self._total and not unknown:
             return best
         self._since = 0
         self._turn += 1

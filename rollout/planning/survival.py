@@ -89,6 +89,11 @@ class Survival:
         self._known = None
         return True
 
+    @property
+    def tried(self) -> bool:
+        """Whether anything was noted."""
+        return any(self._fresh) or self._most_fresh != [_FRESH, _FRESH]
+
     def _count(self, kind: int) -> None:
         """Count the outcomes of a kind that were noted."""
         noted = self._noted[kind]

@@ -103,6 +103,15 @@ def test_learning_is_cheap_and_goes_on_under_ar():
     assert world.most() != "ar", "drafts survive again, and nobody noticed"
 
 
+def test_drafts_that_were_never_tried_are_tried_at_once():
+    """Also where `ar` is the better choice by the prior: two steps teach that it is not."""
+    world = World(1.0, 0.05, 0.95, batch=8)
+    chosen = [world.step().kind for _ in range(12)]
+    assert chosen[0] != "ar" and world.planner.log[0].probe and "ar" not in chosen[4:]
+    world = World(1.0, 0.05, 0.0, batch=8)
+    assert [world.step().kind for _ in range(20)].count("ar") >= 17
+
+
 def test_turning_to_fused_costs_a_step_without_drafts():
     """With few tokens left that step does not pay; with many it does."""
     table = {s.label: {1: 100.0, 64: 100.0} for s in SCHEDULES}
