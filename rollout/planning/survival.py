@@ -179,7 +179,8 @@ class Survival:
 def _outcomes(noted: list[_Step]) -> Counter[tuple[int, int, int]]:
     """How often each slot of a first draft, number of verified and number of accepted drafts were noted together."""
     slots = joined.from_iterable(slot_S or [0] * len(drafted_S) for slot_S, drafted_S, _ in noted)
-    drafted, accepted = (joined.from_iterable([step[i] for step in noted]) for i in (1, 2))
+    drafted = joined.from_iterable(drafted_S for _, drafted_S, _ in noted)
+    accepted = joined.from_iterable(accepted_S for *_, accepted_S in noted)
     return Counter(zip(slots, drafted, accepted, strict=True))
 
 
