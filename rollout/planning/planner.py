@@ -153,6 +153,9 @@ class Planner:
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
         self._batch = self._compared = _Batch.of(())  # of the last step, and of the last choice
+        # Of steps that were not counted: batch, whether it was a probe, `start`, `drafted` and `accepted` of the record.
+        self._steps: list[tuple[_Batch, bool, list[int], list[int], list[int]]] = []
+        self._made, self._enough = 0, 0.0  # tokens of these steps: how many, and at how many the rates may change
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
         self._since = self._turn = self._stands = 0
@@ -190,7 +193,7 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        self._learn(decoding, decision)
+        self._note(decoding, decision)
         if seconds is None:
             return
         decision.seconds = seconds
@@ -199,42 +202,64 @@ class Planner:
             ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, ends))
 
-    def _learn(self, decoding: Sequence[Sample], decision: Decision) -> None:
-        """Note what became of the drafts of a step, and its tokens."""
-        count, two_pass = len(decoding), decision.schedule.kind == "two_pass"
-        if decision.schedule.kind == "ar":
+    def _note(self, decoding: Sequence[Sample], decision: Decision) -> None:
+        """Note what a step made."""
+        kind, count = decision.schedule.kind, len(decoding)
+        if kind == "ar":
             decision.tokens = 1.0
             return
-        # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
-        record, slot_S = decoding[0].log.record if two_pass else None, None
+        # The record of a step serves all its samples. What it says is read later, of several steps at once.
+        record = decoding[0].log.record if kind == "two_pass" else None
         if record is not None:
-            start_S, drafted_S, accepted_S = record.start, record.drafted, record.accepted
-        else:
-            steps = [sample.last_step for sample in decoding]
-            start_S = [step.anchor + 1 for step in steps]
-            drafted_S, accepted_S = [step.drafted for step in steps], [step.accepted for step in steps]
-            slot_S = None if two_pass else [step.anchor + 1 - step.draft_start for step in steps]
-        decision.tokens = 1 + sum(accepted_S) / count
-        ended = [s for s, sample in enumerate(decoding) if sample.finish is not None]
-        if ended:
-            drafted_S, accepted_S = list(drafted_S), list(accepted_S)
-        for s in ended:
-            sample = decoding[s]
-            if sample.finish == "stop":
-                accepted_S[s] = min(accepted_S[s], sample.anchor - start_S[s])
-            else:  # a step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing
-                drafted_S[s] = 0
-        for kind, number in self._batch.kinds.items():
+            made = count + sum(record.accepted)
+            decision.tokens = made / count
+            self._steps.append((self._batch, decision.probe, record.start, record.drafted, record.accepted))
+            self._made += made
+            if self._made > self._enough:
+                self._learn()
+            return
+        steps = [sample.last_step for sample in decoding]
+        decision.tokens = 1 + sum([step.accepted for step in steps]) / count
+        start_S, drafted_S, accepted_S = ([getattr(step, name) for step in steps] for name in ("anchor", "drafted", "accepted"))
+        slot_S = None if kind == "two_pass" else [step.anchor + 1 - step.draft_start for step in steps]
+        self._count(self._batch, decision.probe, [anchor + 1 for anchor in start_S], drafted_S, accepted_S, slot_S)
+
+    def _learn(self) -> None:
+        """Count what became of the drafts of the steps that were noted."""
+        for step in self._steps:
+            self._count(*step)
+        self._steps.clear()
+        self._made, self._enough = 0, min([self._of(kind).lacks for kind in self._batch.kinds], default=0.0)
+
+    def _count(
+        self, batch: _Batch, probe: bool, start_S: list[int], drafted_S: list[int], accepted_S: list[int],
+        slot_S: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Count what became of the drafts of a step.
+
+        Args:
+            start_S: positions of the first drafts. slot_S: slots of these; None where all are 0, as in `two_pass`.
+        """
+        for s, sample in enumerate(batch.samples):
+            # Whether this step was the sample's last.
+            if sample.finish is not None and sample.anchor <= start_S[s] + accepted_S[s]:
+                drafted_S, accepted_S = list(drafted_S), list(accepted_S)
+                if sample.finish == "stop":
+                    accepted_S[s] = sample.anchor - start_S[s]
+                elif sample.finish == "length":  # the step was cut short, so its number of accepted drafts says nothing
+                    drafted_S[s] = 0
+        for kind, number in batch.kinds.items():
             slots, drafted, accepted = slot_S, drafted_S, accepted_S
-            if number < count:
-                own = [s for s, other in enumerate(self._batch.kind_S) if other == kind]
+            if number < len(batch.samples):
+                own = [s for s, other in enumerate(batch.kind_S) if other == kind]
                 slots = None if slots is None else [slots[s] for s in own]
                 drafted, accepted = [drafted[s] for s in own], [accepted[s] for s in own]
-            if self._of(kind).note_all(slots, drafted, accepted) and not decision.probe:
+            if self._of(kind).note_all(slots, drafted, accepted) and not probe:
                 self._stands = 0
 
     def _chosen(self) -> Decision:
         """A choice among all schedules."""
+        self._learn()
         self._settle()
         self._timed, self._compared = False, self._batch
         samples, drafting = self._batch.samples, self._batch.drafting

@@ -90,6 +90,11 @@ class Survival:
         return True
 
     @property
+    def lacks(self) -> float:
+        """Tokens of `two_pass` that may be noted before its estimates change."""
+        return self._most_fresh[0] - self._fresh[0]
+
+    @property
     def tried(self) -> bool:
         """Whether anything was noted."""
         return any(self._fresh) or self._most_fresh != [_FRESH, _FRESH]

@@ -442,6 +442,7 @@ def test_what_is_counted_is_what_the_traces_say(policy, kinds):
     asked = {request.id: replace(request, samples=9) for request in requests("lossless", 0.8)}
     done = engine.rollout(list(asked.values()))
     assert {sample.finish_reason for sample in done} == {"stop", "length"} and set(past) == set(schedules)
+    planner._learn()
     counted = {kind_of(request.params): PlainSurvival(8, 0.5) for request in asked.values()}
     for sample in done:
         last, end = sample.trace[-1], len(sample.prompt_tokens) + len(sample.tokens) - 1
