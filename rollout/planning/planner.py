@@ -32,11 +32,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..schedule import Schedule
 from ..sequence import Sample
-from ..types import SamplingParams
+from .step_batch import Kind, StepBatch
 from .step_costs import StepCosts
 from .survival import Means, Survival
 
@@ -48,10 +47,6 @@ _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
-
-Kind = tuple[str, float, bool]
-"""Samples of one kind share acceptance rates: sampler, temperature, whether a cut-off (top-k, top-p, min-p) is active."""
-
 
 @dataclass(slots=True)
 class Decision:
@@ -88,41 +83,6 @@ def candidates(block_size: int) -> tuple[Schedule, ...]:
     return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
 
 
-class _Batch(NamedTuple):
-    """S samples of a step.
-
-    Attributes:
-        kind_S: the kind of each sample. kinds: how many are of each kind; kinds of `ar`, which takes no drafts, left out.
-    """
-
-    samples: list[Sample]
-    kind_S: list[Kind]
-    kinds: dict[Kind, int]
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
-        """The samples of a step; `before`: another batch, some of whose samples may be the same."""
-        known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
-        kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        several = kind_S.count(kind_S[0]) < len(kind_S) if kind_S else False
-        kinds = {kind: kind_S.count(kind) for kind in (dict.fromkeys(kind_S) if several else kind_S[:1]) if kind[0] != "ar"}
-        return cls(list(samples), kind_S, kinds)
-
-    def is_like(self, before: _Batch) -> bool:
-        """Whether a choice for the batch before stands: there are not a quarter more or fewer samples, neither of any kind."""
-        count, old = len(self.samples), len(before.samples)
-        if self.kinds == before.kinds and count == old:
-            return True
-        return 4 * abs(count - old) < old and self.kinds.keys() == before.kinds.keys() and all(
-            4 * abs(count - before.kinds[kind]) < before.kinds[kind] for kind, count in self.kinds.items()
-        )
-
-    @property
-    def drafting(self) -> list[Sample]:
-        """Those whose sampler takes drafts."""
-        return [sample for sample, kind in zip(self.samples, self.kind_S, strict=True) if kind[0] != "ar"]
-
-
 class Planner:
     """Chooses schedules for one engine.
 
@@ -152,9 +112,9 @@ class Planner:
         self._fused_N = [schedule.kind == "fused" for schedule in self.schedules]
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
-        self._batch = self._compared = _Batch.of(())  # of the last step, and of the last choice
+        self._batch = self._compared = StepBatch.of(())  # of the last step, and of the last choice
         # Of steps that were not counted: batch, whether it was a probe, `start`, `drafted` and `accepted` of the record.
-        self._steps: list[tuple[_Batch, bool, list[int], list[int], list[int]]] = []
+        self._steps: list[tuple[StepBatch, bool, list[int], list[int], list[int]]] = []
         self._made, self._enough = 0, 0.0  # tokens of these steps: how many, and at how many the rates may change
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
@@ -164,7 +124,7 @@ class Planner:
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
         if self._batch.samples != decoding:
-            batch = self._batch = _Batch.of(decoding, self._batch)
+            batch = self._batch = StepBatch.of(decoding, self._batch)
             probes = self._decision is not None and self._decision.probe
             if not (probes and batch.kinds) and not batch.is_like(self._compared):  # half a probe would have taught nothing
                 self._stands = 0
@@ -232,7 +192,7 @@ class Planner:
         self._made, self._enough = 0, min([self._of(kind).lacks for kind in self._batch.kinds], default=0.0)
 
     def _count(
-        self, batch: _Batch, probe: bool, start_S: list[int], drafted_S: list[int], accepted_S: list[int],
+        self, batch: StepBatch, probe: bool, start_S: list[int], drafted_S: list[int], accepted_S: list[int],
         slot_S: list[int] | None = None,
     ) -> None:  # fmt: skip
         """Count what became of the drafts of a step.
@@ -338,7 +298,3 @@ class Planner:
             self.costs.note(decision.schedule, decision.batch, decision.context, decision.seconds)
         if len(self._late) > _LATE:
             self._late.popleft()
-
-
-def _kind(params: SamplingParams) -> Kind:
-    return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

@@ -17,7 +17,7 @@ from blockroll.rollout.planning import survival as survival_module
 from blockroll.rollout.planning.calibration import consistent
 from blockroll.rollout.planning.planner import _PROBE_EVERY as STANDS
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
-from blockroll.rollout.planning.planner import _kind as kind_of
+from blockroll.rollout.planning.step_batch import kind_of
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
 from blockroll.rollout.schedule import Schedule
