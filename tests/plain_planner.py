@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from blockroll.rollout.planning.planner import Kind, Planner, _Batch
+from blockroll.rollout.planning.planner import Planner
+from blockroll.rollout.planning.step_batch import Kind, StepBatch
 from blockroll.rollout.planning.survival import (
     _EASE,
     _FRESH,
@@ -98,12 +99,12 @@ class PlainPlanner(Planner):
 
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
-        self._batch = _Batch.of(self._batch.samples)
+        self._batch = StepBatch.of(self._batch.samples)
         return super().choose(decoding)
 
     def observe(self, decoding: Sequence[Sample], seconds: float | None) -> None:
         """Learn from the step that was chosen last, after its commit."""
-        self._batch = _Batch.of(decoding)
+        self._batch = StepBatch.of(decoding)
         super().observe(decoding, seconds)
 
     def _means(self) -> Means:

@@ -8,7 +8,8 @@ where `tokens` is the schedule's expected tokens per step (`survival`). `past` c
 a sample's end; it is 0 where samples do not end within G tokens. `cold`, for `fused`, is the share of samples that have no
 drafts waiting, because the last step proposed none. So `cold` is the price of changing to `fused`; changing away drops the
 waiting drafts. Now and then the planner probes: it runs two steps of a schedule that is nearly as good, in order to learn. Probes
-take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected.
+take at most `PROBE_SHARE` of the time, counted as if all their drafts were rejected. Only the first one, where `ar` seems best
+and nothing was ever drafted, comes at once.
 
 A choice stands for some steps, because comparing schedules takes the host's time, and little changes from step to step. Schedules
 are compared again when there are a quarter more or fewer samples, of any kind or altogether, when acceptance rates were estimated
@@ -31,11 +32,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..schedule import Schedule
 from ..sequence import Sample
-from ..types import SamplingParams
+from .step_batch import Kind, StepBatch
 from .step_costs import StepCosts
 from .survival import Means, Survival
 
@@ -47,10 +47,6 @@ _HORIZON = 32  # tokens looked ahead: a batch seldom stays as it is for longer
 _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
-
-Kind = tuple[str, float, bool]
-"""Samples of one kind share acceptance rates: sampler, temperature, whether a cut-off (top-k, top-p, min-p) is active."""
-
 
 @dataclass(slots=True)
 class Decision:
@@ -87,41 +83,6 @@ def candidates(block_size: int) -> tuple[Schedule, ...]:
     return tuple(dict.fromkeys(schedule.within(b) for schedule in wanted))
 
 
-class _Batch(NamedTuple):
-    """S samples of a step.
-
-    Attributes:
-        kind_S: the kind of each sample. kinds: how many are of each kind; kinds of `ar`, which takes no drafts, left out.
-    """
-
-    samples: list[Sample]
-    kind_S: list[Kind]
-    kinds: dict[Kind, int]
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], before: _Batch | None = None) -> _Batch:
-        """The samples of a step; `before`: another batch, some of whose samples may be the same."""
-        known = {} if before is None else dict(zip(before.samples, before.kind_S, strict=True))
-        kind_S = [known.get(sample) or _kind(sample.request.params) for sample in samples]
-        several = kind_S.count(kind_S[0]) < len(kind_S) if kind_S else False
-        kinds = {kind: kind_S.count(kind) for kind in (dict.fromkeys(kind_S) if several else kind_S[:1]) if kind[0] != "ar"}
-        return cls(list(samples), kind_S, kinds)
-
-    def is_like(self, before: _Batch) -> bool:
-        """Whether a choice for the batch before stands: there are not a quarter more or fewer samples, neither of any kind."""
-        count, old = len(self.samples), len(before.samples)
-        if self.kinds == before.kinds and count == old:
-            return True
-        return 4 * abs(count - old) < old and self.kinds.keys() == before.kinds.keys() and all(
-            4 * abs(count - before.kinds[kind]) < before.kinds[kind] for kind, count in self.kinds.items()
-        )
-
-    @property
-    def drafting(self) -> list[Sample]:
-        """Those whose sampler takes drafts."""
-        return [sample for sample, kind in zip(self.samples, self.kind_S, strict=True) if kind[0] != "ar"]
-
-
 class Planner:
     """Chooses schedules for one engine.
 
@@ -151,7 +112,10 @@ class Planner:
         self._fused_N = [schedule.kind == "fused" for schedule in self.schedules]
         self._survival: dict[Kind, Survival] = {}
         self._decision: Decision | None = None
-        self._batch = self._compared = _Batch.of(())  # of the last step, and of the last choice
+        self._batch = self._compared = StepBatch.of(())  # of the last step, and of the last choice
+        # Of steps that were not counted: batch, whether it was a probe, `start`, `drafted` and `accepted` of the record.
+        self._steps: list[tuple[StepBatch, bool, list[int], list[int], list[int]]] = []
+        self._made, self._enough = 0, 0.0  # tokens of these steps: how many, and at how many the rates may change
         self._late: deque[tuple[Decision, list[tuple[Sample, int]]]] = deque()
         self._total = self._probed = 0.0
         self._since = self._turn = self._stands = 0
@@ -160,7 +124,7 @@ class Planner:
     def choose(self, decoding: Sequence[Sample]) -> Schedule:
         """The schedule of the step that decodes these samples."""
         if self._batch.samples != decoding:
-            batch = self._batch = _Batch.of(decoding, self._batch)
+            batch = self._batch = StepBatch.of(decoding, self._batch)
             probes = self._decision is not None and self._decision.probe
             if not (probes and batch.kinds) and not batch.is_like(self._compared):  # half a probe would have taught nothing
                 self._stands = 0
@@ -189,7 +153,7 @@ class Planner:
         decision = self._decision
         if decision is None:
             return
-        self._learn(decoding, decision)
+        self._note(decoding, decision)
         if seconds is None:
             return
         decision.seconds = seconds
@@ -198,42 +162,64 @@ class Planner:
             ends = [(sample, sample.anchor + self._block_size) for sample in decoding if sample.finish is None]
             self._late.append((decision, ends))
 
-    def _learn(self, decoding: Sequence[Sample], decision: Decision) -> None:
-        """Note what became of the drafts of a step, and its tokens."""
-        count, two_pass = len(decoding), decision.schedule.kind == "two_pass"
-        if decision.schedule.kind == "ar":
+    def _note(self, decoding: Sequence[Sample], decision: Decision) -> None:
+        """Note what a step made."""
+        kind, count = decision.schedule.kind, len(decoding)
+        if kind == "ar":
             decision.tokens = 1.0
             return
-        # The record of a step serves all its samples; in `two_pass`, all drafts begin in slot 0.
-        record, slot_S = decoding[0].log.record if two_pass else None, None
+        # The record of a step serves all its samples. What it says is read later, of several steps at once.
+        record = decoding[0].log.record if kind == "two_pass" else None
         if record is not None:
-            start_S, drafted_S, accepted_S = record.start, record.drafted, record.accepted
-        else:
-            steps = [sample.last_step for sample in decoding]
-            start_S = [step.anchor + 1 for step in steps]
-            drafted_S, accepted_S = [step.drafted for step in steps], [step.accepted for step in steps]
-            slot_S = None if two_pass else [step.anchor + 1 - step.draft_start for step in steps]
-        decision.tokens = 1 + sum(accepted_S) / count
-        ended = [s for s, sample in enumerate(decoding) if sample.finish is not None]
-        if ended:
-            drafted_S, accepted_S = list(drafted_S), list(accepted_S)
-        for s in ended:
-            sample = decoding[s]
-            if sample.finish == "stop":
-                accepted_S[s] = min(accepted_S[s], sample.anchor - start_S[s])
-            else:  # a step that hit `max_tokens` was cut short, so its number of accepted drafts says nothing
-                drafted_S[s] = 0
-        for kind, number in self._batch.kinds.items():
+            made = count + sum(record.accepted)
+            decision.tokens = made / count
+            self._steps.append((self._batch, decision.probe, record.start, record.drafted, record.accepted))
+            self._made += made
+            if self._made > self._enough:
+                self._learn()
+            return
+        steps = [sample.last_step for sample in decoding]
+        decision.tokens = 1 + sum([step.accepted for step in steps]) / count
+        start_S, drafted_S, accepted_S = ([getattr(step, name) for step in steps] for name in ("anchor", "drafted", "accepted"))
+        slot_S = None if kind == "two_pass" else [step.anchor + 1 - step.draft_start for step in steps]
+        self._count(self._batch, decision.probe, [anchor + 1 for anchor in start_S], drafted_S, accepted_S, slot_S)
+
+    def _learn(self) -> None:
+        """Count what became of the drafts of the steps that were noted."""
+        for step in self._steps:
+            self._count(*step)
+        self._steps.clear()
+        self._made, self._enough = 0, min([self._of(kind).lacks for kind in self._batch.kinds], default=0.0)
+
+    def _count(
+        self, batch: StepBatch, probe: bool, start_S: list[int], drafted_S: list[int], accepted_S: list[int],
+        slot_S: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Count what became of the drafts of a step.
+
+        Args:
+            start_S: positions of the first drafts. slot_S: slots of these; None where all are 0, as in `two_pass`.
+        """
+        for s, sample in enumerate(batch.samples):
+            # Whether this step was the sample's last.
+            if sample.finish is not None and sample.anchor <= start_S[s] + accepted_S[s]:
+                drafted_S, accepted_S = list(drafted_S), list(accepted_S)
+                if sample.finish == "stop":
+                    accepted_S[s] = sample.anchor - start_S[s]
+                elif sample.finish == "length":  # the step was cut short, so its number of accepted drafts says nothing
+                    drafted_S[s] = 0
+        for kind, number in batch.kinds.items():
             slots, drafted, accepted = slot_S, drafted_S, accepted_S
-            if number < count:
-                own = [s for s, other in enumerate(self._batch.kind_S) if other == kind]
+            if number < len(batch.samples):
+                own = [s for s, other in enumerate(batch.kind_S) if other == kind]
                 slots = None if slots is None else [slots[s] for s in own]
                 drafted, accepted = [drafted[s] for s in own], [accepted[s] for s in own]
-            if self._of(kind).note_all(slots, drafted, accepted) and not decision.probe:
+            if self._of(kind).note_all(slots, drafted, accepted) and not probe:
                 self._stands = 0
 
     def _chosen(self) -> Decision:
         """A choice among all schedules."""
+        self._learn()
         self._settle()
         self._timed, self._compared = False, self._batch
         samples, drafting = self._batch.samples, self._batch.drafting
@@ -257,7 +243,8 @@ class Planner:
         self._since += 1
         first = total_N.index(min(total_N))
         best = self._decision_of(self.schedules[first], context, seconds_N[first], means_N[first][0])
-        if self._since < _PROBE_EVERY:
+        unknown = best.schedule.kind == "ar" and not ending and not any([self._of(kind).tried for kind in self._batch.kinds])
+        if self._since < _PROBE_EVERY and not unknown:
             return best
         ranked = sorted(range(len(total_N)), key=total_N.__getitem__)
         # `ar` teaches nothing about drafts.
@@ -272,7 +259,7 @@ class Planner:
         rate = best.expected_tokens / best.expected_seconds
         excess = _PROBE_STEPS * (second.expected_seconds - 1 / rate)
         excess += back * best.expected_seconds * (1 - 1 / best.expected_tokens)
-        if self._probed + excess > PROBE_SHARE * self._total:
+        if self._probed + excess > PROBE_SHARE * self._total and not unknown:
             return best
         self._since = 0
         self._turn += 1
@@ -311,7 +298,3 @@ class Planner:
             self.costs.note(decision.schedule, decision.batch, decision.context, decision.seconds)
         if len(self._late) > _LATE:
             self._late.popleft()
-
-
-def _kind(params: SamplingParams) -> Kind:
-    return params.sampler, params.temperature, params.top_k > 0 or params.top_p < 1 or params.min_p > 0

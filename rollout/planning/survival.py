@@ -89,6 +89,16 @@ class Survival:
         self._known = None
         return True
 
+    @property
+    def lacks(self) -> float:
+        """Tokens of `two_pass` that may be noted before its estimates change."""
+        return self._most_fresh[0] - self._fresh[0]
+
+    @property
+    def tried(self) -> bool:
+        """Whether anything was noted."""
+        return any(self._fresh) or self._most_fresh != [_FRESH, _FRESH]
+
     def _count(self, kind: int) -> None:
         """Count the outcomes of a kind that were noted."""
         noted = self._noted[kind]
@@ -174,7 +184,8 @@ class Survival:
 def _outcomes(noted: list[_Step]) -> Counter[tuple[int, int, int]]:
     """How often each slot of a first draft, number of verified and number of accepted drafts were noted together."""
     slots = joined.from_iterable(slot_S or [0] * len(drafted_S) for slot_S, drafted_S, _ in noted)
-    drafted, accepted = (joined.from_iterable([step[i] for step in noted]) for i in (1, 2))
+    drafted = joined.from_iterable(drafted_S for _, drafted_S, _ in noted)
+    accepted = joined.from_iterable(accepted_S for *_, accepted_S in noted)
     return Counter(zip(slots, drafted, accepted, strict=True))
 
 

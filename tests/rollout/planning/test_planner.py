@@ -17,7 +17,7 @@ from blockroll.rollout.planning import survival as survival_module
 from blockroll.rollout.planning.calibration import consistent
 from blockroll.rollout.planning.planner import _PROBE_EVERY as STANDS
 from blockroll.rollout.planning.planner import PROBE_SHARE, Planner, candidates
-from blockroll.rollout.planning.planner import _kind as kind_of
+from blockroll.rollout.planning.step_batch import kind_of
 from blockroll.rollout.planning.step_costs import StepCosts, rows
 from blockroll.rollout.planning.survival import Survival
 from blockroll.rollout.schedule import Schedule
@@ -101,6 +101,15 @@ def test_learning_is_cheap_and_goes_on_under_ar():
     for _ in range(3000):
         world.step()
     assert world.most() != "ar", "drafts survive again, and nobody noticed"
+
+
+def test_drafts_that_were_never_tried_are_tried_at_once():
+    """Also where `ar` is the better choice by the prior: two steps teach that it is not."""
+    world = World(1.0, 0.05, 0.95, batch=8)
+    chosen = [world.step().kind for _ in range(12)]
+    assert chosen[0] != "ar" and world.planner.log[0].probe and "ar" not in chosen[4:]
+    world = World(1.0, 0.05, 0.0, batch=8)
+    assert [world.step().kind for _ in range(20)].count("ar") >= 17
 
 
 def test_turning_to_fused_costs_a_step_without_drafts():
@@ -433,6 +442,7 @@ def test_what_is_counted_is_what_the_traces_say(policy, kinds):
     asked = {request.id: replace(request, samples=9) for request in requests("lossless", 0.8)}
     done = engine.rollout(list(asked.values()))
     assert {sample.finish_reason for sample in done} == {"stop", "length"} and set(past) == set(schedules)
+    planner._learn()
     counted = {kind_of(request.params): PlainSurvival(8, 0.5) for request in asked.values()}
     for sample in done:
         last, end = sample.trace[-1], len(sample.prompt_tokens) + len(sample.tokens) - 1
