@@ -35,17 +35,23 @@ class Backend(Protocol):
 
     Attributes:
         recurs: a step's plan can be filled again in place, and its forward captured.
+        splits: two passes that follow each other can be prepared as one layout (`split`).
         threads: how many a pass is divided among; None where that is left to torch. Results do not depend on it.
         markov: int64[...] tokens to what they add to the logits of the mask rows after them, [..., V]; None where the policy has
             no Markov head. With `head` it makes q.
     """
 
     recurs: bool
+    splits: bool
     threads: int | None
     markov: Callable[[torch.Tensor], torch.Tensor] | None
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Any]:
         """A host layout and its plan, both where the network runs. The layout's tokens may still change."""
+
+    def split(self, plan: Any, sequences: int) -> tuple[Any, Any]:
+        """The plan of a layout of two passes as their own two: over its first sequences, and over the others, whose rows count
+        from 0. `forward` takes each with the whole layout. Only where `splits`."""
 
     def forward(
         self, layout: TokenLayout, plan: Any, state: SequenceState | None = None, routing: Routing | None = None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class PlainBackend:
     """`Policy.forward` with plans for torch. See `backends.Backend`."""
 
-    recurs = False
+    recurs = splits = False
     threads: int | None = None
 
     def __init__(self, policy: Policy) -> None:
@@ -30,6 +30,10 @@ class PlainBackend:
         """See `Backend.prepare`."""
         plan, device = self._policy.plain_plan(layout, state), self._policy.device
         return (layout.to(device), plan) if state is None else upload((layout, plan), device)
+
+    def split(self, plan: Any, sequences: int) -> tuple[Any, Any]:
+        """Passes are prepared apart."""
+        raise NotImplementedError
 
     def forward(
         self, layout: TokenLayout, plan: Plan, state: SequenceState | None = None, routing: Routing | None = None

@@ -20,12 +20,30 @@ import torch
 
 from ...kernels.transfer import upload
 from ...model.backends import choose
-from ...model.layout import DecodeRows, decode
+from ...model.layout import DecodeRows, TokenLayout, decode
 from ...model.policy import Policy, Routing
-from ..cache import BlockTable, PagedCache
+from ..cache import BlockTable, CacheView, PagedCache
 from .plan import ForwardRequest
 from .recurring import bucket
-from .shapes import Fill, ShapeCache, captured_sizes, power_of_two
+from .shapes import ShapeCache, captured_sizes, power_of_two
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A pass that is ready to run.
+
+    Attributes:
+        layout, plan: where the network runs. The layout of two passes that were laid out together holds the rows of both.
+        first_S, clean_S: int64, on the host: the first row of each of the S sequences of the pass, and its clean rows.
+        rows: T.
+    """
+
+    layout: TokenLayout
+    plan: Any
+    view: CacheView
+    first_S: np.ndarray
+    clean_S: np.ndarray
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,7 @@ class ForwardOutput:
         expert_TL: the expert each layer chose for each row; None where no sample records experts.
         clean_rows: the clean rows of each of the S sequences, prompt rows included; empty where no sample records experts.
         extra: the request's `extra`.
+        second: the next pass, where it was laid out with this one.
     """
 
     hidden_TD: torch.Tensor
@@ -47,6 +66,7 @@ class ForwardOutput:
     expert_TL: torch.Tensor | None
     clean_rows: list[slice]
     extra: list[torch.Tensor]
+    second: LaidOut | None = None
 
 
 class ModelRunner:
@@ -93,29 +113,29 @@ class ModelRunner:
             sizes = captured_sizes(batches, most) if pages is None else [(bucket(n), power_of_two(pages)) for n in batches]
             self.shapes.capture(passes, sizes)
 
-    def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None) -> ForwardOutput:
+    def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None, second: ForwardRequest | None = None) -> ForwardOutput:
         """One forward pass.
 
         Args:
             draft_DM: int64, the drafts that the request's rows hold; None where they hold none.
+            second: what the next pass runs. It is laid out with this one where the backend can.
         """
         batch, records = request.batch, request.batch.records_experts
-        tables = [sample.block_table for sample, _, _ in batch.scheduled if sample.block_table is not None]
+        tables = _tables(request)
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
         recurs = not batch.prefills and self._captured and self.backend.recurs
         # On a CPU the drafts are at hand. Elsewhere they stay on the device and are put into the rows there.
         here = draft_DM.tolist() if draft_DM is not None and draft_DM.is_cpu and not self.backend.recurs else None
-        rows: list[DecodeRows] = []
+        laid_out: LaidOut | None = None
+        after: LaidOut | None = None
         if recurs:
             full = request.full
             each = len(full.clean) + len(full.proposals) * full.block_length
             first_S, clean_S = np.arange(len(tables)) * each, np.full(len(tables), len(full.clean))
             total = bucket(len(tables)) * each
         else:
-            rows = request.rows(here)
-            clean_S = np.array([len(own.clean) for own in rows])
-            count_S = clean_S + np.array([len(own.proposals) * own.block_length for own in rows])
-            first_S, total = np.cumsum(count_S) - count_S, count_S.sum()
+            laid_out, after = self._lay_out(request, here, second)
+            first_S, clean_S, total = laid_out.first_S, laid_out.clean_S, laid_out.rows
         first_D = first_S[batch.decoding_index] + prompt_D
         index = np.minimum(first_D[:, None] + np.arange(request.width), total - 1)
         places = [] if draft_DM is None or here is not None else _draft_places(request, first_D, draft_DM.shape[1])
@@ -130,28 +150,69 @@ class ModelRunner:
             def fill(token_T: torch.Tensor) -> None:
                 token_T.index_copy_(0, row_N, token_N)
 
-        if recurs:
+        if laid_out is None:
             hidden_TD, expert_TL = self.shapes.run(request.full, tables, request.start_D, request.token_D, fill, records)
         else:
-            hidden_TD, expert_TL = self._run_once(rows, tables, fill, records)
+            if fill is not None:
+                fill(laid_out.layout.token_T)
+            hidden_TD, expert_TL = self._run_once(laid_out, records)
         logits_DRV = self.head(hidden_TD[index_DR]) if batch.decoding else hidden_TD[:0]
         # Rows of drafts that a sequence lacks count as its own: their positions run again before they are committed.
         spans = [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)] if records else []
         mask_D = (first_S + clean_S)[batch.decoding_index]
-        return ForwardOutput(hidden_TD, mask_D, logits_DRV, expert_TL, spans, extra)
+        return ForwardOutput(hidden_TD, mask_D, logits_DRV, expert_TL, spans, extra, after)
 
-    def _run_once(
-        self, rows: list[DecodeRows], tables: list[BlockTable], fill: Fill | None, records: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_TD of every row, whatever each sequence runs, and the experts where they are recorded."""
+    def run_second(self, request: ForwardRequest, laid_out: LaidOut, draft_DM: torch.Tensor) -> ForwardOutput:
+        """`run` of a pass that was laid out with the one before it. All its rows hold drafts."""
+        clean_D, width = request.clean_D, request.width
+        token_DR, whole = draft_DM.numpy()[request.draft_row_D, :width], laid_out.rows == len(clean_D) * width
+        drafts_T = token_DR.ravel() if whole else token_DR[np.arange(width) < clean_D[:, None]]
+        laid_out.layout.token_T.numpy()[-laid_out.rows :] = drafts_T
+        hidden_TD, expert_TL = self._run_once(laid_out, request.batch.records_experts)
+        if whole:
+            logits_DRV = self.head(hidden_TD).unflatten(0, (-1, width))
+        else:
+            index_DR = np.minimum(laid_out.first_S[:, None] + np.arange(width), laid_out.rows - 1)
+            logits_DRV = self.head(hidden_TD[torch.from_numpy(index_DR)])
+        spans = [slice(a, a + n) for a, n in zip(laid_out.first_S.tolist(), clean_D.tolist(), strict=True)]
+        extra = [torch.from_numpy(numbers) for numbers in request.extra]
+        return ForwardOutput(hidden_TD, laid_out.first_S + clean_D, logits_DRV, expert_TL, spans, extra)
+
+    def _lay_out(
+        self, request: ForwardRequest, here: list[list[int]] | None, second: ForwardRequest | None
+    ) -> tuple[LaidOut, LaidOut | None]:
+        """A pass and, where the backend can, the second one, as one layout: most of the host's work is per layout.
+
+        Args:
+            here: the drafts that the request's rows hold, where the host knows them.
+        """
+        rows, tables = request.rows(here), _tables(request)
+        s, both = len(rows), second is not None and self.backend.splits
+        if both and second is not None:
+            rows, tables = rows + second.rows(), tables + _tables(second)
+        clean_S = np.array([len(own.clean) for own in rows])
+        count_S = clean_S + np.array([len(own.proposals) * own.block_length for own in rows])
+        first_S, total = np.cumsum(count_S) - count_S, int(count_S.sum())
         layout = decode(rows, self._policy.mask_token_id)
         view = self._cache.view(tables, layout)
-        routing = Routing([], []) if records else None
         layout, plan = self.backend.prepare(layout, view)
-        if fill is not None:
-            fill(layout.token_T)
-        hidden_TD = self.backend.forward(layout, plan, view, routing)
+        if not both:
+            return LaidOut(layout, plan, view, first_S, clean_S, total), None
+        t, (first_plan, second_plan) = int(first_S[s]), self.backend.split(plan, s)
+        return (
+            LaidOut(layout, first_plan, view, first_S[:s], clean_S[:s], t),
+            LaidOut(layout, second_plan, view, first_S[s:] - t, clean_S[s:], total - t),
+        )
+
+    def _run_once(self, laid_out: LaidOut, records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_TD of every row, whatever each sequence runs, and the experts where they are recorded."""
+        routing = Routing([], []) if records else None
+        hidden_TD = self.backend.forward(laid_out.layout, laid_out.plan, laid_out.view, routing)
         return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
+
+
+def _tables(request: ForwardRequest) -> list[BlockTable]:
+    return [sample.block_table for sample, _, _ in request.batch.scheduled if sample.block_table is not None]
 
 
 def _draft_places(request: ForwardRequest, first_D: np.ndarray, most: int) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ from ..sequence import Sample, SchedulerOutput
 from .ar import ArPlanBuilder
 from .captured import Verifier
 from .fused import FusedPlanBuilder
-from .model_runner import ForwardOutput, ModelRunner
+from .model_runner import ForwardOutput, LaidOut, ModelRunner
 from .plan import ForwardRequest, PlanBuilder, StepPlan
 from .sampling_graphs import CapturedStep, SamplingGraphs
 from .two_pass import TwoPassPlanBuilder
@@ -172,14 +172,14 @@ class StepRunner:
                 whole = self._graphs.launch(plan, self._sampler_rows(decoding), drafts, self.verifier)
                 if whole is not None:
                     return whole
-        output = self._run(plan.forward, drafts)
+        output = self._run(plan.forward, drafts, second)
         if not decoding:
             return None
         sampling, anchor_D, logits_DRV = self._sampler_rows(decoding), output.extra[0], output.logits_DRV
         if second is not None:
             assert plan.verify_D is not None
             drafts = self._draft(sampling, output, 0, plan.count_D, anchor_D, output.extra[1], logits_DRV[:, 0])
-            after = self._run(second, drafts)
+            after = self._run(second, drafts, laid_out=output.second)
             rest_DMV = after.logits_DRV
             if len(plan.verify_D) < len(decoding):
                 rest_DMV = rest_DMV.new_zeros(len(decoding), *rest_DMV.shape[1:]).index_copy_(0, after.extra[0], rest_DMV)
@@ -217,9 +217,19 @@ class StepRunner:
         drafts.token_SM.copy_(upload(token_SM, self._device))
         self._graphs.tokens_replaced(drafts)
 
-    def _run(self, request: ForwardRequest, drafts: Drafts | None) -> ForwardOutput:
-        """One forward pass; the experts that samples record are kept for the next download."""
-        output = self.model.run(request, None if drafts is None else drafts.token_SM)
+    def _run(
+        self, request: ForwardRequest, drafts: Drafts | None, second: ForwardRequest | None = None,
+        laid_out: LaidOut | None = None,
+    ) -> ForwardOutput:  # fmt: skip
+        """One forward pass; the experts that samples record are kept for the next download.
+
+        Args:
+            second: the next pass, to be laid out with this one. laid_out: this pass, where that was done.
+        """
+        if laid_out is not None and drafts is not None:
+            output = self.model.run_second(request, laid_out, drafts.token_SM)
+        else:
+            output = self.model.run(request, None if drafts is None else drafts.token_SM, second)
         if output.expert_TL is not None:
             batch = request.batch
             position = {s: start - batch.scheduled[s].chunk for s, start in zip(batch.decoding_index, request.start_D)}

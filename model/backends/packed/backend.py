@@ -105,6 +105,7 @@ class PackedBackend:
     """
 
     recurs = False
+    splits = True
 
     def __init__(self, policy: Policy) -> None:
         self.threads: int | None = 1
@@ -143,17 +144,22 @@ class PackedBackend:
         """See `Backend.prepare`. Without a cache, of clean rows from the start of their documents."""
         return layout, PackedPlan.of(layout, state, self._policy.hops, self._policy.windows)
 
+    def split(self, plan: PackedPlan, sequences: int) -> tuple[PackedPlan, PackedPlan]:
+        """See `Backend.split`."""
+        return plan.split(sequences)
+
     @torch.inference_mode()
     def forward(
         self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """See `Backend.forward`."""
-        hidden, network = torch.empty(layout.rows, len(self._network.norm)), self._network
+        rows, network = len(plan.token_T), self._network
+        hidden = torch.empty(rows, len(network.norm))
         angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
-        sequence_P1 = plan.parts(self._parts(layout.rows))
+        sequence_P1 = plan.parts(self._parts(rows))
         work, lines = self._workspace.of(network.layers, plan, len(sequence_P1) - 1)
         desk = self._threads.desk(len(sequence_P1) - 1)
-        if run(desk, sequence_P1, layout.token_T.numpy(), plan, network, angles, pools, work, lines, hidden.numpy()):
+        if run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden.numpy()):
             raise MemoryError("a pass has failed")
         if routing is not None:
             routing.expert_LT.extend(torch.from_numpy(work.expert_LT.copy()))

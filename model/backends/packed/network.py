@@ -92,26 +92,26 @@ class Work(NamedTuple):
 
 
 @compiled(nogil=True)
-def run(desk, sequence_P1, token_T, plan, network, angles, pools, work, lines, hidden_TD):
+def run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden_TD):
     """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
     parts failed.
 
     Args:
         desk: of `Threads`. sequence_P1: first sequence of each part, which a thread runs, and S. lines: of each part.
     """
-    hand_over(_run_part, (sequence_P1, token_T, plan, network, angles, pools, work, lines, hidden_TD), desk)
+    hand_over(_run_part, (sequence_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
     return in_threads(desk, len(sequence_P1) - 1)
 
 
 @compiled(nogil=True)
-def _run_part(part, sequence_P1, token_T, plan, network, angles, pools, work, lines_P, hidden_TD):
+def _run_part(part, sequence_P1, plan, network, angles, pools, work, lines_P, hidden_TD):
     """The rows of some sequences. Parts may run at the same time."""
     begin_s, end_s, lines = sequence_P1[part], sequence_P1[part + 1], lines_of(lines_P, part)
     begin, end, features, w = plan.first_S1[begin_s], plan.first_S1[end_s], hidden_TD.shape[1], network.layers
-    flat_TD = work.attended_THD.reshape(len(token_T), -1)
+    flat_TD = work.attended_THD.reshape(work.attended_THD.shape[0], -1)
     begin_C = np.empty(w.balance_C.shape[1] + 1, np.int64)
     for t in range(begin, end):
-        copy_line(network.embedded_VD, token_T[t] * features, work.residual, t * features, features)
+        copy_line(network.embedded_VD, plan.token_T[t] * features, work.residual, t * features, features)
     unit(begin, end, work.residual, w.in_floor[0], work.unit)
     for n in range(len(w.window)):
         window, k_pool, v_pool = w.window[n], pools.k[n], pools.v[n]

@@ -21,7 +21,7 @@ class PackedPlan(NamedTuple):
     """The places of one layout.
 
     Attributes:
-        position_T: int64, as in the layout.
+        token_T, position_T: int64, the layout's own.
         source_TA, range_W4T: as in `Visibility`.
         write_T, tail_T: cache position that keeps each row, and tail entry; `NOTHING` for none.
         first_S1: first row of each sequence, and T. mask_S: first mask row of each sequence, or its end. start_S: cached
@@ -30,6 +30,7 @@ class PackedPlan(NamedTuple):
         longest: most keys of a sequence.
     """
 
+    token_T: np.ndarray
     position_T: np.ndarray
     source_TA: np.ndarray
     range_W4T: np.ndarray
@@ -56,7 +57,24 @@ class PackedPlan(NamedTuple):
         first, start = seen.first_S1, seen.start_S
         mask, place = np.empty(len(start), np.int64), np.empty((len(start), int(start.max())), np.int64)
         longest = _place(first, seen.clean_S, start, table, size, mask, place)
-        return cls(layout.position_T.numpy(), seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
+        rows = layout.token_T.numpy(), layout.position_T.numpy()
+        return cls(*rows, seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
+
+    def split(self, sequences: int) -> tuple[PackedPlan, PackedPlan]:
+        """The plan of the first sequences, and that of the others. Both lie in the memory of this one, which is not valid any
+        more: the rows of the second are counted from its own first one."""
+        s, t = sequences, int(self.first_S1[sequences])
+        _count_from(t, self.source_TA[t:])
+        token_T, position_T, source_TA, range_W4T, write_T, tail_T, first_S1, mask_S, start_S, place_SL, longest = self
+        first = PackedPlan(
+            token_T[:t], position_T[:t], source_TA[:t], range_W4T[..., :t].copy(), write_T[:t], tail_T[:t], first_S1[: s + 1],
+            mask_S[:s], start_S[:s], place_SL[:s], longest,
+        )  # fmt: skip
+        second = PackedPlan(
+            token_T[t:], position_T[t:], source_TA[t:], range_W4T[..., t:].copy(), write_T[t:], tail_T[t:], first_S1[s:] - t,
+            mask_S[s:] - t, start_S[s:], place_SL[s:], longest,
+        )  # fmt: skip
+        return first, second
 
     def parts(self, count: int) -> np.ndarray:
         """First sequence of each of at most so many parts with about as many rows each, and S."""
@@ -77,3 +95,12 @@ def _place(first_S1, clean_S, start_S, table_SP, page_size, mask_S, place_SL):
         mask_S[s] = first_S1[s] + clean_S[s]
         longest = max(longest, start_S[s] + first_S1[s + 1] - first_S1[s])
     return longest
+
+
+@compiled()
+def _count_from(first, source_TA):
+    """Rows among the sources are counted from row `first`, in place."""
+    for t in range(source_TA.shape[0]):
+        for a in range(source_TA.shape[1]):
+            if source_TA[t, a] >= 0:
+                source_TA[t, a] -= first
