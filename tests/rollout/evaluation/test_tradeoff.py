@@ -89,11 +89,11 @@ def test_the_picture_has_the_style_of_all_and_says_what_was_found(tmp_path: Path
     assert width == round(WIDTH * DPI) and height < 1.3 * width
     titles = [axes.get_title(loc="left").replace("\n", " ") for axes in drawn[0].axes]
     assert titles == [
-        "lossless, planner: 0.34 of ar's seconds, batch 1",
-        "lossless, planner: 0.51 of ar's seconds, batch 8",
+        "lossless, planner: 0.31 of ar's seconds, batch 1",
+        "lossless, planner: 0.45 of ar's seconds, batch 8",
         "mixed(0.5), 3 levels: 0.14 of ar's forwards",
         "mixed(0.5), 8 levels: 8.1 tokens per forward",
-        "lossless, planner: 2.9x at batch 1, 1.9x at batch 8",
+        "lossless, planner: 3.2x at batch 1, 2.2x at batch 8",
         "mixed(0.5), 3 levels: -7.8 points of pass@1",
     ]
     clock = drawn[0].axes[4]
