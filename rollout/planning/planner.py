@@ -48,6 +48,7 @@ _LOG = 4096
 _LATE = 64  # step times held back at once; where a sample waits for long, the oldest are given up
 _AR = Schedule("ar").within(2)
 
+
 @dataclass(slots=True)
 class Decision:
     """One step: the schedule chosen, what was expected of the step, and what it made.
@@ -168,21 +169,27 @@ class Planner:
         if kind == "ar":
             decision.tokens = 1.0
             return
-        # The record of a step serves all its samples. What it says is read later, of several steps at once.
+        # The record of a step serves all its samples. A log that was made meanwhile says the same, sample by sample.
         record = decoding[0].log.record if kind == "two_pass" else None
+        slot_S: list[int] | None = None
         if record is not None:
-            made = count + sum(record.accepted)
-            decision.tokens = made / count
-            self._steps.append((self._batch, decision.probe, record.start, record.drafted, record.accepted))
-            self._made += made
-            if self._made > self._enough:
-                self._learn()
+            start_S, drafted_S, accepted_S = record.start, record.drafted, record.accepted
+        else:
+            steps = [sample.last_step for sample in decoding]
+            start_S, drafted_S = [step.anchor + 1 for step in steps], [step.drafted for step in steps]
+            accepted_S = [step.accepted for step in steps]
+            if kind == "fused":
+                slot_S = [step.anchor + 1 - step.draft_start for step in steps]
+        made = count + sum(accepted_S)
+        decision.tokens = made / count
+        if slot_S is not None:
+            self._count(self._batch, decision.probe, start_S, drafted_S, accepted_S, slot_S)
             return
-        steps = [sample.last_step for sample in decoding]
-        decision.tokens = 1 + sum([step.accepted for step in steps]) / count
-        start_S, drafted_S, accepted_S = ([getattr(step, name) for step in steps] for name in ("anchor", "drafted", "accepted"))
-        slot_S = None if kind == "two_pass" else [step.anchor + 1 - step.draft_start for step in steps]
-        self._count(self._batch, decision.probe, [anchor + 1 for anchor in start_S], drafted_S, accepted_S, slot_S)
+        # Read later, of several steps at once.
+        self._steps.append((self._batch, decision.probe, start_S, drafted_S, accepted_S))
+        self._made += made
+        if self._made > self._enough:
+            self._learn()
 
     def _learn(self) -> None:
         """Count what became of the drafts of the steps that were noted."""

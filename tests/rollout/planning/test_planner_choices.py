@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from plain_planner import PlainPlanner
 from planner_doubles import BLOCK, SCHEDULES, Running, Traced, costs
 
-from blockroll.rollout.planning.planner import Planner
+from blockroll.rollout.engine import Engine
+from blockroll.rollout.planning.planner import Planner, candidates
+from blockroll.rollout.planning.step_costs import StepCosts
+from blockroll.rollout.sample_log import UNSETTLED
 from blockroll.rollout.types import RolloutRequest, SamplingParams
 
 
@@ -59,3 +63,28 @@ def test_choices_are_those_of_a_plain_planner(seed, repeatable):
         )  # fmt: skip
         assert a.expected_tokens == pytest.approx(b.expected_tokens, rel=1e-9)
         assert a.expected_seconds == pytest.approx(b.expected_seconds, rel=1e-9)
+
+
+def test_a_log_that_is_read_between_steps_changes_no_choice(make_policy):
+    """As where tokens are reported while they are made. Whether a step's record is still there depends on who has read a log."""
+    policy = make_policy(torch.float32, seed=1, num_hidden_layers=1, layer_types=["hybrid"], max_position_embeddings=600)
+    base = {"ar": 1.0, "two_pass": 1.05, "fused": 1.2}
+    schedules = candidates(8)
+    table = {s.label: {b: base[s.kind] + 0.02 * (s.drafts or 0) for b in (1, 64)} for s in schedules}
+    params = SamplingParams(temperature=0.3, max_tokens=500, ignore_eos=True)
+    asked = [RolloutRequest(f"{n}", (5, 6 + n), params, n, 1) for n in range(3)]
+    found = []
+    for share in (0.0, 0.05):
+        engine = Engine(policy, max_batch=4, block_size=8)
+        engine.planner = Planner(StepCosts(table, 64), schedules, 8, prior=0.4, repeatable=True)
+        made, draw = [], random.Random(1)
+        for request in asked:
+            engine.add(request)
+        while engine.has_work:
+            made += engine.step()
+            for sample in engine.scheduler.running:
+                if draw.random() < share:
+                    sample.log.settle()
+        found.append(([each.schedule for each in engine.planner.log], {each.request_id: each.tokens for each in made}))
+    assert sum(schedule.kind == "two_pass" for schedule in found[0][0]) > UNSETTLED
+    assert found[0] == found[1]
