@@ -158,7 +158,7 @@ def test_shards_in_another_dtype_are_cast(live: Live) -> None:
 
 def test_two_updates_at_once(live: Live) -> None:
     version = live.version()
-    running = live.start("/inference/v1/generate", tokens())
+    running = live.start("/inference/v1/generate", tokens(500, sampler="ar", n=8))  # some tenths of a second
     live.until_in_flight(1)
     first = live.start("/update_weights", {"weight_dir": str(live.weights()), "in_flight": "finish"})
     time.sleep(0.05)
