@@ -148,7 +148,7 @@ def _logprobs(logits_NV, token_N, temperature_N, logprob_N):
         logprob_N[n] = _F(np.float64(x_V[token_N[n]]) - lse)
 
 
-def _flat(*tensors: torch.Tensor) -> list[np.ndarray]:
+def _arrays(*tensors: torch.Tensor) -> list[np.ndarray]:
     """Contiguous arrays: numba would compile every function again for another layout."""
     return [tensor.contiguous().numpy() for tensor in tensors]
 
@@ -164,7 +164,7 @@ def sample_cdf(
     """`reference.sample_cdf`, and with purpose NOISE `reference.sample_gumbel`."""
     shape = logits_SRV.shape[:2]
     out = _empty(*shape), _empty(*shape, like=np.float32), _empty(*shape, like=np.float64)
-    _sample(*_flat(logits_SRV.float(), temperature_S.double(), seed_S, position_S), excluded, int(purpose), *out)
+    _sample(*_arrays(logits_SRV.float(), temperature_S.double(), seed_S, position_S), excluded, int(purpose), *out)
     return Sampled(*map(torch.from_numpy, out))
 
 
@@ -197,7 +197,7 @@ def verify_matching(
     """As the package's."""
     s, r = p_logits_SRV.shape[:2]
     out = _empty(s), _empty(s, r), _empty(s, r, like=np.float32)
-    _match(*_flat(p_logits_SRV.float(), draft_SM, count_S, temperature_S.double(), seed_S, anchor_S), *out)
+    _match(*_arrays(p_logits_SRV.float(), draft_SM, count_S, temperature_S.double(), seed_S, anchor_S), *out)
     accepted_S, token_SR, logprob_SR = map(torch.from_numpy, out)
     return Rejection(accepted_S, token_SR, logprob_SR, logprob_SR)
 
@@ -224,5 +224,5 @@ def verify_rejection(
 def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
     """`reference.logprobs`."""
     out = _empty(len(token_N), like=np.float32)
-    _logprobs(*_flat(logits_NV.float(), token_N, temperature_N.double()), out)
+    _logprobs(*_arrays(logits_NV.float(), token_N, temperature_N.double()), out)
     return torch.from_numpy(out)

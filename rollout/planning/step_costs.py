@@ -130,8 +130,7 @@ class StepCosts:
         if parts is None:
             parts = self._parts[batch] = [self._part(schedule, batch) for schedule in schedules]
         longer = (context - self.context) * batch
-        # `_at` of each part; written out, because a choice waits for it.
-        return [max(at + longer * slope, least) * own for at, slope, least, own in parts]
+        return [_at(part, longer) for part in parts]
 
     def note(self, schedule: Schedule, batch: int, context: float, seconds: float) -> None:
         """Correct the table by the time of one step."""

@@ -121,7 +121,6 @@ class ModelRunner:
             second: what the next pass runs. It is laid out with this one where the backend can.
         """
         batch, records = request.batch, request.batch.records_experts
-        tables = _tables(request)
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
         recurs = not batch.prefills and self._captured and self.backend.recurs
         # On a CPU the drafts are at hand. Elsewhere they stay on the device and are put into the rows there.
@@ -129,10 +128,10 @@ class ModelRunner:
         laid_out: LaidOut | None = None
         after: LaidOut | None = None
         if recurs:
-            full = request.full
+            full, sequences = request.full, len(batch.scheduled)
             each = len(full.clean) + len(full.proposals) * full.block_length
-            first_S, clean_S = np.arange(len(tables)) * each, np.full(len(tables), len(full.clean))
-            total = bucket(len(tables)) * each
+            first_S, clean_S = np.arange(sequences) * each, np.full(sequences, len(full.clean))
+            total = bucket(sequences) * each
         else:
             laid_out, after = self._lay_out(request, here, second)
             first_S, clean_S, total = laid_out.first_S, laid_out.clean_S, laid_out.rows
@@ -151,6 +150,7 @@ class ModelRunner:
                 token_T.index_copy_(0, row_N, token_N)
 
         if laid_out is None:
+            tables = _tables(request)
             hidden_TD, expert_TL = self.shapes.run(request.full, tables, request.start_D, request.token_D, fill, records)
         else:
             if fill is not None:
@@ -158,23 +158,23 @@ class ModelRunner:
             hidden_TD, expert_TL = self._run_once(laid_out, records)
         logits_DRV = self.head(hidden_TD[index_DR]) if batch.decoding else hidden_TD[:0]
         # Rows of drafts that a sequence lacks count as its own: their positions run again before they are committed.
-        spans = [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)] if records else []
+        spans = _spans(first_S, clean_S) if records else []
         mask_D = (first_S + clean_S)[batch.decoding_index]
         return ForwardOutput(hidden_TD, mask_D, logits_DRV, expert_TL, spans, extra, after)
 
     def run_second(self, request: ForwardRequest, laid_out: LaidOut, draft_DM: torch.Tensor) -> ForwardOutput:
         """`run` of a pass that was laid out with the one before it. All its rows hold drafts."""
-        clean_D, width = request.clean_D, request.width
+        clean_D, width, records = request.clean_D, request.width, request.batch.records_experts
         token_DR, whole = draft_DM.numpy()[request.draft_row_D, :width], laid_out.rows == len(clean_D) * width
         drafts_T = token_DR.ravel() if whole else token_DR[np.arange(width) < clean_D[:, None]]
         laid_out.layout.token_T.numpy()[-laid_out.rows :] = drafts_T
-        hidden_TD, expert_TL = self._run_once(laid_out, request.batch.records_experts)
+        hidden_TD, expert_TL = self._run_once(laid_out, records)
         if whole:
             logits_DRV = self.head(hidden_TD).unflatten(0, (-1, width))
         else:
             index_DR = np.minimum(laid_out.first_S[:, None] + np.arange(width), laid_out.rows - 1)
             logits_DRV = self.head(hidden_TD[torch.from_numpy(index_DR)])
-        spans = [slice(a, a + n) for a, n in zip(laid_out.first_S.tolist(), clean_D.tolist(), strict=True)]
+        spans = _spans(laid_out.first_S, clean_D) if records else []
         extra = [torch.from_numpy(numbers) for numbers in request.extra]
         return ForwardOutput(hidden_TD, laid_out.first_S + clean_D, logits_DRV, expert_TL, spans, extra)
 
@@ -209,6 +209,10 @@ class ModelRunner:
         routing = Routing([], []) if records else None
         hidden_TD = self.backend.forward(laid_out.layout, laid_out.plan, laid_out.view, routing)
         return hidden_TD, None if routing is None else torch.stack(routing.expert_LT, dim=1)
+
+
+def _spans(first_S: np.ndarray, clean_S: np.ndarray) -> list[slice]:
+    return [slice(a, a + n) for a, n in zip(first_S.tolist(), clean_S.tolist(), strict=True)]
 
 
 def _tables(request: ForwardRequest) -> list[BlockTable]:

@@ -28,10 +28,10 @@ from ....kernels.compiled import compiled
 _LINE = 8
 """Numbers in a line of the processor's cache."""
 _LOOKS, _GIVEN, _RUNS, _ENDED, _SLEEPS = range(5)
-"""States of a thread. The caller makes LOOKS GIVEN, ENDED LOOKS, and, before it wakes the thread, SLEEPS LOOKS; the thread makes
-GIVEN RUNS, RUNS ENDED, and LOOKS SLEEPS."""
+"""States of a thread. The caller makes LOOKS GIVEN, ENDED LOOKS, GIVEN LOOKS where it takes a part back, and, before it wakes the
+thread, SLEEPS LOOKS; the thread makes GIVEN RUNS, RUNS ENDED, and LOOKS SLEEPS."""
 _PATIENCE = 2**16
-"""Looks before a thread sleeps: some milliseconds, longer than the host takes between two passes."""
+"""Looks before a thread sleeps: a millisecond or more, longer than the host takes between two passes."""
 MOST = 1024
 """Threads of a call."""
 _LONG, _BYTES = ir.IntType(64), ir.IntType(8).as_pointer()
