@@ -19,6 +19,7 @@ from blockroll.settings import parse
 sys.path.insert(0, str(Path(__file__).parent))
 
 from dialect_parts import POLICY, Live
+from slow_engine import SlowSteps
 
 
 @pytest.fixture(scope="package")
@@ -27,8 +28,9 @@ def live(started_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     config = parse({
         "policy": POLICY, "engines": {"count": 1, "batch": 8}, "http": {}, "sampling": {"sampler": "coupled"},
         "delivery": {"ledger": str(folder / "ledger.sqlite")}}, ServiceConfig, "test")
-    with serve(config) as service:
-        found = Live(service, folder)
+    steps = SlowSteps(folder)
+    with steps.engines(), serve(config) as service:
+        found = Live(service, folder, steps)
         yield found
         found.threads.shutdown()
         found.http.close()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from slow_engine import SlowSteps
 
 import blockroll
 from blockroll.service.lifecycle import Service
@@ -21,12 +23,12 @@ POLICY = "tiny-reasoner"
 class Live:
     """A service, a client of it, and threads for requests that take a while."""
 
-    def __init__(self, service: Service, folder: Path) -> None:
+    def __init__(self, service: Service, folder: Path, steps: SlowSteps) -> None:
         assert service.record.http is not None
         self.url, self.address = service.record.http, service.address
         self.http = httpx.Client(base_url=self.url, timeout=60.0, limits=httpx.Limits(max_connections=64))
         self.threads = ThreadPoolExecutor(32)
-        self.folder, self._saved = folder, 0
+        self.folder, self._steps, self._saved = folder, steps, 0
 
     def post(self, path: str, body: Any = None, status: int = 200, **options: Any) -> Any:
         """The JSON that a POST is answered with."""
@@ -52,6 +54,14 @@ class Live:
         """A POST in another thread."""
         return self.threads.submit(self.post, path, body)
 
+    @contextmanager
+    def in_flight(self, path: str, *bodies: Any) -> Iterator[list[Future[Any]]]:
+        """POSTs, of one sample each, that have tokens. Steps are slow until the block ends, so that none of them ends in it."""
+        with self._steps.slowed():
+            started = [self.start(path, body) for body in bodies]
+            self._steps.until_begun(len(bodies))
+            yield started
+
     def figures(self) -> dict[str, Any]:
         """Figures of the service."""
         with ServiceControl(self.address) as control:
@@ -60,14 +70,6 @@ class Live:
     def version(self) -> int:
         """The weight version that serves."""
         return int(self.get("/weight_info")["weight_version"])
-
-    def until_in_flight(self, samples: int) -> None:
-        """Waits until engines have so many samples, and have made tokens of them."""
-        end = time.monotonic() + 20
-        while self.figures()["in_flight"] < samples:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        time.sleep(0.1)
 
     def settled(self) -> None:
         """Nothing is lost: requested = unique + failed, once nothing is in flight."""
