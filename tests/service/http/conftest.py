@@ -20,6 +20,7 @@ from blockroll.service.lifecycle import Service
 sys.path.insert(0, str(Path(__file__).parent))
 
 from http_parts import KEY, live_service, url_of
+from step_gate import StepGate
 
 
 @pytest.fixture(scope="package")
@@ -32,8 +33,14 @@ def started_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def service(started_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with live_service(tmp_path_factory.mktemp("service")) as service:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> StepGate:
+    """In front of the engines of these services."""
+    return StepGate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="package")
+def service(started_ray: None, gate: StepGate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with gate.guards(), live_service(tmp_path_factory.mktemp("service")) as service:
         yield service
 
 

@@ -19,18 +19,17 @@ from blockroll.settings import parse
 sys.path.insert(0, str(Path(__file__).parent))
 
 from dialect_parts import POLICY, Live
-from slow_engine import SlowSteps
+from step_gate import StepGate
 
 
 @pytest.fixture(scope="package")
-def live(started_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(started_ray: None, gate: StepGate, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("dialects")
     config = parse({
         "policy": POLICY, "engines": {"count": 1, "batch": 8}, "http": {}, "sampling": {"sampler": "coupled"},
         "delivery": {"ledger": str(folder / "ledger.sqlite")}}, ServiceConfig, "test")
-    steps = SlowSteps(folder)
-    with steps.engines(), serve(config) as service:
-        found = Live(service, folder, steps)
+    with gate.guards(), serve(config) as service:
+        found = Live(service, folder, gate)
         yield found
         found.threads.shutdown()
         found.http.close()

@@ -6,12 +6,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-from slow_engine import SlowSteps
+from http_parts import wait_for
+from step_gate import StepGate
 
 import blockroll
 from blockroll.service.lifecycle import Service
@@ -23,12 +24,12 @@ POLICY = "tiny-reasoner"
 class Live:
     """A service, a client of it, and threads for requests that take a while."""
 
-    def __init__(self, service: Service, folder: Path, steps: SlowSteps) -> None:
+    def __init__(self, service: Service, folder: Path, gate: StepGate) -> None:
         assert service.record.http is not None
         self.url, self.address = service.record.http, service.address
         self.http = httpx.Client(base_url=self.url, timeout=60.0, limits=httpx.Limits(max_connections=64))
         self.threads = ThreadPoolExecutor(32)
-        self.folder, self._steps, self._saved = folder, steps, 0
+        self.folder, self.gate, self._saved = folder, gate, 0
 
     def post(self, path: str, body: Any = None, status: int = 200, **options: Any) -> Any:
         """The JSON that a POST is answered with."""
@@ -43,23 +44,29 @@ class Live:
         return answer.json() if answer.content and "json" in answer.headers["content-type"] else answer.text
 
     def stream(self, path: str, body: Any) -> list[Any]:
-        """The events that a POST is answered with, without the last one, [DONE]."""
-        with self.http.stream("POST", path, json=body | {"stream": True}) as answer:
-            assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"), answer.read()
-            events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+        """The events that a POST is answered with, without the last one, [DONE]. The first comes while no long sample can end."""
+        with ExitStack() as until_first:
+            until_first.enter_context(self.gate.closed(1))
+            with self.http.stream("POST", path, json=body | {"stream": True}) as answer:
+                assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"), answer.read()
+                lines = answer.iter_lines()
+                events = [next(lines)]
+                until_first.close()
+                events += lines
+        events = [line.removeprefix("data: ") for line in events if line]
         assert events.pop() == "[DONE]"
         return [json.loads(event) for event in events]
 
-    def start(self, path: str, body: Any) -> Future[Any]:
+    def start(self, path: str, body: Any, **options: Any) -> Future[Any]:
         """A POST in another thread."""
-        return self.threads.submit(self.post, path, body)
+        return self.threads.submit(self.post, path, body, **options)
 
     @contextmanager
-    def in_flight(self, path: str, *bodies: Any) -> Iterator[list[Future[Any]]]:
-        """POSTs, of one sample each, that have tokens. Steps are slow until the block ends, so that none of them ends in it."""
-        with self._steps.slowed():
-            started = [self.start(path, body) for body in bodies]
-            self._steps.until_begun(len(bodies))
+    def in_flight(self, path: str, *bodies: Any, **options: Any) -> Iterator[list[Future[Any]]]:
+        """POSTs, of one sample each, that have tokens. The engine makes no step until the block ends, so none of them ends in it."""
+        with self.gate.closed(len(bodies)) as waiting:
+            started = [self.start(path, body, **options) for body in bodies]
+            wait_for(lambda: waiting() == 1)
             yield started
 
     def figures(self) -> dict[str, Any]:

@@ -3,10 +3,10 @@ VLLMBackend` and, for the answers, `areal/engine/vllm_ext/areal_vllm_server.py`.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from dialect_parts import Live
+from http_parts import wait_for
 from own_trainers import own_client
 
 
@@ -30,14 +30,13 @@ def test_generation(live: Live) -> None:
 
 def test_a_pause_ends_what_runs_and_queues_what_comes(live: Live) -> None:
     """Its client sends an aborted completion again, with the tokens that came, as a part of the prompt."""
-    running = live.start("/v1/completions", completion(max_tokens=300, ignore_eos=True, stop_token_ids=[]))
-    live.until_in_flight(1)
-    assert live.post("/areal_pause_generation", {})["success"] is True
+    with live.in_flight("/v1/completions", completion(max_tokens=300, ignore_eos=True, stop_token_ids=[])) as [running]:
+        assert live.post("/areal_pause_generation", {})["success"] is True
     tokens, logprobs, reason = parsed(running.result(10))
     assert reason == "abort" and 0 < len(tokens) == len(logprobs) < 300
     again = live.start("/v1/completions", completion(prompt=[5, 6, 7, *tokens], max_tokens=300 - len(tokens), ignore_eos=True,
                                                      stop_token_ids=[]))  # fmt: skip
-    time.sleep(0.2)
+    wait_for(lambda: live.figures()["outstanding"] == 1)
     version = live.version()
     answer = live.post("/areal_update_weights", {"model_path": str(live.weights())})
     assert answer["success"] is True and live.version() == version + 1 and not again.done()

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import base64
 import re
-import time
+from concurrent.futures import FIRST_COMPLETED, wait
 from typing import Any
 
 import numpy as np
 import pytest
 from dialect_parts import Live, tokens
+from http_parts import wait_for
 
 import blockroll
 
@@ -22,17 +23,16 @@ def spans(answer: Any) -> list[list[int]]:
 
 def test_keep_holds_what_runs_through_an_update(live: Live) -> None:
     version = live.version()
-    running = [live.start("/inference/v1/generate", tokens()) for _ in range(6)]
-    live.until_in_flight(6)
-    assert live.post("/pause", params={"mode": "keep", "clear_cache": "false"}) == {"status": "paused"}
+    with live.in_flight("/inference/v1/generate", *[tokens()] * 6) as running:
+        assert live.post("/pause", params={"mode": "keep", "clear_cache": "false"}) == {"status": "paused"}
     assert live.get("/is_paused") == {"is_paused": True, "mode": "keep"}
     queued = live.start("/inference/v1/generate", tokens(20))
-    time.sleep(0.2)
-    assert not queued.done() and not any(each.done() for each in running)
+    wait_for(lambda: live.figures()["outstanding"] == 7)
     refused = live.post("/update_weights", {"weight_dir": str(live.weights()), "in_flight": "finish"}, 503)
     assert "the service is paused and holds" in refused["error"]["message"] and live.version() == version
     answer = live.post("/update_weights", {"weight_dir": str(live.weights())})
     assert answer["weight_version"] == str(version + 1)
+    assert not queued.done() and not any(each.done() for each in running)
     assert live.post("/resume") == {"status": "resumed"}
     for answer in [each.result(60) for each in running]:
         found = spans(answer)
@@ -43,9 +43,11 @@ def test_keep_holds_what_runs_through_an_update(live: Live) -> None:
 
 
 def test_wait_lets_what_runs_finish_and_refuses_what_comes(live: Live) -> None:
-    running = [live.start("/inference/v1/generate", tokens()) for _ in range(4)]
-    live.until_in_flight(4)
-    live.post("/pause", params={"mode": "wait"})
+    with live.in_flight("/inference/v1/generate", *[tokens()] * 4) as running:
+        pause = live.threads.submit(live.post, "/pause", params={"mode": "wait"})
+        wait_for(lambda: live.get("/is_paused")["is_paused"])
+        assert not pause.done()
+    pause.result(30)
     assert {each.result(10)["choices"][0]["finish_reason"] for each in running} == {"length"}
     for path, body in (("/inference/v1/generate", tokens(4)), ("/v1/completions", {"prompt": [5, 6]}),
                        ("/generate", {"input_ids": [5]})):  # fmt: skip
@@ -57,10 +59,9 @@ def test_wait_lets_what_runs_finish_and_refuses_what_comes(live: Live) -> None:
 
 
 def test_an_aborted_sample_goes_on_from_its_tokens(live: Live) -> None:
-    running = [live.start("/inference/v1/generate", tokens()) for _ in range(3)]
-    live.until_in_flight(3)
-    live.post("/pause", params={"mode": "abort"})
-    live.post("/resume")
+    with live.in_flight("/inference/v1/generate", *[tokens()] * 3) as running:
+        live.post("/pause", params={"mode": "abort"})
+        live.post("/resume")
     whole = live.post("/inference/v1/generate", tokens())["choices"][0]
     for answer in [each.result(10) for each in running]:
         choice = answer["choices"][0]
@@ -73,32 +74,27 @@ def test_an_aborted_sample_goes_on_from_its_tokens(live: Live) -> None:
 
 
 def test_requests_are_aborted_by_name_and_an_update_may_abort_what_runs(live: Live) -> None:
-    named = live.start("/inference/v1/generate", tokens() | {"request_id": "mine"})
-    other = live.start("/inference/v1/generate", tokens())
-    live.until_in_flight(2)
-    assert live.post("/abort_requests", {"request_ids": ["mine", "unknown"]})["status"] == "aborted"
+    with live.in_flight("/inference/v1/generate", tokens() | {"request_id": "mine"}, tokens()) as (named, other):
+        assert live.post("/abort_requests", {"request_ids": ["mine", "unknown"]})["status"] == "aborted"
     assert named.result(10)["choices"][0]["finish_reason"] == "abort" and named.result()["request_id"] == "mine"
     assert other.result(60)["choices"][0]["finish_reason"] == "length"
-    weights = str(live.weights())
-    running = live.start("/inference/v1/generate", tokens(500))
-    live.until_in_flight(1)
-    live.post("/update_weights", {"weight_dir": weights, "in_flight": "abort"})
+    with live.in_flight("/inference/v1/generate", tokens(500)) as [running]:
+        live.post("/update_weights", {"weight_dir": str(live.weights()), "in_flight": "abort"})
     assert running.result(10)["choices"][0]["finish_reason"] == "abort"
     live.settled()
 
 
 def test_a_version_labelled_anew_aborts_nothing(live: Live) -> None:
     version = live.version()
-    running = [live.start("/inference/v1/generate", tokens()) for _ in range(4)]
-    live.until_in_flight(4)
-    assert live.post("/update_weight_version", {"new_version": str(version + 5)})["success"] is True
+    with live.in_flight("/inference/v1/generate", *[tokens()] * 4) as running:
+        assert live.post("/update_weight_version", {"new_version": str(version + 5)})["success"] is True
     found = [spans(each.result(60)) for each in running]
     assert [[span[0] for span in each] for each in found] == [[version, version + 5]] * 4
     assert {each.result()["choices"][0]["finish_reason"] for each in running} == {"length"}
-    running = [live.start("/inference/v1/generate", tokens()) for _ in range(2)]
-    live.until_in_flight(2)
-    for wrong, status in ((version, 409), ("step-1", 400), (2**40, 400), (-1, 400)):
-        assert live.post("/update_weight_version", {"new_version": wrong, "abort_all_requests": True}, status)["error"]["message"]
+    with live.in_flight("/inference/v1/generate", *[tokens()] * 2) as running:
+        for wrong, status in ((version, 409), ("step-1", 400), (2**40, 400), (-1, 400)):
+            body = {"new_version": wrong, "abort_all_requests": True}
+            assert live.post("/update_weight_version", body, status)["error"]["message"]
     assert {each.result(60)["choices"][0]["finish_reason"] for each in running} == {"length"}
     assert live.version() == version + 5
     live.settled()
@@ -157,15 +153,16 @@ def test_shards_in_another_dtype_are_cast(live: Live) -> None:
 
 
 def test_two_updates_at_once(live: Live) -> None:
+    """Neither can end while a sample runs, so the one that is answered is refused."""
     version = live.version()
-    running = live.start("/inference/v1/generate", tokens(500, sampler="ar", n=8))  # some tenths of a second
-    live.until_in_flight(1)
-    first = live.start("/update_weights", {"weight_dir": str(live.weights()), "in_flight": "finish"})
-    time.sleep(0.05)
-    statuses = [live.http.post("/update_weights", json={"weight_dir": str(live.weights())}).status_code]
-    assert first.result(60)["weight_version"] == str(version + 1)
-    assert running.result(10)["choices"][0]["finish_reason"] == "length"
-    assert statuses == [409] and live.version() == version + 1
+    bodies = [{"weight_dir": str(live.weights()), "in_flight": "finish"} for _ in range(2)]
+    with live.in_flight("/inference/v1/generate", tokens()) as [running]:
+        updates = [live.threads.submit(live.http.post, "/update_weights", json=body) for body in bodies]
+        [refused], [first] = wait(updates, 60, FIRST_COMPLETED)
+        assert refused.result().status_code == 409 and live.version() == version
+    assert first.result(60).json()["weight_version"] == str(version + 1) == str(live.version())
+    assert spans(running.result(10)) == [[version, 0, 300]]
+    live.settled()
 
 
 def chunk(state: dict[str, Any], names: list[str], part: slice = slice(None)) -> dict[str, Any]:

@@ -12,10 +12,16 @@ from dialect_parts import POLICY, Live
 from own_trainers import own_client
 
 
-def generate(live: Live, **more: Any) -> Any:
+HEADERS = {"X-Session-ID": "rollout-1"}
+
+
+def body(**more: Any) -> dict[str, Any]:
     params = {"temperature": 1.0, "max_tokens": 16, "stop_token_ids": [1], "logprobs": 1, "skip_special_tokens": False}
-    body = {"model": POLICY, "token_ids": [5, 6, 7], "sampling_params": params | more, "cache_salt": "3", "priority": 0}
-    return live.post("/inference/v1/generate", body, headers={"X-Session-ID": "rollout-1"})
+    return {"model": POLICY, "token_ids": [5, 6, 7], "sampling_params": params | more, "cache_salt": "3", "priority": 0}
+
+
+def generate(live: Live, **more: Any) -> Any:
+    return live.post("/inference/v1/generate", body(**more), headers=HEADERS)
 
 
 def test_start(live: Live) -> None:
@@ -48,9 +54,9 @@ def test_a_prompt_is_scored_by_prefill(live: Live) -> None:
 
 def test_an_update_of_its_policy(live: Live) -> None:
     version = live.version()
-    running = live.threads.submit(generate, live, max_tokens=300, stop_token_ids=[], ignore_eos=True)
-    live.until_in_flight(1)
-    live.post("/pause", params={"mode": "keep", "clear_cache": "false"})
+    long = body(max_tokens=300, stop_token_ids=[], ignore_eos=True)
+    with live.in_flight("/inference/v1/generate", long, headers=HEADERS) as [running]:
+        live.post("/pause", params={"mode": "keep", "clear_cache": "false"})
     try:
         live.post("/update_weights", {"weight_dir": live.weights().as_posix()})
     finally:

@@ -40,9 +40,8 @@ def test_a_tinker_sample(live: Live) -> None:
 
 def test_control(live: Live) -> None:
     assert live.http.request("GET", "/get_world_size", json={}).json() == {"world_size": 1}
-    running = live.start("/inference/v1/generate", body(max_tokens=300, ignore_eos=True))
-    live.until_in_flight(1)
-    assert live.post("/pause", params={"mode": "keep", "clear_cache": "false"}) == {"status": "paused"}
+    with live.in_flight("/inference/v1/generate", body(max_tokens=300, ignore_eos=True)) as [running]:
+        assert live.post("/pause", params={"mode": "keep", "clear_cache": "false"}) == {"status": "paused"}
     assert live.post("/reset_prefix_cache", {"reset_running_requests": False}) == {"status": "ok"}
     assert not running.done()
     assert live.post("/resume") == {"status": "resumed"}

@@ -43,14 +43,14 @@ def test_what_it_cannot_have_is_refused_by_name(live: Live) -> None:
 
 
 def test_an_abort_until_idle(live: Live) -> None:
-    running = [live.start("/generate", body(max_new_tokens=300, ignore_eos=True)) for _ in range(3)]
-    named = live.start("/generate", body(max_new_tokens=300, ignore_eos=True) | {"rid": "one"})
-    live.until_in_flight(4)
-    live.post("/abort_request", {"rid": "one"})
-    assert named.result(10)["meta_info"]["finish_reason"]["type"] == "abort" and named.result()["meta_info"]["id"] == "one"
-    live.post("/abort_request", {"abort_all": True})
-    loads = live.get("/v1/loads", params={"include": "core"})["loads"]
-    assert sum(load["num_reqs"] for load in loads) == 0
+    long = body(max_new_tokens=300, ignore_eos=True)
+    with live.in_flight("/generate", long | {"rid": "one"}, *[long] * 3) as (named, *running):
+        live.post("/abort_request", {"rid": "one"})
+        assert named.result(10)["meta_info"]["finish_reason"]["type"] == "abort" and named.result()["meta_info"]["id"] == "one"
+        assert not any(each.done() for each in running)
+        live.post("/abort_request", {"abort_all": True})
+        loads = live.get("/v1/loads", params={"include": "core"})["loads"]
+        assert sum(load["num_reqs"] for load in loads) == 0
     for each in running:
         output = each.result(10)
         assert output["meta_info"]["finish_reason"]["type"] == "abort"
@@ -60,9 +60,8 @@ def test_an_abort_until_idle(live: Live) -> None:
 
 def test_an_update_from_disk(live: Live) -> None:
     version = live.version() + 2
-    running = live.start("/generate", body(max_new_tokens=300, ignore_eos=True))
-    live.until_in_flight(1)
-    live.post("/pause_generation", {})
+    with live.in_flight("/generate", body(max_new_tokens=300, ignore_eos=True)) as [running]:
+        live.post("/pause_generation", {})
     assert running.result(10)["meta_info"]["finish_reason"]["type"] == "abort"
     assert live.http.get("/flush_cache").status_code == 200
     answer = live.post("/update_weights_from_disk", {"model_path": str(live.weights()), "weight_version": str(version)})
@@ -75,9 +74,8 @@ def test_an_update_from_disk(live: Live) -> None:
 def test_modes_that_hold_what_runs(live: Live) -> None:
     for mode in ("in_place", "retract"):
         version = live.version()
-        running = live.start("/generate", body(max_new_tokens=300, ignore_eos=True))
-        live.until_in_flight(1)
-        live.post("/pause_generation", {"mode": mode})
+        with live.in_flight("/generate", body(max_new_tokens=300, ignore_eos=True)) as [running]:
+            live.post("/pause_generation", {"mode": mode})
         assert live.post("/update_weights_from_disk", {"model_path": str(live.weights())})["success"] is True
         live.post("/continue_generation", {})
         meta = running.result(60)["meta_info"]
