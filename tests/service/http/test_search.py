@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from blockroll.trainer_bridge.wire.key_files import load_client_keys
 sys.path.insert(0, str(Path(__file__).parent))
 
 from http_parts import CONTROL_KEY, KEY, LISTED, MODEL, live_service, url_of, wait_for
+from step_gate import StepGate
 
 PROMPT = question("47 + 85 - 12")
 TOKENIZER = read_tokenizer(policy_files.find(MODEL))
@@ -123,26 +123,25 @@ def test_a_budget_in_seconds_ends_what_runs(client: openai.OpenAI) -> None:
     done = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=400, extra_body={
         "ignore_eos": True, "search": {"samples": 200, "budget_seconds": 0.3}})  # fmt: skip
     found = done.choices[0].model_extra["search"]
-    assert found["reason"] == "budget_seconds" and found["spent"]["cancelled"] > 0 and 0.3 <= found["spent"]["seconds"] < 3
+    assert found["reason"] == "budget_seconds" and found["spent"]["cancelled"] > 0 and found["spent"]["seconds"] >= 0.3
     assert done.choices[0].finish_reason == "length"
 
 
-def test_a_client_that_goes_away_ends_its_search(service: Service, client: openai.OpenAI) -> None:
-    """While other requests are answered: the search does not hold the event loop."""
-    began = time.monotonic()
-    with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=0.5).completions.create(model=MODEL, prompt=PROMPT, max_tokens=400, extra_body={
-            "ignore_eos": True, "search": {"samples": 250, "method": "self_consistency", "stop_rule": "certain"}})  # fmt: skip
-    with control(service) as watched:
-        wait_for(lambda: not watched.status().figures["outstanding"], 5)
+def test_a_client_that_goes_away_ends_its_search(service: Service, client: openai.OpenAI, gate: StepGate) -> None:
+    """No sample ends by itself meanwhile."""
+    with control(service) as watched, gate.closed(1):
+        before = watched.status().figures
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).completions.create(model=MODEL, prompt=PROMPT, max_tokens=400, extra_body={
+                "ignore_eos": True, "search": {"samples": 250}})  # fmt: skip
+        wait_for(lambda: not watched.status().figures["outstanding"])
         figures = watched.status().figures
-    assert time.monotonic() - began < 4 and figures["failed"] > 0 and figures["missing"] == 0
+    assert figures["failed"] - before["failed"] == figures["requested"] - before["requested"] > 0 == figures["missing"]
     assert client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4).choices[0].finish_reason == "length"
 
 
 def test_a_function_that_hangs_stops_no_other_search(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, fields = threading.Event(), {"samples": 1, "answer": LISTED}
-    monkeypatch.setattr(search_threads, "STEP_S", 0.05)
     monkeypatch.setattr(search_threads, "MAX_LEFT", 2)
     monkeypatch.setattr(tasks, "answer", lambda text: go_on.wait() and "7")
     with httpx.Client(base_url=url_of(service), headers={"Authorization": f"Bearer {KEY}"}, timeout=10) as raw:
@@ -151,9 +150,11 @@ def test_a_function_that_hangs_stops_no_other_search(service: Service, monkeypat
             return raw.post("/v1/completions", json={"prompt": PROMPT, "temperature": 0, "search": search})
 
         try:
-            for status, said in ((504, "has not returned within 0.05 s"),) * 2 + ((503, "2 calls of"),):
-                answer = ask(fields)
-                assert answer.status_code == status and said in answer.text and LISTED in answer.json()["error"]["message"]
+            with monkeypatch.context() as patch:
+                patch.setattr(search_threads, "STEP_S", 0.05)
+                for status, said in ((504, "has not returned within 0.05 s"),) * 2 + ((503, "2 calls of"),):
+                    answer = ask(fields)
+                    assert answer.status_code == status and said in answer.text and LISTED in answer.json()["error"]["message"]
             assert ask({"samples": 1}).status_code == 200
         finally:
             go_on.set()
@@ -182,28 +183,30 @@ def test_searches_that_wait_or_compute_count_as_unfinished(service: Service, mon
         assert ask({"search": {"samples": 300}}).status_code == 200  # nothing is counted any more
 
 
-def test_an_abort_ends_a_search_with_what_it_has(service: Service) -> None:
+def test_an_abort_ends_a_search_with_what_it_has(service: Service, gate: StepGate) -> None:
     headers = {"Authorization": f"Bearer {CONTROL_KEY}"}
-    with httpx.Client(base_url=url_of(service), headers=headers, timeout=30) as raw, control(service) as watched:
-        with ThreadPoolExecutor(1) as threads:
+    with httpx.Client(base_url=url_of(service), headers=headers, timeout=30) as raw, ThreadPoolExecutor(1) as threads:
+        with gate.closed(1) as waiting:
             running = threads.submit(raw.post, "/v1/completions", json={
                 "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "search": {"samples": 30}})  # fmt: skip
-            wait_for(lambda: watched.status().figures["in_flight"] > 0)
+            wait_for(lambda: waiting() == 1)
             raw.post("/abort_requests", json={}).raise_for_status()
             [choice] = running.result(20).json()["choices"]
     assert (choice["finish_reason"], choice["search"]["reason"]) == ("abort", "aborted")
     assert choice["search"]["spent"]["cancelled"] > 0
 
 
-def test_a_pause_holds_a_search_between_two_waves(service: Service) -> None:
+def test_a_pause_holds_a_search_between_two_waves(service: Service, gate: StepGate) -> None:
     headers = {"Authorization": f"Bearer {CONTROL_KEY}"}
-    with (httpx.Client(base_url=url_of(service), headers=headers, timeout=60) as raw, control(service) as watched,
-          ThreadPoolExecutor(1) as threads):  # fmt: skip
-        running = threads.submit(raw.post, "/v1/completions", json={
-            "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "search": {
-                "method": "self_consistency", "stop_rule": "certain", "samples": 36}})  # fmt: skip
-        wait_for(lambda: watched.status().figures["in_flight"] > 0)
-        raw.post("/pause", params={"mode": "wait"}).raise_for_status()
+    with (httpx.Client(base_url=url_of(service), headers=headers, timeout=60) as raw, ThreadPoolExecutor(2) as threads):
+        with gate.closed(1) as waiting:
+            running = threads.submit(raw.post, "/v1/completions", json={
+                "prompt": PROMPT, "max_tokens": 60, "ignore_eos": True, "search": {
+                    "method": "self_consistency", "stop_rule": "certain", "samples": 36}})  # fmt: skip
+            wait_for(lambda: waiting() == 1)
+            pause = threads.submit(raw.post, "/pause", params={"mode": "wait"})
+            wait_for(lambda: raw.get("/is_paused").json()["is_paused"])
+        pause.result(30).raise_for_status()
         assert raw.post("/v1/completions", json={"prompt": PROMPT}).status_code == 503 and not running.done()
         raw.post("/resume").raise_for_status()
         answer = running.result(60)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -84,9 +84,9 @@ def test_a_tokenizer_that_replaces_whole_runs_of_bytes_sends_whole_characters() 
 def test_bytes_that_are_no_text_take_no_longer_than_text() -> None:
     broken = [token for token in range(4, len(TOKENIZER)) if TOKENIZER.decode([token]) == "\N{REPLACEMENT CHARACTER}"]
     tokens = [*[broken[0]] * 8000, *TOKENIZER.encode("\U0001f642 12", add_special_tokens=False) * 400]
-    began = time.perf_counter()
+    began = process_time()
     parts = streamed(tokens, list(range(1, len(tokens) + 1)), sample(tokens), [])
-    assert time.perf_counter() - began < 3  # it runs in the event loop
+    assert process_time() - began < 3  # it runs in the event loop
     assert "".join(parts) == TOKENIZER.decode(tokens) and sum(map(bool, parts)) > 200
 
 
@@ -133,9 +133,9 @@ def test_tool_calls_are_read_in_both_forms(text: str, content: str | None, calls
 @pytest.mark.parametrize("repeated", ["<function=add><parameter=a>", "<function=", "<function=add><parameter="])
 def test_marks_without_an_end_take_no_longer_than_other_text(repeated: str) -> None:
     first, _, again = repeated.rpartition("<")
-    began = time.perf_counter()
+    began = process_time()
     parse_tool_calls("<tool_call>" + first + f"<{again}" * 8000, TOOLS)
-    assert time.perf_counter() - began < 1  # it runs in the event loop
+    assert process_time() - began < 1  # it runs in the event loop
 
 
 def test_weight_versions_are_runs_of_tokens() -> None:

@@ -73,7 +73,7 @@ def test_calls_that_wait_for_a_thread_at_the_end_of_the_service_are_told_so(
         async def ask() -> None:
             control._calls.submit(busy.wait)
             calls = [asyncio.ensure_future(each) for each in (control.resume(), control.label(1), control.reset_prefix_cache())]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)  # each has asked for a thread
             calls[2].cancel()
             control.close()
             busy.set()

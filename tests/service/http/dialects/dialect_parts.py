@@ -63,7 +63,7 @@ class Live:
 
     @contextmanager
     def in_flight(self, path: str, *bodies: Any, **options: Any) -> Iterator[list[Future[Any]]]:
-        """POSTs, of one sample each, that have tokens. The engine makes no step until the block ends, so none of them ends in it."""
+        """POSTs, of one sample each, that have tokens. The engine makes no step until the block ends, so none ends in it."""
         with self.gate.closed(len(bodies)) as waiting:
             started = [self.start(path, body, **options) for body in bodies]
             wait_for(lambda: waiting() == 1)

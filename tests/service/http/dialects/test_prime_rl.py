@@ -11,7 +11,6 @@ import numpy as np
 from dialect_parts import POLICY, Live
 from own_trainers import own_client
 
-
 HEADERS = {"X-Session-ID": "rollout-1"}
 
 

@@ -70,8 +70,9 @@ def test_an_aborted_stream_ends_with_what_it_has(live: Live) -> None:
         live.post("/abort_requests", {"request_ids": ["cut"]})
         rest = [line for line in lines if line]
     assert rest[-1] == "data: [DONE]" and '"finish_reason":"abort"' in rest[-2]
+    body, timeout = tokens(400, n=8) | {"request_id": "left"}, httpx.Timeout(60, read=0.1)
     with live.gate.closed(8):
         with pytest.raises(httpx.ReadTimeout):
-            live.http.post("/inference/v1/generate", json=tokens(400, n=8) | {"request_id": "left"}, timeout=httpx.Timeout(60, read=0.1))
+            live.http.post("/inference/v1/generate", json=body, timeout=timeout)
         live.settled()
     assert live.post("/skyrl/v1/generate", tokens(4) | {"stream": True}, 400)["error"]["param"] == "stream"
