@@ -26,30 +26,35 @@ class StepGate:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._closed, self._waiting = folder / "closed", folder / "waiting"
-        self._waiting.mkdir()
+        self._folder, self._closings = folder, 0
 
     @contextmanager
     def guards(self) -> Iterator[None]:
         """Engines that start in this block have the gate, for as long as they live."""
-        closed, waiting = self._closed, self._waiting  # engines get a copy of what the class below refers to
+        folder = self._folder  # engines get a copy of what the class below refers to
 
         class GuardedActor(EngineActor.__ray_metadata__.modified_class):  # type: ignore[misc,name-defined]
             def load(self) -> Any:
                 loaded, engine = super().load(), self._engine
-                step = engine.step
+                step, counted = engine.step, [0, 0]  # a closing of the gate, and how many samples have ended since
 
                 def guarded_step() -> Any:
-                    samples, here = 0, waiting / str(os.getpid())
+                    closing = begun = ended = 0
                     with suppress(FileNotFoundError):
-                        samples = int(closed.read_text())
-                    if samples and (here.exists() or engine.scheduler.pending < samples):
+                        closing, begun, ended = map(int, (folder / "closed").read_text().split())
+                    if not closing:
+                        return step()
+                    if counted[0] != closing:
+                        counted[:] = closing, 0
+                    waits = folder / f"{closing}-{os.getpid()}"
+                    if waits.exists() or engine.scheduler.pending < begun:
                         time.sleep(_LOOK_S)
                         return []
-                    ended = step()
-                    if samples and sum(not is_fresh(sample) for sample in engine.scheduler.running) >= samples:
-                        here.touch()
-                    return ended
+                    done = step()
+                    counted[1] += len(done)
+                    if counted[1] >= ended and sum(not is_fresh(sample) for sample in engine.scheduler.running) >= begun:
+                        waits.touch()
+                    return done
 
                 engine.step = guarded_step
                 return loaded
@@ -60,17 +65,18 @@ class StepGate:
             yield
 
     @contextmanager
-    def closed(self, samples: int) -> Iterator[Callable[[], int]]:
-        """In this block an engine waits for so many samples, makes steps until so many have a token, and then makes none.
+    def closed(self, begun: int, ended: int = 0) -> Iterator[Callable[[], int]]:
+        """In this block an engine makes steps until `ended` samples have ended and `begun` others have a token, and then none. It
+        makes the first one when it has `begun` samples.
 
-        Yields a function that says how many engines have come to the end of this and wait.
+        Yields a function that says how many engines have made the last one.
         """
-        for name in self._waiting.iterdir():
-            name.unlink()
-        written = self._closed.with_suffix(".new")
-        written.write_text(str(samples))
-        written.replace(self._closed)
+        self._closings += 1
+        closed, closing = self._folder / "closed", self._closings
+        written = closed.with_suffix(".new")
+        written.write_text(f"{closing} {begun} {ended}")
+        written.replace(closed)
         try:
-            yield lambda: len(list(self._waiting.iterdir()))
+            yield lambda: len(list(self._folder.glob(f"{closing}-*")))
         finally:
-            self._closed.unlink()
+            closed.unlink()

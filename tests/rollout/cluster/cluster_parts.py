@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from blockroll.rollout.backend import Completed
 from blockroll.rollout.cluster import RayCluster
@@ -21,3 +22,20 @@ def collect(cluster: RayCluster, count: int, seconds: float = 120.0) -> list[Com
         assert time.monotonic() < end, f"{len(done)} of {count} came"
         done += cluster.poll(0.5)
     return done
+
+
+def collect_until(cluster: RayCluster, happened: Callable[[], bool], seconds: float = 60.0) -> list[Completed]:
+    """What the pool has completed when this has happened."""
+    done, end = list[Completed](), time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        done += cluster.poll(0.1)
+    return done
+
+
+def until(happened: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for something that happens soon."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)

@@ -130,6 +130,7 @@ def test_a_budget_in_seconds_ends_what_runs(client: openai.OpenAI) -> None:
 def test_a_client_that_goes_away_ends_its_search(service: Service, client: openai.OpenAI, gate: StepGate) -> None:
     """No sample ends by itself meanwhile."""
     with control(service) as watched, gate.closed(1):
+        wait_for(lambda: not watched.status().figures["outstanding"])  # what the test before has given up
         before = watched.status().figures
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.5).completions.create(model=MODEL, prompt=PROMPT, max_tokens=400, extra_body={

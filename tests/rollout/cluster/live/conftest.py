@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import ray
+from step_gate import StepGate
 
 import blockroll
 from blockroll.rollout.cluster import EngineSpec, RayCluster
@@ -25,11 +26,18 @@ ANSWER_S, WHOLE_S = 30.0, 120.0
 
 
 @pytest.fixture(scope="package")
-def pool(policy_dir: str) -> Iterator[RayCluster]:
+def gate(tmp_path_factory: pytest.TempPathFactory) -> StepGate:
+    """In front of the engines of the pool."""
+    return StepGate(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture(scope="package")
+def pool(policy_dir: str, gate: StepGate) -> Iterator[RayCluster]:
     """A pool whose engines have the policy of `policy_dir` at first. Tests take it from `cluster`."""
-    cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=ENGINES)
-    yield cluster
-    cluster.close()
+    with gate.guards():
+        cluster = RayCluster(EngineSpec(policy_dir, EngineConfig(max_batch=8)), engines=ENGINES)
+        yield cluster
+        cluster.close()
 
 
 @pytest.fixture(scope="package")
