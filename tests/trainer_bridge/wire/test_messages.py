@@ -129,14 +129,14 @@ hostile = st.one_of(
         lambda v: msgpack.packb([codec.PROTOCOL, v[0], *v[1]])))
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(hostile, max_size=4))
 def test_hostile_frames_are_refused_with_transport_error(frames: list[bytes]) -> None:
     with suppress(TransportError):
         messages.decode(frames)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 255), st.one_of(st.just(0), st.integers(0, 10**6)), st.binary(max_size=64))
 def test_damaged_records_are_refused_with_transport_error(place: int, mask: int, cut: int, noise: bytes) -> None:
     asked = request("a", routed_experts=True, top_k=2)
