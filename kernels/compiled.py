@@ -5,7 +5,7 @@ Invariants:
   vectorised. All other functions compute as written, except for what `FUSED` allows, and give the same numbers vectorised or
   not.
 - After an edit of a file, every function that calls a compiled one of it is compiled again. numba itself looks at the
-  function's own file alone.
+  function's own file alone. A function stands below those that it calls: others are not known yet when it is decorated.
 """
 
 from __future__ import annotations

@@ -92,18 +92,6 @@ class Work(NamedTuple):
 
 
 @compiled(nogil=True)
-def run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden_TD):
-    """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
-    parts failed.
-
-    Args:
-        desk: of `Threads`. sequence_P1: first sequence of each part, which a thread runs, and S. lines: of each part.
-    """
-    hand_over(_run_part, (sequence_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
-    return in_threads(desk, len(sequence_P1) - 1)
-
-
-@compiled(nogil=True)
 def _run_part(part, sequence_P1, plan, network, angles, pools, work, lines_P, hidden_TD):
     """The rows of some sequences. Parts may run at the same time."""
     begin_s, end_s, lines = sequence_P1[part], sequence_P1[part + 1], lines_of(lines_P, part)
@@ -149,10 +137,15 @@ def _run_part(part, sequence_P1, plan, network, angles, pools, work, lines_P, hi
 
 
 @compiled(nogil=True)
-def head(desk, parts, hidden_RD, weight_PDW, logits_RV):
-    """Writes the logits of rows of hidden states, about as many of them in each part. Returns how many parts failed."""
-    hand_over(_head_part, (parts, hidden_RD, weight_PDW, logits_RV), desk)
-    return in_threads(desk, parts)
+def run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden_TD):
+    """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
+    parts failed.
+
+    Args:
+        desk: of `Threads`. sequence_P1: first sequence of each part, which a thread runs, and S. lines: of each part.
+    """
+    hand_over(_run_part, (sequence_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
+    return in_threads(desk, len(sequence_P1) - 1)
 
 
 @compiled(nogil=True)
@@ -160,3 +153,10 @@ def _head_part(part, parts, hidden_RD, weight_PDW, logits_RV):
     """The logits of some rows."""
     rows = hidden_RD.shape[0]
     product_of(hidden_RD, rows * part // parts, rows * (part + 1) // parts, weight_PDW, logits_RV)
+
+
+@compiled(nogil=True)
+def head(desk, parts, hidden_RD, weight_PDW, logits_RV):
+    """Writes the logits of rows of hidden states, about as many of them in each part. Returns how many parts failed."""
+    hand_over(_head_part, (parts, hidden_RD, weight_PDW, logits_RV), desk)
+    return in_threads(desk, parts)

@@ -74,16 +74,20 @@ def turn(begin, end, mixed_NTO, projected, bias_NO, temperature_N, position_T, c
     """Means, norm, temperature and RoPE of queries and keys; values; keys and values of clean rows into the cache."""
     rows, heads, size = q_THD.shape
     kv_heads, width = k_TGD.shape[1], previous_TW.shape[1]
-    means = (heads + kv_heads) * size + 2 * width
+    group = heads // kv_heads
     current = (heads + kv_heads) * size + width
     kept, every = kv_heads * size, projected.shape[1]
     for t in range(begin, end):
         for n in range(heads + kv_heads):
-            at, mean, p = (n * rows + t) * size, t * every + means + n * size, position_T[t] * cos_PO.shape[1]
-            to_TD, to = (q_THD, (t * heads + n) * size) if n < heads else (k_TGD, (t * kv_heads + n - heads) * size)
+            at, own, p = (n * rows + t) * size, t * every + n * size, position_T[t] * cos_PO.shape[1]
+            if n < heads:
+                to_TD, to, count, other = q_THD, (t * heads + n) * size, 1, heads + n // group
+            else:
+                to_TD, to, count, other = k_TGD, (t * kv_heads + n - heads) * size, group, (n - heads) * group
+            others, share = t * every + other * size, _F(0.5) / _F(count)
             turn_head(
-                mixed_NTO, at, bias_NO, n * size, projected, mean, temperature_N[n], _LEAST_NORM, cos_PO, p, sin_PO, p, half,
-                to_TD, to, size,
+                mixed_NTO, at, bias_NO, n * size, projected, own, projected, others, count, share, temperature_N[n], _LEAST_NORM,
+                cos_PO, p, sin_PO, p, half, to_TD, to, size,
             )  # fmt: skip
         copy_line(projected, t * every + current, v_TGD, t * kept, width)
         copy_line(previous_TW, t * width, v_TGD, t * kept + width, width)

@@ -1,7 +1,7 @@
 """The weights of `PackedBackend`: folded from those of a policy and laid out for `kernels/linear/numba.py`.
 
-The weight and size of a norm are folded into the matrix after it; the two convolutions become one over all ancestors; the
-means of queries and keys go into the projection; residual scales and biases go into the matrix before them.
+The weight and size of a norm are folded into the matrix after it; the two convolutions become one over all ancestors; residual
+scales and biases go into the matrix before them.
 
 Legend: as in `cca` and `experts`; N = H + G heads, A ancestors, F inner size of an expert, P panels, W columns of a panel.
 """
@@ -27,7 +27,7 @@ class PackedLayer(NamedTuple):
 
     window: np.ndarray  # int64: number of the layer's window
     in_floor: np.ndarray
-    projection_PDW: np.ndarray  # q and k, delayed value, current value, then q and k with their means
+    projection_PDW: np.ndarray  # q and k, delayed value, current value
     projection_bias: np.ndarray
     before: np.ndarray  # delayed value before the document
     convolution_NPDW: np.ndarray  # summed: the features of all A ancestors
@@ -123,18 +123,11 @@ def _fold(layer: Layer, window: int) -> PackedLayer:
 
 
 def _projection(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows: q and k, delayed value, current value, and half of q + k and of k + mean q, as CCA adds them."""
+    """Rows: q and k, delayed value, current value."""
     project = layer.self_attn.qkv_proj
-    groups, size = project.kv_heads, project.head_dim
-
-    def whole(q: torch.Tensor, k: torch.Tensor, delayed: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        q_GUO, k_G1O = q.unflatten(0, (groups, -1, size)), k.unflatten(0, (groups, 1, size))
-        means = (q_GUO + k_G1O).flatten(0, 2) / 2, (k_G1O[:, 0] + q_GUO.mean(1)).flatten(0, 1) / 2
-        return torch.cat([q, k, delayed, current, *means])
-
     layers = project.q_proj, project.k_proj, project.v_proj_delayed, project.v_proj_current
     biases = [each.bias for each in layers if each.bias is not None]
-    return whole(*(each.weight for each in layers)), whole(*biases) if biases else None
+    return torch.cat([each.weight for each in layers]), torch.cat(biases) if biases else None
 
 
 def _convolution(project: Projection) -> tuple[np.ndarray, np.ndarray]:
