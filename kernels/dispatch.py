@@ -9,7 +9,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -75,13 +75,14 @@ def takes_triton(*tensors: torch.Tensor | None) -> bool:
     known = [tensor for tensor in tensors if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in known):
         return False
-    return known[0].device.type == "cuda"
+    return known[0].is_cuda
 
 
 def takes_numba(*tensors: torch.Tensor) -> bool:
     """Whether an op on these tensors, of a CPU and at most float32, takes what numba compiled."""
-    if any(tensor.device.type != "cpu" or tensor.dtype == torch.float64 for tensor in tensors):
-        return False
+    for tensor in tensors:  # small steps ask this several times: a generator takes as long as the answer
+        if not tensor.is_cpu or tensor.dtype == torch.float64:
+            return False
     implementation = _choice.get().implementation
     if implementation != "auto":
         return implementation == "numba"
@@ -122,15 +123,23 @@ def dispatched(
 
     @wraps(reference)
     def op(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        found = _tensors(arguments)
-        tensors = list(found) if torch.is_grad_enabled() else [next(found)]  # without gradients the first one decides
+        if numba is not None and takes_numba(_first(arguments)):
+            return getattr(loaded(numba), name)(*arguments, **options)
+        # Without gradients the first tensor decides.
+        tensors = list(_tensors(arguments)) if torch.is_grad_enabled() else [_first(arguments)]
         if (wide or tensors[0].dtype != torch.float64) and takes_triton(*tensors):
             return getattr(loaded(triton), name)(*arguments, **options)
-        if numba is not None and takes_numba(tensors[0]):
-            return getattr(loaded(numba), name)(*arguments, **options)
         return reference(*arguments, **options)
 
     return op
+
+
+def _first(arguments: Sequence[Any]) -> torch.Tensor:
+    """The first tensor of arguments that begin with one, or with a tuple that does."""
+    first = arguments[0]
+    while not isinstance(first, torch.Tensor):
+        first = first[0]
+    return first
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -21,6 +21,8 @@ so that the committed tokens are those of decoding without drafts. With x = argm
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -62,14 +64,22 @@ __all__ = [
 
 sample_gumbel = dispatched(reference.sample_gumbel, numba="numba", wide=False)
 sample_cdf = dispatched(reference.sample_cdf, numba="numba", wide=False)
-verify_rejection = dispatched(reference.verify_rejection, triton="rejection", numba="numba", wide=False)
+_verify_rejection = dispatched(reference.verify_rejection, triton="rejection", wide=False)
+
+
+@cache
+def _compiled() -> ModuleType:
+    """`numba`, imported at first use. A statement that imports it takes as long as a small kernel every time."""
+    from . import numba
+
+    return numba
 
 
 def draft_chain(
     q_logits_SMV: torch.Tensor, markov: Callable[[torch.Tensor], torch.Tensor], previous_S: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int,
-    purpose: int, first_SV: torch.Tensor | None = None, first_scale: float = 1.0,
-    cut: Callable[[torch.Tensor], object] | None = None,
+    purpose: int, first_SRV: torch.Tensor | None = None, first_scale: float = 1.0,
+    cut: Callable[[torch.Tensor], object] | None = None, into: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
@@ -80,20 +90,21 @@ def draft_chain(
         previous_S: int64, the token before the first draft.
         anchor_S: int64, its position.
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
-        first_SV: logits to put in the place of the first row's, times `first_scale`. Nothing is added to them.
+        first_SRV: its first row's logits are put in the place of the first row's, times `first_scale`. Nothing is added to them.
         cut: makes what is not drawn of a slot's logits float32[S, 1, V] -inf.
+        into: what may be written and returned on a CPU. Elsewhere the result is always new.
     """
     if isinstance(markov, PairTable) and takes_numba(q_logits_SMV) and cut is None:
-        from . import numba as compiled
-
         keys = previous_S, count_S, temperature_S, seed_S, anchor_S
-        return compiled.draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, first_SV, first_scale)
+        made: tuple[torch.Tensor, torch.Tensor]
+        made = _compiled().draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, first_SRV, first_scale, into)
+        return made
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
-    if first_SV is not None:
-        torch.mul(first_SV, first_scale, out=q_logits_SMV[:, 0])
+    if first_SRV is not None:
+        torch.mul(first_SRV[:, 0], first_scale, out=q_logits_SMV[:, 0])
     chosen, position_S = [], anchor_S + 1
     for k in range(q_logits_SMV.shape[1]):
-        if k > 0 or first_SV is None:
+        if k > 0 or first_SRV is None:
             q_logits_SMV[:, k] += markov(previous_S)
         q_logits_SMV[:, k, excluded] = -torch.inf
         if cut is not None:
@@ -114,9 +125,8 @@ def verify_matching(
     Args: as of `reference.verify_rejection`.
     """
     if takes_numba(p_logits_SRV):
-        from . import numba as compiled
-
-        return compiled.verify_matching(p_logits_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S)
+        found: Rejection = _compiled().verify_matching(p_logits_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S)
+        return found
     token_SR, logprob_SR, _ = sample_gumbel(p_logits_SRV, temperature_S, seed_S, anchor_S + 1)
     accepted_S = count_matching(token_SR[:, :-1], draft_SM, count_S)
     committed_SR = torch.arange(token_SR.shape[1], device=token_SR.device) <= accepted_S[:, None]
@@ -124,11 +134,30 @@ def verify_matching(
     return Rejection(accepted_S, torch.where(committed_SR, token_SR, -1), logprob_SR, logprob_SR)
 
 
+def verify_rejection(
+    p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
+    count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None, into: Rejection | None = None,
+    later_NMV: torch.Tensor | None = None,
+) -> Rejection:  # fmt: skip
+    """`reference.verify_rejection`.
+
+    Args:
+        into: of this size (`Rejection.empty`), to be written and returned on a CPU. Elsewhere the result is always new.
+        later_NMV: on a CPU, the rows after the first of those sequences that have drafts; p_logits_SRV then has the first alone.
+    """
+    keys = draft_SM, count_S, temperature_S, seed_S, anchor_S, excluded, mix_weight_S, draft_temperature_S
+    if takes_numba(p_logits_SRV):
+        found: Rejection = _compiled().verify_rejection(p_logits_SRV, q_logits_SMV, q_lse_SM, *keys, into, later_NMV)
+        return found
+    assert later_NMV is None
+    return _verify_rejection(p_logits_SRV, q_logits_SMV, q_lse_SM, *keys)
+
+
 def logprobs(logits_NV: torch.Tensor, token_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
     """Log-probability of one token per row at the temperature (0: at 1), nothing cut; see `reference.logprobs`. On a CPU they
     are to the last bit those that verification gives for the same logits."""
     if takes_numba(logits_NV):
-        from . import numba as compiled
-
-        return compiled.logprobs(logits_NV, token_N, temperature_N)
+        found: torch.Tensor = _compiled().logprobs(logits_NV, token_N, temperature_N)
+        return found
     return reference.logprobs(logits_NV, token_N, temperature_N)

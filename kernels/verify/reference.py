@@ -44,6 +44,13 @@ class Rejection(NamedTuple):
     logprob_SR: torch.Tensor
     behavior_logprob_SR: torch.Tensor
 
+    @classmethod
+    def empty(cls, sequences: int, rows: int) -> Rejection:
+        """On the host, for S sequences of R rows; holds anything."""
+        token_SR = torch.empty((sequences, rows), dtype=torch.int64)
+        logprob_SR, behavior_SR = torch.empty((2, sequences, rows), dtype=torch.float32)
+        return cls(torch.empty(sequences, dtype=torch.int64), token_SR, logprob_SR, behavior_SR)
+
 
 @dataclass(frozen=True, slots=True)
 class PairTable:

@@ -61,8 +61,8 @@ class Backend(Protocol):
         Args: layout and plan, of `prepare` with this state; routing, filled with the experts chosen.
         """
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] to logits [..., V]."""
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [..., D] to logits [..., V]: contiguous ones, written into `out` if it is given."""
 
     def fold(self, policy: Policy) -> Any:
         """What `refresh` makes of the weights of a policy of the same structure; None where there is nothing to make. It reads

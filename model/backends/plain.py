@@ -41,9 +41,10 @@ class PlainBackend:
         """See `Backend.forward`."""
         return self._policy(layout, state, routing, plan)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Backend.head`."""
-        return self._policy.head(hidden)
+        logits = self._policy.head(hidden)
+        return logits if out is None else out.copy_(logits)
 
     def fold(self, policy: Policy) -> Any:
         """See `Backend.fold`."""

@@ -20,6 +20,7 @@ from ...kernels.dispatch import takes_numba, takes_triton
 from ...kernels.philox import Purpose
 from ...kernels.verify import draft_chain, sample_cdf, sample_gumbel, verify_matching, verify_rejection
 from .drafts import Drafts, Group, SamplerRows, Verdict
+from .memory import StepMemory
 from .processing import widen
 
 
@@ -31,6 +32,14 @@ def serves(group: Group, logits: torch.Tensor) -> bool:
     return (not group.cut and takes_numba(logits)) or (logits.dtype != torch.float64 and takes_triton(logits))
 
 
+def takes_apart(rows: SamplerRows, logits: torch.Tensor) -> bool:
+    """Whether `verify` takes the rows of a batch's two passes apart. Else they must be joined."""
+    if len(rows.groups) > 1 or rows.top or not takes_numba(logits):
+        return False
+    (group,) = rows.groups
+    return group.sampler in ("lossless", "mixed") and not group.greedy and serves(group, logits)
+
+
 def draft(
     rows: SamplerRows,
     q_logits_SMV: torch.Tensor,
@@ -39,15 +48,16 @@ def draft(
     count_S: torch.Tensor,
     markov: Callable[[torch.Tensor], torch.Tensor] | None,
     previous_S: torch.Tensor | None,
-    p_first_SV: torch.Tensor | None,
+    p_first_SRV: torch.Tensor | None,
+    into: Drafts | None = None,
 ) -> Drafts:
-    """As `sampler.draft` for one group; for `mixed` without p_first_SV. The drafts keep `q_logits_SMV` itself, its mask token
+    """As `sampler.draft` for one group; for `mixed` without p_first_SRV. The drafts keep `q_logits_SMV` itself, its mask token
     now at -inf."""
     (group,) = rows.groups
     noisy = group.greedy or group.sampler == "coupled"
     if markov is None:
-        if p_first_SV is not None:
-            torch.mul(p_first_SV, rows.draft_temperature, out=q_logits_SMV.select(1, 0))
+        if p_first_SRV is not None:
+            torch.mul(p_first_SRV[:, 0], rows.draft_temperature, out=q_logits_SMV.select(1, 0))
         q_logits_SMV = q_logits_SMV.contiguous()
         q_logits_SMV[..., mask_token] = -torch.inf
         if group.cut:
@@ -58,21 +68,30 @@ def draft(
         token_SM = torch.where(slot_M < count_S[:, None], token_SM, -1)
     else:
         assert previous_S is not None
-        q_logits_SMV = widen(q_logits_SMV).contiguous()
+        if q_logits_SMV.dtype != torch.float32 or not q_logits_SMV.is_contiguous():
+            q_logits_SMV = widen(q_logits_SMV).contiguous()
         token_SM, lse_SM = draft_chain(
             q_logits_SMV, markov, previous_S, count_S, rows.draft_temperature_S, rows.seed_S, anchor_S, mask_token,
-            Purpose.NOISE if noisy else Purpose.DRAFT, p_first_SV, rows.draft_temperature,
+            Purpose.NOISE if noisy else Purpose.DRAFT, p_first_SRV, rows.draft_temperature,
             partial(_cut, rows, temperature_S=rows.draft_temperature_S) if group.cut else None,
+            None if into is None or into.q_lse_SM is None else (into.token_SM, into.q_lse_SM),
         )  # fmt: skip
+        if into is not None and token_SM is into.token_SM and not noisy:
+            return into
     if noisy:
         return Drafts(token_SM, count_S)
     return Drafts(token_SM, count_S, q_logits_SMV=q_logits_SMV, q_lse_SM=lse_SM)
 
 
-def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+def verify(
+    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor, memory: StepMemory | None = None,
+    later_NMV: torch.Tensor | None = None,
+) -> Verdict:  # fmt: skip
     """As `sampler.verify` for one group, whose drafts `draft` drew."""
     (group,) = rows.groups
-    r = p_logits_SRV.shape[1]
+    s, r = drafts.token_SM.shape
+    r += 1
+    into, nothing_SR = (None, None) if memory is None or not p_logits_SRV.is_cpu else memory.verdict(s, r)
     found = _cut(rows, p_logits_SRV, rows.temperature_S) if group.cut else None
     if group.greedy or group.sampler in ("ar", "coupled"):
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_matching(
@@ -86,9 +105,10 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_rejection(
             p_logits_SRV, q_logits_SMV, q_lse_SM, drafts.token_SM, drafts.count_S, rows.temperature_S, rows.seed_S, anchor_S,
             mix_weight_S=rows.mix_weight_S if group.sampler == "mixed" else None,
-            draft_temperature_S=rows.draft_temperature_S,
+            draft_temperature_S=rows.draft_temperature_S, into=into, later_NMV=later_NMV,
         )  # fmt: skip
-    nothing_SR = torch.zeros_like(logprob_SR)
+    if nothing_SR is None:
+        nothing_SR = torch.zeros_like(logprob_SR)
     if found is not None:  # the kernels have seen the support alone
         support_SR = torch.where(token_SR >= 0, found.logmass_SR, nothing_SR)
         return Verdict(accepted_S, token_SR, behavior_SR + support_SR, behavior_SR, support_SR)

@@ -32,6 +32,7 @@ from ...kernels.verify import count_matching, draw, gumbel_argmax, logprobs, mix
 from . import kernels
 from .adjustment import Adjustment
 from .drafts import Drafts, Group, SamplerRows, Verdict
+from .memory import StepMemory
 from .processing import Processed, processed, widen
 from .top import with_top
 
@@ -49,7 +50,8 @@ def draft(
     count_S: torch.Tensor | None = None,
     markov: Markov | None = None,
     previous_S: torch.Tensor | None = None,
-    p_first_SV: torch.Tensor | None = None,
+    p_first_SRV: torch.Tensor | None = None,
+    into: Drafts | None = None,
 ) -> Drafts:
     """Draw drafts from q.
 
@@ -62,21 +64,22 @@ def draft(
         markov: what a token adds to the logits of the row after it (`MarkovHead`). Each draft is then drawn given the
             one before it, and q, wherever it is kept or compared, is that conditional distribution.
         previous_S: int64, the token at the anchor, for `markov`.
-        p_first_SV: p's raw logits for the position after the anchor, where they are known by now. They are then q of the first
-            draft, which is p's own token: it is accepted, unless p would have drawn the mask token. Not for `mixed`, whose
-            target is made of p and the block's q.
+        p_first_SRV: raw logits of verify rows; the first has p for the position after the anchor, where it is known by now. It is
+            then q of the first draft, which is p's own token: it is accepted, unless p would have drawn the mask token. Not for
+            `mixed`, whose target is made of p and the block's q.
+        into: drafts with these logits and counts, whose other tensors may be written. They may be what is returned.
     """
     s, m, _ = q_logits_SMV.shape
     if count_S is None:
         count_S = torch.full((s,), m, dtype=torch.int64, device=q_logits_SMV.device)
     if len(rows.groups) == 1:
-        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SV)
+        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV, into)
     device = q_logits_SMV.device
     count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
     large: dict[str, torch.Tensor] = {}
     for group in rows.groups:
         i = group.index_G
-        before, p_first = (None if each is None else each[i] for each in (previous_S, p_first_SV))
+        before, p_first = (None if each is None else each[i] for each in (previous_S, p_first_SRV))
         part = _draft_group(rows.of(group), q_logits_SMV[i], anchor_S[i], mask_token, count_S[i], markov, before, p_first)
         count_S[i], token_SM[i] = part.count_S, part.token_SM
         for name in ("logq_SMV", "q_logits_SMV", "q_lse_SM"):
@@ -96,22 +99,23 @@ def _draft_group(
     count_S: torch.Tensor,
     markov: Markov | None,
     previous_S: torch.Tensor | None,
-    p_first_SV: torch.Tensor | None,
+    p_first_SRV: torch.Tensor | None,
+    into: Drafts | None = None,
 ) -> Drafts:
     (group,) = rows.groups
     s, m, vocab_size = q_logits_SMV.shape
     if group.sampler == "ar" or m == 0:
         return Drafts(torch.full((s, m), -1, dtype=torch.int64, device=q_logits_SMV.device), torch.zeros_like(count_S))
     if group.sampler == "mixed":
-        p_first_SV = None
+        p_first_SRV = None
     if kernels.serves(group, q_logits_SMV):
-        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SV)
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV, into)
     markov_from = 0
-    if p_first_SV is not None:
+    if p_first_SRV is not None:
         # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature. Logits that are
         # adjusted are scaled behind the adjustment (`_Chain`).
         scale = rows.draft_temperature if group.adjustment is None else 1.0
-        torch.mul(p_first_SV, scale, out=q_logits_SMV.select(1, 0))
+        torch.mul(p_first_SRV[:, 0], scale, out=q_logits_SMV.select(1, 0))
         markov_from = 1
     q_logits_SMV = widen(q_logits_SMV).clone()
     q_logits_SMV[..., mask_token] = -torch.inf
@@ -191,7 +195,10 @@ def _choose(
     return draw(q.logp.exp(), noise), q.logp
 
 
-def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+def verify(
+    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
+    memory: StepMemory | None = None, later_NMV: torch.Tensor | None = None,
+) -> Verdict:  # fmt: skip
     """Accept drafts and draw the token after them.
 
     Args:
@@ -200,16 +207,23 @@ def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor
             the support may become -inf.
         drafts: drawn by `draft` for the same rows and the same anchors; `Drafts.none` where there are none.
         anchor_S: int64, position of the last committed token.
+        memory: where the verdict of a batch of one group may be written.
+        later_NMV: the verify rows after the first of those sequences that have drafts; p_logits_SRV then has the first alone.
+            Only where `kernels.takes_apart`.
     """
+    if later_NMV is not None:
+        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S, memory, later_NMV)
     assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
     mine_SRV = p_logits_SRV.clone() if rows.top and len(rows.groups) == 1 and rows.groups[0].cut else p_logits_SRV
-    verdict = _verify_groups(rows, mine_SRV, drafts, anchor_S)
+    verdict = _verify_groups(rows, mine_SRV, drafts, anchor_S, memory)
     return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top, rows.listed_SK) if rows.top else verdict
 
 
-def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+def _verify_groups(
+    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor, memory: StepMemory | None
+) -> Verdict:
     if len(rows.groups) == 1:
-        return _verify_group(rows, p_logits_SRV, drafts, anchor_S)
+        return _verify_group(rows, p_logits_SRV, drafts, anchor_S, memory)
     s, r = p_logits_SRV.shape[:2]
     out: Verdict | None = None
     for group in rows.groups:
@@ -228,10 +242,13 @@ def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts
     return out
 
 
-def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+def _verify_group(
+    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
+    memory: StepMemory | None = None,
+) -> Verdict:  # fmt: skip
     (group,) = rows.groups
     if kernels.serves(group, p_logits_SRV):
-        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
+        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S, memory)
     r, vocab_size = p_logits_SRV.shape[1:]
     m = r - 1
     p_logits_SRV = widen(p_logits_SRV)

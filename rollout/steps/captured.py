@@ -285,7 +285,7 @@ class CapturedSampling:
         sampled_S = verdict.token_SR.gather(1, accepted_S[:, None])[:, 0]
         made = kernels.draft(
             self._sampling, logits_SMV, there.anchor_S + accepted_S + 1, self._mask, count_S, self._model.markov, sampled_S,
-            p_first_SV=None,
+            p_first_SRV=None,
         )  # fmt: skip
         place.token_SM.copy_(made.token_SM)
         place.count_S.copy_(count_S)

@@ -88,9 +88,9 @@ class ModelRunner:
         self.markov = self.backend.markov
         self.shapes = ShapeCache(policy, self.backend, cache)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] to logits [..., V]."""
-        return self.backend.head(hidden)
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Backend.head`."""
+        return self.backend.head(hidden, out)
 
     def head_into(self, hidden_RD: torch.Tensor, logits_RV: torch.Tensor) -> None:
         """See `Policy.head_into`."""

@@ -26,6 +26,8 @@ from ...model.policy import Policy
 from ..cache import PagedCache
 from ..sampling.adjustment import Prefix
 from ..sampling.drafts import Drafts, SamplerRows, Verdict
+from ..sampling.kernels import takes_apart
+from ..sampling.memory import StepMemory
 from ..sampling.sampler import draft, verify
 from ..schedule import Schedule
 from ..sequence import Sample, SchedulerOutput
@@ -62,6 +64,7 @@ class StepForward:
         output: the first forward pass; its mask rows are the proposals.
         logits_DRV: p's logits of the verify rows.
         drafts: what is verified.
+        later_NMV: p's logits of the rows after the first, where they are verified apart (`sampling.kernels.takes_apart`).
     """
 
     sampling: SamplerRows
@@ -69,6 +72,7 @@ class StepForward:
     output: ForwardOutput
     logits_DRV: torch.Tensor
     drafts: Drafts
+    later_NMV: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +94,20 @@ class StepOutput:
 
 
 class SamplerVerifier:
-    """The verifier of an engine that serves: each sample's own sampler decides."""
+    """The verifier of an engine that serves: each sample's own sampler decides. A verdict is valid until the next step."""
+
+    def __init__(self) -> None:
+        self._memory = StepMemory()
 
     def prepare(self, plan: StepPlan) -> None:
         """See `Verifier`."""
 
-    def __call__(self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
-        """See `Verifier`."""
-        return verify(sampling, p_logits_SRV, drafts, anchor_S)
+    def __call__(
+        self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
+        later_NMV: torch.Tensor | None = None,
+    ) -> Verdict:  # fmt: skip
+        """See `Verifier`. later_NMV: as in `sampler.verify`."""
+        return verify(sampling, p_logits_SRV, drafts, anchor_S, self._memory, later_NMV)
 
 
 class StepRunner:
@@ -115,11 +125,12 @@ class StepRunner:
     def __init__(
         self, policy: Policy, cache: PagedCache, captured: bool = True, draft_temperature: float | None = None
     ) -> None:
-        self._policy, self._device = policy, policy.device
+        self._policy, self._device, self._vocabulary = policy, policy.device, policy.config.vocab_size
         self.verifier: Verifier = SamplerVerifier()
         self.model = ModelRunner(policy, cache, captured)
         self._draft_temperature = policy.draft_temperature if draft_temperature is None else draft_temperature
         self._graphs = SamplingGraphs(policy, self.model, self._draft_temperature)
+        self._memory = StepMemory()
         self.wait_seconds = 0.0
         self._builders: dict[Schedule, PlanBuilder] = {}
         self._sampling_of: list[Sample] = []
@@ -178,12 +189,15 @@ class StepRunner:
         sampling, anchor_D, logits_DRV = self._sampler_rows(decoding), output.extra[0], output.logits_DRV
         if second is not None:
             assert plan.verify_D is not None
-            drafts = self._draft(sampling, output, 0, plan.count_D, anchor_D, output.extra[1], logits_DRV[:, 0])
+            drafts = self._draft(sampling, output, output.mask_D, plan.count_D, anchor_D, output.extra[1], logits_DRV)
             after = self._run(second, drafts, laid_out=output.second)
-            rest_DMV = after.logits_DRV
+            later_NMV = after.logits_DRV
+            if type(self.verifier) is SamplerVerifier and takes_apart(sampling, later_NMV):
+                return StepForward(sampling, anchor_D, output, logits_DRV, drafts, later_NMV)
             if len(plan.verify_D) < len(decoding):
-                rest_DMV = rest_DMV.new_zeros(len(decoding), *rest_DMV.shape[1:]).index_copy_(0, after.extra[0], rest_DMV)
-            logits_DRV = torch.cat([logits_DRV, rest_DMV], dim=1)
+                rest_DMV = later_NMV.new_zeros(len(decoding), *later_NMV.shape[1:])
+                later_NMV = rest_DMV.index_copy_(0, after.extra[0], later_NMV)
+            logits_DRV = torch.cat([logits_DRV, later_NMV], dim=1)
         assert drafts is not None
         return StepForward(sampling, anchor_D, output, logits_DRV, drafts)
 
@@ -199,16 +213,21 @@ class StepRunner:
             self.wait_seconds += time.perf_counter() - start
             return _step_output(plan, verdict, forward.drafts)
         sampling, anchor_D = forward.sampling, forward.anchor_D
-        away = self.verifier(sampling, forward.logits_DRV, forward.drafts, anchor_D)
-        known = [name for name in Verdict.__slots__ if getattr(away, name) is not None]
-        verdict = Verdict(**dict(zip(known, self._download([getattr(away, name) for name in known]), strict=True)))
+        rows = sampling, forward.logits_DRV, forward.drafts, anchor_D
+        if forward.later_NMV is None:
+            away = self.verifier(*rows)
+        else:
+            assert isinstance(self.verifier, SamplerVerifier)
+            away = self.verifier(*rows, forward.later_NMV)
+        verdict = self._here(away)
         if plan.proposals is None:
             return _step_output(plan, verdict, None)
         row_D, count_D, _ = plan.proposals.select(verdict.accepted_S.numpy())
         drafts = None
         if count_D.any():
             sampled_D = away.token_SR.gather(1, away.accepted_S[:, None])[:, 0]
-            drafts = self._draft(sampling, forward.output, row_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
+            first_D = forward.output.mask_D + row_D
+            drafts = self._draft(sampling, forward.output, first_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
         return _step_output(plan, verdict, drafts)
 
     def replace_drafts(self, drafts: Drafts, token_SM: torch.Tensor) -> None:
@@ -240,24 +259,33 @@ class StepRunner:
         return output
 
     def _draft(
-        self, sampling: SamplerRows, output: ForwardOutput, row_D: np.ndarray | int, count_D: np.ndarray, anchor_D: torch.Tensor,
-        previous_D: torch.Tensor, p_first_DV: torch.Tensor | None = None,
+        self, sampling: SamplerRows, output: ForwardOutput, first_D: np.ndarray, count_D: np.ndarray, anchor_D: torch.Tensor,
+        previous_D: torch.Tensor, p_first_DRV: torch.Tensor | None = None,
     ) -> Drafts:  # fmt: skip
         """Draw drafts.
 
         Args:
-            row_D: mask row of each sample's first draft, counted from its first mask row. count_D: int64, how many drafts; at
-                least one sample has one.
+            first_D: int64, mask row of each sample's first draft. count_D: int64, how many drafts; at least one sample has one.
             anchor_D: position of the token before the first draft. previous_D: that token.
-            p_first_DV: p's logits for the first draft, where they are known.
+            p_first_DRV: rows of which the first has p's logits for the first draft, where they are known.
         """
         # Rows past a sample's own drafts are drawn from too, and their drafts are not used.
-        first_D = output.mask_D + row_D
-        index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(output.hidden_TD) - 1)
-        index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
-        logits_DMV = self.model.head(output.hidden_TD[index_DM])
-        mask, markov = self._policy.mask_token_id, self.model.markov
-        return draft(sampling, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DV)
+        hidden_TH, mask, markov, into = output.hidden_TD, self._policy.mask_token_id, self.model.markov, None
+        if p_first_DRV is not None and self._memory.serves(hidden_TH):  # these drafts are verified before the next are drawn
+            hidden_DMH, into = self._memory.drafting(hidden_TH, first_D, count_D, self._vocabulary)
+            logits_DMV, counts_D = self.model.head(hidden_DMH, into.q_logits_SMV), into.count_S
+        else:
+            index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(hidden_TH) - 1)
+            index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
+            logits_DMV = self.model.head(hidden_TH[index_DM])
+        return draft(sampling, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DRV, into)
+
+    def _here(self, away: Verdict) -> Verdict:
+        """The verdict on the host."""
+        if away.token_SR.is_cpu and not self._routed:
+            return away
+        known = [name for name in Verdict.__slots__ if getattr(away, name) is not None]
+        return Verdict(**dict(zip(known, self._download([getattr(away, name) for name in known]), strict=True)))
 
     def _download(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors on the host. The experts that samples record come in the same copy."""

@@ -186,7 +186,7 @@ def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, known: bool) -> No
     given = normal(s, m, v)
     given[1], given[2, 2:], given[4, 1:] = NAN, NAN, NAN
     keys_S = temperature, seed, position - 1
-    first = (normal(s, 3, v, seed=4)[:, 1], 0.7) if known else ()  # one row of several per sequence
+    first = (normal(s, 3, v, seed=4)[:, 1:], 0.7) if known else ()  # one row of several per sequence
 
     def chain(markov):
         q = given.clone()
@@ -197,7 +197,7 @@ def test_a_chain_is_what_it_is_slot_by_slot(purpose: Purpose, known: bool) -> No
     for q, token, _ in made:
         assert torch.equal(token >= 0, real) and (token != excluded).all() and torch.isneginf(q[real][:, excluded]).all()
     (q, token, lse), (other_q, other_token, other_lse) = made
-    drawn_from = first[0] * first[1] if known else given[:, 0] + table(previous)
+    drawn_from = first[0][:, 0] * first[1] if known else given[:, 0] + table(previous)
     others = torch.arange(v) != excluded
     torch.testing.assert_close(q[:, 0, others][real[:, 0]], drawn_from[:, others][real[:, 0]])
     torch.testing.assert_close(q[0, 1, others], (given[0, 1] + table(token[0, 0]))[others])

@@ -166,9 +166,9 @@ class PackedBackend:
             routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC.copy()))
         return hidden
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As the policy's, of hidden states [..., D]."""
-        logits = torch.empty(*hidden.shape[:-1], self._vocabulary)
+    def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Backend.head`."""
+        logits = torch.empty(*hidden.shape[:-1], self._vocabulary) if out is None else out
         hidden_RD, logits_RV = hidden.flatten(0, -2).contiguous().numpy(), logits.view(-1, self._vocabulary).numpy()
         parts = self._parts(len(hidden_RD))
         if parts == 1:

@@ -30,7 +30,7 @@ def sampled(policy, sampler, schedule, temperature, samples, prompts=PROMPTS):
 def all_from_q(monkeypatch):
     """`two_pass` draws its first draft from q too."""
     draft = runner.draft
-    monkeypatch.setattr(runner, "draft", lambda *arguments: draft(*arguments[:-1], None))
+    monkeypatch.setattr(runner, "draft", lambda *arguments: draft(*arguments[:7]))
 
 
 def with_markov(policy):

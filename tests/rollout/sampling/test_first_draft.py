@@ -26,5 +26,5 @@ def test_the_first_draft_is_accepted(sampler: str, others: dict, draft_temperatu
     seeds, anchor_S = list(range(SEQUENCES)), torch.full((SEQUENCES,), 7)
     prefixes = [Prefix([*range(6, 14)], 4, ())] * SEQUENCES
     rows = SamplerRows.make([params] * SEQUENCES, seeds, "cpu", prefixes, draft_temperature)
-    drafts = draft(rows, q, anchor_S, MASK, p_first_SV=p[:, 0].clone())
+    drafts = draft(rows, q, anchor_S, MASK, p_first_SRV=p[:, :1].clone())
     assert (verify(rows, p, drafts, anchor_S).accepted_S >= 1).all()

@@ -52,7 +52,7 @@ def step(implementation, params, dtype=torch.float32, markov=None, known=False):
     rows = SamplerRows.make(params, [sample_seed(2**40 + i, 0) for i in range(s)], draft_temperature=0.7)
     anchor, count = torch.arange(s) * 3 + 4, torch.arange(s) % (M + 1)
     with using(implementation):
-        drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB, p[:, 0] if known else None)
+        drafts = draft(rows, q, anchor, MASK, count, markov, torch.arange(s) % VOCAB, p if known else None)
         half = s // 2
         drafts = Drafts.join([drafts.select(torch.arange(half)), drafts.select(torch.arange(half, s))])
         drafts = drafts.limit(torch.full((s,), M))

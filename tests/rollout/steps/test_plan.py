@@ -95,7 +95,8 @@ def test_a_verifier_may_be_put_in_place(make_policy):
 
     engine = Engine(policy, EngineConfig(Schedule("fused", levels=(0,)), block_size=4))
     engine.runner.verifier = RejectAll()
-    (sample,) = engine.rollout([RolloutRequest("r", (5, 6), SamplingParams("coupled", max_tokens=7, ignore_eos=True))])
+    params = SamplingParams("coupled", max_tokens=7, ignore_eos=True, routed_experts=True)
+    (sample,) = engine.rollout([RolloutRequest("r", (5, 6), params)])
     assert len(seen) == sample.forwards == 7 and sum(seen) > 0 and not sample.from_draft.any()
     assert engine.runner.wait_seconds > 0
 
