@@ -21,7 +21,7 @@ from .stop_strings import StopStrings
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sample:
     """Sample `number` of a request.
 
@@ -30,6 +30,7 @@ class Sample:
         tokens: prompt and generated tokens.
         stops: tokens that end the sample.
         arrival: number of the request, in the order of arrival.
+        age: sorts samples, oldest first.
         client: whose request it is; clients share an engine fairly.
         block_table: where it lies in the cache; None while it waits.
         drafts: a batch of drafts, of which row `draft_index` holds the sample's own `draft_count` drafts; None when it has none.
@@ -49,6 +50,7 @@ class Sample:
     tokens: list[int]
     stops: frozenset[int]
     arrival: int
+    age: tuple[int, int] = (0, 0)
     seed: int = 0
     client: str = ""
     block_table: BlockTable | None = None
@@ -67,6 +69,7 @@ class Sample:
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.age = self.arrival, self.number
         self.seed = sample_seed(self.request.seed, self.number)
 
     @property
@@ -207,9 +210,11 @@ class SchedulerOutput:
     @classmethod
     def of(cls, scheduled: list[ScheduledSample]) -> SchedulerOutput:
         """The step of these samples."""
-        index = [s for s, each in enumerate(scheduled) if each.decodes]
-        return cls(
-            scheduled, [scheduled[s].sample for s in index], index,
-            prefills=any(each.chunk for each in scheduled),
-            records_experts=any(each.sample.experts is not None for each in scheduled),
-        )  # fmt: skip
+        decoding, index, prefills, records = list[Sample](), list[int](), False, False
+        for s, (sample, chunk, decodes) in enumerate(scheduled):
+            if decodes:
+                decoding.append(sample)
+                index.append(s)
+            prefills = prefills or chunk > 0
+            records = records or sample.experts is not None
+        return cls(scheduled, decoding, index, prefills, records)
