@@ -175,8 +175,9 @@ class Scheduler:
         self._admit()
         if self._latest is not None and goes_on(self._latest, self.running, self.cache, rows):
             return self._latest
-        step, budget, preempted = list[ScheduledSample](), self.prefill_rows, self.preemptions
-        for sample in in_turn(self.running):
+        step: list[ScheduledSample] = []
+        budget, preempted, size, several = self.prefill_rows, self.preemptions, self.cache.page_size, len(self._clients) > 1
+        for sample in in_turn(self.running) if several else sorted(self.running, key=age):
             table = sample.block_table
             if table is None:
                 continue
@@ -187,15 +188,14 @@ class Scheduler:
             chunk = missing if missing <= budget else budget
             if missing and not chunk:
                 continue
-            decodes = chunk == missing
-            left = sample.limit - anchor
+            decodes, left = chunk == missing, sample.limit - anchor
             target = cached + chunk if not decodes else anchor + (rows if rows < left else left)
-            if self.cache.reserve(table, target) or self._make_room(sample, target):
+            if target <= len(table.pages) * size or self.cache.reserve(table, target) or self._make_room(sample, target):
                 budget -= chunk
                 step.append(ScheduledSample(sample, chunk, decodes))
         if self.preemptions > preempted:
             step = [each for each in step if each.sample.block_table is not None]
-        if len(self._clients) > 1:
+        if several:
             step.sort(key=lambda each: age(each.sample))
         self._latest = SchedulerOutput.of(step)
         if self._latest.prefills:
@@ -242,7 +242,7 @@ class Scheduler:
         sibling prefills the prompt."""
         if not self._waiting or (len(self.running) >= self.max_batch and len(self._clients) <= 1):
             return
-        passed = list[SampleGroup]()
+        passed: list[SampleGroup] = []
         filling: set[str] | None = None  # requests whose prompt is being prefilled; known once it matters
         while (group := self._turn(passed)) is not None:
             request_id = (group.fresh or group.resumed)[0].request.id
