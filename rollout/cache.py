@@ -38,12 +38,26 @@ _NO_PAGES: np.ndarray = np.zeros(0, dtype=np.int64)
 @dataclass(slots=True)
 class BlockTable:
     """Where one sequence lies in the cache, as vLLM's block table: its tail slot, its pages in order (int64), the number of
-    positions that are valid, and the number of resets of the prefix cache before it was opened."""
+    positions that are valid, and the number of resets of the prefix cache before it was opened.
+
+    `pages` is replaced, never written to. It is the beginning of `room`, which no other table has.
+    """
 
     slot: int
     pages: np.ndarray = field(default_factory=lambda: _NO_PAGES)
     length: int = 0
     resets: int = 0
+    room: np.ndarray = field(default_factory=lambda: _NO_PAGES)
+
+    def append(self, pages: Sequence[int]) -> None:
+        """Put pages behind the others."""
+        held, count = len(self.pages), len(self.pages) + len(pages)
+        if count > len(self.room):
+            self.room = np.empty(max(2 * count, 8), dtype=np.int64)
+            self.room[:held] = self.pages
+        for place, page in enumerate(pages, held):
+            self.room[place] = page
+        self.pages = self.room[:count]
 
 
 class PagedCache:
@@ -73,7 +87,7 @@ class PagedCache:
         self.all_pools = Pools(self.k, self.v, self.x, self.delayed)
         self._pools = [Pools(*pools) for pools in zip(self.k, self.v, self.x, self.delayed, strict=True)]
         self.total_pages, self._total_slots = pages, slots
-        self._users = np.zeros(pages, dtype=np.int64)
+        self._users = [0] * pages
         self._prefixes, self._resets = PrefixCache(page_size), 0
         self.release_all()
 
@@ -98,7 +112,7 @@ class PagedCache:
 
     def open(self) -> BlockTable:
         """An empty block table for a new sequence. A slot must be free."""
-        return BlockTable(self._slots.pop(), resets=self._resets)
+        return BlockTable(self._slots.pop(), _NO_PAGES, 0, self._resets, _NO_PAGES)
 
     def reuse(self, table: BlockTable, tokens: Sequence[int], most: int, salt: bytes = b"") -> int:
         """Let an empty table begin with the pages that are kept of these tokens; returns the positions it then holds.
@@ -110,8 +124,9 @@ class PagedCache:
         if found := self._prefixes.find(tokens, most // self.page_size, salt):
             for page in found:
                 self._prefixes.use(page)
-            table.pages, table.length = np.array(found), len(found) * self.page_size
-            self._users[table.pages] += 1
+                self._users[page] += 1
+            table.append(found)
+            table.length = len(found) * self.page_size
         return table.length
 
     def keep(self, table: BlockTable, tokens: Sequence[int], salt: bytes = b"") -> None:
@@ -132,9 +147,10 @@ class PagedCache:
             return True
         if missing > self.free_pages:
             return False
-        pages = np.array([self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)])
-        self._users[pages] = 1
-        table.pages = np.concatenate((table.pages, pages))
+        pages = [self._free.pop() if self._free else self._prefixes.evict() for _ in range(missing)]
+        for page in pages:
+            self._users[page] = 1
+        table.append(pages)
         return True
 
     def fork(self, table: BlockTable) -> BlockTable | None:
@@ -143,8 +159,10 @@ class PagedCache:
         full, rest = divmod(table.length, self.page_size)
         if not self._slots or (rest and not self.free_pages):
             return None
-        copy = BlockTable(self._slots.pop(), table.pages[:full], table.length, table.resets)
-        self._users[copy.pages] += 1
+        copy, shared = BlockTable(self._slots.pop(), length=table.length, resets=table.resets), table.pages[:full].tolist()
+        for page in shared:
+            self._users[page] += 1
+        copy.append(shared)
         if rest:
             self.reserve(copy, table.length)
             for pool in (self.k, self.v):
@@ -161,14 +179,17 @@ class PagedCache:
 
     def release(self, table: BlockTable) -> None:
         """Free the sequence's pages and its slot. Shared pages stay with the other sequences, and kept ones can be reused."""
-        self._users[table.pages] -= 1
-        for page in table.pages[self._users[table.pages] == 0].tolist()[::-1]:
+        users = self._users
+        for page in table.pages.tolist()[::-1]:
+            users[page] -= 1
+            if users[page]:
+                continue
             if page in self._prefixes:
                 self._prefixes.put_away(page)
             else:
                 self._free.append(page)
         self._slots.append(table.slot)
-        table.pages, table.length = _NO_PAGES, 0
+        table.pages, table.length, table.room = _NO_PAGES, 0, _NO_PAGES
 
     def release_all(self) -> None:
         """Free all pages and slots, and keep nothing for reuse."""
@@ -176,7 +197,7 @@ class PagedCache:
         self._resets += 1
         self._free: list[int] = list(range(self.total_pages))[::-1]
         self._slots: list[int] = list(range(self._total_slots))[::-1]
-        self._users[:] = 0
+        self._users = [0] * self.total_pages
 
     def view(self, sequences: Sequence[BlockTable], layout: TokenLayout, width: int | None = None) -> CacheView:
         """The state of one forward pass over the host layout `layout`, whose sequence s is `sequences[s]`.

@@ -9,7 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..model.twin import copy_tensors
 from .cache import PagedCache
 from .checks import check_config, check_requests
 from .failures import trajectories, unless_failed
-from .generate import Prompts, as_requests, check_params, check_sizes, longest, policy_of, stop_tokens, with_options
+from .generate import Prompts, as_requests, check_request, longest, policy_of, stop_tokens, with_options
 from .kv_memory import check_kv_memory, pool_pages, prefill_rows, schedules_of
 from .outputs import RolloutOutput, as_outputs
 from .placed import placed, where_placed
@@ -148,8 +148,7 @@ class Engine:
         and the unfinished ones."""
         check_requests(requests, self.scheduler.serves)
         for request in requests:
-            check_sizes(request, self.policy, self.cache)
-            check_params(request, self.policy)
+            check_request(request, self.policy, self.cache)
 
     def add(self, request: RolloutRequest, without: Collection[int] = ()) -> None:
         """Queue a request's samples, except the numbers in `without`.
@@ -158,7 +157,7 @@ class Engine:
             RequestError: `check` refuses the request. Nothing is queued.
         """
         self.check(request)
-        self.add_samples(request, [number for number in range(request.samples) if number not in without])
+        self._queue(request, [number for number in range(request.samples) if number not in without])
 
     def add_samples(
         self, request: RolloutRequest, numbers: Sequence[int], client: str = "", arrival: int | None = None
@@ -173,22 +172,22 @@ class Engine:
         Raises:
             RequestError: this engine cannot serve the request. Nothing is queued.
         """
-        check_sizes(request, self.policy, self.cache)
-        check_params(request, self.policy)
-        params, layers = request.params, self.policy.config.num_hidden_layers
-        limit = longest(request, self.policy)
-        stops = stop_tokens(params, self.policy)
-        shared = PromptLogprobs(self.policy, self.runner.model.backend, request)
+        check_request(request, self.policy, self.cache)
+        self._queue(request, numbers, client, arrival)
+
+    def _queue(self, request: RolloutRequest, numbers: Iterable[int], client: str = "", arrival: int | None = None) -> None:
+        """`add_samples` of a request that was checked."""
+        params, limit, stops = request.params, longest(request, self.policy), stop_tokens(request.params, self.policy)
+        shared = None if params.prompt_logprobs is None else PromptLogprobs(self.policy, self.runner.model.backend, request)
         known = self.scheduler.arrival(request.id)
-        place = next(number for number in (known, arrival, self._arrivals) if number is not None)
+        place = known if known is not None else self._arrivals if arrival is None else arrival
         self._arrivals = max(self._arrivals, place + 1)
         for number in numbers:
-            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, place, client=client)
+            sample = Sample(request, number, limit, list(request.prompt_tokens), stops, place, client, shared)
             if params.stop:
                 sample.stop_strings = StopStrings(self.policy.tokenizer, params, len(request.prompt_tokens))
-            sample.prompt_logprobs = None if params.prompt_logprobs is None else shared
             if params.routed_experts:
-                sample.experts = np.full((limit, layers), -1, dtype=np.int16)
+                sample.experts = np.full((limit, self.policy.config.num_hidden_layers), -1, dtype=np.int16)
             self.scheduler.add(sample)
 
     def generate(
@@ -234,7 +233,7 @@ class Engine:
         done = list[Trajectory]()
         try:
             for request in requests:
-                self.add_samples(request, range(request.samples))
+                self._queue(request, range(request.samples))
             while self.has_work:
                 for trajectory in unless_failed(self.step(), self.failed):
                     done.append(trajectory)
@@ -329,9 +328,10 @@ class Engine:
 
     def _finish(self, batch: SchedulerOutput) -> list[Trajectory]:
         """Remove the samples that ended from the scheduler; returns their trajectories."""
-        for sample in (ended := [sample for sample in batch.decoding if sample.finish is not None]):
+        ended = [sample for sample in batch.decoding if sample.finish is not None]
+        for sample in ended:
             self.scheduler.retire(sample)
-        return trajectories(ended, self.failed, self.cancel)
+        return trajectories(ended, self.failed, self.cancel) if ended else []
 
     def _calibrated_planner(self) -> Planner:
         """A planner that knows this engine's step times. They are measured now where they are not known."""

@@ -26,9 +26,13 @@ def trajectories(
         failed: gains the requests that fail, by id.
         cancel: ends their other samples.
     """
-    found, new = [sample.trajectory() for sample in ended], dict[str, RequestError]()
-    for trajectory in found:
-        if (error := _error(trajectory)) is not None:
+    found: list[Trajectory] = []
+    new: dict[str, RequestError] = {}
+    for sample in ended:
+        trajectory = sample.trajectory()
+        found.append(trajectory)
+        others = trajectory.top_logprobs is not None or trajectory.prompt_logprobs is not None
+        if (others or not sample.log.surely_finite) and (error := _error(trajectory)) is not None:
             new.setdefault(trajectory.request_id, error)
     if new:
         failed |= new

@@ -55,7 +55,7 @@ def stop_tokens(params: SamplingParams, policy: Policy) -> frozenset[int]:
     return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else {*policy.eos_token_ids})
 
 
-def check_params(request: RolloutRequest, policy: Policy) -> None:
+def _check_params(request: RolloutRequest, policy: Policy) -> None:
     """Raise RequestError where the parameters do not fit the policy."""
     params, vocabulary = request.params, policy.config.vocab_size
     if params.stop:
@@ -68,7 +68,7 @@ def check_params(request: RolloutRequest, policy: Policy) -> None:
                 "name each token once")
         require(most < vocabulary, "logprob_token_ids", f"request {request.id!r} names token {most} and the vocabulary has "
                 f"{vocabulary}", "use the policy's own tokenizer")
-    forbidden = set[int]()
+    forbidden: set[int] = set()
     if params.logit_bias:
         biases = cast(tuple[tuple[int, float], ...], params.logit_bias)
         most = max(token for token, _ in biases)
@@ -86,20 +86,27 @@ def longest(request: RolloutRequest, policy: Policy) -> int:
     return min(len(request.prompt_tokens) + request.params.max_tokens, policy.config.max_position_embeddings)
 
 
-def check_sizes(request: RolloutRequest, policy: Policy, cache: PagedCache) -> None:
+def _check_sizes(request: RolloutRequest, policy: Policy, cache: PagedCache) -> None:
     """Raise RequestError where the request does not fit the policy or the cache."""
-    name, prompt, limit = f"request {request.id!r}", request.prompt_tokens, longest(request, policy)
+    prompt, limit = request.prompt_tokens, longest(request, policy)
     most, vocabulary = policy.config.max_position_embeddings, policy.config.vocab_size
     # Messages are made only where there is an error: this runs for each request that arrives.
     if len(prompt) >= most:
-        raise RequestError("prompt_tokens", f"{name} has {len(prompt)} tokens and the policy's maximum is {most}",
+        raise RequestError("prompt_tokens", f"request {request.id!r} has {len(prompt)} tokens and the policy's maximum is {most}",
                            f"shorten the prompt to at most {most - 1} tokens")  # fmt: skip
     if max(prompt) >= vocabulary:
-        raise RequestError("prompt_tokens", f"{name} holds token {max(prompt)} and the vocabulary has {vocabulary}",
+        raise RequestError("prompt_tokens", f"request {request.id!r} holds token {max(prompt)} and the vocabulary has "
+                           f"{vocabulary}",
                            "use the policy's own tokenizer")  # fmt: skip
     if cache.pages_for(limit) > cache.total_pages:
-        raise RequestError("max_tokens", f"{name} may need {limit} positions, more than the cache holds",
+        raise RequestError("max_tokens", f"request {request.id!r} may need {limit} positions, more than the cache holds",
                            "raise the engine's `pages` or lower max_tokens")  # fmt: skip
+
+
+def check_request(request: RolloutRequest, policy: Policy, cache: PagedCache) -> None:
+    """Raise RequestError where an engine with this policy and cache cannot serve the request."""
+    _check_sizes(request, policy, cache)
+    _check_params(request, policy)
 
 
 def as_requests(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from .sequence import Sample
 
@@ -54,11 +56,15 @@ class SampleGroup:
             insort(queue, sample, key=lambda other: other.number)
 
 
-def age(sample: Sample) -> tuple[int, int]:
-    """Sorts samples, oldest first."""
-    return sample.arrival, sample.number
+age: Callable[[Sample], tuple[int, int]] = attrgetter("age")
+"""Sorts samples, oldest first."""
 
 
 def is_fresh(sample: Sample) -> bool:
     """Whether no token has been generated."""
     return len(sample.tokens) == len(sample.request.prompt_tokens)
+
+def fills(sample: Sample) -> bool:
+    """Whether a running sample has rows to prefill, or has not run yet."""
+    table = sample.block_table
+    return table is not None and (not table.length or table.length < len(sample.tokens) - 1)

@@ -10,6 +10,7 @@ Legend: D decoding samples, R most tokens of one of them, N generated tokens of 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class SampleLog:
 
     Attributes:
         numbers_3N: float32, log-probabilities, behavior log-probabilities and support masses.
-        versions, from_draft: one entry per generated token, as in `Trajectory`.
+        versions: one entry per generated token, as in `Trajectory`. from_draft: a byte per generated token, 1 for a draft.
         trace: one entry per decode step.
     """
 
@@ -55,14 +56,15 @@ class SampleLog:
         self._taken: list[tuple[StepRecord, int, int, int]] = []
         self.numbers_3N = _NO_NUMBERS
         self.versions: list[int] = []
-        self.from_draft: list[bool] = []
+        self.from_draft = bytearray()
         self.trace: list[StepTrace] = []
 
     def take(self, record: StepRecord, row: int, anchor: int, count: int) -> None:
         """Note a step that committed `count` tokens behind `anchor`; the sample is `row` of its record."""
-        self._taken.append((record, row, anchor, count))
+        taken = self._taken
+        taken.append((record, row, anchor, count))
         # Rows differ, so the samples of a batch do not all make their logs in the same step.
-        if len(self._taken) >= UNSETTLED + row % UNSETTLED:
+        if len(taken) >= UNSETTLED and len(taken) >= UNSETTLED + row % UNSETTLED:
             self.settle()
 
     @property
@@ -83,14 +85,23 @@ class SampleLog:
         taken = self._taken
         if taken:
             parts = [each.numbers_3DR[:, row, :count] for each, row, _, count in taken]
-            self.numbers_3N = np.concatenate([self.numbers_3N, *parts], axis=1)
+            if self.trace:
+                parts.insert(0, self.numbers_3N)
+            self.numbers_3N = np.concatenate(parts, axis=1)
+            versions, from_draft, trace = self.versions, self.from_draft, self.trace
             for each, row, anchor, count in taken:
                 accepted = each.accepted[row]
-                self.versions += [each.version] * count
-                self.from_draft += [True] * min(accepted, count) + [False] * (count - accepted)
-                self.trace.append(_trace(each, row, anchor))
+                versions += [each.version] * count
+                from_draft += b"\1" * accepted + b"\0" if accepted < count else b"\1" * count
+                trace.append(_trace(each, row, anchor))
             taken.clear()
         return self
+
+    @property
+    def surely_finite(self) -> bool:
+        """Every number of the log is finite. False may also mean that the sum of their squares is out of range."""
+        flat_N = self.numbers_3N.ravel()
+        return math.isfinite(flat_N.dot(flat_N))
 
 
 def _trace(record: StepRecord, row: int, anchor: int) -> StepTrace:

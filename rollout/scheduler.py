@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cache import BlockTable, PagedCache
-from .sample_group import SampleGroup, age, is_fresh
+from .sample_group import SampleGroup, age, fills, is_fresh
 from .sequence import Sample, ScheduledSample, SchedulerOutput
 from .steady import goes_on
 from .turns import above_share, in_turn, next_group, youngest
@@ -176,26 +176,30 @@ class Scheduler:
         if self._latest is not None and goes_on(self._latest, self.running, self.cache, rows):
             return self._latest
         step: list[ScheduledSample] = []
-        budget = self.prefill_rows
-        for sample in in_turn(self.running):
+        budget, preempted, size, several = self.prefill_rows, self.preemptions, self.cache.page_size, len(self._clients) > 1
+        for sample in in_turn(self.running) if several else sorted(self.running, key=age):
             table = sample.block_table
             if table is None:
                 continue
             if budget and not table.length:
                 self._reuse(sample)
-            anchor = sample.anchor
-            missing = anchor - table.length
-            chunk = min(missing, budget)
+            anchor, cached = len(sample.tokens) - 1, table.length
+            missing = anchor - cached
+            chunk = missing if missing <= budget else budget
             if missing and not chunk:
                 continue
-            decodes = chunk == missing
-            target = anchor + min(rows, sample.remaining + 1) if decodes else table.length + chunk
-            if self.cache.reserve(table, target) or self._make_room(sample, target):
+            decodes, left = chunk == missing, sample.limit - anchor
+            target = cached + chunk if not decodes else anchor + (rows if rows < left else left)
+            if target <= len(table.pages) * size or self.cache.reserve(table, target) or self._make_room(sample, target):
                 budget -= chunk
                 step.append(ScheduledSample(sample, chunk, decodes))
-        step = [each for each in step if each.sample.block_table is not None]
-        self.prefilled_tokens += sum(chunk for _, chunk, _ in step)
-        self._latest = SchedulerOutput.of(sorted(step, key=lambda each: age(each.sample)))
+        if self.preemptions > preempted:
+            step = [each for each in step if each.sample.block_table is not None]
+        if several:
+            step.sort(key=lambda each: age(each.sample))
+        self._latest = SchedulerOutput.of(step)
+        if self._latest.prefills:
+            self.prefilled_tokens += sum(chunk for _, chunk, _ in step)
         return self._latest
 
     def prefilled(self, sample: Sample) -> None:
@@ -238,12 +242,14 @@ class Scheduler:
         sibling prefills the prompt."""
         if not self._waiting or (len(self.running) >= self.max_batch and len(self._clients) <= 1):
             return
-        filling = {s.request.id for s in self.running if not s.prefilled}
         passed: list[SampleGroup] = []
+        filling: set[str] | None = None  # requests whose prompt is being prefilled; known once it matters
         while (group := self._turn(passed)) is not None:
             request_id = (group.fresh or group.resumed)[0].request.id
             shared = self._prompts.get(request_id)
-            queue = group.queue(fresh_too=shared is not None or request_id not in filling)
+            if group.unfinished > 1 and filling is None:
+                filling = {sample.request.id for sample in self.running if fills(sample)}
+            queue = group.queue(fresh_too=shared is not None or filling is None or request_id not in filling)
             if queue is None:
                 passed.append(group)
                 continue
@@ -256,7 +262,8 @@ class Scheduler:
                     sample.record_experts(0, shared.experts)
             elif self.cache.free_pages >= self.cache.pages_for(sample.anchor + 1) or not self.running:
                 sample.block_table = self.cache.open()
-                filling.add(request_id)
+                if filling is not None:
+                    filling.add(request_id)
             if sample.block_table is None:
                 if self._make_place(group.client):
                     continue
@@ -341,4 +348,3 @@ class Scheduler:
         prompt = self._prompts.pop(request_id, None)
         if prompt is not None:
             self.cache.release(prompt.table)
-

@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .stop_strings import StopStrings
 from .types import FinishReason, RolloutRequest, StepTrace, Trajectory
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sample:
     """Sample `number` of a request.
 
@@ -31,6 +32,8 @@ class Sample:
         stops: tokens that end the sample.
         arrival: number of the request, in the order of arrival.
         client: whose request it is; clients share an engine fairly.
+        prompt_logprobs: the prompt's, shared by the samples of a request; None where they are not wanted.
+        age: sorts samples, oldest first. seed: of its random numbers. takes_drafts: its sampler verifies drafts.
         block_table: where it lies in the cache; None while it waits.
         drafts: a batch of drafts, of which row `draft_index` holds the sample's own `draft_count` drafts; None when it has none.
         draft_start, draft_length: first position and length of the mask block those drafts came from.
@@ -38,7 +41,6 @@ class Sample:
         experts: int16[limit, L], the expert per row and layer; None unless they are recorded.
         forwards: forward passes of its decode steps.
         stop_strings: finds the token that completes a stop string; None where there are none.
-        prompt_logprobs: the prompt's, shared by the samples of a request; None where they are not wanted.
         stop_reason: the token or the string that ended it; None where neither did.
         top: the most probable tokens at each generated token, and their log-probabilities; empty where they are not wanted.
     """
@@ -49,8 +51,11 @@ class Sample:
     tokens: list[int]
     stops: frozenset[int]
     arrival: int
-    seed: int = 0
     client: str = ""
+    prompt_logprobs: PromptLogprobs | None = None
+    age: tuple[int, int] = field(init=False)
+    seed: int = field(init=False)
+    takes_drafts: bool = field(init=False)
     block_table: BlockTable | None = None
     drafts: Drafts | None = None
     draft_index: int = 0
@@ -63,10 +68,11 @@ class Sample:
     finish: FinishReason | None = None
     stop_reason: int | str | None = None
     stop_strings: StopStrings | None = None
-    prompt_logprobs: PromptLogprobs | None = None
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.age = self.arrival, self.number
+        self.takes_drafts = self.request.params.sampler != "ar"
         self.seed = sample_seed(self.request.seed, self.number)
 
     @property
@@ -117,12 +123,14 @@ class Sample:
         Returns: how many.
         """
         remaining = self.limit - len(self.tokens)
-        count = min(accepted + 1, remaining)
+        count = accepted + 1 if accepted < remaining else remaining
         taken = tokens[:count]
         if not self.stops.isdisjoint(taken):
-            count, self.finish = 1 + next(i for i, token in enumerate(taken) if token in self.stops), "stop"
+            count = 1
+            while taken[count - 1] not in self.stops:
+                count += 1
             taken = taken[:count]
-            self.stop_reason = taken[-1]
+            self.finish, self.stop_reason = "stop", taken[-1]
         elif count == remaining:
             self.finish = "length"
         if self.stop_strings is not None and (found := self.stop_strings.first(self.tokens, taken)) is not None:
@@ -146,23 +154,22 @@ class Sample:
         """The finished sample."""
         assert self.finish is not None
         params, prompt, log = self.request.params, len(self.request.prompt_tokens), self.log.settle()
-        logprob_N, behavior_N, support_N = log.numbers_3N
         scores = None if self.prompt_logprobs is None or self.finish == "abort" else self.prompt_logprobs.scores
-        alternatives = [np.array(part) for part in zip(*self.top, strict=True)]
+        alternatives = [np.array(part) for part in zip(*self.top, strict=True)] if self.top else []
         cut = params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         return Trajectory(
             request_id=self.request.id,
             sample=self.number,
             prompt_tokens=self.request.prompt_tokens,
             tokens=self.tokens[prompt:],
-            logprobs=logprob_N,
-            behavior_logprobs=behavior_N,
+            logprobs=log.numbers_3N[0],
+            behavior_logprobs=log.numbers_3N[1],
             versions=np.array(log.versions, dtype=np.int32),
-            from_draft=np.array(log.from_draft, dtype=bool),
+            from_draft=np.frombuffer(log.from_draft, dtype=bool),
             finish_reason=self.finish,
             forwards=self.forwards,
             trace=tuple(log.trace),
-            support_logmass=support_N if cut else None,
+            support_logmass=log.numbers_3N[2] if cut else None,
             routed_experts=None if self.experts is None else self.experts[: len(self.tokens) - 1],
             stop_reason=self.stop_reason,
             stop_included=params.include_stop_str_in_output,
@@ -187,8 +194,7 @@ class ScheduledSample(NamedTuple):
     decodes: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
+class SchedulerOutput(NamedTuple):
     """The samples of one step, oldest first.
 
     Attributes:
@@ -207,9 +213,16 @@ class SchedulerOutput:
     @classmethod
     def of(cls, scheduled: list[ScheduledSample]) -> SchedulerOutput:
         """The step of these samples."""
-        index = [s for s, each in enumerate(scheduled) if each.decodes]
-        return cls(
-            scheduled, [scheduled[s].sample for s in index], index,
-            prefills=any(each.chunk for each in scheduled),
-            records_experts=any(each.sample.experts is not None for each in scheduled),
-        )  # fmt: skip
+        decoding: list[Sample] = []
+        index, prefills, records = [], False, False
+        for s, (sample, chunk, decodes) in enumerate(scheduled):
+            if decodes:
+                decoding.append(sample)
+                index.append(s)
+            prefills = prefills or chunk > 0
+            records = records or sample.experts is not None
+        return cls(scheduled, decoding, index, prefills, records)
+
+    def alone(self, index: Iterable[int]) -> SchedulerOutput:
+        """A step that only decodes these of its D samples."""
+        return SchedulerOutput.of([ScheduledSample(self.decoding[d], 0, True) for d in index])

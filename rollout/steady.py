@@ -11,9 +11,10 @@ def goes_on(latest: SchedulerOutput, running: list[Sample], cache: PagedCache, r
     Otherwise nothing is reserved.
 
     Args:
+        latest: all its samples still run.
         rows: most positions a decode step writes per sample, the anchor included.
     """
-    if latest.prefills or set(latest.decoding) != set(running):
+    if latest.prefills or len(latest.decoding) != len(running):
         return False
     size, short, missing = cache.page_size, [], 0
     for sample in latest.decoding:

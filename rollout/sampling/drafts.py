@@ -100,6 +100,13 @@ class SamplerRows:
         )  # fmt: skip
         return upload(rows, device)
 
+    def with_seeds(self, seed_S: torch.Tensor) -> SamplerRows:
+        """The same parameters with other seeds, on the same device; for rows without adjustments."""
+        return SamplerRows(
+            seed_S, self.temperature_S, self.top_k_S, self.top_p_S, self.min_p_S, self.mix_weight_S, self.draft_temperature_S,
+            self.groups, self.draft_temperature, self.top, self.listed_SK,
+        )  # fmt: skip
+
     def of(self, group: Group) -> SamplerRows:
         """The rows of one group alone."""
         index_G = group.index_G

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...model.layout import DecodeRows
 from ..sequence import SchedulerOutput
-from .plan import ForwardRequest, StepPlan, anchors
+from .plan import ForwardRequest, StepPlan, anchors, answers, numbers_up_to, ones
 
 
 class ArPlanBuilder:
@@ -23,9 +23,9 @@ class ArPlanBuilder:
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples."""
         count = len(batch.decoding)
-        none_D, anchor_D, token_D = np.zeros(count, dtype=np.int64), *anchors(batch.decoding)
+        none_D, (anchor_D, token_D) = np.zeros(count, dtype=np.int64), anchors(batch.decoding)
         forward = ForwardRequest(
-            batch, self._full, anchor_D, token_D, none_D + 1, none_D.astype(bool), np.arange(count),
+            batch, self._full, anchor_D, token_D, ones(count), answers(count, False), numbers_up_to(count),
             [np.array(anchor_D, np.int64)],
         )  # fmt: skip
         return StepPlan(batch, forward, none_D, [-1] * count, [0] * count)

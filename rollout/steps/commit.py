@@ -20,20 +20,19 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
     Args:
         version: the weight version that the tokens carry.
     """
-    made, verdict, forwards, samples = 0, output.verdict, plan.forwards, plan.batch.decoding
+    made, verdict, forwards, drafts = 0, output.verdict, plan.forwards, output.drafts
     record = StepRecord(
-        plan.count_D.tolist(), verdict.accepted_S.tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict), version,
-        forwards,
+        plan.count_D.tolist(), verdict.accepted_S.numpy().tolist(), plan.block_start_D, plan.block_length_D, _kept(verdict),
+        version, forwards,
     )  # fmt: skip
-    drafts, block, rows = output.drafts, output.block, verdict.token_SR.tolist()
-    steps = zip(
-        samples, record.drafted, record.accepted, rows, output.draft_count_D, output.draft_level_D, strict=True
-    )  # fmt: skip
-    for d, (sample, drafted, accepted, row, waiting, level) in enumerate(steps):
+    samples = plan.batch.decoding
+    steps = zip(samples, record.drafted, record.accepted, verdict.token_SR.numpy().tolist(), strict=True)
+    for d, (sample, drafted, accepted, row) in enumerate(steps):
         table, anchor = sample.block_table, len(sample.tokens) - 1
         assert table is not None
         sample.forwards += forwards if drafted else 1
-        sample.keep_drafts(drafts, d, waiting, anchor + level + 1, block)
+        if drafts is not None or sample.drafts is not None:
+            sample.keep_drafts(drafts, d, output.draft_count_D[d], anchor + output.draft_level_D[d] + 1, output.block)
         count = sample.commit(accepted, row)
         sample.log.take(record, d, anchor, count)
         table.length = anchor + count
@@ -47,5 +46,7 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
 
 def _kept(verdict: Verdict) -> np.ndarray:
     """Its log-probabilities (`StepRecord.numbers_3DR`), copied: a verdict is valid until the next step."""
-    columns = verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
-    return np.array([column.numpy() for column in columns], dtype=np.float32)
+    columns = verdict.logprob_SR.numpy(), verdict.behavior_logprob_SR.numpy(), verdict.support_logmass_SR.numpy()
+    kept_3DR = np.empty((3, *columns[0].shape), dtype=np.float32)
+    kept_3DR[0], kept_3DR[1], kept_3DR[2] = columns
+    return kept_3DR

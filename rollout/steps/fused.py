@@ -10,7 +10,7 @@ import numpy as np
 from ...model.layout import DecodeRows
 from ..schedule import Schedule
 from ..sequence import SchedulerOutput
-from .plan import ForwardRequest, Proposals, StepPlan, anchors, takes_drafts
+from .plan import ForwardRequest, Proposals, StepPlan, anchors, numbers_up_to
 
 
 class FusedPlanBuilder:
@@ -37,10 +37,10 @@ class FusedPlanBuilder:
         remaining_D = np.array(remaining, dtype=np.int64)
         count_D = np.minimum(waiting_D, (remaining_D - 1).clip(0, most))
         counts = count_D.tolist()
-        proposes_D = np.array([takes_drafts(sample) for sample in decoding], dtype=bool) & (remaining_D > 1)
+        proposes_D = np.array([sample.takes_drafts for sample in decoding], dtype=bool) & (remaining_D > 1)
         anchor_D, token_D = anchors(decoding)
         forward = ForwardRequest(
-            batch, self._full, anchor_D, token_D, count_D + 1, proposes_D, np.arange(len(decoding)),
+            batch, self._full, anchor_D, token_D, count_D + 1, proposes_D, numbers_up_to(len(decoding)),
             [np.array(anchor_D, np.int64)],
         )  # fmt: skip
         return StepPlan(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,8 +21,7 @@ from ...model.layout import DecodeRows
 from ..sequence import Sample, SchedulerOutput
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardRequest:
+class ForwardRequest(NamedTuple):
     """The rows of one forward pass.
 
     A sequence first runs the prompt tokens that are scheduled for it. If it decodes, its decode rows follow: clean rows, then
@@ -138,8 +138,7 @@ def select_on_device(
     return reached_S * block + skip_S, count_S
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One decode step.
 
     Attributes:
@@ -179,12 +178,25 @@ class PlanBuilder(Protocol):
         """The step that runs these samples."""
 
 
-def takes_drafts(sample: Sample) -> bool:
-    """Whether the sample's sampler verifies drafts."""
-    return sample.request.params.sampler != "ar"
-
-
 def anchors(decoding: Sequence[Sample]) -> tuple[list[int], list[int]]:
     """Position and token of each sample's anchor."""
     tokens = [sample.tokens for sample in decoding]
     return [len(each) - 1 for each in tokens], [each[-1] for each in tokens]
+
+
+@cache
+def numbers_up_to(count: int) -> np.ndarray:
+    """0 .. count - 1, int64. Plans share the array and do not write to it."""
+    return np.arange(count)
+
+
+@cache
+def ones(count: int) -> np.ndarray:
+    """Int64, shared likewise."""
+    return np.ones(count, dtype=np.int64)
+
+
+@cache
+def answers(count: int, answer: bool) -> np.ndarray:
+    """The same answer for each, shared likewise."""
+    return np.full(count, answer)

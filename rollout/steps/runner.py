@@ -12,7 +12,6 @@ Legend: D decoding samples, T rows, M most drafts, R = M + 1 verify rows, V voca
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ import torch
 from ...kernels.transfer import download, upload
 from ...model.policy import Policy
 from ..cache import PagedCache
-from ..sampling.adjustment import Prefix
 from ..sampling.drafts import Drafts, SamplerRows, Verdict
 from ..sampling.kernels import takes_apart
 from ..sampling.memory import StepMemory
@@ -36,6 +34,7 @@ from .captured import Verifier
 from .fused import FusedPlanBuilder
 from .model_runner import ForwardOutput, LaidOut, ModelRunner
 from .plan import ForwardRequest, PlanBuilder, StepPlan
+from .sampler_rows import SamplerRowsCache
 from .sampling_graphs import CapturedStep, SamplingGraphs
 from .two_pass import TwoPassPlanBuilder
 from .waiting import waiting_drafts
@@ -133,8 +132,7 @@ class StepRunner:
         self._memory = StepMemory()
         self.wait_seconds = 0.0
         self._builders: dict[Schedule, PlanBuilder] = {}
-        self._sampling_of: list[Sample] = []
-        self._sampling: SamplerRows | None = None
+        self._sampler_rows = SamplerRowsCache(policy.device, self._draft_temperature)
         self._routed: list[RoutedExperts] = []
 
     def take_weights(self, folded: Any = None) -> None:
@@ -143,7 +141,8 @@ class StepRunner:
 
     def forget_samples(self) -> None:
         """Drop every reference to samples. Must be called when samples were given up, also in the middle of a step."""
-        self._sampling_of, self._sampling, self._routed = [], None, []
+        self._sampler_rows.forget_samples()
+        self._routed = []
         self._graphs.forget_samples()
 
     def plan(self, schedule: Schedule, batch: SchedulerOutput) -> StepPlan:
@@ -180,13 +179,13 @@ class StepRunner:
         if decoding:
             self.verifier.prepare(plan)
             if drafts is not None:
-                whole = self._graphs.launch(plan, self._sampler_rows(decoding), drafts, self.verifier)
+                whole = self._graphs.launch(plan, self._sampler_rows.rows(decoding), drafts, self.verifier)
                 if whole is not None:
                     return whole
         output = self._run(plan.forward, drafts, second)
         if not decoding:
             return None
-        sampling, anchor_D, logits_DRV = self._sampler_rows(decoding), output.extra[0], output.logits_DRV
+        sampling, anchor_D, logits_DRV = self._sampler_rows.rows(decoding), output.extra[0], output.logits_DRV
         if second is not None:
             assert plan.verify_D is not None
             drafts = self._draft(sampling, output, output.mask_D, plan.count_D, anchor_D, output.extra[1], logits_DRV)
@@ -297,18 +296,6 @@ class StepRunner:
             for sample, position, rows in each.spans:
                 sample.record_experts(position, expert_TL[rows].numpy())
         return here[: len(tensors)]
-
-    def _sampler_rows(self, decoding: Sequence[Sample]) -> SamplerRows:
-        """Seeds and parameters of the samples, made anew only when the batch changes."""
-        # Identity, not id(): another sample may come to live at a finished one's address.
-        same = len(decoding) == len(self._sampling_of) and all(map(operator.is_, decoding, self._sampling_of))
-        if self._sampling is None or not same:
-            params = [sample.request.params for sample in decoding]
-            prefixes = [Prefix(s.tokens, len(s.request.prompt_tokens), s.stops) for s in decoding]
-            seeds = [sample.seed for sample in decoding]
-            self._sampling = SamplerRows.make(params, seeds, self._device, prefixes, self._draft_temperature)
-            self._sampling_of = list(decoding)
-        return self._sampling
 
 
 def _step_output(plan: StepPlan, verdict: Verdict, drafts: Drafts | None) -> StepOutput:

@@ -9,8 +9,8 @@ import numpy as np
 
 from ...model.layout import DecodeRows
 from ..schedule import Schedule
-from ..sequence import ScheduledSample, SchedulerOutput
-from .plan import ForwardRequest, StepPlan, anchors, takes_drafts
+from ..sequence import SchedulerOutput
+from .plan import ForwardRequest, StepPlan, answers, numbers_up_to, ones
 
 
 class TwoPassPlanBuilder:
@@ -30,29 +30,41 @@ class TwoPassPlanBuilder:
 
     def plan(self, batch: SchedulerOutput) -> StepPlan:
         """The step that runs these samples."""
-        decoding = batch.decoding
-        counts = [min(max(sample.remaining - 1, 0), self._drafts) * takes_drafts(sample) for sample in decoding]
-        count_D = np.array(counts, dtype=np.int64)
-        anchor_D, token_D = anchors(decoding)
+        decoding, most = batch.decoding, self._drafts
+        anchor_D, token_D, counts = [], [], []
+        for sample in decoding:
+            tokens = sample.tokens
+            anchor = len(tokens) - 1
+            anchor_D.append(anchor)
+            token_D.append(tokens[-1])
+            left = sample.limit - anchor - 2  # tokens it may generate, less the one that no draft gives
+            counts.append((most if most < left else left) if sample.takes_drafts and left > 0 else 0)
+        numbers_3D = np.array([counts, anchor_D, token_D], dtype=np.int64)
+        count, count_D = len(decoding), numbers_3D[0]
+        index_D, proposes_D = numbers_up_to(count), answers(count, True)
+        verify_D = index_D
+        if 0 in counts:
+            proposes_D, verify_D = count_D > 0, count_D.nonzero()[0]
         forward = ForwardRequest(
-            batch, self._first, anchor_D, token_D, np.ones(len(decoding), np.int64), count_D > 0, np.arange(len(decoding)),
-            [np.array(anchor_D, np.int64), np.array(token_D, np.int64)],
-        )  # fmt: skip
-        verify_D = count_D.nonzero()[0]
+            batch, self._first, anchor_D, token_D, ones(count), proposes_D, index_D, [numbers_3D[1], numbers_3D[2]]
+        )
+        verified = len(verify_D) > 0
         return StepPlan(
             batch, forward, count_D,
-            block_start_D=[anchor + 1 if count else -1 for anchor, count in zip(anchor_D, counts)],
-            block_length_D=[self._drafts if count else 0 for count in counts],
-            verify_forward=self._verify_forward(batch, count_D, verify_D) if len(verify_D) else None,
-            verify_D=verify_D if len(verify_D) else None,
+            [anchor + 1 if count else -1 for anchor, count in zip(anchor_D, counts)],
+            [most if count else 0 for count in counts],
+            self._verify_forward(forward, count_D, verify_D) if verified else None,
+            verify_D if verified else None,
             forwards=2,
         )  # fmt: skip
 
-    def _verify_forward(self, batch: SchedulerOutput, count_D: np.ndarray, verify_D: np.ndarray) -> ForwardRequest:
-        samples = [batch.decoding[d] for d in verify_D.tolist()]
-        if batch.prefills or len(samples) < len(batch.scheduled):
-            batch = SchedulerOutput.of([ScheduledSample(sample, 0, True) for sample in samples])
-        return ForwardRequest(
-            batch, self._second, [sample.anchor + 1 for sample in samples], None, count_D[verify_D],
-            np.zeros(len(samples), dtype=bool), verify_D, [verify_D],
-        )  # fmt: skip
+    def _verify_forward(self, first: ForwardRequest, count_D: np.ndarray, verify_D: np.ndarray) -> ForwardRequest:
+        batch, start_D = first.batch, [anchor + 1 for anchor in first.start_D]
+        if len(verify_D) < len(start_D):
+            batch = batch.alone(verify_D.tolist())
+            start_D = [start_D[d] for d in verify_D.tolist()]
+            count_D = count_D[verify_D]
+        elif batch.prefills or len(start_D) < len(batch.scheduled):
+            batch = batch.alone(range(len(start_D)))
+        none_D = answers(len(start_D), False)
+        return ForwardRequest(batch, self._second, start_D, None, count_D, none_D, verify_D, [verify_D])

@@ -37,7 +37,7 @@ def engine(policy):
 
 def is_as_new(engine):
     cache = engine.cache
-    return not engine.has_work and cache.free_pages == cache.total_pages and cache.free_slots == 8 and not cache._users.any()
+    return not engine.has_work and cache.free_pages == cache.total_pages and cache.free_slots == 8 and not any(cache._users)
 
 
 @pytest.mark.parametrize("bad", [LONG, ALIEN, RolloutRequest("good", (8, 9), PARAMS)], ids=lambda request: request.id)

@@ -39,7 +39,7 @@ def whole(cache):
     """Every page is free, exactly once, and kept pages are free ones."""
     free = [*cache._free, *cache._prefixes._unused]
     assert sorted(free) == list(range(cache.total_pages)) and cache.free_pages == cache.total_pages
-    assert not cache._users.any() and cache.cached_pages == len(cache._prefixes._page) == len(cache._prefixes._node)
+    assert not any(cache._users) and cache.cached_pages == len(cache._prefixes._page) == len(cache._prefixes._node)
     return True
 
 

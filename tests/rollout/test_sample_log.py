@@ -27,5 +27,19 @@ def test_a_long_sample_does_not_keep_the_steps_of_its_neighbours():
     log.settle()
     steps = np.repeat(np.arange(1000), 2)
     assert log.numbers_3N.tolist() == [steps.tolist(), (steps + 0.25).tolist(), (steps + 0.5).tolist()]
-    assert log.versions == [7] * 2000 and log.from_draft == [True, False] * 1000
+    assert log.versions == [7] * 2000 and list(log.from_draft) == [True, False] * 1000
     assert [step[:3] for step in log.trace] == [(2 * step, 1, 1) for step in range(1000)]
+
+
+def test_a_number_that_is_not_finite_is_seen():
+    log = SampleLog()
+    for step in range(3):
+        log.take(record(step, 4), 2, 2 * step, 2)
+    assert log.settle().surely_finite
+    for wrong in (np.nan, np.inf, -np.inf):
+        made = record(3, 4)
+        made.numbers_3DR[1, 2, 0] = wrong
+        bad = SampleLog()
+        bad.take(record(2, 4), 2, 0, 2)
+        bad.take(made, 2, 2, 1)
+        assert not bad.settle().surely_finite
