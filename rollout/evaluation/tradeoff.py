@@ -4,7 +4,8 @@ Invariants:
 - Accuracy, tokens and forwards of a way come from the same samples. Sample seeds depend on (seed, task) alone, so `ar` and
   `coupled` answer alike.
 - Seconds are measured apart, interleaved: in each round every way decodes the same prompts at the same batch, one after
-  another, and a figure is the median over the rounds. The first round warms up and is not counted. Prefill is included.
+  another. Seconds, and a way's seconds over those of `ar` in the same round, are medians over the rounds: a machine that is slower
+  for a while is so for all ways. The first round warms up and is not counted. Prefill is included.
 - Of k samples the cost is k times that of one. Every figure stands with batch, temperature, sampler, schedule and machine.
 """
 
@@ -130,6 +131,10 @@ class Way:
             return sampler
         return f"{sampler}, {'planner' if self.schedule.kind == 'auto' else f'{len(self.schedule.levels)} levels'}"
 
+    def over(self, other: Way, batch: int) -> float:
+        """Its seconds over those of the other way: the median of the rounds' ratios."""
+        return statistics.median(mine / its for mine, its in zip(self.seconds[batch], other.seconds[batch], strict=True))
+
     def params(self, options: TradeoffOptions) -> SamplingParams:
         """As its requests carry them."""
         weight = 0.5 if self.weight is None else self.weight
@@ -172,10 +177,8 @@ def tradeoff(
         _clock(policy, tasks, ways, options)
     for way, row in zip(ways, rows, strict=True):
         row["seconds"] = {str(batch): statistics.median(times) for batch, times in way.seconds.items()}
-    reference = rows[0]["seconds"]
-    for row in rows:
-        row["ratio_to_ar"] = {batch: seconds / reference[batch] for batch, seconds in row["seconds"].items()}
-        row["reach"] = {batch: reach(rows[0], row, batch) for batch in row["seconds"]}
+        row["ratio_to_ar"] = {str(batch): way.over(ways[0], batch) for batch in way.seconds}
+        row["reach"] = {batch: reach(rows[0], row, ratio) for batch, ratio in row["ratio_to_ar"].items()}
     report = dict(
         policy=resolve(policy_name).name, tasks=options.tasks, samples=options.samples, temperature=options.temperature,
         max_tokens=options.max_tokens, seed=options.seed, block_size=policy.block_size, batch=options.batch, dtype=dtype,

@@ -20,9 +20,12 @@ _ROW, _LEGEND_ROWS = 0.27, 2
 """Inches of a row of the lower panels, and rows that are free for a legend."""
 
 
-def reach(reference: Mapping[str, Any], way: Mapping[str, Any], batch: str) -> list[dict[str, float | None]]:
+def reach(reference: Mapping[str, Any], way: Mapping[str, Any], ratio: float) -> list[dict[str, float | None]]:
     """For each of the reference's majority@k: the accuracy, and the seconds in which the way reaches it over those of the
-    reference. Between two k the way's accuracy is interpolated. None: not reached with as many samples as were drawn."""
+    reference. Between two k the way's accuracy is interpolated. None: not reached with as many samples as were drawn.
+
+    Args: ratio: the way's seconds of a sample over those of the reference.
+    """
     ks = sorted(map(int, way["majority_at"]))
     curve = [(0.0, 0.0), *((k, way["majority_at"][str(k)]) for k in ks)]
     found: list[dict[str, float | None]] = []
@@ -30,8 +33,7 @@ def reach(reference: Mapping[str, Any], way: Mapping[str, Any], batch: str) -> l
         wanted = reference["majority_at"][str(k)]
         needed = _least(curve, wanted)
         # One sample is the least there is.
-        spent = None if needed is None else max(needed, 1.0) * way["seconds"][batch]
-        found.append({"k": k, "accuracy": wanted, "ratio": None if spent is None else spent / (k * reference["seconds"][batch])})
+        found.append({"k": k, "accuracy": wanted, "ratio": None if needed is None else max(needed, 1.0) * ratio / k})
     return found
 
 
