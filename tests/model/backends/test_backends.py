@@ -54,7 +54,10 @@ def run(backend: Backend, layout: TokenLayout, *state) -> tuple[torch.Tensor, to
     """Hidden states, logits and experts."""
     routing = Routing([], [])
     hidden = backend.forward(*backend.prepare(layout, *state), *state, routing=routing)
-    return hidden, backend.head(hidden), routing.expert_LT
+    logits = backend.head(hidden)
+    out = torch.full_like(logits, torch.nan)
+    assert backend.head(hidden, out) is out and torch.equal(out, logits)
+    return hidden, logits, routing.expert_LT
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
