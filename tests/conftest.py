@@ -68,8 +68,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         torch.set_num_threads(1)
         if find_spec("triton") is not None:
             import ordered_dot
+            import quick_interpreter
 
             ordered_dot.install()
+            quick_interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
