@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from blockroll.model.policy import Policy
 
 sys.path.insert(0, str(Path(__file__).parent))
+# More than a hundred processes import the package. Where they may not keep bytecode, each of them compiles it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(autouse=True)
@@ -52,24 +55,41 @@ engine = blockroll.Engine("tiny-reasoner")
 for sampler in ("ar", "lossless", "coupled", "mixed"):
     engine.generate("Q:1+2\\nS:", blockroll.SamplingParams(sampler=sampler, max_tokens=8))
 """
+COMPILING = pytest.StashKey[subprocess.Popen[bytes]]()
+"""DECODE, where it is run."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Readies torch and Triton where tests run. The process that hands out tests runs none, and imports neither.
 
-    On a machine that has not decoded yet numba compiles once, before several processes would each do so at the same time.
+    On a machine that has not decoded yet numba compiles once, before several processes would each do so at the same time. It
+    does while they collect the tests; they are given none until it is done.
     """
-    root = Path(__file__).parents[1]
+    root, several = Path(__file__).parents[1], session.config.pluginmanager.hasplugin("dsession")
     if not hasattr(session.config, "workerinput") and not any((root / "kernels").rglob("*.nbi")):
-        subprocess.run([sys.executable, "-c", DECODE], check=True, timeout=300)
-    if not session.config.pluginmanager.hasplugin("dsession"):
+        session.config.stash[COMPILING] = subprocess.Popen([sys.executable, "-c", DECODE])
+        if not several:
+            _wait_until_compiled(session.config)
+    if not several:
         import torch
 
         torch.set_num_threads(1)
         if find_spec("triton") is not None:
             import ordered_dot
+            import quick_interpreter
 
             ordered_dot.install()
+            quick_interpreter.install()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any) -> None:
+    _wait_until_compiled(node.config)
+
+
+def _wait_until_compiled(config: pytest.Config) -> None:
+    if COMPILING in config.stash:
+        assert config.stash[COMPILING].wait(600) == 0, "the program that makes numba compile failed"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
