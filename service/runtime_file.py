@@ -3,8 +3,8 @@
 Invariants:
 - `LEDGER.service` lies beside the ledger. A living service holds a lock on it, which ends with the service's process, however
   that ends. So a file without a lock is stale. The next service of the ledger takes it over.
-- A reader gets the record of a living service, or nothing. A reader shares its lock with other readers, and a start waits for
-  readers.
+- A reader gets the record of a living service, or nothing: a stale file is emptied under a lock that readers share, by which
+  they see that nobody lives, and only then is the service's own lock taken. A start waits for readers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from ..files import make_directory, storing
 
 _READERS_S = 1.0
 """Seconds a start waits for readers to let go of the file; each holds it for less than a millisecond."""
-_EMPTIED_S = 0.02
-"""Seconds after which a service that has taken over a stale file has emptied it: that is its next system call."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +97,8 @@ def held(ledger: Path, record: ServiceRecord) -> Iterator[RuntimeFile]:
         with storing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)  # no service holds it
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
@@ -106,10 +106,9 @@ def held(ledger: Path, record: ServiceRecord) -> Iterator[RuntimeFile]:
                 raise StorageError(already_up(ledger)) from error
             time.sleep(0.001)
             continue
-        os.ftruncate(descriptor, 0)
-        if _is_at(descriptor, path):
+        if _is_at(descriptor, path) and not os.fstat(descriptor).st_size:
             break
-        os.close(descriptor)  # removed by a service that ended
+        os.close(descriptor)  # between the two locks a service has come and gone
     try:
         yield RuntimeFile(descriptor, path, replace(record, started=time.time()))
     finally:
@@ -126,8 +125,6 @@ def read(ledger: Path) -> ServiceRecord | None:
     try:
         if not _lives(descriptor):
             return None
-        # Whoever has just locked a stale file has not emptied it yet.
-        time.sleep(_EMPTIED_S)
         text = os.pread(descriptor, 1 << 20, 0)
         if not _lives(descriptor):
             return None

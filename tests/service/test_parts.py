@@ -83,6 +83,21 @@ def test_readers_neither_hinder_a_start_nor_meet_a_stale_record(tmp_path: Path) 
     assert all(set(text.split()) <= {"-1", "0", "8"} for text in said), said
 
 
+def test_a_start_that_is_delayed_shows_no_stale_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, seen, empty = tmp_path / "ledger.sqlite", [], os.ftruncate
+    runtime_file.path_beside(ledger).write_text(json.dumps({"pid": 77, "state": "ready"}))
+
+    def look_and_empty(descriptor: int, size: int) -> None:
+        seen.append(runtime_file.read(ledger))
+        empty(descriptor, size)
+
+    monkeypatch.setattr(os, "ftruncate", look_and_empty)
+    with runtime_file.held(ledger, ServiceRecord(8)):
+        assert seen == [None]
+        found = runtime_file.read(ledger)
+        assert found is not None and found.pid == 8
+
+
 def test_what_is_no_process_of_a_service_is_not_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal was sent"))
     for pid in (0, 1, -1):
