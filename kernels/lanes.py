@@ -55,12 +55,12 @@ def copy_line(typing_context, source, at, target, to, count):
 
 
 @intrinsic
-def _turn_square(typing_context, source_RC, r, c, target_CR):
-    """Rows r.. and columns c.., n each, to rows c.. and columns r.. of the target."""
+def _turn_square(typing_context, source_RC, r, c, target_CR, to):
+    """Rows r.. and columns c.., n each, to rows c.. and columns to.. of the target."""
 
     def generate(context, builder, signature, arguments):
         source, target = (context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 3))
-        _, r, c, _ = arguments
+        _, r, c, _, to = arguments
         widths = [cgutils.unpack_tuple(builder, array.shape)[1] for array in (source, target)]
 
         def place(array: Any, width: Any, row: Any, column: Any, line: int) -> Any:
@@ -76,20 +76,20 @@ def _turn_square(typing_context, source_RC, r, c, target_CR):
         for _ in range(LANES.bit_length() - 1):
             lines = [builder.shuffle_vector(lines[i], lines[i + half], part) for i in range(half) for part in halves]
         for i, line in enumerate(lines):
-            builder.store(line, place(target, widths[1], c, r, i), align=4)
+            builder.store(line, place(target, widths[1], c, to, i), align=4)
         return context.get_dummy_value()
 
-    return types.void(source_RC, types.intp, types.intp, target_CR), generate
+    return types.void(source_RC, types.intp, types.intp, target_CR, types.intp), generate
 
 
 @compiled()
-def turn(source_RC, rows, target_CR):
-    """Writes target_CR = source_RC transposed, of the first `rows` rows, a multiple of n."""
+def turn(source_RC, first, rows, target_CR, to):
+    """Transposes the `rows` rows from `first` on, a multiple of n, into the columns from `to` on."""
     columns = source_RC.shape[1]
     whole = columns // LANES * LANES
     for c in range(0, whole, LANES):
         for r in range(0, rows, LANES):
-            _turn_square(source_RC, r, c, target_CR)
+            _turn_square(source_RC, first + r, c, target_CR, to + r)
     for c in range(whole, columns):
         for r in range(rows):
-            target_CR[c, r] = source_RC[r, c]
+            target_CR[c, to + r] = source_RC[first + r, c]

@@ -27,10 +27,11 @@ def test_a_line_is_copied(count: int) -> None:
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("columns", [1, 8, 16, 24, 32, 37])
-def test_rows_are_turned(rows: int, columns: int) -> None:
+@pytest.mark.parametrize("first, to", [(0, 0), (2, 0), (1, 5)])
+def test_rows_are_turned(rows: int, columns: int, first: int, to: int) -> None:
     count = rows * lanes.LANES
-    source = np.arange((count + 2) * columns, dtype=np.float32).reshape(-1, columns)
-    target = np.full((columns, count + 3), -1, np.float32)
-    lanes.turn(source, count, target)
-    assert np.array_equal(target[:, :count], source[:count].T)
-    assert (target[:, count:] == -1).all()
+    source = np.arange((count + 4) * columns, dtype=np.float32).reshape(-1, columns)
+    target = np.full((columns, count + 8), -1, np.float32)
+    lanes.turn(source, first, count, target, to)
+    assert np.array_equal(target[:, to : to + count], source[first : first + count].T)
+    assert (np.delete(target, np.s_[to : to + count], axis=1) == -1).all()

@@ -35,7 +35,7 @@ def flat(q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch
 
 
 def engine(q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGD: torch.Tensor) -> torch.Tensor:
-    lines = Lines.of(1, HEADS // KV_HEADS, SIZE, width_of(ROWS), lambda _, *shape: np.zeros(shape, np.float32))
+    lines = Lines.of(1, HEADS // KV_HEADS, KV_HEADS, SIZE, width_of(ROWS), lambda _, *shape: np.zeros(shape, np.float32))
     plan, out_THD = PackedPlan.of(causal([[0] * ROWS]), None, 2, {"hybrid": None}), np.empty((ROWS, HEADS, SIZE), np.float32)
     q, k, v = (x.numpy() for x in (q_THD, k_TGD, v_TGD))
     attend_packed(0, 1, plan, 0, q, k, v, k, v, lines_of(lines, 0), out_THD)

@@ -31,12 +31,13 @@ _MOST_QUERIES = 32
 
 
 class Lines(NamedTuple):
-    """Working memory of one sequence and key head: its keys and values, and queries, scores, weights and results of some rows.
-    All float32 but for `wide_q_RD` and `wide`. That of several parts of a pass has the parts in front (`lines_of`)."""
+    """Working memory of one sequence: keys and values of all its key heads side by side (K: features of all of them), and
+    queries, scores, weights and results of some rows of one. All float32 but for `wide_q_RD` and `wide`. That of several parts of
+    a pass has the parts in front (`lines_of`)."""
 
-    key_LD: np.ndarray
-    keys_DL: np.ndarray
-    values_LD: np.ndarray
+    key_LK: np.ndarray
+    keys_KL: np.ndarray
+    values_LK: np.ndarray
     q_RD: np.ndarray
     wide_q_RD: np.ndarray
     wide: np.ndarray
@@ -44,15 +45,16 @@ class Lines(NamedTuple):
     attended_RD: np.ndarray
 
     @classmethod
-    def of(cls, parts: int, group: int, size: int, width: int, take: Callable[..., np.ndarray]) -> Lines:
+    def of(cls, parts: int, group: int, kv_heads: int, size: int, width: int, take: Callable[..., np.ndarray]) -> Lines:
         """Of several parts.
 
         Args:
             group: query heads of a key head. size: D. width: of `width_of`. take: gives float32 memory by name and shape.
         """
         features, rows = -(-size // WIDTH) * WIDTH, max(1, _MOST_QUERIES // group) * group
+        kept, behind = kv_heads * size, -(-(features - size) // (kv_heads * size))  # what is read beside the last head's values
         return cls(
-            take("key rows", parts, width, size), take("keys", parts, size, width), take("values", parts, width, features),
+            take("key rows", parts, width, kept), take("keys", parts, kept, width), take("values", parts, width + behind, kept),
             take("queries", parts, rows, size),
             take("wide queries", parts, 2 * rows * size).view(np.float64).reshape(-1, rows, size),
             take("wide scores", parts, 2 * rows * width).view(np.float64), take("scores and sums", parts, rows * (width + 1)),
@@ -69,38 +71,46 @@ def width_of(longest: int) -> int:
 def lines_of(lines, part):
     """That of one part."""
     return Lines(
-        lines.key_LD[part], lines.keys_DL[part], lines.values_LD[part], lines.q_RD[part], lines.wide_q_RD[part],
+        lines.key_LK[part], lines.keys_KL[part], lines.values_LK[part], lines.q_RD[part], lines.wide_q_RD[part],
         lines.wide[part], lines.score[part], lines.attended_RD[part],
     )  # fmt: skip
 
 
 @compiled()
-def _gather(k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, place_L, key_LD, keys_DL, values_LD):
-    """Keys and values of a sequence and head side by side, cached ones in front: keys turned, so that the scores of many of them
-    are added up at once. Zeros behind them: keys up to a multiple of a register, and at least `LANES` values, which a row reads
-    whose window begins between two multiples of `LANES`."""
-    heads, size, features, new = k_TGD.shape[1], k_TGD.shape[2], values_LD.shape[1], last - first
-    for p in range(start):
-        at = (place_L[p] * heads + g) * size
-        copy_line(k_pool, at, key_LD, p * size, size)
-        copy_line(v_pool, at, values_LD, p * features, size)
-    for n in range(new):
-        at, p = ((first + n) * heads + g) * size, start + n
-        copy_line(k_TGD, at, key_LD, p * size, size)
-        copy_line(v_TGD, at, values_LD, p * features, size)
-    count = start + new
+def _gather(k_TGD, v_TGD, k_pool, v_pool, first, last, start, place_L, key_LK, keys_KL, values_LK):
+    """Keys and values of a sequence side by side, cached ones in front: keys turned, so that the scores of many of them are added
+    up at once. Zeros behind them: keys up to a multiple of a register, and at least `LANES` values, which a row reads if its
+    window begins between two multiples of `LANES`.
+
+    Cached keys are turned where they lie as long as whole registers of them lie side by side, and all others as copies."""
+    kept, p, turned = key_LK.shape[1], 0, 0
+    k_LK = k_pool.reshape(-1, kept)
+    while p < start:
+        place, end = place_L[p], p + 1
+        while end < start and place_L[end] == place + end - p:
+            end += 1
+        begin = p
+        if turned == p:
+            begin = turned = p + (end - p) // REGISTER * REGISTER
+            turn(k_LK, place, turned - p, keys_KL, p)
+        copy_line(k_pool, (place + begin - p) * kept, key_LK, begin * kept, (end - begin) * kept)
+        copy_line(v_pool, place * kept, values_LK, p * kept, (end - p) * kept)
+        p = end
+    copy_line(k_TGD, first * kept, key_LK, start * kept, (last - first) * kept)
+    copy_line(v_TGD, first * kept, values_LK, start * kept, (last - first) * kept)
+    count = start + last - first
     whole = -(-count // REGISTER) * REGISTER
-    key_LD[count:whole] = 0
-    values_LD[count : max(whole, count + LANES)] = 0
-    turn(key_LD, whole, keys_DL)
+    key_LK[count:whole] = 0
+    values_LK[count : max(whole, count + LANES)] = 0
+    turn(key_LK, turned, whole - turned, keys_KL, turned)
 
 
 @compiled()
 def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
     """Attention of the clean rows first..last of a sequence, of `group` heads from head g * group on. Each score adds up its
     features in their order, and each output its keys in theirs: a key that a row does not see has weight 0 and changes no sum."""
-    q_RD, keys_DL, wide, score, values_LD = lines.wide_q_RD, lines.keys_DL, lines.wide, lines.score, lines.values_LD
-    size, features, attended_RD = q_THD.shape[2], values_LD.shape[1], lines.attended_RD
+    q_RD, wide, score, attended_RD = lines.wide_q_RD, lines.wide, lines.score, lines.attended_RD
+    size, features = q_THD.shape[2], attended_RD.shape[1]
     low, high, rows = begin_T[first], 0, (last - first) * group
     for t in range(first, last):
         widen_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
@@ -110,13 +120,13 @@ def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
     width = -(-(high - low) // STEP) * STEP
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
     wide_RL = wide[: rows * width].reshape(rows, width)
-    wide_product_with_rows(q_RD, rows, size, keys_DL, 0, low, width, wide_RL)
+    wide_product_with_rows(q_RD, rows, size, lines.keys_KL, g * size, low, width, wide_RL)
     for t in range(first, last):
         r, begin, end = (t - first) * group, begin_T[t] - low, end_T[t] - low
         weigh(wide, r * width, group, width, begin, end, 0, 0, score, r * width)
         for each in range(r, r + group):
             sum_R[each] = total(score, each * width + begin, -(-(end - begin) // LANES) * LANES)
-    product_with_rows(score_RL, rows, high - low, values_LD, low, 0, features, attended_RD)
+    product_with_rows(score_RL, rows, high - low, lines.values_LK, low, g * size, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
             r = (t - first) * group + u
@@ -126,19 +136,19 @@ def _attend_clean(begin_T, end_T, q_THD, g, group, lines, out_THD, first, last):
 @compiled()
 def _attend_masks(range_4T, q_THD, g, group, lines, out_THD, keys, first, last):
     """Attention of the mask rows first..last of a sequence of so many keys, of `group` heads from head g * group on."""
-    q_RD, score, values_LD, attended_RD = lines.q_RD, lines.score, lines.values_LD, lines.attended_RD
-    size, features, rows = q_THD.shape[2], values_LD.shape[1], (last - first) * group
+    q_RD, score, attended_RD = lines.q_RD, lines.score, lines.attended_RD
+    size, features, rows = q_THD.shape[2], attended_RD.shape[1], (last - first) * group
     for t in range(first, last):
         copy_line(q_THD, (t * q_THD.shape[1] + g * group) * size, q_RD, (t - first) * group * size, group * size)
     width = -(-keys // STEP) * STEP
     score_RL, sum_R = score[: rows * width].reshape(rows, width), score[len(score) - rows :]
-    product_with_rows(q_RD, rows, size, lines.keys_DL, 0, 0, width, score_RL)
+    product_with_rows(q_RD, rows, size, lines.keys_KL, g * size, 0, width, score_RL)
     for t in range(first, last):
         r, (begin, end, begin_block, end_block) = (t - first) * group, range_4T[:, t]
         weigh(score, r * width, group, width, begin, end, begin_block, end_block, score, r * width)
         for each in range(r, r + group):
             sum_R[each] = total(score, each * width, -(-keys // LANES) * LANES)
-    product_with_rows(score_RL, rows, keys, values_LD, 0, 0, features, attended_RD)
+    product_with_rows(score_RL, rows, keys, lines.values_LK, 0, g * size, features, attended_RD)
     for t in range(first, last):
         for u in range(group):
             r = (t - first) * group + u
@@ -153,11 +163,10 @@ def attend(begin_s, end_s, plan, window, q_THD, k_TGD, v_TGD, k_pool, v_pool, li
     at_once = lines.q_RD.shape[0] // group
     for s in range(begin_s, end_s):
         first, mask, last, start = plan.first_S1[s], plan.mask_S[s], plan.first_S1[s + 1], plan.start_S[s]
+        _gather(
+            k_TGD, v_TGD, k_pool, v_pool, first, last, start, plan.place_SL[s], lines.key_LK, lines.keys_KL, lines.values_LK
+        )  # fmt: skip
         for g in range(kv_heads):
-            _gather(
-                k_TGD, v_TGD, k_pool, v_pool, g, first, last, start, plan.place_SL[s], lines.key_LD, lines.keys_DL,
-                lines.values_LD,
-            )  # fmt: skip
             for t in range(first, mask, at_once):
                 _attend_clean(range_4T[0], range_4T[1], q_THD, g, group, lines, out_THD, t, min(t + at_once, mask))
             for t in range(mask, last, at_once):

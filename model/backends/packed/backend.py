@@ -79,7 +79,7 @@ class _Workspace:
         rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
         work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
         group = self._heads // self._kv_heads
-        lines = self._lines.get((parts, width)) or Lines.of(parts, group, self._size, width, take)
+        lines = self._lines.get((parts, width)) or Lines.of(parts, group, self._kv_heads, self._size, width, take)
         if moved != self._memory.moved or max(len(self._works), len(self._lines)) >= _MOST_SIZES:
             self._works.clear()  # memory that grew lies elsewhere
             self._lines.clear()

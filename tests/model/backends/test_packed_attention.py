@@ -48,8 +48,30 @@ def test_mask_rows_as_the_rule_says(window: int | None) -> None:
     torch.testing.assert_close(torch.from_numpy(out_THD).double(), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("page", [1, 5, 16, 24, 32, 41])
+@pytest.mark.parametrize("window", [None, 13])
+def test_the_places_of_cached_keys_change_no_bit(page: int, window: int | None) -> None:
+    """41 cached positions on pages in another order, side by side or not, beside a pass over all rows without a cache."""
+    rows, cached = 48, 41
+    (q, k, v), memory = _rows(rows), _lines(rows)
+    whole, expected = PackedPlan.of(causal([[0] * rows]), None, 2, {"hybrid": window}), np.empty_like(q)
+    attend(0, 1, whole, 0, q, k, v, k[:0], v[:0], memory, expected)
+    pages = np.random.default_rng(page).permutation(-(-cached // page) + 3)
+    place_L = pages[np.arange(cached) // page] * page + np.arange(cached) % page
+    pools = [np.full((len(pages) * page, *x.shape[1:]), np.nan, np.float32) for x in (k, v)]
+    for pool, x in zip(pools, (k, v), strict=True):
+        pool[place_L] = x[:cached]
+    plan, out_THD = whole._replace(
+        range_W4T=whole.range_W4T[..., cached:].copy(), first_S1=np.array([0, rows - cached]), mask_S=np.array([rows - cached]),
+        start_S=np.array([cached]), place_SL=place_L[None],
+    ), np.empty_like(q[cached:])  # fmt: skip
+    attend(0, 1, plan, 0, *(x[cached:].copy() for x in (q, k, v)), *pools, memory, out_THD)
+    assert np.array_equal(out_THD, expected[cached:])
+
+
 def _lines(keys: int) -> Lines:
-    return lines_of(Lines.of(1, HEADS // KV_HEADS, SIZE, width_of(keys), lambda _, *shape: np.zeros(shape, np.float32)), 0)
+    sizes = HEADS // KV_HEADS, KV_HEADS, SIZE, width_of(keys)
+    return lines_of(Lines.of(1, *sizes, lambda _, *shape: np.zeros(shape, np.float32)), 0)
 
 
 def _rows(count: int) -> list[np.ndarray]:
