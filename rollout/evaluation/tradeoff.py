@@ -4,8 +4,8 @@ Invariants:
 - Accuracy, tokens and forwards of a way come from the same samples. Sample seeds depend on (seed, task) alone, so `ar` and
   `coupled` answer alike.
 - Seconds are measured apart, interleaved: in each round every way decodes the same prompts at the same batch, one after
-  another. Seconds, and a way's seconds over those of `ar` in the same round, are medians over the rounds: a machine that is slower
-  for a while is so for all ways. The first round warms up and is not counted. Prefill is included.
+  another. The first round warms up and is not counted. Prefill is included. Seconds are medians over the rounds, and so are a
+  way's seconds over those of `ar`, which are compared round by round: a machine that is slower for a while is so for all ways.
 - Of k samples the cost is k times that of one. Every figure stands with batch, temperature, sampler, schedule and machine.
 """
 

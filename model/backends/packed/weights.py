@@ -126,8 +126,9 @@ def _projection(layer: Layer) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows: q and k, delayed value, current value."""
     project = layer.self_attn.qkv_proj
     layers = project.q_proj, project.k_proj, project.v_proj_delayed, project.v_proj_current
-    biases = [each.bias for each in layers if each.bias is not None]
-    return torch.cat([each.weight for each in layers]), torch.cat(biases) if biases else None
+    weights: list[torch.Tensor] = [each.weight for each in layers]
+    biases: list[torch.Tensor] = [each.bias for each in layers if each.bias is not None]
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _convolution(project: Projection) -> tuple[np.ndarray, np.ndarray]:
