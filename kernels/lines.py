@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .registers import Numbers, along, one, squares_of, summed, written
@@ -53,3 +54,15 @@ def divide_line(typing_context, x, at, divisor, out, to, count):
         along(builder, count, lambda i, lanes: (Numbers.load(builder, x, i, lanes) / by.everywhere(lanes)).store(out, i))
 
     return written(types.void(x, PLACE, SINGLE, out, PLACE, PLACE), write_quotients)
+
+
+@intrinsic
+def copy_apart(typing_context, x, at, out, to, pieces, count, apart):
+    """Copies a line of `pieces` times `count` numbers to the flat places to, to + apart, ..., a piece each."""
+
+    def write_copies(builder: ir.IRBuilder, x: Any, out: Any, pieces: Any, count: Any, apart: Any) -> None:
+        with cgutils.for_range(builder, pieces) as loop:
+            source, target = (builder.gep(line, [builder.mul(loop.index, by)]) for line, by in ((x, count), (out, apart)))
+            along(builder, count, lambda i, lanes: Numbers.load(builder, source, i, lanes).store(target, i))
+
+    return written(types.void(x, PLACE, out, *[PLACE] * 4), write_copies)

@@ -28,6 +28,11 @@ def elementwise(x, at, divisor, wide, quotient, to, count):
 
 
 @compiled()
+def apart(x, at, out, to, pieces, count, distance):
+    lines.copy_apart(x, at, out, to, pieces, count, distance)
+
+
+@compiled()
 def weights_of(score, at, rows, width, ranges, weight, to):
     weigh(score, at, rows, width, ranges[0], ranges[1], ranges[2], ranges[3], weight, to)
 
@@ -73,6 +78,16 @@ def test_lines_are_widened_and_divided(count: int) -> None:
     for out, expected in (wide, x[5 : 5 + count]), (quotient, x[5 : 5 + count] / _F(3)):
         assert np.array_equal(out[9 : 9 + count], expected)
         assert np.isnan(out[:9]).all() and np.isnan(out[9 + count :]).all()
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 3])
+@pytest.mark.parametrize("count", COUNTS[:9])
+def test_pieces_are_copied_apart(pieces: int, count: int) -> None:
+    x, out = np.arange(5 + pieces * count, dtype=_F), np.full((pieces + 1, count + 7), np.nan, _F)
+    apart(x, 5, out, 3, pieces, count, out.shape[1])
+    expected = np.full_like(out, np.nan)
+    expected[:pieces, 3 : 3 + count] = x[5:].reshape(pieces, count)
+    assert np.array_equal(out, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])

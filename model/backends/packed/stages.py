@@ -17,7 +17,7 @@ from ....kernels.compiled import compiled
 from ....kernels.experts.numba import gelu_line, normed_state, silu_line
 from ....kernels.lanes import copy_line
 from ....kernels.linear.numba import plain_product_of, product_of
-from ....kernels.lines import squares
+from ....kernels.lines import copy_apart, squares
 
 _F = np.float32
 _LEAST_NORM = _F(1.1920929e-07)
@@ -43,18 +43,16 @@ def gather(begin, end, projected, bias, source_TA, tail_T, before_W, x_pool, del
     for t in range(begin, end):
         for c in range(projected.shape[1]):
             projected[t, c] += bias[c]
-    every = projected.shape[1]
+    every, apart = projected.shape[1], rows * ancestors * size
     for t in range(begin, end):
         for a in range(ancestors):
-            s = source_TA[t, a]
-            for n in range(heads):
-                to = (n * rows + t) * ancestors * size + a * size
-                if s >= 0:
-                    copy_line(projected, s * every + n * size, x_NTE, to, size)
-                elif s < -1:
-                    copy_line(x_pool, (-2 - s) * x_pool.shape[1] + n * size, x_NTE, to, size)
-                else:
-                    x_NTE[n, t, a * size : (a + 1) * size] = 0
+            s, to = source_TA[t, a], (t * ancestors + a) * size
+            if s >= 0:
+                copy_apart(projected, s * every, x_NTE, to, heads, size, apart)
+            elif s < -1:
+                copy_apart(x_pool, (-2 - s) * x_pool.shape[1], x_NTE, to, heads, size, apart)
+            else:
+                x_NTE[:, t, a * size : (a + 1) * size] = 0
         s = source_TA[t, 1]
         if s >= 0:
             copy_line(projected, s * every + channels, previous_TW, t * width, width)
