@@ -45,6 +45,8 @@ def main() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()
+    sys.dont_write_bytecode = True  # what Python keeps of a user's modules is no file of the command
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
     for line in sys.stdin:
         answers.write(json.dumps(serve(json.loads(line))) + "\n")
         answers.flush()

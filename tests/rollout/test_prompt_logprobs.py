@@ -32,7 +32,7 @@ def test_the_head_sees_a_bounded_number_of_prompt_rows_and_no_weights_are_folded
     made, seen = [], []
     make, head = backend.__init__, backend.head
     monkeypatch.setattr(backend, "__init__", lambda self, *rest: (made.append(self), make(self, *rest))[1])
-    monkeypatch.setattr(engine.runner.model.backend, "head", lambda x: (seen.append(len(x)), head(
+    monkeypatch.setattr(engine.runner.model.backend, "head", lambda x, *out: (seen.append(len(x)), head(
         engine.runner.model.backend, x))[1], raising=False)  # fmt: skip
     (parts, _) = serve(engine, prompt_logprobs=3)
     assert not made
