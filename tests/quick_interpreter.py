@@ -9,10 +9,12 @@ from typing import Any
 
 
 def install() -> None:
-    """For all kernels that this process interprets."""
+    """For all kernels that this process interprets. Interpreters before Triton 3.6 are built otherwise, and stay as they are."""
     from triton.language import core, semantic
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
     patch, numpy_of = interpreter._patch_lang, interpreter._get_np_dtype
     block, tensor = core.block_type.__init__, core.tensor.__init__
     broadcast = semantic.TritonSemantic.broadcast_impl_value
