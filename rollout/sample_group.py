@@ -64,6 +64,7 @@ def is_fresh(sample: Sample) -> bool:
     """Whether no token has been generated."""
     return len(sample.tokens) == len(sample.request.prompt_tokens)
 
+
 def fills(sample: Sample) -> bool:
     """Whether a running sample has rows to prefill, or has not run yet."""
     table = sample.block_table

@@ -79,7 +79,7 @@ def draft_chain(
     q_logits_SMV: torch.Tensor, markov: Callable[[torch.Tensor], torch.Tensor], previous_S: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int,
     purpose: int, first_SRV: torch.Tensor | None = None, first_scale: float = 1.0,
-    cut: Callable[[torch.Tensor], object] | None = None, into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    cut: Callable[[torch.Tensor], object] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Drafts of which each is drawn given the one before it: token_SM (-1 past the count) and lse_SM, as in `Sampled`.
 
@@ -92,12 +92,11 @@ def draft_chain(
         purpose: NOISE for `sample_gumbel`, DRAFT for `sample_cdf`.
         first_SRV: its first row's logits are put in the place of the first row's, times `first_scale`. Nothing is added to them.
         cut: makes what is not drawn of a slot's logits float32[S, 1, V] -inf.
-        into: what may be written and returned on a CPU. Elsewhere the result is always new.
     """
     if isinstance(markov, PairTable) and takes_numba(q_logits_SMV) and cut is None:
         keys = previous_S, count_S, temperature_S, seed_S, anchor_S
         made: tuple[torch.Tensor, torch.Tensor]
-        made = _compiled().draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, first_SRV, first_scale, into)
+        made = _compiled().draft_chain(q_logits_SMV, markov.pair_VV, *keys, excluded, purpose, first_SRV, first_scale)
         return made
     sample = sample_gumbel if purpose == Purpose.NOISE else sample_cdf
     if first_SRV is not None:
@@ -137,20 +136,13 @@ def verify_matching(
 def verify_rejection(
     p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None, into: Rejection | None = None,
-    later_NMV: torch.Tensor | None = None,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None,
 ) -> Rejection:  # fmt: skip
-    """`reference.verify_rejection`.
-
-    Args:
-        into: of this size (`Rejection.empty`), to be written and returned on a CPU. Elsewhere the result is always new.
-        later_NMV: on a CPU, the rows after the first of those sequences that have drafts; p_logits_SRV then has the first alone.
-    """
+    """`reference.verify_rejection`."""
     keys = draft_SM, count_S, temperature_S, seed_S, anchor_S, excluded, mix_weight_S, draft_temperature_S
     if takes_numba(p_logits_SRV):
-        found: Rejection = _compiled().verify_rejection(p_logits_SRV, q_logits_SMV, q_lse_SM, *keys, into, later_NMV)
+        found: Rejection = _compiled().verify_rejection(p_logits_SRV, q_logits_SMV, q_lse_SM, *keys)
         return found
-    assert later_NMV is None
     return _verify_rejection(p_logits_SRV, q_logits_SMV, q_lse_SM, *keys)
 
 

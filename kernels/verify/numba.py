@@ -17,9 +17,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..addresses import addresses, doubles, flat, floats, integers
+from ..addresses import doubles, floats, integers
 from ..compiled import compiled, wide_total
 from ..philox.numba import uniform
+from .calls import Chain, Verification
 from .reference import Purpose, Rejection, Sampled
 from .rows import choose, draw, mix, normalise, probabilities, residual
 
@@ -46,32 +47,36 @@ def _sample(logits_SRV, temperature_S, seed_S, position_S, excluded, purpose, to
 
 
 @compiled()
-def _chain(sequences, slots, vocabulary, logits_at, pair_at, known, first_at, first_stride, first_scale, previous_at, count_at,
-           seed_at, anchor_at, temperature_at, token_at, lse_at, excluded, purpose):  # fmt: skip
-    logits_SMV, pair_VV = floats(logits_at, (sequences, slots, vocabulary)), floats(pair_at, (vocabulary, vocabulary))
-    first_N = floats(first_at, (sequences - 1) * first_stride + vocabulary)
-    previous_S, count_S = integers(previous_at, sequences), integers(count_at, sequences)
-    seed_S, anchor_S = integers(seed_at, sequences), integers(anchor_at, sequences)
-    temperature_S = doubles(temperature_at, sequences)
-    token_SM, lse_SM = integers(token_at, (sequences, slots)), doubles(lse_at, (sequences, slots))
+def draw_chain(chain):
+    """`draft_chain` of a `Chain`."""
+    sequences, slots, vocabulary = chain.sequences, chain.slots, chain.vocabulary
+    logits_SMV = floats(chain.logits_at, (sequences, slots, vocabulary))
+    pair_VV = floats(chain.pair_at, (vocabulary, vocabulary))
+    first_N = floats(chain.first_at, (sequences - 1) * chain.first_stride + vocabulary)
+    previous_S, count_S = integers(chain.previous_at, sequences), integers(chain.count_at, sequences)
+    seed_S, anchor_S = integers(chain.seed_at, sequences), integers(chain.anchor_at, sequences)
+    temperature_S = doubles(chain.temperature_at, sequences)
+    token_SM, lse_SM = integers(chain.token_at, (sequences, slots)), doubles(chain.lse_at, (sequences, slots))
     x_V, weight_V, words_W4 = _buffers(vocabulary)
-    scale = _F(first_scale)
+    scale = _F(chain.first_scale)
     for s in range(sequences):
         previous = previous_S[s]
         for k in range(slots):
             token_SM[s, k], lse_SM[s, k] = -1, 0
             if k < count_S[s]:
                 logits_V = logits_SMV[s, k]
-                if known and k == 0:
-                    first_V = first_N[s * first_stride : s * first_stride + vocabulary]
+                if chain.known and k == 0:
+                    begin = s * chain.first_stride
+                    first_V = first_N[begin : begin + vocabulary]
                     for v in range(vocabulary):
                         logits_V[v] = first_V[v] * scale
                 else:
                     for v in range(vocabulary):
                         logits_V[v] += pair_VV[previous, v]
-                logits_V[excluded] = -np.inf
+                logits_V[chain.excluded] = -np.inf
                 top, total, lse = normalise(logits_V, temperature_S[s], -1, x_V, weight_V)
-                previous = choose(x_V, weight_V, top, total, temperature_S[s], seed_S[s], anchor_S[s] + 1 + k, purpose, words_W4)
+                position = anchor_S[s] + 1 + k
+                previous = choose(x_V, weight_V, top, total, temperature_S[s], seed_S[s], position, chain.purpose, words_W4)
                 token_SM[s, k], lse_SM[s, k] = previous, lse
 
 
@@ -92,31 +97,26 @@ def _match(p_SRV, draft_SM, count_S, temperature_S, seed_S, anchor_S, accepted_S
 
 
 @compiled()
-def _reject(sequences, rows, vocabulary, first_stride, apart, p_at, later_at, q_at, draft_at, count_at, seed_at, anchor_at,
-            q_lse_at, temperature_at, draft_temperature_at, mix_at, accepted_at, token_at, logprob_at, behavior_at, excluded,
-            mixed):  # fmt: skip
-    slots, n = rows - 1, 0
-    first_N, q_SMV = floats(p_at, (sequences - 1) * first_stride + vocabulary), floats(q_at, (sequences, slots, vocabulary))
-    later_N = floats(later_at, sequences * rows * vocabulary)
-    q_lse_SM, draft_SM = doubles(q_lse_at, (sequences, slots)), integers(draft_at, (sequences, slots))
-    count_S, seed_S, anchor_S = integers(count_at, sequences), integers(seed_at, sequences), integers(anchor_at, sequences)
-    temperature_S, draft_temperature_S = doubles(temperature_at, sequences), doubles(draft_temperature_at, sequences)
-    mix_S = doubles(mix_at, sequences)
-    accepted_S, token_SR = integers(accepted_at, sequences), integers(token_at, (sequences, rows))
-    logprob_SR, behavior_SR = floats(logprob_at, (sequences, rows)), floats(behavior_at, (sequences, rows))
+def reject(call):
+    """`verify_rejection` of a `Verification`."""
+    sequences, rows, vocabulary, slots = call.sequences, call.rows, call.vocabulary, call.rows - 1
+    excluded, mixed = call.excluded, call.mixed
+    p_SRV, q_SMV = floats(call.p_at, (sequences, rows, vocabulary)), floats(call.q_at, (sequences, slots, vocabulary))
+    q_lse_SM, draft_SM = doubles(call.q_lse_at, (sequences, slots)), integers(call.draft_at, (sequences, slots))
+    count_S, seed_S = integers(call.count_at, sequences), integers(call.seed_at, sequences)
+    anchor_S, mix_S = integers(call.anchor_at, sequences), doubles(call.mix_at, sequences)
+    temperature_S = doubles(call.temperature_at, sequences)
+    draft_temperature_S = doubles(call.draft_temperature_at, sequences)
+    accepted_S, token_SR = integers(call.accepted_at, sequences), integers(call.token_at, (sequences, rows))
+    logprob_SR, behavior_SR = floats(call.logprob_at, (sequences, rows)), floats(call.behavior_at, (sequences, rows))
     p_x_V, x_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     weight_V, q_V = np.empty(vocabulary, _F), np.empty(vocabulary, _F)
     for s in range(sequences):
         temperature, draft_temperature, seed = temperature_S[s], _F(draft_temperature_S[s]), seed_S[s]
         for r in range(rows):
             token_SR[s, r], logprob_SR[s, r], behavior_SR[s, r] = -1, 0, 0
-        # Rows after the first lie behind it, or apart: then only those of sequences with drafts.
-        later = n * slots * vocabulary if apart else s * first_stride
-        n += count_S[s] > 0
         for r in range(rows):
-            position, drafted = anchor_S[s] + 1 + r, r < count_S[s]
-            begin = later + (r - 1) * vocabulary
-            p_V = later_N[begin : begin + vocabulary] if r > 0 else first_N[s * first_stride : s * first_stride + vocabulary]
+            position, drafted, p_V = anchor_S[s] + 1 + r, r < count_S[s], p_SRV[s, r]
             _, _, p_lse = normalise(p_V, temperature, -1, p_x_V, weight_V)
             lse, mixes = p_lse, mixed and drafted
             if mixes:
@@ -184,20 +184,14 @@ sample_gumbel = partial(sample_cdf, purpose=Purpose.NOISE)
 def draft_chain(
     logits_SMV: torch.Tensor, pair_VV: torch.Tensor, previous_S: torch.Tensor, count_S: torch.Tensor,
     temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int, purpose: int,
-    first_SRV: torch.Tensor | None = None, first_scale: float = 1.0, into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    first_SRV: torch.Tensor | None = None, first_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """As the package's, of a table of pairs."""
-    assert logits_SMV.dtype == torch.float32 and logits_SMV.is_contiguous()
-    (s, m, v), first = logits_SMV.shape, (False, 0, 0, first_scale)
-    if into is None:
-        into = torch.empty((s, m), dtype=torch.int64), torch.empty((s, m), dtype=torch.float64)
-    if first_SRV is not None:
-        if first_SRV.dtype != torch.float32 or first_SRV.stride(2) != 1:
-            (first_SRV,) = flat(torch.float32, first_SRV)
-        first = True, first_SRV.data_ptr(), first_SRV.stride(0), first_scale
-    wide = flat(torch.int64, previous_S, count_S, seed_S, anchor_S) + flat(torch.float64, temperature_S)
-    (pair_VV,) = flat(torch.float32, pair_VV)
-    _chain(s, m, v, *addresses((logits_SMV, pair_VV)), *first, *addresses([*wide, *into]), excluded, int(purpose))
+    into = torch.empty(logits_SMV.shape[:2], dtype=torch.int64), torch.empty(logits_SMV.shape[:2], dtype=torch.float64)
+    keys = previous_S, count_S, temperature_S, seed_S, anchor_S
+    chain, held = Chain.of(logits_SMV, pair_VV, *keys, excluded, purpose, first_SRV, first_scale, into)
+    draw_chain(chain)
+    del held
     return into
 
 
@@ -216,23 +210,16 @@ def verify_matching(
 def verify_rejection(
     p_logits_SRV: torch.Tensor, q_logits_SMV: torch.Tensor, q_lse_SM: torch.Tensor, draft_SM: torch.Tensor,
     count_S: torch.Tensor, temperature_S: torch.Tensor, seed_S: torch.Tensor, anchor_S: torch.Tensor, excluded: int = -1,
-    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None, into: Rejection | None = None,
-    later_NMV: torch.Tensor | None = None,
+    mix_weight_S: torch.Tensor | None = None, draft_temperature_S: torch.Tensor | None = None,
 ) -> Rejection:  # fmt: skip
     """As the package's."""
-    (s, m), (_, have, v) = draft_SM.shape, p_logits_SRV.shape
-    r, apart = m + 1, later_NMV is not None
-    assert have == (1 if apart else r) and (later_NMV is None or later_NMV.shape[1] == m)
-    mixed = mix_weight_S is not None
-    out = Rejection.empty(s, r) if into is None else into
-    if not mixed:  # then these are the same numbers
-        out = Rejection(out.accepted_S, out.token_SR, out.logprob_SR, out.logprob_SR)
-    p, q, *later = flat(torch.float32, p_logits_SRV, q_logits_SMV, *([later_NMV] if later_NMV is not None else []))
-    logits_at = p.data_ptr(), later[0].data_ptr() if later else p.data_ptr() + p.itemsize * v, q.data_ptr()
-    whole = flat(torch.int64, draft_SM, count_S, seed_S, anchor_S)
-    drawn_S = temperature_S if draft_temperature_S is None else draft_temperature_S
-    wide = flat(torch.float64, q_lse_SM, temperature_S, drawn_S, temperature_S if mix_weight_S is None else mix_weight_S)
-    _reject(s, r, v, have * v, apart, *logits_at, *addresses([*whole, *wide, *out]), excluded, mixed)
+    out = Rejection.empty(*p_logits_SRV.shape[:2])
+    keys = draft_SM, count_S, temperature_S, seed_S, anchor_S
+    call, held = Verification.of(
+        p_logits_SRV, q_logits_SMV, q_lse_SM, *keys, excluded, mix_weight_S, draft_temperature_S, out
+    )  # fmt: skip
+    reject(call)
+    del held
     return out
 
 

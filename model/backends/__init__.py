@@ -12,7 +12,7 @@ All follow the same layouts and caches, and their results are equal up to roundi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -25,9 +25,35 @@ from .plain import PlainBackend
 from .triton import TritonBackend
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import ZayaConfig
 
+    from ...kernels.verify.calls import Chain, Verification
     from ..policy import Policy, Routing
+
+
+class DraftsBetween(NamedTuple):
+    """What `Backend.forward_twice` draws between its passes. D sequences of the first pass decode: each runs its anchor and then,
+    if it drafts, at least M mask rows. K of them are in the second pass, whose rows are drafts. All tensors are float32, to be
+    written.
+
+    Attributes:
+        sequences: of the first pass.
+        anchor_D: int64, row of each anchor. verify_K: int64, which of the D the second pass runs.
+        hidden_NH: N = D R rows, R = M + 1.
+        drawn_NV: logits of the anchors, then of the M rows behind each of them: q's.
+        logits_DRV: p's logits of each anchor and of the drafts after it.
+        draws: draws the drafts, from drawn_NV. verifies: verifies them, with logits_DRV; None where that comes later.
+    """
+
+    sequences: int
+    anchor_D: np.ndarray
+    verify_K: np.ndarray
+    hidden_NH: torch.Tensor
+    drawn_NV: torch.Tensor
+    logits_DRV: torch.Tensor
+    draws: Chain
+    verifies: Verification | None
 
 
 class Backend(Protocol):
@@ -35,23 +61,22 @@ class Backend(Protocol):
 
     Attributes:
         recurs: a step's plan can be filled again in place, and its forward captured.
-        splits: two passes that follow each other can be prepared as one layout (`split`).
+        drafts_between: two passes can be one call, with drafts drawn between them (`forward_twice`).
         threads: how many a pass is divided among; None where that is left to torch. Results do not depend on it.
         markov: int64[...] tokens to what they add to the logits of the mask rows after them, [..., V]; None where the policy has
             no Markov head. With `head` it makes q.
     """
 
     recurs: bool
-    splits: bool
     threads: int | None
     markov: Callable[[torch.Tensor], torch.Tensor] | None
 
+    @property
+    def drafts_between(self) -> bool:
+        """See above."""
+
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Any]:
         """A host layout and its plan, both where the network runs. The layout's tokens may still change."""
-
-    def split(self, plan: Any, sequences: int) -> tuple[Any, Any]:
-        """The plan of a layout of two passes as their own two: over its first sequences, and over the others, whose rows count
-        from 0. `forward` takes each with the whole layout. Only where `splits`."""
 
     def forward(
         self, layout: TokenLayout, plan: Any, state: SequenceState | None = None, routing: Routing | None = None
@@ -60,6 +85,12 @@ class Backend(Protocol):
 
         Args: layout and plan, of `prepare` with this state; routing, filled with the experts chosen.
         """
+
+    def forward_twice(
+        self, layout: TokenLayout, plan: Any, state: SequenceState | None, routing: Routing | None, drawing: DraftsBetween
+    ) -> None:
+        """`forward` of a layout that holds the sequences of two passes, those of the first one in front. Drafts that are drawn
+        from its mask rows become the tokens of the second one. Only where `drafts_between`."""
 
     def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [..., D] to logits [..., V]: contiguous ones, written into `out` if it is given."""

@@ -14,12 +14,13 @@ from ..state import SequenceState
 
 if TYPE_CHECKING:
     from ..policy import Policy, Routing
+    from . import DraftsBetween
 
 
 class PlainBackend:
     """`Policy.forward` with plans for torch. See `backends.Backend`."""
 
-    recurs = splits = False
+    recurs = drafts_between = False
     threads: int | None = None
 
     def __init__(self, policy: Policy) -> None:
@@ -31,15 +32,17 @@ class PlainBackend:
         plan, device = self._policy.plain_plan(layout, state), self._policy.device
         return (layout.to(device), plan) if state is None else upload((layout, plan), device)
 
-    def split(self, plan: Any, sequences: int) -> tuple[Any, Any]:
-        """Passes are prepared apart."""
-        raise NotImplementedError
-
     def forward(
         self, layout: TokenLayout, plan: Plan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """See `Backend.forward`."""
         return self._policy(layout, state, routing, plan)
+
+    def forward_twice(
+        self, layout: TokenLayout, plan: Plan, state: SequenceState | None, routing: Routing | None, drawing: DraftsBetween
+    ) -> None:
+        """Passes run one by one."""
+        raise NotImplementedError
 
     def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Backend.head`."""

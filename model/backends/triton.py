@@ -12,7 +12,7 @@ from .plain import PlainBackend
 class TritonBackend(PlainBackend):
     """`Policy.forward` with plans for kernels. See `backends.Backend`."""
 
-    recurs, splits = True, False
+    recurs = True
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Plan]:
         """See `Backend.prepare`."""

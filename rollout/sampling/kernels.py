@@ -20,7 +20,6 @@ from ...kernels.dispatch import takes_numba, takes_triton
 from ...kernels.philox import Purpose
 from ...kernels.verify import draft_chain, sample_cdf, sample_gumbel, verify_matching, verify_rejection
 from .drafts import Drafts, Group, SamplerRows, Verdict
-from .memory import StepMemory
 from .processing import widen
 
 
@@ -32,14 +31,6 @@ def serves(group: Group, logits: torch.Tensor) -> bool:
     return (not group.cut and takes_numba(logits)) or (logits.dtype != torch.float64 and takes_triton(logits))
 
 
-def takes_apart(rows: SamplerRows, logits: torch.Tensor) -> bool:
-    """Whether `verify` takes the rows of a batch's two passes apart. Else they must be joined."""
-    if len(rows.groups) > 1 or rows.top or not takes_numba(logits):
-        return False
-    (group,) = rows.groups
-    return group.sampler in ("lossless", "mixed") and not group.greedy and serves(group, logits)
-
-
 def draft(
     rows: SamplerRows,
     q_logits_SMV: torch.Tensor,
@@ -49,7 +40,6 @@ def draft(
     markov: Callable[[torch.Tensor], torch.Tensor] | None,
     previous_S: torch.Tensor | None,
     p_first_SRV: torch.Tensor | None,
-    into: Drafts | None = None,
 ) -> Drafts:
     """As `sampler.draft` for one group; for `mixed` without p_first_SRV. The drafts keep `q_logits_SMV` itself, its mask token
     now at -inf."""
@@ -74,24 +64,16 @@ def draft(
             q_logits_SMV, markov, previous_S, count_S, rows.draft_temperature_S, rows.seed_S, anchor_S, mask_token,
             Purpose.NOISE if noisy else Purpose.DRAFT, p_first_SRV, rows.draft_temperature,
             partial(_cut, rows, temperature_S=rows.draft_temperature_S) if group.cut else None,
-            None if into is None or into.q_lse_SM is None else (into.token_SM, into.q_lse_SM),
         )  # fmt: skip
-        if into is not None and token_SM is into.token_SM and not noisy:
-            return into
     if noisy:
         return Drafts(token_SM, count_S)
     return Drafts(token_SM, count_S, q_logits_SMV=q_logits_SMV, q_lse_SM=lse_SM)
 
 
-def verify(
-    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor, memory: StepMemory | None = None,
-    later_NMV: torch.Tensor | None = None,
-) -> Verdict:  # fmt: skip
+def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     """As `sampler.verify` for one group, whose drafts `draft` drew."""
     (group,) = rows.groups
-    s, r = drafts.token_SM.shape
-    r += 1
-    into, nothing_SR = (None, None) if memory is None or not p_logits_SRV.is_cpu else memory.verdict(s, r)
+    r = drafts.token_SM.shape[1] + 1
     found = _cut(rows, p_logits_SRV, rows.temperature_S) if group.cut else None
     if group.greedy or group.sampler in ("ar", "coupled"):
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_matching(
@@ -105,10 +87,9 @@ def verify(
         accepted_S, token_SR, logprob_SR, behavior_SR = verify_rejection(
             p_logits_SRV, q_logits_SMV, q_lse_SM, drafts.token_SM, drafts.count_S, rows.temperature_S, rows.seed_S, anchor_S,
             mix_weight_S=rows.mix_weight_S if group.sampler == "mixed" else None,
-            draft_temperature_S=rows.draft_temperature_S, into=into, later_NMV=later_NMV,
+            draft_temperature_S=rows.draft_temperature_S,
         )  # fmt: skip
-    if nothing_SR is None:
-        nothing_SR = torch.zeros_like(logprob_SR)
+    nothing_SR = torch.zeros_like(logprob_SR)
     if found is not None:  # the kernels have seen the support alone
         support_SR = torch.where(token_SR >= 0, found.logmass_SR, nothing_SR)
         return Verdict(accepted_S, token_SR, behavior_SR + support_SR, behavior_SR, support_SR)

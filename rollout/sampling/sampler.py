@@ -32,7 +32,6 @@ from ...kernels.verify import count_matching, draw, gumbel_argmax, logprobs, mix
 from . import kernels
 from .adjustment import Adjustment
 from .drafts import Drafts, Group, SamplerRows, Verdict
-from .memory import StepMemory
 from .processing import Processed, processed, widen
 from .top import with_top
 
@@ -51,7 +50,6 @@ def draft(
     markov: Markov | None = None,
     previous_S: torch.Tensor | None = None,
     p_first_SRV: torch.Tensor | None = None,
-    into: Drafts | None = None,
 ) -> Drafts:
     """Draw drafts from q.
 
@@ -67,13 +65,12 @@ def draft(
         p_first_SRV: raw logits of verify rows; the first has p for the position after the anchor, where it is known by now. It is
             then q of the first draft, which is p's own token: it is accepted, unless p would have drawn the mask token. Not for
             `mixed`, whose target is made of p and the block's q.
-        into: drafts with these logits and counts, whose other tensors may be written. They may be what is returned.
     """
     s, m, _ = q_logits_SMV.shape
     if count_S is None:
         count_S = torch.full((s,), m, dtype=torch.int64, device=q_logits_SMV.device)
     if len(rows.groups) == 1:
-        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV, into)
+        return _draft_group(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV)
     device = q_logits_SMV.device
     count_S, token_SM = count_S.clone(), torch.full((s, m), -1, dtype=torch.int64, device=device)
     large: dict[str, torch.Tensor] = {}
@@ -100,7 +97,6 @@ def _draft_group(
     markov: Markov | None,
     previous_S: torch.Tensor | None,
     p_first_SRV: torch.Tensor | None,
-    into: Drafts | None = None,
 ) -> Drafts:
     (group,) = rows.groups
     s, m, vocab_size = q_logits_SMV.shape
@@ -109,7 +105,7 @@ def _draft_group(
     if group.sampler == "mixed":
         p_first_SRV = None
     if kernels.serves(group, q_logits_SMV):
-        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV, into)
+        return kernels.draft(rows, q_logits_SMV, anchor_S, mask_token, count_S, markov, previous_S, p_first_SRV)
     markov_from = 0
     if p_first_SRV is not None:
         # Over the draft temperature, at which drafts are drawn, this is p at the request's own temperature. Logits that are
@@ -195,10 +191,7 @@ def _choose(
     return draw(q.logp.exp(), noise), q.logp
 
 
-def verify(
-    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
-    memory: StepMemory | None = None, later_NMV: torch.Tensor | None = None,
-) -> Verdict:  # fmt: skip
+def verify(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     """Accept drafts and draw the token after them.
 
     Args:
@@ -207,23 +200,16 @@ def verify(
             the support may become -inf.
         drafts: drawn by `draft` for the same rows and the same anchors; `Drafts.none` where there are none.
         anchor_S: int64, position of the last committed token.
-        memory: where the verdict of a batch of one group may be written.
-        later_NMV: the verify rows after the first of those sequences that have drafts; p_logits_SRV then has the first alone.
-            Only where `kernels.takes_apart`.
     """
-    if later_NMV is not None:
-        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S, memory, later_NMV)
     assert p_logits_SRV.shape[1] == drafts.token_SM.shape[1] + 1
     mine_SRV = p_logits_SRV.clone() if rows.top and len(rows.groups) == 1 and rows.groups[0].cut else p_logits_SRV
-    verdict = _verify_groups(rows, mine_SRV, drafts, anchor_S, memory)
+    verdict = _verify_groups(rows, mine_SRV, drafts, anchor_S)
     return with_top(verdict, p_logits_SRV, rows.temperature_S, rows.top, rows.listed_SK) if rows.top else verdict
 
 
-def _verify_groups(
-    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor, memory: StepMemory | None
-) -> Verdict:
+def _verify_groups(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     if len(rows.groups) == 1:
-        return _verify_group(rows, p_logits_SRV, drafts, anchor_S, memory)
+        return _verify_group(rows, p_logits_SRV, drafts, anchor_S)
     s, r = p_logits_SRV.shape[:2]
     out: Verdict | None = None
     for group in rows.groups:
@@ -242,13 +228,10 @@ def _verify_groups(
     return out
 
 
-def _verify_group(
-    rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
-    memory: StepMemory | None = None,
-) -> Verdict:  # fmt: skip
+def _verify_group(rows: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
     (group,) = rows.groups
     if kernels.serves(group, p_logits_SRV):
-        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S, memory)
+        return kernels.verify(rows, p_logits_SRV, drafts, anchor_S)
     r, vocab_size = p_logits_SRV.shape[1:]
     m = r - 1
     p_logits_SRV = widen(p_logits_SRV)

@@ -13,19 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ...kernels.transfer import upload
-from ...model.backends import choose
+from ...model.backends import DraftsBetween, choose
 from ...model.layout import DecodeRows, TokenLayout, decode
 from ...model.policy import Policy, Routing
 from ..cache import BlockTable, CacheView, PagedCache
+from ..sampling.two_passes import TwoPasses
 from .plan import ForwardRequest
 from .recurring import bucket
 from .shapes import ShapeCache, captured_sizes, power_of_two
+
+if TYPE_CHECKING:
+    from ...kernels.verify.calls import Chain, Verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,8 @@ class LaidOut:
     """A pass that is ready to run.
 
     Attributes:
-        layout, plan: where the network runs. The layout of two passes that were laid out together holds the rows of both.
-        first_S, clean_S: int64, on the host: the first row of each of the S sequences of the pass, and its clean rows.
+        layout, plan: where the network runs.
+        first_S, clean_S: int64, on the host: the first row of each of the S sequences, and its clean rows.
         rows: T.
     """
 
@@ -57,7 +61,6 @@ class ForwardOutput:
         expert_TL: the expert each layer chose for each row; None where no sample records experts.
         clean_rows: the clean rows of each of the S sequences, prompt rows included; empty where no sample records experts.
         extra: the request's `extra`.
-        second: the next pass, where it was laid out with this one.
     """
 
     hidden_TD: torch.Tensor
@@ -66,7 +69,6 @@ class ForwardOutput:
     expert_TL: torch.Tensor | None
     clean_rows: list[slice]
     extra: list[torch.Tensor]
-    second: LaidOut | None = None
 
 
 class ModelRunner:
@@ -113,12 +115,11 @@ class ModelRunner:
             sizes = captured_sizes(batches, most) if pages is None else [(bucket(n), power_of_two(pages)) for n in batches]
             self.shapes.capture(passes, sizes)
 
-    def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None, second: ForwardRequest | None = None) -> ForwardOutput:
+    def run(self, request: ForwardRequest, draft_DM: torch.Tensor | None) -> ForwardOutput:
         """One forward pass.
 
         Args:
             draft_DM: int64, the drafts that the request's rows hold; None where they hold none.
-            second: what the next pass runs. It is laid out with this one where the backend can.
         """
         batch, records = request.batch, request.batch.records_experts
         prompt_D = np.array([batch.scheduled[s].chunk for s in batch.decoding_index], dtype=np.int64)
@@ -126,14 +127,13 @@ class ModelRunner:
         # On a CPU the drafts are at hand. Elsewhere they stay on the device and are put into the rows there.
         here = draft_DM.tolist() if draft_DM is not None and draft_DM.is_cpu and not self.backend.recurs else None
         laid_out: LaidOut | None = None
-        after: LaidOut | None = None
         if recurs:
             full, sequences = request.full, len(batch.scheduled)
             each = len(full.clean) + len(full.proposals) * full.block_length
             first_S, clean_S = np.arange(sequences) * each, np.full(sequences, len(full.clean))
             total = bucket(sequences) * each
         else:
-            laid_out, after = self._lay_out(request, here, second)
+            laid_out = self._lay_out(request.rows(here), _tables(request))
             first_S, clean_S, total = laid_out.first_S, laid_out.clean_S, laid_out.rows
         first_D = first_S[batch.decoding_index] + prompt_D
         index = np.minimum(first_D[:, None] + np.arange(request.width), total - 1)
@@ -160,49 +160,39 @@ class ModelRunner:
         # Rows of drafts that a sequence lacks count as its own: their positions run again before they are committed.
         spans = _spans(first_S, clean_S) if records else []
         mask_D = (first_S + clean_S)[batch.decoding_index]
-        return ForwardOutput(hidden_TD, mask_D, logits_DRV, expert_TL, spans, extra, after)
+        return ForwardOutput(hidden_TD, mask_D, logits_DRV, expert_TL, spans, extra)
 
-    def run_second(self, request: ForwardRequest, laid_out: LaidOut, draft_DM: torch.Tensor) -> ForwardOutput:
-        """`run` of a pass that was laid out with the one before it. All its rows hold drafts."""
-        clean_D, width, records = request.clean_D, request.width, request.batch.records_experts
-        token_DR, whole = draft_DM.numpy()[request.draft_row_D, :width], laid_out.rows == len(clean_D) * width
-        drafts_T = token_DR.ravel() if whole else token_DR[np.arange(width) < clean_D[:, None]]
-        laid_out.layout.token_T.numpy()[-laid_out.rows :] = drafts_T
-        hidden_TD, expert_TL = self._run_once(laid_out, records)
-        if whole:
-            logits_DRV = self.head(hidden_TD).unflatten(0, (-1, width))
-        else:
-            index_DR = np.minimum(laid_out.first_S[:, None] + np.arange(width), laid_out.rows - 1)
-            logits_DRV = self.head(hidden_TD[torch.from_numpy(index_DR)])
-        spans = _spans(laid_out.first_S, clean_D) if records else []
-        extra = [torch.from_numpy(numbers) for numbers in request.extra]
-        return ForwardOutput(hidden_TD, laid_out.first_S + clean_D, logits_DRV, expert_TL, spans, extra)
-
-    def _lay_out(
-        self, request: ForwardRequest, here: list[list[int]] | None, second: ForwardRequest | None
-    ) -> tuple[LaidOut, LaidOut | None]:
-        """A pass and, where the backend can, the second one, as one layout: most of the host's work is per layout.
+    def run_twice(
+        self, request: ForwardRequest, second: ForwardRequest, made: TwoPasses, draws: Chain, verifies: Verification | None
+    ) -> tuple[tuple[torch.Tensor, list[slice]], ...]:
+        """Two passes as one call, with drafts drawn between them. Only where `backend.drafts_between`.
 
         Args:
-            here: the drafts that the request's rows hold, where the host knows them.
+            request: with an anchor and mask rows of each sequence that drafts. second: the drafts of these sequences.
+            made: where logits are written. draws, verifies: as of `made.calls`.
+        Returns:
+            expert_TL and clean_rows (`ForwardOutput`) of each pass, where samples record experts.
         """
-        rows, tables = request.rows(here), _tables(request)
-        s, both = len(rows), second is not None and self.backend.splits
-        if both and second is not None:
-            rows, tables = rows + second.rows(), tables + _tables(second)
+        batch = request.batch
+        laid_out = self._lay_out(request.rows() + second.rows(), _tables(request) + _tables(second))
+        s, first_S, clean_S = len(batch.scheduled), laid_out.first_S, laid_out.clean_S
+        anchor_D = (first_S[:s] + clean_S[:s])[batch.decoding_index] - 1
+        between = DraftsBetween(s, anchor_D, second.draft_row_D, made.hidden_NH, made.drawn_NV, made.logits_DRV, draws, verifies)
+        routing = Routing([], []) if batch.records_experts else None
+        self.backend.forward_twice(laid_out.layout, laid_out.plan, laid_out.view, routing, between)
+        if routing is None:
+            return ()
+        expert_TL, spans = torch.stack(routing.expert_LT, dim=1), _spans(first_S, clean_S)
+        return (expert_TL, spans[:s]), (expert_TL, spans[s:])
+
+    def _lay_out(self, rows: list[DecodeRows], tables: list[BlockTable]) -> LaidOut:
+        """A pass over these rows, or two, whose sequences lie in these places of the cache."""
         clean_S = np.array([len(own.clean) for own in rows])
         count_S = clean_S + np.array([len(own.proposals) * own.block_length for own in rows])
         first_S, total = np.cumsum(count_S) - count_S, int(count_S.sum())
         layout = decode(rows, self._policy.mask_token_id)
         view = self._cache.view(tables, layout)
-        layout, plan = self.backend.prepare(layout, view)
-        if not both:
-            return LaidOut(layout, plan, view, first_S, clean_S, total), None
-        t, (first_plan, second_plan) = int(first_S[s]), self.backend.split(plan, s)
-        return (
-            LaidOut(layout, first_plan, view, first_S[:s], clean_S[:s], t),
-            LaidOut(layout, second_plan, view, first_S[s:] - t, clean_S[s:], total - t),
-        )
+        return LaidOut(*self.backend.prepare(layout, view), view, first_S, clean_S, total)
 
     def _run_once(self, laid_out: LaidOut, records: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden_TD of every row, whatever each sequence runs, and the experts where they are recorded."""

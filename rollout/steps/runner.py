@@ -21,18 +21,18 @@ import numpy as np
 import torch
 
 from ...kernels.transfer import download, upload
+from ...kernels.verify import PairTable
 from ...model.policy import Policy
 from ..cache import PagedCache
 from ..sampling.drafts import Drafts, SamplerRows, Verdict
-from ..sampling.kernels import takes_apart
-from ..sampling.memory import StepMemory
 from ..sampling.sampler import draft, verify
+from ..sampling.two_passes import TwoPassMemory, serves
 from ..schedule import Schedule
 from ..sequence import Sample, SchedulerOutput
 from .ar import ArPlanBuilder
 from .captured import Verifier
 from .fused import FusedPlanBuilder
-from .model_runner import ForwardOutput, LaidOut, ModelRunner
+from .model_runner import ForwardOutput, ModelRunner
 from .plan import ForwardRequest, PlanBuilder, StepPlan
 from .sampler_rows import SamplerRowsCache
 from .sampling_graphs import CapturedStep, SamplingGraphs
@@ -60,18 +60,18 @@ class StepForward:
     Attributes:
         sampling: seeds and parameters of the decoding samples.
         anchor_D: int64, positions of the anchors.
-        output: the first forward pass; its mask rows are the proposals.
         logits_DRV: p's logits of the verify rows.
         drafts: what is verified.
-        later_NMV: p's logits of the rows after the first, where they are verified apart (`sampling.kernels.takes_apart`).
+        output: the forward pass whose mask rows are the proposals; None where there are none.
+        verdict: on the host, where the drafts are verified by now; valid until the next step.
     """
 
     sampling: SamplerRows
     anchor_D: torch.Tensor
-    output: ForwardOutput
     logits_DRV: torch.Tensor
     drafts: Drafts
-    later_NMV: torch.Tensor | None = None
+    output: ForwardOutput | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +93,14 @@ class StepOutput:
 
 
 class SamplerVerifier:
-    """The verifier of an engine that serves: each sample's own sampler decides. A verdict is valid until the next step."""
-
-    def __init__(self) -> None:
-        self._memory = StepMemory()
+    """The verifier of an engine that serves: each sample's own sampler decides."""
 
     def prepare(self, plan: StepPlan) -> None:
         """See `Verifier`."""
 
-    def __call__(
-        self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor,
-        later_NMV: torch.Tensor | None = None,
-    ) -> Verdict:  # fmt: skip
-        """See `Verifier`. later_NMV: as in `sampler.verify`."""
-        return verify(sampling, p_logits_SRV, drafts, anchor_S, self._memory, later_NMV)
+    def __call__(self, sampling: SamplerRows, p_logits_SRV: torch.Tensor, drafts: Drafts, anchor_S: torch.Tensor) -> Verdict:
+        """See `Verifier`."""
+        return verify(sampling, p_logits_SRV, drafts, anchor_S)
 
 
 class StepRunner:
@@ -126,10 +120,12 @@ class StepRunner:
     ) -> None:
         self._policy, self._device, self._vocabulary = policy, policy.device, policy.config.vocab_size
         self.verifier: Verifier = SamplerVerifier()
+        self._samplers = self.verifier
         self.model = ModelRunner(policy, cache, captured)
         self._draft_temperature = policy.draft_temperature if draft_temperature is None else draft_temperature
         self._graphs = SamplingGraphs(policy, self.model, self._draft_temperature)
-        self._memory = StepMemory()
+        self._like = torch.empty(0, dtype=policy.dtype, device=policy.device)
+        self._two_passes = TwoPassMemory(policy.config.hidden_size, self._vocabulary)
         self.wait_seconds = 0.0
         self._builders: dict[Schedule, PlanBuilder] = {}
         self._sampler_rows = SamplerRowsCache(policy.device, self._draft_temperature)
@@ -182,23 +178,39 @@ class StepRunner:
                 whole = self._graphs.launch(plan, self._sampler_rows.rows(decoding), drafts, self.verifier)
                 if whole is not None:
                     return whole
-        output = self._run(plan.forward, drafts, second)
+        if second is not None:
+            return self._forward_twice(plan, second)
+        output = self._run(plan.forward, drafts)
         if not decoding:
             return None
-        sampling, anchor_D, logits_DRV = self._sampler_rows.rows(decoding), output.extra[0], output.logits_DRV
-        if second is not None:
-            assert plan.verify_D is not None
-            drafts = self._draft(sampling, output, output.mask_D, plan.count_D, anchor_D, output.extra[1], logits_DRV)
-            after = self._run(second, drafts, laid_out=output.second)
-            later_NMV = after.logits_DRV
-            if type(self.verifier) is SamplerVerifier and takes_apart(sampling, later_NMV):
-                return StepForward(sampling, anchor_D, output, logits_DRV, drafts, later_NMV)
-            if len(plan.verify_D) < len(decoding):
-                rest_DMV = later_NMV.new_zeros(len(decoding), *later_NMV.shape[1:])
-                later_NMV = rest_DMV.index_copy_(0, after.extra[0], later_NMV)
-            logits_DRV = torch.cat([logits_DRV, later_NMV], dim=1)
         assert drafts is not None
-        return StepForward(sampling, anchor_D, output, logits_DRV, drafts)
+        return StepForward(self._sampler_rows.rows(decoding), output.extra[0], output.logits_DRV, drafts, output)
+
+    def _forward_twice(self, plan: StepPlan, second: ForwardRequest) -> StepForward:
+        """Both passes of a step of `two_pass`."""
+        request, decoding, markov = plan.forward, plan.batch.decoding, self.model.markov
+        sampling, (anchors, tokens) = self._sampler_rows.rows(decoding), request.extra
+        if isinstance(markov, PairTable) and self.model.backend.drafts_between and serves(sampling, self._like):
+            made, keys_4D = self._two_passes.of(len(decoding), second.width), (plan.count_D, anchors, tokens, sampling.seed_S)
+            for line, numbers in zip(made.keys_4D, keys_4D, strict=True):
+                line[:] = numbers
+            draws, verifies = made.calls(sampling, markov.pair_VV, self._policy.mask_token_id)
+            if self.verifier is not self._samplers:
+                verifies = None
+            routed = self.model.run_twice(request, second, made, draws, verifies)
+            for asked, rows in zip((request, second), routed):
+                self._keep_experts(asked, *rows)
+            verdict = None if verifies is None else made.verdict
+            return StepForward(sampling, torch.from_numpy(anchors), made.logits_DRV, made.drafts, verdict=verdict)
+        output = self._run(request, None)
+        anchor_D, previous_D = output.extra
+        drafts = self._draft(sampling, output, output.mask_D, plan.count_D, anchor_D, previous_D, output.logits_DRV)
+        after = self._run(second, drafts)
+        later_DMV = after.logits_DRV
+        if len(later_DMV) < len(decoding):
+            rest_DMV = later_DMV.new_zeros(len(decoding), *later_DMV.shape[1:])
+            later_DMV = rest_DMV.index_copy_(0, after.extra[0], later_DMV)
+        return StepForward(sampling, anchor_D, torch.cat([output.logits_DRV, later_DMV], dim=1), drafts)
 
     def verify(self, plan: StepPlan, forward: StepForward | CapturedStep | None) -> StepOutput | None:
         """Verify the drafts, wait for the verdict, and draw the drafts of the next step; None where no sample decodes."""
@@ -212,21 +224,19 @@ class StepRunner:
             self.wait_seconds += time.perf_counter() - start
             return _step_output(plan, verdict, forward.drafts)
         sampling, anchor_D = forward.sampling, forward.anchor_D
-        rows = sampling, forward.logits_DRV, forward.drafts, anchor_D
-        if forward.later_NMV is None:
-            away = self.verifier(*rows)
-        else:
-            assert isinstance(self.verifier, SamplerVerifier)
-            away = self.verifier(*rows, forward.later_NMV)
+        away = forward.verdict
+        if away is None:
+            away = self.verifier(sampling, forward.logits_DRV, forward.drafts, anchor_D)
         verdict = self._here(away)
         if plan.proposals is None:
             return _step_output(plan, verdict, None)
         row_D, count_D, _ = plan.proposals.select(verdict.accepted_S.numpy())
-        drafts = None
+        drafts, output = None, forward.output
         if count_D.any():
+            assert output is not None
             sampled_D = away.token_SR.gather(1, away.accepted_S[:, None])[:, 0]
-            first_D = forward.output.mask_D + row_D
-            drafts = self._draft(sampling, forward.output, first_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
+            first_D = output.mask_D + row_D
+            drafts = self._draft(sampling, output, first_D, count_D, anchor_D + away.accepted_S + 1, sampled_D)
         return _step_output(plan, verdict, drafts)
 
     def replace_drafts(self, drafts: Drafts, token_SM: torch.Tensor) -> None:
@@ -235,27 +245,21 @@ class StepRunner:
         drafts.token_SM.copy_(upload(token_SM, self._device))
         self._graphs.tokens_replaced(drafts)
 
-    def _run(
-        self, request: ForwardRequest, drafts: Drafts | None, second: ForwardRequest | None = None,
-        laid_out: LaidOut | None = None,
-    ) -> ForwardOutput:  # fmt: skip
-        """One forward pass; the experts that samples record are kept for the next download.
-
-        Args:
-            second: the next pass, to be laid out with this one. laid_out: this pass, where that was done.
-        """
-        if laid_out is not None and drafts is not None:
-            output = self.model.run_second(request, laid_out, drafts.token_SM)
-        else:
-            output = self.model.run(request, None if drafts is None else drafts.token_SM, second)
+    def _run(self, request: ForwardRequest, drafts: Drafts | None) -> ForwardOutput:
+        """One forward pass."""
+        output = self.model.run(request, None if drafts is None else drafts.token_SM)
         if output.expert_TL is not None:
-            batch = request.batch
-            position = {s: start - batch.scheduled[s].chunk for s, start in zip(batch.decoding_index, request.start_D)}
-            self._routed.append(RoutedExperts(output.expert_TL, [
-                (sample, position.get(s, sample.cached), output.clean_rows[s])
-                for s, (sample, _, _) in enumerate(batch.scheduled) if sample.experts is not None
-            ]))  # fmt: skip
+            self._keep_experts(request, output.expert_TL, output.clean_rows)
         return output
+
+    def _keep_experts(self, request: ForwardRequest, expert_TL: torch.Tensor, clean_rows: list[slice]) -> None:
+        """The experts that samples record are kept for the next download."""
+        batch = request.batch
+        position = {s: start - batch.scheduled[s].chunk for s, start in zip(batch.decoding_index, request.start_D)}
+        self._routed.append(RoutedExperts(expert_TL, [
+            (sample, position.get(s, sample.cached), clean_rows[s])
+            for s, (sample, _, _) in enumerate(batch.scheduled) if sample.experts is not None
+        ]))  # fmt: skip
 
     def _draft(
         self, sampling: SamplerRows, output: ForwardOutput, first_D: np.ndarray, count_D: np.ndarray, anchor_D: torch.Tensor,
@@ -269,15 +273,11 @@ class StepRunner:
             p_first_DRV: rows of which the first has p's logits for the first draft, where they are known.
         """
         # Rows past a sample's own drafts are drawn from too, and their drafts are not used.
-        hidden_TH, mask, markov, into = output.hidden_TD, self._policy.mask_token_id, self.model.markov, None
-        if p_first_DRV is not None and self._memory.serves(hidden_TH):  # these drafts are verified before the next are drawn
-            hidden_DMH, into = self._memory.drafting(hidden_TH, first_D, count_D, self._vocabulary)
-            logits_DMV, counts_D = self.model.head(hidden_DMH, into.q_logits_SMV), into.count_S
-        else:
-            index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(hidden_TH) - 1)
-            index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
-            logits_DMV = self.model.head(hidden_TH[index_DM])
-        return draft(sampling, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DRV, into)
+        hidden_TH, mask, markov = output.hidden_TD, self._policy.mask_token_id, self.model.markov
+        index = np.minimum(first_D[:, None] + np.arange(count_D.max()), len(hidden_TH) - 1)
+        index_DM, counts_D = upload((torch.from_numpy(index), torch.from_numpy(count_D)), self._device)
+        logits_DMV = self.model.head(hidden_TH[index_DM])
+        return draft(sampling, logits_DMV, anchor_D, mask, counts_D, markov, previous_D, p_first_DRV)
 
     def _here(self, away: Verdict) -> Verdict:
         """The verdict on the host."""

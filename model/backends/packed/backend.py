@@ -27,6 +27,7 @@ from ....kernels.verify import PairTable
 from ...layout import TokenLayout
 from ...state import SequenceState
 from .attention import Lines, width_of
+from .between import NOTHING_BETWEEN, Between
 from .network import Angles, Network, Pools, Work, head, run
 from .plan import PackedPlan
 from .threads import MOST, Threads
@@ -34,11 +35,14 @@ from .weights import PackedLayer, floor, fold_layers, turned
 
 if TYPE_CHECKING:
     from ...policy import Layer, Policy, Routing
+    from .. import DraftsBetween
 
 _MOST_PAIRS = 2**22
 """With fewer pairs of tokens, the Markov head is kept as their table."""
 _MOST_SIZES = 256
 """Sizes of packs whose working memory is kept."""
+_ROWS = 64
+"""Working memory is made for multiples of so many rows."""
 _ANGLES = 256
 """Positions whose angles are computed at once. The shape is fixed: a library's cosine may depend on the number of values."""
 _LEAST_ROWS = 4
@@ -76,7 +80,8 @@ class _Workspace:
 
     def of(self, layers: PackedLayer, plan: PackedPlan, parts: int) -> tuple[Work, Lines]:
         """For a pass over this plan, and for each of its parts."""
-        rows, width, take, moved = len(plan.position_T), width_of(plan.longest), self._memory.take, self._memory.moved
+        rows, width = -(-len(plan.position_T) // _ROWS) * _ROWS, width_of(plan.longest)
+        take, moved = self._memory.take, self._memory.moved
         work = self._works.get(rows) or Work.of(layers, self._heads, self._kv_heads, rows, take)
         group = self._heads // self._kv_heads
         lines = self._lines.get((parts, width)) or Lines.of(parts, group, self._kv_heads, self._size, width, take)
@@ -105,11 +110,10 @@ class PackedBackend:
     """
 
     recurs = False
-    splits = True
 
     def __init__(self, policy: Policy) -> None:
         self.threads: int | None = 1
-        self._policy, self._vocabulary = policy, policy.config.vocab_size
+        self._policy, self._vocabulary, self._hidden = policy, policy.config.vocab_size, policy.config.hidden_size
         self._angles: Angles | None = None
         self._pools: tuple[cca.Pools | None, Pools] | None = None
         self._workspace, self._threads = _Workspace(policy), Threads()
@@ -144,27 +148,43 @@ class PackedBackend:
         """See `Backend.prepare`. Without a cache, of clean rows from the start of their documents."""
         return layout, PackedPlan.of(layout, state, self._policy.hops, self._policy.windows)
 
-    def split(self, plan: PackedPlan, sequences: int) -> tuple[PackedPlan, PackedPlan]:
-        """See `Backend.split`."""
-        return plan.split(sequences)
+    @property
+    def drafts_between(self) -> bool:
+        """See `Backend`."""
+        return isinstance(self.markov, PairTable) and self._head_bias is None
 
     @torch.inference_mode()
     def forward(
         self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None = None, routing: Routing | None = None
     ) -> torch.Tensor:
         """See `Backend.forward`."""
-        rows, network = len(plan.token_T), self._network
-        hidden = torch.empty(rows, len(network.norm))
-        angles, pools = self._angles_of(int(plan.position_T.max()) + 1), self._pools_of(state)
-        sequence_P1 = plan.parts(self._parts(rows))
-        work, lines = self._workspace.of(network.layers, plan, len(sequence_P1) - 1)
-        desk = self._threads.desk(len(sequence_P1) - 1)
-        if run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden.numpy()):
+        hidden = torch.empty(len(plan.token_T), self._hidden)
+        self._run(plan, state, routing, (self._parts(len(plan.token_T)), 0), NOTHING_BETWEEN, hidden.numpy())
+        return hidden
+
+    def forward_twice(
+        self, layout: TokenLayout, plan: PackedPlan, state: SequenceState | None, routing: Routing | None,
+        drawing: DraftsBetween,
+    ) -> None:  # fmt: skip
+        """See `Backend.forward_twice`."""
+        rows = int(plan.first_S1[drawing.sequences])
+        parts = self._parts(rows), self._parts(len(plan.token_T) - rows)
+        self._run(plan, state, routing, parts, Between.of(drawing))
+
+    def _run(
+        self, plan: PackedPlan, state: SequenceState | None, routing: Routing | None, most_P: tuple[int, int],
+        between: Between, hidden_TD: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """The rows of one pass over the plan, or of two. Args: most_P, most parts of each; hidden_TD, to be written."""
+        network, rows, parts = self._network, len(plan.token_T), max(most_P)
+        angles, pools = self._angles_of(plan.longest), self._pools_of(state)
+        work, lines = self._workspace.of(network.layers, plan, parts)
+        desk, final_TD = self._threads.desk(parts), work.final_TD if hidden_TD is None else hidden_TD
+        if run(desk, most_P, plan, network, angles, pools, work, lines, final_TD, self._head_PDW, between):
             raise MemoryError("a pass has failed")
         if routing is not None:
-            routing.expert_LT.extend(torch.from_numpy(work.expert_LT.copy()))
-            routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC.copy()))
-        return hidden
+            routing.expert_LT.extend(torch.from_numpy(work.expert_LT[:, :rows].copy()))
+            routing.probs_LTE.extend(torch.from_numpy(work.probs_LTC[:, :rows].copy()))
 
     def head(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """See `Backend.head`."""

@@ -15,7 +15,9 @@ import numpy as np
 from ....kernels.compiled import compiled
 from ....kernels.lanes import copy_line
 from ....kernels.linear.numba import product_of
+from ....kernels.verify.numba import draw_chain, reject
 from .attention import attend, lines_of
+from .between import put_drafts, rows_to_draft_from, rows_to_verify
 from .stages import add_unit, combine, experts, gather, route, turn, unit
 from .threads import hand_over, in_threads
 from .weights import PackedLayer
@@ -72,6 +74,7 @@ class Work(NamedTuple):
     inner: np.ndarray
     out: np.ndarray
     hidden_2TP: np.ndarray
+    final_TD: np.ndarray
 
     @classmethod
     def of(cls, layers: PackedLayer, heads: int, kv_heads: int, rows: int, take: Callable[..., np.ndarray]) -> Work:
@@ -87,7 +90,7 @@ class Work(NamedTuple):
             take("previous", rows, kv_heads * size // 2), take("states", 2, rows, width), take("probs", count, rows, classes),
             np.zeros((count, rows), np.int64), np.zeros(rows, np.int64), take("sorted", rows, hidden),
             take("gate_up", rows, 2 * inner), take("inner", rows, inner), take("out", rows, hidden),
-            take("hidden", 2, rows, width),
+            take("hidden", 2, rows, width), take("final", rows, hidden),
         )  # fmt: skip
 
 
@@ -137,18 +140,6 @@ def _run_part(part, sequence_P1, plan, network, angles, pools, work, lines_P, hi
 
 
 @compiled(nogil=True)
-def run(desk, sequence_P1, plan, network, angles, pools, work, lines, hidden_TD):
-    """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
-    parts failed.
-
-    Args:
-        desk: of `Threads`. sequence_P1: first sequence of each part, which a thread runs, and S. lines: of each part.
-    """
-    hand_over(_run_part, (sequence_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
-    return in_threads(desk, len(sequence_P1) - 1)
-
-
-@compiled(nogil=True)
 def _head_part(part, parts, hidden_RD, weight_PDW, logits_RV):
     """The logits of some rows."""
     rows = hidden_RD.shape[0]
@@ -160,3 +151,50 @@ def head(desk, parts, hidden_RD, weight_PDW, logits_RV):
     """Writes the logits of rows of hidden states, about as many of them in each part. Returns how many parts failed."""
     hand_over(_head_part, (parts, hidden_RD, weight_PDW, logits_RV), desk)
     return in_threads(desk, parts)
+
+
+@compiled()
+def parts_of(first_S1, begin, end, count):
+    """First sequence of each of at most `count` parts with about as many rows each of the sequences begin..end, and `end`. A
+    sequence belongs to the part in which its middle lies."""
+    first_P1, parts, last, rows = np.empty(count + 1, np.int64), 0, 0, first_S1[end] - first_S1[begin]
+    first_P1[0] = begin
+    for s in range(begin, end):
+        middle = (first_S1[s] + first_S1[s + 1]) / 2 - first_S1[begin]
+        part = min(int(middle * count / rows), count - 1)
+        if s > begin and part > last:
+            parts += 1
+            first_P1[parts] = s
+        last = part
+    first_P1[parts + 1] = end
+    return first_P1[: parts + 2]
+
+
+@compiled(nogil=True)
+def run(desk, most_P, plan, network, angles, pools, work, lines, hidden_TD, head_PDW, between):
+    """Writes the rows of a plan into hidden_TD, the final hidden states; the clean ones are kept in the pools. Returns how many
+    parts failed.
+
+    Args:
+        desk: of `Threads`. most_P: most parts of the first pass and of the second, each of which a thread runs. lines: of each
+            part.
+        between: with what the sequences of a second pass run.
+    """
+    sequences, draws, verifies = len(plan.start_S), between.draws, between.verifies
+    first_P1 = parts_of(plan.first_S1, 0, between.sequences if draws.sequences else sequences, most_P[0])
+    hand_over(_run_part, (first_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
+    failed = in_threads(desk, len(first_P1) - 1)
+    if draws.sequences == 0 or failed:
+        return failed
+    hidden_ND, logits_NV = rows_to_draft_from(between, hidden_TD)
+    failed = head(desk, len(first_P1) - 1, hidden_ND, head_PDW, logits_NV)
+    draw_chain(draws)
+    put_drafts(between, plan.first_S1, plan.token_T)
+    second_P1 = parts_of(plan.first_S1, between.sequences, sequences, most_P[1])
+    hand_over(_run_part, (second_P1, plan, network, angles, pools, work, lines, hidden_TD), desk)
+    failed += in_threads(desk, len(second_P1) - 1)
+    hidden_ND, logits_NV = rows_to_verify(between, hidden_TD, plan.first_S1)
+    failed += head(desk, len(second_P1) - 1, hidden_ND, head_PDW, logits_NV)
+    if verifies.sequences > 0:
+        reject(verifies)
+    return failed

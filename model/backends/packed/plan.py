@@ -60,30 +60,6 @@ class PackedPlan(NamedTuple):
         rows = layout.token_T.numpy(), layout.position_T.numpy()
         return cls(*rows, seen.source_TA, seen.range_W4T, write, tail, first, mask, start, place, longest)
 
-    def split(self, sequences: int) -> tuple[PackedPlan, PackedPlan]:
-        """The plan of the first sequences, and that of the others. Both lie in the memory of this one, which is not valid any
-        more: the rows of the second are counted from its own first one."""
-        s, t = sequences, int(self.first_S1[sequences])
-        _count_from(t, self.source_TA[t:])
-        token_T, position_T, source_TA, range_W4T, write_T, tail_T, first_S1, mask_S, start_S, place_SL, longest = self
-        first = PackedPlan(
-            token_T[:t], position_T[:t], source_TA[:t], range_W4T[..., :t].copy(), write_T[:t], tail_T[:t], first_S1[: s + 1],
-            mask_S[:s], start_S[:s], place_SL[:s], longest,
-        )  # fmt: skip
-        second = PackedPlan(
-            token_T[t:], position_T[t:], source_TA[t:], range_W4T[..., t:].copy(), write_T[t:], tail_T[t:], first_S1[s:] - t,
-            mask_S[s:] - t, start_S[s:], place_SL[s:], longest,
-        )  # fmt: skip
-        return first, second
-
-    def parts(self, count: int) -> np.ndarray:
-        """First sequence of each of at most so many parts with about as many rows each, and S."""
-        if count == 1:
-            return np.array([0, len(self.start_S)])
-        middle_S = (self.first_S1[:-1] + self.first_S1[1:]) / 2
-        first = np.searchsorted(middle_S, np.arange(count + 1) * self.first_S1[-1] / count)
-        return first[np.append(True, first[1:] > first[:-1])]
-
 
 @compiled()
 def _place(first_S1, clean_S, start_S, table_SP, page_size, mask_S, place_SL):
@@ -95,12 +71,3 @@ def _place(first_S1, clean_S, start_S, table_SP, page_size, mask_S, place_SL):
         mask_S[s] = first_S1[s] + clean_S[s]
         longest = max(longest, start_S[s] + first_S1[s + 1] - first_S1[s])
     return longest
-
-
-@compiled()
-def _count_from(first, source_TA):
-    """Rows among the sources are counted from row `first`, in place."""
-    for t in range(source_TA.shape[0]):
-        for a in range(source_TA.shape[1]):
-            if source_TA[t, a] >= 0:
-                source_TA[t, a] -= first

@@ -36,7 +36,7 @@ def unit(begin, end, residual_TD, floor, unit_TD):
 def gather(begin, end, projected, bias, source_TA, tail_T, before_W, x_pool, delayed_pool, x_NTE, previous_TW):
     """Adds the projection's bias; x of each row's ancestors, side by side by head, and the parent's delayed value. Then keeps
     rows in the tail: whoever reads an entry has read it by then."""
-    rows, ancestors = source_TA.shape
+    ancestors, rows = source_TA.shape[1], x_NTE.shape[1]
     heads, width = x_NTE.shape[0], previous_TW.shape[1]
     size = x_NTE.shape[2] // ancestors
     channels = heads * size
