@@ -169,16 +169,24 @@ class DecodeRows:
         return DecodeRows([*tokens, *self.clean], self.start - count, offsets, self.block_length)
 
 
-def decode(sequences: Sequence[DecodeRows], mask_token: int) -> TokenLayout:
+def decode(
+    sequences: Sequence[DecodeRows], mask_token: int, later_start_K: Sequence[int] = (), later_count_K: Sequence[int] = ()
+) -> TokenLayout:
     """One step over a cache, prefill included: per sequence its clean rows, then one mask block per proposal.
 
     Everything before `start` is in the cache; a sequence whose `start` is 0 opens its document here.
+
+    Args:
+        later_start_K, later_count_K: of a second pass, behind the others: position of the first clean row of each of its
+            sequences, and how many there are. Their tokens are not known yet.
     """
-    size_S3 = np.array([(len(s.clean), len(s.proposals), s.block_length) for s in sequences], dtype=np.int64)
-    start_S = np.array([s.start for s in sequences], dtype=np.int64)
-    clean_N = np.array([token for s in sequences for token in s.clean], dtype=np.int64)
+    size = [(len(s.clean), len(s.proposals), s.block_length) for s in sequences]
+    clean, starts = [token for s in sequences for token in s.clean], [s.start for s in sequences]
+    size_S3 = np.array([*size, *((count, 0, 0) for count in later_count_K)], dtype=np.int64)
+    start_S = np.array([*starts, *later_start_K], dtype=np.int64)
+    clean_N = np.array(clean + [mask_token] * sum(later_count_K), dtype=np.int64)
     offset_P = np.array([offset for s in sequences for offset in s.proposals], dtype=np.int64)
-    fields_6T = np.empty((6, sum([len(s.clean) + len(s.proposals) * s.block_length for s in sequences])), dtype=np.int64)
+    fields_6T = np.empty((6, len(clean_N) + sum([count * length for _, count, length in size])), dtype=np.int64)
     compiled_where_installed(_fill_decode)(size_S3, start_S, clean_N, offset_P, mask_token, *fields_6T)
     return TokenLayout(*map(torch.from_numpy, (*fields_6T, start_S)))
 

@@ -46,7 +46,5 @@ def commit(plan: StepPlan, output: StepOutput, version: int) -> int:
 
 def _kept(verdict: Verdict) -> np.ndarray:
     """Its log-probabilities (`StepRecord.numbers_3DR`), copied: a verdict is valid until the next step."""
-    columns = verdict.logprob_SR.numpy(), verdict.behavior_logprob_SR.numpy(), verdict.support_logmass_SR.numpy()
-    kept_3DR = np.empty((3, *columns[0].shape), dtype=np.float32)
-    kept_3DR[0], kept_3DR[1], kept_3DR[2] = columns
-    return kept_3DR
+    columns = verdict.logprob_SR, verdict.behavior_logprob_SR, verdict.support_logmass_SR
+    return np.array([column.numpy() for column in columns], dtype=np.float32)

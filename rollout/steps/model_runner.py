@@ -174,7 +174,8 @@ class ModelRunner:
             expert_TL and clean_rows (`ForwardOutput`) of each pass, where samples record experts.
         """
         batch = request.batch
-        laid_out = self._lay_out(request.rows() + second.rows(), _tables(request) + _tables(second))
+        tables = _tables(request) + _tables(second)
+        laid_out = self._lay_out(request.rows(), tables, second.start_D, second.clean_D.tolist())
         s, first_S, clean_S = len(batch.scheduled), laid_out.first_S, laid_out.clean_S
         anchor_D = (first_S[:s] + clean_S[:s])[batch.decoding_index] - 1
         between = DraftsBetween(s, anchor_D, second.draft_row_D, made.hidden_NH, made.drawn_NV, made.logits_DRV, draws, verifies)
@@ -185,12 +186,16 @@ class ModelRunner:
         expert_TL, spans = torch.stack(routing.expert_LT, dim=1), _spans(first_S, clean_S)
         return (expert_TL, spans[:s]), (expert_TL, spans[s:])
 
-    def _lay_out(self, rows: list[DecodeRows], tables: list[BlockTable]) -> LaidOut:
-        """A pass over these rows, or two, whose sequences lie in these places of the cache."""
-        clean_S = np.array([len(own.clean) for own in rows])
-        count_S = clean_S + np.array([len(own.proposals) * own.block_length for own in rows])
+    def _lay_out(
+        self, rows: list[DecodeRows], tables: list[BlockTable], later_start_K: Sequence[int] = (),
+        later_count_K: Sequence[int] = (),
+    ) -> LaidOut:  # fmt: skip
+        """A pass over these rows, or two (`decode`), whose sequences lie in these places of the cache."""
+        clean = [len(own.clean) for own in rows]
+        count = [count + len(own.proposals) * own.block_length for count, own in zip(clean, rows)]
+        clean_S, count_S = np.array([*clean, *later_count_K]), np.array([*count, *later_count_K])
         first_S, total = np.cumsum(count_S) - count_S, int(count_S.sum())
-        layout = decode(rows, self._policy.mask_token_id)
+        layout = decode(rows, self._policy.mask_token_id, later_start_K, later_count_K)
         view = self._cache.view(tables, layout)
         return LaidOut(*self.backend.prepare(layout, view), view, first_S, clean_S, total)
 
