@@ -86,3 +86,17 @@ def test_another_verifier_is_asked(make_policy) -> None:
     engine.runner.verifier = TakesNone()
     (sample,) = engine.rollout([RolloutRequest("r", (5, 6), SamplingParams("lossless", max_tokens=7, ignore_eos=True))])
     assert len(asked) == 7 and not sample.from_draft.any()
+
+
+def test_threads_that_share_steps_change_no_sample() -> None:
+    """Of a batch that is full for a while, with the shipped policy: hundreds of steps that two threads share."""
+    asked = [
+        RolloutRequest(f"{n}", (5 + n % 40,) * (3 + n % 20), SamplingParams("lossless", max_tokens=60, ignore_eos=True), n)
+        for n in range(40)
+    ]
+    made = []
+    for threads in (1, 2):
+        with torch_threads(threads):
+            made.append(Engine("tiny-reasoner", schedule=Schedule("two_pass", 8), max_batch=8).rollout(asked))
+    for one, other in zip(*made, strict=True):
+        assert one.tokens == other.tokens and one.trace == other.trace and np.array_equal(one.logprobs, other.logprobs)
