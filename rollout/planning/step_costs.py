@@ -38,7 +38,7 @@ _SHORTEST = 1e-6
 _FAST, _SLOW = 0.3, 0.03  # least weight of a new step in the speed of all schedules, and in that of one against the others
 _TABLE = 8  # steps that the table's entry counts as, beside the steps of its schedule
 _OUTLIER = 2.0  # a step this many times off its expectation was interrupted by something else
-_STEPS = 4  # to be raised when the engine's steps come to take other times, because tables on disk are void then
+_STEPS = 5  # to be raised when the engine's steps come to take other times, because tables on disk are void then
 
 
 def clock(policy: Policy) -> Callable[[], float]:
