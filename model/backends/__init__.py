@@ -73,7 +73,7 @@ class Backend(Protocol):
 
     @property
     def drafts_between(self) -> bool:
-        """See above."""
+        """As said above; it may change with the weights."""
 
     def prepare(self, layout: TokenLayout, state: SequenceState | None = None) -> tuple[TokenLayout, Any]:
         """A host layout and its plan, both where the network runs. The layout's tokens may still change."""

@@ -29,12 +29,13 @@ _MOST_SIZES = 256
 
 
 class _Calls(NamedTuple):
-    """The calls, and of what they are."""
+    """The calls, of what they are, and the tensors whose addresses they hold."""
 
     chain: Chain
     verification: Verification | None
     rows: SamplerRows
     pair_VV: torch.Tensor
+    held: list[torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -74,19 +75,19 @@ class TwoPasses:
         assert q is not None and q_lse is not None
         count, anchor, previous, seed = map(torch.from_numpy, self.keys_4D)
         noisy, mixed = group.greedy or group.sampler == "coupled", group.sampler == "mixed"
-        chain, _ = Chain.of(
+        chain, held = Chain.of(
             q, pair_VV, previous, count, rows.draft_temperature_S, seed, anchor, mask_token,
             Purpose.NOISE if noisy else Purpose.DRAFT, None if mixed else self.drawn_NV[: len(q), None], rows.draft_temperature,
             (self.drafts.token_SM, q_lse),
         )  # fmt: skip
         if noisy:
-            return _Calls(chain, None, rows, pair_VV)
-        verification, _ = Verification.of(
+            return _Calls(chain, None, rows, pair_VV, held)
+        verification, also_held = Verification.of(
             self.logits_DRV, q, q_lse, self.drafts.token_SM, count, rows.temperature_S, seed, anchor, -1,
             rows.mix_weight_S if mixed else None, rows.draft_temperature_S,
             Rejection(verdict.accepted_S, verdict.token_SR, verdict.logprob_SR, verdict.behavior_logprob_SR),
         )  # fmt: skip
-        return _Calls(chain, verification, rows, pair_VV)
+        return _Calls(chain, verification, rows, pair_VV, held + also_held)
 
 
 def serves(rows: SamplerRows, like: torch.Tensor) -> bool:

@@ -72,6 +72,18 @@ def test_calls_are_made_anew_for_other_parameters_and_weights() -> None:
     assert memory.of(D, M).calls(rows[2].with_seeds(rows[0].seed_S), pairs[1], MASK) == calls[3]
 
 
+def test_calls_hold_what_they_were_made_of() -> None:
+    """Also copies: of a table that lies in another order, the calls have the address of one that nobody else holds."""
+    memory, table = TwoPassMemory(HIDDEN, VOCAB), normal(VOCAB, VOCAB).t()
+    rows = SamplerRows.make([SamplingParams("lossless")] * D, list(range(D)))
+    own = memory.of(D, M)
+    draws, verifies = own.calls(rows, table, MASK)
+    assert own._calls is not None and verifies is not None
+    held = {tensor.data_ptr() for tensor in own._calls.held}
+    assert draws.pair_at != table.data_ptr()
+    assert {getattr(call, name) for call in (draws, verifies) for name in call._fields if name.endswith("_at")} <= held
+
+
 def test_memory_that_grows_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = TwoPassMemory(HIDDEN, VOCAB)
     small = memory.of(2, 3)
